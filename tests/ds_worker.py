@@ -1,0 +1,169 @@
+"""Runs DeepSpeed for real on CPU under torchrun: writes checkpoints, loads merges, reports what it saw.
+
+Usage: torchrun --nproc-per-node W tests/ds_worker.py JOBS.json   (a list of {"do": name, …})
+Each job's report, one dict per rank, is written to JOBS.json.rank{r} as JSON.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+
+deepspeed.ops.__dict__["__compatible_ops__"] = {}  # no op is compiled for these runs (a minute, and a lock)
+
+# torch trains fp16 on any CPU; DeepSpeed allows it only where oneDNN is fast at it.
+deepspeed.get_accelerator().is_fp16_supported = lambda: True
+
+import wsm_ds  # noqa: E402, F401  registers WSMLR
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class TinyModel(torch.nn.Module):
+    """Tied embeddings, a frozen layer, buffers of three dtypes, odd sizes, a parameter of one element."""
+
+    def __init__(self, width: int = 9, vocabulary: int = 13) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(vocabulary, width)
+        self.frozen = torch.nn.Linear(width, width, bias=False)
+        self.frozen.weight.requires_grad_(False)
+        self.hidden = torch.nn.Linear(width, 2 * width + 1)
+        self.out = torch.nn.Linear(2 * width + 1, width)
+        self.scale = torch.nn.Parameter(torch.ones(1))
+        self.head = torch.nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("num_batches", torch.zeros((), dtype=torch.long))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.frozen(self.embedding(tokens))
+        if self.training:
+            with torch.no_grad():
+                self.running_mean.mul_(0.9).add_(0.1 * x.detach().float().mean((0, 1)).to(self.running_mean.dtype))
+                self.num_batches.add_(1)
+        x = self.out(torch.tanh(self.hidden(x))) * self.scale
+        return self.head(x)
+
+
+def ds_config(job: dict[str, Any]) -> dict[str, Any]:
+    precision = {"bf16": {"enabled": True}} if job["dtype"] == "bf16" else {}
+    if job["dtype"] == "fp16":
+        precision = {"fp16": {"enabled": True, "initial_scale_power": 4}}
+    scheduler = {"warmup_max_lr": job.get("lr", 1e-2), "warmup_num_steps": job.get("warmup", 2)}
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {
+            "stage": job["stage"],
+            "stage3_param_persistence_threshold": 0,
+            **job.get("zero", {}),
+        },
+        "scheduler": {"type": "WSMLR", "params": scheduler},
+        "zero_allow_untested_optimizer": True,
+        **precision,
+        **job.get("config", {}),
+    }
+    if job["stage"] == 3:
+        config["zero_optimization"].setdefault("sub_group_size", 200)
+    return config
+
+
+def build_engine(job: dict[str, Any]) -> Any:
+    torch.manual_seed(7)
+    model = TinyModel(job.get("width", 9))
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(job))
+    return engine
+
+
+def train_steps(engine: Any, first: int, count: int) -> list[float]:
+    losses = []
+    for step in range(first, first + count):
+        generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
+        tokens = torch.randint(0, 13, (2, 6), generator=generator)
+        logits = engine(tokens).float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def digest(tensors: Any) -> str:
+    total = hashlib.sha256()
+    for tensor in tensors:
+        total.update(tensor.detach().float().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def master_partitions(engine: Any) -> list[torch.Tensor]:
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        return list(optimizer.fp32_partitioned_groups_flat)
+    return list(optimizer.single_partition_of_fp32_groups)
+
+
+def module_weights(engine: Any) -> dict[str, torch.Tensor]:
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
+            weights[name] = parameter.detach().clone()
+    return weights
+
+
+def do_train(job: dict[str, Any]) -> dict[str, Any]:
+    """Trains job["steps"] updates and saves after every job["every"], as `RUN/global_stepN` or HF Trainer's way."""
+    engine = build_engine(job)
+    losses = []
+    for step in range(1, job["steps"] + 1):
+        losses += train_steps(engine, step, 1)
+        if step % job["every"] == 0:
+            run = Path(job["run"]) / f"checkpoint-{step}" if job.get("hf") else Path(job["run"])
+            engine.save_checkpoint(str(run), tag=f"global_step{step}")
+    engine.destroy()
+    return {"losses": losses}
+
+
+def do_load(job: dict[str, Any]) -> dict[str, Any]:
+    """Loads job["root"], saves what the engine then holds as .pt per rank, and trains job["steps"] more updates."""
+    engine = build_engine(job)
+    path, _ = engine.load_checkpoint(job["root"], tag=job.get("tag"))
+    state = {
+        "masters": [t.detach().clone() for t in master_partitions(engine)],
+        "module": module_weights(engine),
+        "buffers": {name: b.clone() for name, b in engine.module.named_buffers()},
+        "moments": [
+            {k: v.clone() for k, v in s.items() if torch.is_tensor(v)}
+            for s in engine.optimizer.optimizer.state.values()
+        ],
+    }
+    torch.save(state, f"{job['dump']}.rank{dist.get_rank()}")
+    report = {"path": path, "global_steps": engine.global_steps}
+    losses = train_steps(engine, engine.global_steps + 1, job.get("steps", 1))
+    engine.destroy()
+    return {**report, "losses": losses, "lr": engine.get_lr()}
+
+
+def main() -> None:
+    jobs_file = Path(sys.argv[1])
+    deepspeed.init_distributed("gloo", verbose=False)
+    jobs = {"train": do_train, "load": do_load}
+    reports = [jobs[job["do"]](job) for job in json.loads(jobs_file.read_text())]
+    Path(f"{jobs_file}.rank{dist.get_rank()}").write_text(json.dumps(reports))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,8 @@
+"""`python -m wsm_ds` is `wsm-ds`."""
+
+import sys
+
+from wsm_ds.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

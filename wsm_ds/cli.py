@@ -1,0 +1,223 @@
+"""The `wsm-ds` command: parse, one library call, print. The library is imported when a command needs it."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from wsm_ds import __version__
+from wsm_ds.errors import WsmError
+
+EXIT_CODES = "exit codes: 0 done; 2 a wrong request; 3 a broken or unsupported checkpoint or output; 130 interrupted"
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from wsm_ds.merge import plan_merge
+    from wsm_ds.recipe import load_recipe, make_recipe
+
+    names = ("run", "out", "last", "from_step", "to_step", "curve", "floor", "oldest_interval", "format", "dtype",
+             "optimizer_states", "memory_budget", "threads", "max_shard_size")  # fmt: skip
+    values = {name: getattr(options, name) for name in names}
+    values["tags"] = _split(options.tags)
+    values["coefficients"] = _split(options.coefficients)
+    values["allow"] = tuple(options.allow) or None
+    values["allow_globals"] = tuple(options.allow_global) or None
+    recipe = load_recipe(options.recipe, **values) if options.recipe else make_recipe(**_with_default_curve(values))
+    return _carry_out(plan_merge(recipe), options)
+
+
+def _with_default_curve(values: dict[str, Any]) -> dict[str, Any]:
+    if values["curve"] is None and values["coefficients"] is None:
+        return values | {"curve": "linear"}
+    return values
+
+
+def _carry_out(plan: Any, options: argparse.Namespace) -> int:
+    from wsm_ds.merge import run_plan
+    from wsm_ds.progress import Progress
+    from wsm_ds.report import plan_report
+
+    if not options.json:
+        print(plan_report(plan), flush=True)
+    if options.dry_run:
+        if options.json:
+            print(json.dumps(plan.to_json(), indent=2))
+        return 0
+    with Progress(plan.bytes_to_write, quiet=options.json) as progress:
+        manifest = run_plan(plan, progress.add)
+    print(json.dumps(manifest, indent=2) if options.json else f"done {plan.out}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from wsm_ds.merge import plan_export
+
+    plan = plan_export(
+        options.run,
+        options.tag,
+        options.out,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        memory_budget=options.memory_budget,
+        threads=options.threads,
+        allow_globals=tuple(options.allow_global) or None,
+    )
+    return _carry_out(plan, options)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from wsm_ds.inspect import inspect_run
+    from wsm_ds.report import inspection_report
+
+    found = inspect_run(options.run, options.tag, frozenset(options.allow_global))
+    if options.json:
+        print(json.dumps([item.details() if options.tag else item.to_json() for item in found], indent=2))
+    else:
+        print(inspection_report(found))
+    return 0 if all(item.layout for item in found) else 3
+
+
+def _coefficients(options: argparse.Namespace) -> int:
+    from wsm_ds.coefficients import effective_sample_size, lag, merge_coefficients
+    from wsm_ds.report import coefficients_report
+
+    steps = [_number(step) for step in _split(options.steps) or ()] or None
+    if steps is not None and options.n not in (None, len(steps)):
+        raise SystemExit(f"wsm-ds: -n {options.n} contradicts the {len(steps)} steps given")
+    count = None if steps is not None else options.n
+    c = merge_coefficients(
+        options.curve,
+        n=count,
+        steps=steps,
+        oldest_interval=options.oldest_interval,
+        floor=options.floor or 0.0,
+    )
+    positions = steps if steps is not None else list(range(len(c)))
+    ess, behind = effective_sample_size(c), lag(c, positions)
+    if options.json:
+        figures = {
+            "coefficients": c.tolist(),
+            "steps": positions,
+            "effective_sample_size": ess,
+            "lag_steps": behind,
+        }
+        print(json.dumps({"curve": options.curve, **figures}, indent=2))
+    else:
+        print(coefficients_report(c.tolist(), positions, ess, behind))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from wsm_ds.sizes import format_size
+    from wsm_ds.verify import verify
+
+    proof = verify(options.out, full=options.full)
+    if options.json:
+        print(json.dumps({"files": proof.files, "bytes": proof.nbytes, "recomputed_bytes": proof.recomputed_bytes,
+                          "note": proof.note}, indent=2))  # fmt: skip
+    else:
+        print(f"{options.out}: {proof.files} files, {format_size(proof.nbytes)}: all checksums match")
+        print(proof.note or f"recomputed {format_size(proof.recomputed_bytes)} from the sources: identical")
+    return 0
+
+
+def _split(text: str | None) -> tuple[str, ...] | None:
+    return tuple(part.strip() for part in text.split(",")) if text else None
+
+
+def _number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise SystemExit(f"wsm-ds: {text!r} is not a step") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="wsm-ds", description="Merge ZeRO checkpoints instead of decaying the "
+                                     "learning rate.", epilog=EXIT_CODES)  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"wsm-ds {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    merge = _command(commands, "merge", _merge, "merge a window of checkpoints")
+    merge.add_argument("run", nargs="?", type=Path, help="the run's folder (save_dir, or HF Trainer's output_dir)")
+    merge.add_argument("--recipe", type=Path, metavar="FILE.yaml", help="a recipe; other options count before its own")
+    merge.add_argument("--last", type=int, metavar="N", help="the newest N complete checkpoints")
+    merge.add_argument("--from", dest="from_step", type=int, metavar="STEP", help="first step of the window")
+    merge.add_argument("--to", dest="to_step", type=int, metavar="STEP", help="last step of the window")
+    merge.add_argument("--tags", metavar="A,B,…", help="checkpoints by name")
+    merge.add_argument("--curve", help="linear (default), cosine, 1-sqrt, power:P, ema:R, …")
+    merge.add_argument("--floor", type=float, metavar="M", help="final rate as a fraction of the peak (default 0)")
+    merge.add_argument("--coefficients", metavar="C,C,…", help="instead of a curve: oldest first, summing to 1")
+    merge.add_argument("--oldest-interval", type=int, metavar="STEPS", help="steps the oldest checkpoint stands for")
+    merge.add_argument("--format", choices=("zero", "safetensors"), help="zero (default): DeepSpeed loads it")
+    merge.add_argument("--optimizer-states", choices=("carry", "merge", "drop"), help="default carry")
+    merge.add_argument(
+        "--allow", action="append", default=[], choices=("warmup", "lr-change"), help="pass over a check"
+    )
+    _writing_options(merge)
+
+    export = _command(commands, "export", _export, "one checkpoint to safetensors")
+    export.add_argument("run", type=Path)
+    export.add_argument("--tag", help="default: the newest complete one")
+    _writing_options(export)
+
+    inspect = _command(commands, "inspect", _inspect, "what a run's folder holds")
+    inspect.add_argument("run", type=Path)
+    inspect.add_argument("--tag", help="one checkpoint; with --json, its tensors too")
+    _allow_global(inspect)
+
+    coefficients = _command(commands, "coefficients", _coefficients, "coefficients of a curve")
+    coefficients.add_argument("--curve", required=True)
+    coefficients.add_argument("-n", type=int, help="number of evenly spaced checkpoints")
+    coefficients.add_argument("--steps", metavar="S,S,…", help="their steps or tokens, if uneven")
+    coefficients.add_argument("--oldest-interval", type=int, metavar="STEPS")
+    coefficients.add_argument("--floor", type=float, metavar="M")
+
+    verify = _command(commands, "verify", _verify, "prove that an output is right")
+    verify.add_argument("out", type=Path)
+    verify.add_argument("--full", action="store_true", help="recompute everything from the sources, not samples")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, function: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
+    parser.set_defaults(function=function)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _writing_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder to make; it must not exist")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of safetensors; default: as trained")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="of a safetensors file (default 5GB)")
+    parser.add_argument("--memory-budget", metavar="SIZE", help="of all buffers (default 512MiB)")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
+    _allow_global(parser)
+
+
+def _allow_global(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--allow-global", action="append", default=[], metavar="MODULE.NAME",
+                        help="a class in the checkpoints' client state to carry along; it is not imported")  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.function(options))
+    except WsmError as error:
+        print(f"wsm-ds: {type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"wsm-ds: {error}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print("wsm-ds: interrupted; nothing was published", file=sys.stderr)
+        return 130

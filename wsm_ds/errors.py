@@ -1,0 +1,86 @@
+"""Every error that wsm_ds raises on purpose, a closed set.
+
+Each is a subclass of the builtin that fits, so a caller who does not know wsm_ds can catch it, and of
+`WsmError`, so a caller who does can catch them all. A message says what failed, where (file, rank,
+slot), what was expected and found, and what to do next.
+"""
+
+from collections.abc import Iterable
+
+
+class WsmError(Exception):
+    """Base of every error raised by wsm_ds."""
+
+    exit_code = 2
+
+
+class CurveError(WsmError, ValueError):
+    """A decay curve, its decay factors, its coefficients or its grid are not valid."""
+
+
+class ScheduleError(WsmError, ValueError):
+    """A learning-rate schedule got a wrong parameter, or a state that contradicts its parameters."""
+
+
+class RecipeError(WsmError, ValueError):
+    """A recipe or a command-line option is not valid."""
+
+
+class CheckpointNotFound(WsmError, FileNotFoundError):
+    """A run, tag or step that was asked for does not exist."""
+
+
+class WindowError(WsmError, ValueError):
+    """The checkpoints asked for do not make a window that can be merged."""
+
+
+class OutputExists(WsmError, FileExistsError):
+    """The output is already there, or another process is writing it."""
+
+
+class BudgetTooSmall(WsmError, ValueError):
+    """The memory budget does not hold even the smallest unit of work."""
+
+
+class BrokenCheckpoint(WsmError, OSError):
+    """A checkpoint's files are missing, truncated or not what their names say."""
+
+    exit_code = 3
+
+
+class UnsafePickle(WsmError, ValueError):
+    """A checkpoint's pickle names a global that no training checkpoint needs."""
+
+    exit_code = 3
+
+
+class UnsupportedLayout(WsmError, NotImplementedError):
+    """A checkpoint is whole, but in a form that this version does not read or write."""
+
+    exit_code = 3
+
+
+class LayoutMismatch(WsmError, ValueError):
+    """Checkpoints of one window do not hold the same model."""
+
+    exit_code = 3
+
+
+class NonFiniteValue(WsmError, ValueError):
+    """A source holds a NaN or an infinity, or a value overflows the output's dtype."""
+
+    exit_code = 3
+
+
+class VerificationFailed(WsmError, ValueError):
+    """A merged output is not what its manifest says."""
+
+    exit_code = 3
+
+
+def few(items: Iterable[object], limit: int = 5) -> str:
+    """The first `limit` items and how many more there are, for an error message."""
+    shown = [str(item) for item in items]
+    if len(shown) <= limit:
+        return ", ".join(shown)
+    return ", ".join(shown[:limit]) + f", … ({len(shown)} in all)"

@@ -1,0 +1,31 @@
+"""A checkpoint's opened files, with what its model file says of them: what the stages' readers work on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from wsm_ds.errors import BrokenCheckpoint
+from wsm_ds.layouts.layout import TensorInfo
+from wsm_ds.torchfile import TorchFile
+
+
+@dataclass(frozen=True)
+class RankFiles:
+    """Model and optimizer files by data-parallel rank; `indices` numbers them by path."""
+
+    models: dict[int, TorchFile]
+    optims: dict[int, TorchFile]
+    indices: dict[Path, int]
+    tensors: dict[str, TensorInfo]
+    aliases: dict[str, str]
+    world_size: int
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """The number of each tensor in the fragment tables."""
+        return {name: number for number, name in enumerate(self.tensors)}
+
+
+def require_numel(file: TorchFile, what: str, held: int, needed: int) -> None:
+    """Raises BrokenCheckpoint if `what` holds fewer elements than belong there."""
+    if held < needed:
+        raise BrokenCheckpoint(f"{file.path}: {what} holds {held} elements, but {needed} belong there.")

@@ -1,0 +1,53 @@
+"""What checkpoints a run's folder holds: DeepSpeed's `RUN/TAG` and HF Trainer's `RUN/checkpoint-N/TAG`."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from wsm_ds.errors import CheckpointNotFound, few
+
+STEP_IN_NAME = re.compile(r"(\d+)$")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Checkpoint:
+    """A checkpoint's folder. `named_step` comes from its name; its files know the truth."""
+
+    named_step: int
+    tag: str
+    path: Path
+
+
+def find_checkpoints(run: Path) -> list[Checkpoint]:
+    """Every folder of `run` that holds DeepSpeed's model files, in the order of the steps in their names.
+
+    Raises:
+        CheckpointNotFound: `run` is no folder, or holds none.
+    """
+    if not run.is_dir():
+        raise CheckpointNotFound(f"{run} is not a folder.")
+    folders = [path for path in run.iterdir() if path.is_dir()]
+    for trainer in [path for path in folders if path.name.startswith("checkpoint-")]:
+        folders += [path for path in trainer.iterdir() if path.is_dir()]
+    found = [_checkpoint(run, path) for path in folders if any(path.glob("*_states.pt"))]
+    if not found:
+        raise CheckpointNotFound(
+            f"{run} holds no DeepSpeed checkpoint: no folder in it, or in its checkpoint-*, has *_model_states.pt. "
+            "Give the folder that was passed to save_checkpoint (or HF Trainer's output_dir)."
+        )
+    return sorted(found)
+
+
+def _checkpoint(run: Path, path: Path) -> Checkpoint:
+    match = STEP_IN_NAME.search(path.name)
+    return Checkpoint(int(match.group(1)) if match else -1, path.relative_to(run).as_posix(), path)
+
+
+def find_tag(run: Path, tag: str) -> Checkpoint:
+    """The checkpoint called `tag` (`global_step8`, `checkpoint-8/global_step8`, or `checkpoint-8`)."""
+    checkpoints = find_checkpoints(run)
+    for checkpoint in checkpoints:
+        parts = checkpoint.tag.split("/")
+        if tag in (checkpoint.tag, parts[0], parts[-1]):
+            return checkpoint
+    raise CheckpointNotFound(f"{run} holds no checkpoint {tag}; it holds {few(c.tag for c in checkpoints)}.")

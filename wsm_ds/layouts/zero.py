@@ -1,0 +1,205 @@
+"""A DeepSpeed ZeRO checkpoint's folder → Layout: which files there must be, and what their metadata says.
+
+`zero12` and `zero3` know how a stage places elements; here is what they share. Formats: DeepSpeed 0.19
+`runtime/engine.py` (`_common_checkpoint_state`, file names), `runtime/zero/stage_1_and_2.py`, `stage3.py`.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wsm_ds.dtypes import BY_NAME, DType
+from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, few
+from wsm_ds.layouts import zero3, zero12
+from wsm_ds.layouts.layout import Layout, TableBuilder, TensorInfo
+from wsm_ds.layouts.rank_files import RankFiles
+from wsm_ds.layouts.run import Checkpoint
+from wsm_ds.torchfile import Stub, Tensor, TorchFile, open_torch_file
+
+MODEL_FILE = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt$")
+OPTIM_FILE = re.compile(r"^(?:bf16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_?optim_states\.pt$")
+UNSUPPORTED = (
+    (re.compile(r"^layer_\d+_expert_"), "native MoE expert files"),
+    (re.compile(r"^expp_rank_"), "native MoE expert files"),
+    (re.compile(r"^layer_\d+-model_"), "pipeline-parallel layer files"),
+    (re.compile(r"\.pt-\d+\.\d+$"), "pieces written by DeepSpeed's fast writer"),
+    (re.compile(r"^offloaded_tensors$"), "NVMe-offloaded optimizer states"),
+)
+WARMUP_SCHEDULERS = ("WSMLR", "WSDLR", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+
+
+def read_layout(checkpoint: Checkpoint, allowed_globals: frozenset[str] = frozenset()) -> Layout:
+    """The layout of one checkpoint. Reads every file's metadata, no tensor.
+
+    Raises:
+        BrokenCheckpoint: a rank's file is missing, truncated, or contradicts the others (named).
+        UnsupportedLayout: a form that is not read yet (named).
+        UnsafePickle: a file's pickle names an unknown global (named).
+    """
+    path = checkpoint.path
+    entries = sorted(entry.name for entry in path.iterdir())
+    _refuse_unsupported(path, entries)
+    models, optims = _by_rank(path, entries, MODEL_FILE), _by_rank(path, entries, OPTIM_FILE)
+    if not models:
+        raise BrokenCheckpoint(f"{path} has no *_model_states.pt.")
+    opened = {r: open_torch_file(path / n, allowed_globals) for r, n in models.items()}
+    model = opened[min(opened)].tree
+    world_size = _world_size(path, model)
+    if not optims:
+        raise UnsupportedLayout(
+            f"{path} has no optimizer files: it is a ZeRO stage 0 checkpoint, or its save was cut off."
+        )
+    _require_ranks(path, "optimizer file", "optim_states.pt", set(optims), world_size)
+    opened_optims = {r: open_torch_file(path / n, allowed_globals) for r, n in optims.items()}
+    stage = _stage(path, opened_optims[0])
+    if stage == 3:
+        _require_ranks(path, "model file", "model_states.pt", set(models), world_size)
+    tensors, aliases = _tensors(opened[0])
+    names = [*models.values(), *optims.values()]
+    indices = {path / name: index for index, name in enumerate(names)}
+    files = RankFiles(opened, opened_optims, indices, tensors, aliases, world_size)
+    return _assemble(checkpoint, files, stage, tuple(names))
+
+
+def _assemble(checkpoint: Checkpoint, files: RankFiles, stage: int, names: tuple[str, ...]) -> Layout:
+    builder = TableBuilder()
+    (zero3 if stage == 3 else zero12).place(builder, files)
+    model = files.models[0].tree
+    return Layout(
+        path=checkpoint.path,
+        tag=checkpoint.tag,
+        step=int(model["global_steps"]),
+        stage=stage,
+        world_size=files.world_size,
+        dtype=_module_dtype(files.tensors),
+        files=names,
+        archives=tuple(file.archive for file in (*files.models.values(), *files.optims.values())),
+        tensors=files.tensors,
+        aliases=files.aliases,
+        fragments=builder.tables(),
+        learning_rates=_learning_rates(files.optims[0]),
+        warmup_num_steps=_warmup(model),
+    )
+
+
+def _refuse_unsupported(path: Path, names: list[str]) -> None:
+    for pattern, what in UNSUPPORTED:
+        hits = [name for name in names if pattern.search(name)]
+        if hits:
+            raise UnsupportedLayout(f"{path} holds {what} ({few(hits, 2)}), which this version does not read.")
+
+
+def _by_rank(path: Path, names: list[str], pattern: re.Pattern[str]) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for name in names:
+        match = pattern.match(name)
+        if not match:
+            continue
+        if int(match["mp"]) > 0:
+            raise UnsupportedLayout(f"{path} is model-parallel ({name}), which this version does not read.")
+        rank = int(match["dp"] or 0)
+        if rank in found:
+            raise BrokenCheckpoint(
+                f"{path} holds two files of rank {rank}: {found[rank]} and {name}. Two runs were saved into one "
+                "folder; remove the stale one."
+            )
+        found[rank] = name
+    return dict(sorted(found.items()))
+
+
+def _world_size(path: Path, model: Any) -> int:
+    if not isinstance(model, dict) or "dp_world_size" not in model or "param_shapes" not in model:
+        raise BrokenCheckpoint(f"{path}: its model file lacks dp_world_size or param_shapes; DeepSpeed writes both.")
+    if int(model.get("mp_world_size") or 1) > 1:
+        raise UnsupportedLayout(f"{path} is model-parallel (mp_world_size > 1), which this version does not read.")
+    return int(model["dp_world_size"])
+
+
+def _require_ranks(path: Path, what: str, ending: str, found: set[int], world_size: int) -> None:
+    missing = [f"zero_pp_rank_{rank}_mp_rank_00_{ending}" for rank in range(world_size) if rank not in found]
+    if missing:
+        raise BrokenCheckpoint(
+            f"{path} is incomplete: {len(missing)} of {world_size} ranks' {what}s are missing: {few(missing)}."
+        )
+    if len(found) > world_size:
+        raise BrokenCheckpoint(
+            f"{path} holds {what}s of {len(found)} ranks, but was saved by {world_size}: files of another save remain."
+        )
+
+
+def _stage(path: Path, optim: TorchFile) -> int:
+    state = optim.tree.get("optimizer_state_dict") if isinstance(optim.tree, dict) else None
+    if not isinstance(state, dict):
+        raise BrokenCheckpoint(f"{optim.path} holds no optimizer_state_dict; DeepSpeed writes one.")
+    if "fp32_flat_groups" in state:
+        return 3
+    if "single_partition_of_fp32_groups" not in state:
+        raise UnsupportedLayout(f"{optim.path} holds neither ZeRO partitions nor sub-groups: {few(state)}.")
+    stage = state.get("zero_stage")
+    if isinstance(stage, Stub):
+        return int(stage.args[0])
+    return 1  # BF16_Optimizer, which writes no zero_stage
+
+
+def _tensors(model_file: TorchFile) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Parameters in partition order, then frozen ones, then buffers; and the tied names of each."""
+    model = model_file.tree
+    module = model["module"]
+    if not isinstance(module, dict):
+        raise UnsupportedLayout(f"{model_file.path} holds no module weights (pipeline parallel).")
+    aliases = {str(k): str(v) for k, v in (model.get("shared_params") or {}).items()}
+    buffers = set(model.get("buffer_names") or ())
+    tensors: dict[str, TensorInfo] = {}
+    for group in model["param_shapes"]:
+        for name, shape in group.items():
+            tensors[name] = TensorInfo(tuple(shape), _dtype_of(model_file, name), "parameter")
+    frozen_shapes = model.get("frozen_param_shapes") or {}
+    for name, value in module.items():
+        if name in tensors or name in aliases or not isinstance(value, Tensor):
+            continue
+        shape = value.shape if name in buffers else tuple(frozen_shapes.get(name, value.shape))
+        tensors[name] = TensorInfo(tuple(shape), value.dtype, "buffer" if name in buffers else "frozen")
+    return tensors, aliases
+
+
+def _dtype_of(model_file: TorchFile, name: str) -> DType:
+    value = model_file.tree["module"].get(name)
+    if not isinstance(value, Tensor):
+        raise BrokenCheckpoint(f"{model_file.path}: module holds no tensor {name}, although param_shapes names it.")
+    return value.dtype
+
+
+def _module_dtype(tensors: dict[str, TensorInfo]) -> DType:
+    trained = [info.dtype for info in tensors.values() if info.role == "parameter"]
+    return trained[0] if trained else BY_NAME["fp32"]
+
+
+def _learning_rates(optim: TorchFile) -> tuple[float, ...]:
+    state = optim.tree["optimizer_state_dict"]
+    base = state.get("base_optimizer_state") or state.get("optimizer_state_dict")
+    groups = base if isinstance(base, list) else (base or {}).get("param_groups", [])
+    return tuple(_scalar(optim, group["lr"]) for group in groups if isinstance(group, dict) and "lr" in group)
+
+
+def _scalar(file: TorchFile, value: Any) -> float:
+    if not isinstance(value, Tensor):
+        return float(value)
+    stored = np.fromfile(file.path, value.dtype.storage, 1, offset=file.byte_offset(value))
+    return float(stored[0])
+
+
+def _warmup(model: dict[str, Any]) -> int | None:
+    """Updates of the warmup, as the saved scheduler or else the saved ds_config says."""
+    saved = model.get("lr_scheduler") or {}
+    if not isinstance(saved, dict):
+        return None
+    config = model.get("ds_config")
+    named = (config.get("scheduler") if isinstance(config, dict) else None) or {}
+    if "warmup_num_steps" in saved:
+        return int(saved["warmup_num_steps"])
+    if named.get("type") in WARMUP_SCHEDULERS and isinstance(named.get("params"), dict):
+        steps = named["params"].get("warmup_num_steps")
+        return int(steps) if isinstance(steps, int | float) else None
+    return None

@@ -1,0 +1,105 @@
+"""ZeRO stages 1 and 2, and BF16_Optimizer: flat partitions of each parameter group.
+
+A group's parameters, flattened in `param_shapes` order, are one line of elements padded to equal partitions;
+rank r owns [r·P, (r+1)·P). The order is that of `param_shapes`, never of `param_slice_mappings`, which is
+wrong under `round_robin_gradients` (`runtime/zero/stage_1_and_2.py:824-850`, `runtime/engine.py:5463-5466`).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from wsm_ds.errors import BrokenCheckpoint
+from wsm_ds.layouts.layout import TableBuilder, TensorInfo
+from wsm_ds.layouts.rank_files import RankFiles, require_numel
+from wsm_ds.torchfile import Tensor, TorchFile
+
+
+def place(builder: TableBuilder, files: RankFiles) -> None:
+    """Adds every fragment of a stage 1 or 2 checkpoint to `builder`."""
+    _place_module(builder, files)
+    groups = files.models[0].tree["param_shapes"]
+    sizes: dict[int, int] = {}
+    for rank, optim in files.optims.items():
+        state = optim.tree["optimizer_state_dict"]
+        _require_count(optim, state, len(groups), files.world_size)
+        for number, shapes in enumerate(groups):
+            size = _partition_numel(optim, state, number)
+            if size != sizes.setdefault(number, size):
+                raise BrokenCheckpoint(
+                    f"{optim.path}: partition {number} holds {size} elements, that of rank 0 {sizes[number]}."
+                )
+            alignment = (state.get("param_alignment_paddings") or [[]] * len(groups))[number]
+            needed = sum(files.tensors[name].numel for name in shapes) + sum(int(padding) for padding in alignment)
+            require_numel(optim, f"parameter group {number}", size * files.world_size, needed)
+            slices = list(_slices(shapes, alignment, files.tensors, rank * size, size))
+            _place_partition(builder, files, optim, number, slices)
+
+
+def _partition_numel(optim: TorchFile, state: dict[str, Any], group: int) -> int:
+    """Elements of a rank's partition with padding. ZeRO trims the padding off the masters, BF16_Optimizer does not."""
+    held: int = state["single_partition_of_fp32_groups"][group].numel
+    return held + int(state["group_paddings"][group]) if "zero_stage" in state else held
+
+
+def _place_partition(
+    builder: TableBuilder, files: RankFiles, optim: TorchFile, group: int, slices: list[tuple[str, int, int, int]]
+) -> None:
+    state, numbers = optim.tree["optimizer_state_dict"], files.numbers
+    masters = state["single_partition_of_fp32_groups"][group]
+    for kind, flat in {"master": masters, **_states(state, group)}.items():
+        base = optim.byte_offset(flat)
+        for name, start, numel, position in slices:
+            require_numel(optim, f"{kind} of partition {group}", flat.numel, position + numel)
+            offset = base + position * flat.dtype.itemsize
+            file = files.indices[optim.path]
+            builder.add(kind, numbers[name], start, numel, file=file, offset=offset, dtype=flat.dtype)
+
+
+def _require_count(optim: TorchFile, state: dict[str, Any], groups: int, world_size: int) -> None:
+    held = len(state["single_partition_of_fp32_groups"])
+    counts = {int(count) for count in state["partition_count"]}
+    if held != groups or counts != {world_size}:
+        raise BrokenCheckpoint(
+            f"{optim.path}: {held} partitions cut in {sorted(counts)}, but the model file names {groups} parameter "
+            f"groups and {world_size} ranks."
+        )
+
+
+def _slices(
+    shapes: dict[str, Any], alignment: list[int], tensors: dict[str, TensorInfo], first: int, size: int
+) -> Iterator[tuple[str, int, int, int]]:
+    """(fqn, start in the parameter, numel, position in the partition) of what lies in [first, first + size)."""
+    position = 0
+    for index, name in enumerate(shapes):
+        numel = tensors[name].numel
+        begin, end = max(position, first), min(position + numel, first + size)
+        if begin < end:
+            yield name, begin - position, end - begin, begin - first
+        position += numel + (int(alignment[index]) if index < len(alignment) else 0)
+
+
+def _states(state: dict[str, Any], group: int) -> dict[str, Tensor]:
+    """The optimizer's element-wise states of a group, by the optimizer's own names."""
+    base = state["base_optimizer_state"]
+    held = base[group] if isinstance(base, list) else base["state"].get(group, {})
+    return {name: value for name, value in held.items() if isinstance(value, Tensor) and len(value.shape) == 1}
+
+
+def _place_module(builder: TableBuilder, files: RankFiles) -> None:
+    """Whole tensors of the model file; a tied name counts only where it has bytes of its own."""
+    kinds = {"parameter": "module", "frozen": "frozen", "buffer": "buffer"}
+    model, numbers = files.models[0], files.numbers
+    placed: set[int] = set()
+    for name in sorted(model.tree["module"], key=lambda name: name in files.aliases):
+        value, owner = model.tree["module"][name], files.aliases.get(name, name)
+        if not isinstance(value, Tensor) or owner not in files.tensors:
+            continue
+        offset = model.byte_offset(value)
+        if name in files.aliases and offset in placed:
+            continue
+        placed.add(offset)
+        info = files.tensors[owner]
+        if value.shape != info.shape:
+            raise BrokenCheckpoint(f"{model.path}: {name} has shape {value.shape}, param_shapes says {info.shape}.")
+        file = files.indices[model.path]
+        builder.add(kinds[info.role], numbers[owner], 0, value.numel, file=file, offset=offset, dtype=value.dtype)

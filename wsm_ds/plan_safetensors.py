@@ -1,0 +1,102 @@
+"""Output as safetensors: one file, or shards with an index, in the names and order that transformers expects.
+
+Format: 8 bytes of header length, a JSON header padded with spaces, then the tensors without gaps.
+"""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+
+from wsm_ds.dtypes import CODES, DType
+from wsm_ds.layouts.layout import TensorInfo
+from wsm_ds.plan import Bytes, Copy, OutputFile
+from wsm_ds.plan_zero import finished
+from wsm_ds.runs import FileRuns, WindowTables, add_window_runs, whole_tensors
+
+KIND_OF_ROLE = {"parameter": "master", "frozen": "frozen", "buffer": "buffer"}
+
+
+@dataclass(frozen=True)
+class _Shard:
+    name: str
+    header: bytes
+    offsets: dict[str, int]  # of each tensor in the file
+    nbytes: int
+
+
+def safetensors_outputs(
+    tables: WindowTables, dtype: DType | None, max_shard_bytes: int
+) -> tuple[tuple[OutputFile, ...], dict[str, str]]:
+    """The shards, and the index as a text file if there is more than one.
+
+    Args:
+        dtype: of all parameters, trained and frozen; None keeps the dtype that each has in the module.
+            Buffers keep their own. Tied parameters are stored once, under the name that owns them.
+        max_shard_bytes: a shard closes before it would grow beyond this; a larger tensor gets its own.
+    """
+    dtypes = {
+        n: info.dtype if info.role == "buffer" or dtype is None else dtype for n, info in tables.newest.tensors.items()
+    }
+    shards = _shards(tables.newest.tensors, dtypes, max_shard_bytes)
+    files: defaultdict[int, FileRuns] = defaultdict(FileRuns)
+    for role, kind in KIND_OF_ROLE.items():
+        placed = [
+            (number, info.numel, file, shard.offsets[name], CODES[dtypes[name].name])
+            for file, shard in enumerate(shards)
+            for number, (name, info) in enumerate(tables.newest.tensors.items())
+            if info.role == role and name in shard.offsets
+        ]
+        out = whole_tensors(placed)
+        if len(out):
+            add_window_runs(files, tables, kind, out)
+    outputs = []
+    for file, shard in enumerate(shards):
+        hole = Copy(len(shard.header), shard.nbytes - len(shard.header), -1, 0)  # filled by the runs, every byte
+        outputs.append(finished(shard.name, shard.nbytes, [Bytes(0, shard.header), hole], (), files[file]))
+    return tuple(outputs), _index(tables.newest.tensors, dtypes, shards)
+
+
+def _shards(tensors: dict[str, TensorInfo], dtypes: dict[str, DType], max_bytes: int) -> list[_Shard]:
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, info in tensors.items():
+        nbytes = info.numel * dtypes[name].itemsize
+        if groups[-1] and used + nbytes > max_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += nbytes
+    if len(groups) == 1:
+        return [_shard("model.safetensors", groups[0], tensors, dtypes)]
+    return [
+        _shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", names, tensors, dtypes)
+        for number, names in enumerate(groups, start=1)
+    ]
+
+
+def _shard(file: str, names: list[str], tensors: dict[str, TensorInfo], dtypes: dict[str, DType]) -> _Shard:
+    """Tensors of wider dtypes first, so that each is aligned to its element size."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets, position = {}, 0
+    for name in sorted(names, key=lambda name: -dtypes[name].itemsize):
+        nbytes = tensors[name].numel * dtypes[name].itemsize
+        entries[name] = {
+            "dtype": dtypes[name].safetensors_name,
+            "shape": list(tensors[name].shape),
+            "data_offsets": [position, position + nbytes],
+        }
+        offsets[name] = position
+        position += nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return _Shard(file, header, {n: o + len(header) for n, o in offsets.items()}, len(header) + position)
+
+
+def _index(tensors: dict[str, TensorInfo], dtypes: dict[str, DType], shards: list[_Shard]) -> dict[str, str]:
+    if len(shards) == 1:
+        return {}
+    total = sum(info.numel * dtypes[name].itemsize for name, info in tensors.items())
+    weights = {name: shard.name for shard in shards for name in shard.offsets}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
+    return {"model.safetensors.index.json": json.dumps(index, indent=2) + "\n"}

@@ -1,0 +1,117 @@
+"""What the user asks for: which checkpoints, which curve, what to write. Validated, from flags or YAML."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from wsm_ds.errors import RecipeError
+from wsm_ds.sizes import parse_size
+
+Allowance = Literal["warmup", "lr-change"]
+
+
+class MergeRecipe(BaseModel):
+    """One merge. Exactly one of `last`, `from_step` with `to_step`, and `tags` chooses the window.
+
+    Attributes:
+        run: the run's folder (DeepSpeed's save_dir, or HF Trainer's output_dir).
+        last: the newest N complete checkpoints.
+        from_step, to_step: all checkpoints with steps in this closed range.
+        tags: checkpoints by name; their steps give the order.
+        curve: the decay curve to emulate ("linear", "cosine", "1-sqrt", "power:2", "ema:0.1", …).
+        floor: the curve's final rate as a fraction of the peak, 0 to 1.
+        coefficients: instead of a curve: one number a checkpoint, oldest first, summing to 1.
+        oldest_interval: steps that the oldest checkpoint stands for; the median interval if not given.
+        out: the folder to make. It must not exist.
+        format: "zero" (DeepSpeed loads it) or "safetensors".
+        dtype: of the parameters in safetensors; the training dtype if not given.
+        optimizer_states: "carry" those of the newest, "merge" them alike, or "drop" them (zero only).
+        memory_budget: bytes, or "512MiB"; holds all buffers of the merge.
+        threads: workers; all cores if not given.
+        max_shard_size: of a safetensors file.
+        allow: checks to pass over: "warmup" (a window inside the warmup), "lr-change".
+        allow_globals: names of classes in the checkpoints' client state to carry along as data.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    run: Path
+    out: Path
+    last: int | None = Field(default=None, ge=1)
+    from_step: int | None = Field(default=None, ge=0)
+    to_step: int | None = Field(default=None, ge=0)
+    tags: tuple[str, ...] | None = None
+    curve: str | None = None
+    floor: float = Field(default=0.0, ge=0.0, le=1.0)
+    coefficients: tuple[float, ...] | None = None
+    oldest_interval: int | None = Field(default=None, ge=1)
+    format: Literal["zero", "safetensors"] = "zero"
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    optimizer_states: Literal["carry", "merge", "drop"] = "carry"
+    memory_budget: int | str = "512MiB"
+    threads: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1)
+    max_shard_size: int | str = "5GB"
+    allow: tuple[Allowance, ...] = ()
+    allow_globals: tuple[str, ...] = ()
+
+    @field_validator("memory_budget", "max_shard_size")
+    @classmethod
+    def _bytes(cls, value: int | str) -> int:
+        nbytes = parse_size(value)
+        if nbytes < 1:
+            raise ValueError("must be at least one byte")
+        return nbytes
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "MergeRecipe":
+        by_range = self.from_step is not None or self.to_step is not None
+        if [self.last is not None, by_range, self.tags is not None].count(True) != 1:
+            raise ValueError("choose the window by exactly one of: last, from_step with to_step, tags")
+        if by_range and (self.from_step is None or self.to_step is None or self.from_step > self.to_step):
+            raise ValueError("from_step and to_step go together, from_step <= to_step")
+        if (self.curve is None) == (self.coefficients is None):
+            raise ValueError("give either a curve or coefficients")
+        if self.coefficients is not None and self.floor:
+            raise ValueError("floor belongs to a curve; coefficients are taken as they are")
+        if self.dtype is not None and self.format == "zero":
+            raise ValueError("dtype is for safetensors; a zero output keeps the run's precision")
+        if self.optimizer_states != "carry" and self.format == "safetensors":
+            raise ValueError("optimizer_states is for zero; safetensors holds no optimizer states")
+        return self
+
+
+def make_recipe(**values: Any) -> MergeRecipe:
+    """A validated recipe; None means not given.
+
+    Raises:
+        RecipeError: with every fault that was found.
+    """
+    try:
+        return MergeRecipe(**{key: value for key, value in values.items() if value is not None})
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()]
+        raise RecipeError("the recipe is not valid: " + "; ".join(faults)) from error
+
+
+def load_recipe(path: Path, **overrides: Any) -> MergeRecipe:
+    """A recipe from a YAML file; `overrides` that are not None count instead of the file's values.
+
+    Raises:
+        RecipeError: the file is missing, not a mapping, or not a valid recipe.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"the recipe {path} is not a mapping of names to values.")
+    unknown = [str(key) for key in values if str(key) not in MergeRecipe.model_fields]
+    if unknown:
+        raise RecipeError(
+            f"the recipe {path} has unknown names {unknown}; known are {sorted(MergeRecipe.model_fields)}."
+        )
+    return make_recipe(**(values | {key: value for key, value in overrides.items() if value is not None}))

@@ -1,0 +1,56 @@
+"""Tables for people: plans, coefficients, inspections. Text in, text out."""
+
+from collections.abc import Sequence
+
+from wsm_ds.inspect import Inspected
+from wsm_ds.plan import Plan
+from wsm_ds.sizes import format_size
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell; the first is left-aligned, the others right."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) if not column else cell.rjust(width)
+                  for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in [header, *rows]
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def plan_report(plan: Plan) -> str:
+    """The plan as it is shown before anything is written."""
+    rows = [[source.tag, str(source.step), f"{source.coefficient:.6f}"] for source in plan.sources]
+    figures = [
+        f"curve {plan.curve}  effective sample size {plan.ess:.2f} of {len(plan.sources)}  lag {plan.lag_steps:g} steps",
+        f"read {format_size(plan.bytes_to_read)}  write {format_size(plan.bytes_to_write)} in {len(plan.outputs)} files"
+        f"   memory {format_size(plan.memory_bytes)}   threads {plan.threads}",
+        f"out  {plan.out}",
+    ]
+    return "\n".join([table(["checkpoint", "step", "coefficient"], rows), *figures])
+
+
+def inspection_report(found: Sequence[Inspected]) -> str:
+    """One line a checkpoint, and the problems of the broken ones below."""
+    rows, problems = [], []
+    for item in found:
+        layout = item.layout
+        if layout is None:
+            rows.append([item.checkpoint.tag, *["-"] * 7, "no"])
+            problems.append(f"{item.checkpoint.tag}: {item.problem}")
+            continue
+        rates = ",".join(f"{rate:g}" for rate in sorted(set(layout.learning_rates))) or "-"
+        rows.append(
+            [item.checkpoint.tag, str(layout.step), str(layout.stage), layout.dtype.name, str(layout.world_size),
+             f"{layout.numel:,}", format_size(layout.nbytes), rates, "yes"]
+        )  # fmt: skip
+    header = ["checkpoint", "step", "zero", "dtype", "ranks", "parameters", "size", "lr", "complete"]
+    return "\n".join([table(header, rows), *problems])
+
+
+def coefficients_report(coefficients: Sequence[float], steps: Sequence[int], ess: float, lag_steps: float) -> str:
+    """Coefficients, oldest first."""
+    rows = [[str(step), f"{c:.6f}"] for step, c in zip(steps, coefficients, strict=True)]
+    return "\n".join(
+        [table(["step", "coefficient"], rows), f"effective sample size {ess:.2f}   lag {lag_steps:g} steps"]
+    )

@@ -1,0 +1,279 @@
+"""Reads the pickle of a torch file into plain data and inert stand-ins. Nothing it names is ever imported.
+
+A pickle is a program: it may name any callable and call it. Here every name becomes a `Global` (data), every
+call of one a `Stub` (data), and storages become `Tensor` addresses. Names that no training checkpoint needs
+are refused, so that a crafted file is noticed rather than carried on into an output.
+"""
+
+import collections
+import io
+import pickle
+from dataclasses import dataclass, field
+from typing import Any
+
+from wsm_ds.dtypes import BY_TORCH_NAME, DType
+from wsm_ds.errors import BrokenCheckpoint, UnsafePickle
+from wsm_ds.torchfile.archive import Archive
+
+KNOWN_MODULES = (
+    "torch",
+    "deepspeed",
+    "megatron",
+    "numpy",
+    "transformers",
+    "accelerate",
+    "argparse",
+    "collections",
+)
+"""Top-level packages whose names occur in checkpoints of DeepSpeed, Megatron-DeepSpeed and HF Trainer."""
+KNOWN_NAMES = frozenset(
+    f"{module}.{name}"
+    for module, names in {
+        "builtins": (
+            "set",
+            "frozenset",
+            "bytearray",
+            "complex",
+            "slice",
+            "range",
+            "list",
+            "dict",
+            "tuple",
+            "object",
+        ),
+        "__builtin__": ("set", "frozenset", "bytearray", "complex", "slice", "xrange", "object", "long"),
+        "copyreg": ("_reconstructor",),
+        "copy_reg": ("_reconstructor",),
+        "_codecs": ("encode",),
+        "datetime": ("datetime", "date", "time", "timedelta", "timezone"),
+        "enum": ("Enum", "IntEnum"),
+        "fractions": ("Fraction",),
+        "decimal": ("Decimal",),
+        "pathlib": ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"),
+        "types": ("SimpleNamespace",),
+    }.items()
+    for name in names
+)
+STORAGES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "UntypedStorage": "uint8",
+}
+
+
+@dataclass(frozen=True)
+class Global:
+    """A name that the pickle asked for, not imported."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(eq=False)
+class Stub:
+    """What calling a `Global` would have made: the callable, its arguments, and what was put into it later."""
+
+    made_by: Global
+    args: tuple[Any, ...]
+    state: Any = None
+    items: list[Any] = field(default_factory=list)
+    entries: list[tuple[Any, Any]] = field(default_factory=list)
+    is_new: bool = False
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def append(self, item: Any) -> None:
+        """Keeps what APPEND puts in."""
+        self.items.append(item)
+
+    def extend(self, items: Any) -> None:
+        """Keeps what APPENDS puts in."""
+        self.items.extend(items)
+
+    def add(self, item: Any) -> None:
+        """Keeps what ADDITEMS puts in."""
+        self.items.append(item)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.entries.append((key, value))
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A storage record of the archive: `numel` elements of `dtype` in record `data/{key}`."""
+
+    key: str
+    dtype: DType
+    kind: Global
+    location: str
+    numel: int
+
+
+@dataclass(eq=False)
+class Tensor:
+    """A tensor's address: a strided view of a storage. It holds no data.
+
+    `offset`, `shape` and `stride` count elements.
+    """
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    made_by: Stub
+    dtype_override: DType | None = None
+
+    @property
+    def dtype(self) -> DType:
+        """Element type."""
+        return self.dtype_override or self.storage.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        total = 1
+        for size in self.shape:
+            total *= size
+        return total
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie in row-major order without gaps."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size != 1 and stride != expected:
+                return False
+            expected *= size
+        return True
+
+
+class TorchSize(tuple):  # type: ignore[type-arg]
+    """`torch.Size`: a tuple that is written back under its own name."""
+
+
+class _InertUnpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, where: str, allowed: frozenset[str]) -> None:
+        super().__init__(io.BytesIO(data), encoding="utf-8")
+        self.where, self.allowed = where, allowed
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Never imports: the few structural names get our own functions, the known ones a `Global`."""
+        full = f"{module}.{name}"
+        if full in _STRUCTURAL:
+            return _STRUCTURAL[full]
+        if module.split(".")[0] in KNOWN_MODULES or full in KNOWN_NAMES or full in self.allowed:
+            return _inert_class(module, name)
+        raise UnsafePickle(
+            f"{self.where} asks for the global {full}, which no training checkpoint needs. It was not imported and "
+            f"nothing was run. If the class is your own, allow it by name (--allow-global {full}): it is then "
+            "carried along as data, still without being imported."
+        )
+
+    def persistent_load(self, pid: Any) -> Storage:
+        """A storage reference: ('storage', type, key, location, numel)."""
+        tag, kind, key, location, numel = pid
+        name = kind.global_.name if isinstance(kind, InertMeta) else ""
+        if tag != "storage" or name not in STORAGES or not isinstance(numel, int):
+            raise BrokenCheckpoint(f"{self.where} refers to {pid!r}, which is not a storage that torch writes.")
+        return Storage(str(key), BY_TORCH_NAME[STORAGES[name]], kind.global_, str(location), numel)
+
+
+class InertMeta(type):
+    """Tells REDUCE (a call of the class) from NEWOBJ (a call of its `__new__`)."""
+
+    global_: Global
+
+    def __call__(cls, *args: Any) -> Any:
+        return Stub(cls.global_, args)
+
+
+class _Inert(metaclass=InertMeta):
+    """Base of the stand-in classes: pickle's NEWOBJ wants a class, REDUCE a callable, and this is both."""
+
+    global_: Global
+
+    def __new__(cls, *args: Any) -> Any:
+        return Stub(cls.global_, args, is_new=True)
+
+
+def _inert_class(module: str, name: str) -> InertMeta:
+    return InertMeta(name, (_Inert,), {"global_": Global(module, name)})
+
+
+def _rebuild_tensor_v2(storage: Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> Tensor:
+    made_by = Stub(Global("torch._utils", "_rebuild_tensor_v2"), (storage, offset, tuple(shape), tuple(stride), *rest))
+    return Tensor(storage, int(offset), tuple(shape), tuple(stride), made_by)
+
+
+def _rebuild_tensor_v3(storage: Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> Tensor:
+    made_by = Stub(Global("torch._utils", "_rebuild_tensor_v3"), (storage, offset, tuple(shape), tuple(stride), *rest))
+    named = as_global(rest[2]) if len(rest) > 2 else None
+    dtype = BY_TORCH_NAME.get(named.name) if named else None
+    return Tensor(storage, int(offset), tuple(shape), tuple(stride), made_by, dtype)
+
+
+def _rebuild_parameter(data: Tensor, *rest: Any) -> Tensor:
+    return _rewrapped("torch._utils", "_rebuild_parameter", data, (data, *rest))
+
+
+def _rebuild_from_type_v2(function: Any, kind: Any, args: Any, state: Any) -> Any:
+    """A tensor that carries Python attributes (stage 3's `ds_id`): the tensor counts, the rest is kept."""
+    inner = function(*args)
+    if not isinstance(inner, Tensor):
+        return Stub(Global("torch._tensor", "_rebuild_from_type_v2"), (function, kind, args, state))
+    return _rewrapped("torch._tensor", "_rebuild_from_type_v2", inner, (function, kind, args, state))
+
+
+def _rewrapped(module: str, name: str, inner: Tensor, args: tuple[Any, ...]) -> Tensor:
+    made_by = Stub(Global(module, name), args)
+    return Tensor(inner.storage, inner.offset, inner.shape, inner.stride, made_by, inner.dtype_override)
+
+
+_STRUCTURAL: dict[str, Any] = {
+    "collections.OrderedDict": collections.OrderedDict,
+    "torch.Size": TorchSize,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor_v2,
+    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type_v2,
+}
+"""Names with a meaning for the layout. Their stand-ins are harmless functions of this module."""
+STRUCTURAL_GLOBALS: dict[Any, Global] = {value: Global(*name.rsplit(".", 1)) for name, value in _STRUCTURAL.items()}
+
+
+def as_global(value: Any) -> Global | None:
+    """The global that a value of an unpickled tree stands for, if it is one."""
+    if isinstance(value, InertMeta):
+        return value.global_
+    try:
+        return STRUCTURAL_GLOBALS.get(value)
+    except TypeError:
+        return None
+
+
+def unpickle(archive: Archive, data: bytes, allowed_globals: frozenset[str] = frozenset()) -> Any:
+    """The object tree of `data.pkl`, with `Tensor` addresses for tensors and `Stub`s for foreign objects.
+
+    Raises:
+        UnsafePickle: it names a global outside the known ones (the message has its name).
+        BrokenCheckpoint: it is not a pickle that torch writes.
+    """
+    where = str(archive.path)
+    try:
+        return _InertUnpickler(data, where, allowed_globals).load()
+    except (UnsafePickle, BrokenCheckpoint):
+        raise
+    except Exception as error:  # any fault of a malformed pickle is the file's, not ours
+        raise BrokenCheckpoint(f"{where}: data.pkl cannot be read ({type(error).__name__}: {error}).") from error

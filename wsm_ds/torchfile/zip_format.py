@@ -1,0 +1,90 @@
+"""The bytes of a new torch zip, around records whose data and CRC-32 are not known yet.
+
+The same form as torch's own: stored records, data aligned to 64 bytes, sizes and CRC-32 in data
+descriptors and in the central directory, zip64 where a size or an offset needs it (PKWARE APPNOTE 6.3.9).
+"""
+
+import struct
+from dataclasses import dataclass
+
+ALIGNMENT = 64
+LIMIT32 = 0xFFFFFFFF
+PADDING_TAG = 0x4246  # "FB", as torch writes it
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedRecord:
+    """A record's place in the new zip. `crc_offsets` are the file offsets where its CRC-32 belongs."""
+
+    name: str
+    offset: int
+    nbytes: int
+    crc_offsets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ZipFrame:
+    """Everything of a zip but the records' data: `literals` at their file offsets, CRC-32 fields zero."""
+
+    nbytes: int
+    records: tuple[PlacedRecord, ...]
+    literals: tuple[tuple[int, bytes], ...]
+
+
+def frame(root: str, sizes: dict[str, int]) -> ZipFrame:
+    """Lays out a zip with the folder `root` and records of the given sizes in bytes, in order."""
+    literals, records, headers = [], [], []
+    position = 0
+    for name, nbytes in sizes.items():
+        header_offset, full = position, f"{root}/{name}".encode()
+        header = _local_header(full, position)
+        literals.append((position, header))
+        position += len(header)
+        descriptor = struct.pack("<4sI" + ("QQ" if nbytes >= LIMIT32 else "II"), b"PK\x07\x08", 0, nbytes, nbytes)
+        literals.append((position + nbytes, descriptor))
+        headers.append((full, nbytes, header_offset))
+        records.append((name, position, nbytes))
+        position += nbytes + len(descriptor)
+    directory_offset, central_crcs, directory = position, [], b""
+    for full, nbytes, header_offset in headers:
+        central_crcs.append(position + len(directory) + 16)
+        directory += _central_entry(full, nbytes, header_offset)
+    literals.append((position, directory + _end(len(headers), len(directory), directory_offset)))
+    placed = tuple(
+        PlacedRecord(name, offset, nbytes, (offset + nbytes + 4, central))
+        for (name, offset, nbytes), central in zip(records, central_crcs, strict=True)
+    )
+    return ZipFrame(position + len(literals[-1][1]), placed, tuple(literals))
+
+
+def _local_header(name: bytes, position: int) -> bytes:
+    start = position + 30 + len(name) + 4
+    padding = b"Z" * (-start % ALIGNMENT)
+    extra = struct.pack("<2H", PADDING_TAG, len(padding)) + padding
+    return struct.pack("<4s5H3I2H", b"PK\x03\x04", 0, 0x808, 0, 0, 0, 0, 0, 0, len(name), len(extra)) + name + extra
+
+
+def _central_entry(name: bytes, nbytes: int, header_offset: int) -> bytes:
+    large = b""
+    if nbytes >= LIMIT32:
+        large += struct.pack("<QQ", nbytes, nbytes)
+    if header_offset >= LIMIT32:
+        large += struct.pack("<Q", header_offset)
+    extra = struct.pack("<2H", 1, len(large)) + large if large else b""
+    size, offset = min(nbytes, LIMIT32), min(header_offset, LIMIT32)
+    head = struct.pack(
+        "<4s6H3I5H2I",
+        *(b"PK\x01\x02", 0, 0, 0x808, 0, 0, 0, 0, size, size, len(name), len(extra), 0, 0, 0, 0, offset),
+    )
+    return head + name + extra
+
+
+def _end(count: int, directory_bytes: int, directory_offset: int) -> bytes:
+    zip64 = b""
+    if count >= 0xFFFF or directory_offset >= LIMIT32 or directory_bytes >= LIMIT32:
+        end64 = directory_offset + directory_bytes
+        zip64 = struct.pack(
+            "<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, directory_bytes, directory_offset
+        ) + struct.pack("<4sIQI", b"PK\x06\x07", 0, end64, 1)
+    count, size, offset = min(count, 0xFFFF), min(directory_bytes, LIMIT32), min(directory_offset, LIMIT32)
+    return zip64 + struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, count, count, size, offset, 0)
