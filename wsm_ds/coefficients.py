@@ -240,7 +240,7 @@ def weight_decay_aware_coefficients(
     scaled = factors * products[1:]
     coefficients = np.append(products[:1], scaled)
     coefficients[:-1] -= raw_shrink * scaled
-    return np.maximum(coefficients, 0.0)
+    return coefficients.clip(min=0.0)
 
 
 def running_merge_factor(n: int, exponent: float = 1.0) -> float:
@@ -295,7 +295,7 @@ def _uneven_grid(positions: Sequence[Fraction], oldest_interval: float | None) -
     return np.array([float((position - start) / duration) for position in positions[:-1]])
 
 
-def _row(values: ArrayLike, what: str) -> Array:
+def _row(values: Any, what: str) -> Array:
     try:
         row = np.array(values, dtype=np.float64)
     except (TypeError, ValueError) as error:

@@ -144,7 +144,7 @@ class Curve:
         return scalar_or_array
 
     def __str__(self) -> str:
-        texts = [_number_text(parameter) for parameter in self.parameters]
+        texts = [repr(float(parameter)).removesuffix(".0") for parameter in self.parameters]
         if self.name == _TABLE:
             texts = [f"{s}={d}" for s, d in zip(texts[0::2], texts[1::2], strict=True)]
         return f"{self.name}:{','.join(texts)}" if texts else self.name
@@ -249,7 +249,3 @@ def _parse_number(text: str, whole: str) -> float:
         return float(text)
     except ValueError:
         raise CurveError(f"{whole!r}: expected a number, found {text!r}") from None
-
-
-def _number_text(value: float) -> str:
-    return repr(float(value)).removesuffix(".0")
