@@ -1,0 +1,356 @@
+"""Bad input gets a clear error; nothing is lost, and nothing half-made appears."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from wsm_ds import engine
+from wsm_ds.errors import (
+    BrokenCheckpoint,
+    BudgetTooSmall,
+    LayoutMismatch,
+    NonFiniteValue,
+    OutputExists,
+    RecipeError,
+    UnsafePickle,
+    UnsupportedLayout,
+    VerificationFailed,
+    WindowError,
+)
+from wsm_ds.inspect import inspect_run
+from wsm_ds.merge import merge, plan_merge, run_plan
+from wsm_ds.publish import MANIFEST, staged
+from wsm_ds.recipe import make_recipe
+from wsm_ds.verify import verify
+
+
+@pytest.fixture
+def run(runs: Path, tmp_path: Path) -> Path:
+    """A copy of a ZeRO-2 bf16 run, to be damaged."""
+    return Path(shutil.copytree(runs / "w2_s2_bf16", tmp_path / "a run's folder"))
+
+
+def edit(path: Path, change: Any) -> None:
+    """Loads a rank file, lets `change` alter it, and saves it."""
+    content = torch.load(path, weights_only=False)
+    change(content)
+    torch.save(content, path)
+
+
+def optim(run: Path, step: int, rank: int = 1) -> Path:
+    return run / f"global_step{step}/bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+
+
+def model(run: Path, step: int) -> Path:
+    return run / f"global_step{step}/mp_rank_00_model_states.pt"
+
+
+def refused(run: Path, error: type[Exception], match: str, **values: Any) -> None:
+    """The merge fails so, and leaves neither an output nor a staging folder."""
+    out = run.parent / "out"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(error, match=match):
+        merge(**{"run": run, "last": 3, "curve": "linear", "out": out} | values)
+    assert not out.exists()
+    assert [path.name for path in run.parent.iterdir()] == [run.name]
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_not_finite_is_refused_with_its_file_and_parameter(run: Path, value: float) -> None:
+    def poison(content: Any) -> None:
+        content["optimizer_state_dict"]["single_partition_of_fp32_groups"][0][100] = value
+
+    edit(optim(run, 4), poison)
+    refused(run, NonFiniteValue, r"global_step4/bf16_zero_pp_rank_1_mp_rank_00_optim_states\.pt holds .* in out\.weight")
+
+
+def test_a_missing_rank_file_is_named(run: Path) -> None:
+    optim(run, 4).unlink()
+    refused(run, BrokenCheckpoint, r"1 of 2 ranks.*zero_pp_rank_1_mp_rank_00_optim_states\.pt")
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.99])
+def test_a_truncated_rank_file_is_named(run: Path, fraction: float) -> None:
+    path = optim(run, 2)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * fraction)])
+    refused(run, BrokenCheckpoint, r"global_step2/bf16_zero_pp_rank_1_mp_rank_00_optim_states\.pt is not a whole")
+
+
+def test_a_newest_checkpoint_that_is_still_being_written_is_passed_over_and_named(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    optim(run, 6).unlink()
+    plan = plan_merge(make_recipe(run=run, last=2, curve="linear", out=run.parent / "out"))
+    assert [source.step for source in plan.sources] == [2, 4]
+    assert "global_step6 is passed over" in caplog.text
+
+
+def test_unlike_models_are_refused_with_the_difference(run: Path, runs: Path) -> None:
+    def rename(content: Any) -> None:
+        shapes = content["param_shapes"][1]
+        shapes["bias2"] = shapes.pop("out.bias")
+        content["module"]["bias2"] = content["module"].pop("out.bias")
+
+    edit(model(run, 2), rename)
+    refused(run, LayoutMismatch, r"out\.bias: absent against parameter \[9\], bias2|bias2: parameter \[9\] against absent")
+
+
+def test_a_frozen_tensor_that_differs_is_refused_by_name(run: Path) -> None:
+    edit(model(run, 2), lambda content: content["module"]["frozen.weight"].add_(1))
+    refused(run, LayoutMismatch, r"frozen\.weight differs between global_step2 and global_step6")
+
+
+def test_a_window_inside_the_warmup_is_refused_unless_allowed(run: Path) -> None:
+    def longer_warmup(content: Any) -> None:
+        content["lr_scheduler"]["warmup_num_steps"] = 3
+
+    for step in (2, 4, 6):
+        edit(model(run, step), longer_warmup)
+    refused(run, WindowError, r"global_step2 \(step 2\) lies inside the warmup of 3 steps.*--allow warmup")
+    merge(run=run, last=2, curve="linear", out=run.parent / "later")
+    merge(run=run, last=3, curve="linear", out=run.parent / "allowed", allow=("warmup",))
+
+
+def test_a_change_of_learning_rate_is_refused_unless_allowed(run: Path) -> None:
+    def halve(content: Any) -> None:
+        for group in content["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]:
+            group["lr"] = 0.005
+
+    for rank in (0, 1):
+        edit(optim(run, 6, rank), halve)
+    refused(run, WindowError, r"\[0\.01, 0\.01\] at global_step2, \[0\.005, 0\.005\] at global_step6")
+    merge(run=run, last=3, curve="linear", out=run.parent / "allowed", allow=("lr-change",))
+
+
+def test_an_output_that_exists_is_never_touched(run: Path) -> None:
+    out = run.parent / "out"
+    out.mkdir()
+    (out / "precious").write_text("x")
+    with pytest.raises(OutputExists, match="nothing is ever overwritten"):
+        merge(run=run, last=3, curve="linear", out=out)
+    assert [path.name for path in out.iterdir()] == ["precious"]
+
+
+def test_two_merges_into_one_output_one_wins(run: Path) -> None:
+    out = run.parent / "out"
+    plan = plan_merge(make_recipe(run=run, last=3, curve="linear", out=out))
+    with staged(out), pytest.raises(OutputExists, match=f"another merge is writing .*process {os.getpid()}"):
+        run_plan(plan)
+
+
+def test_a_hostile_checkpoint_is_refused_and_inspect_says_so(run: Path) -> None:
+    marker = run.parent / "it_ran"
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch '{marker}'",)
+
+    edit(model(run, 4), lambda content: content.update(client=Evil()))
+    found = inspect_run(run)
+    assert [item.layout is not None for item in found] == [True, False, True]
+    assert "posix.system" in (found[1].problem or "")
+    assert not marker.exists()
+    refused(run, UnsafePickle, r"global_step4/mp_rank_00_model_states\.pt asks for the global posix\.system")
+
+
+def test_layouts_that_are_not_read_are_refused_by_name(run: Path) -> None:
+    cases = {
+        "layer_00-model_00-model_states.pt": "pipeline-parallel",
+        "layer_0_expert_0_mp_rank_00_model_states.pt": "MoE expert",
+        "mp_rank_01_model_states.pt": "model-parallel",
+        "offloaded_tensors": "NVMe",
+        "mp_rank_00_model_states.pt-0.2": "fast writer",
+    }
+    for name, words in cases.items():
+        extra = run / "global_step4" / name
+        extra.write_bytes(b"")
+        refused(run, UnsupportedLayout, words)
+        extra.unlink()
+
+
+def test_wrong_recipes_say_what_is_wrong(run: Path, tmp_path: Path) -> None:
+    for values, words in (
+        ({"last": 3, "tags": ("a",)}, "exactly one of"),
+        ({"last": 3, "curve": None}, "either a curve or coefficients"),
+        ({"last": 0}, "last: Input should be greater than or equal to 1"),
+        ({"last": 3, "dtype": "bf16"}, "dtype is for safetensors"),
+        ({"last": 3, "memory_budget": "lots"}, "'lots' is not a size"),
+        ({"last": 3, "colour": "red"}, "colour"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            make_recipe(**{"run": run, "out": tmp_path / "o", "curve": "linear"} | values)
+    refused(run, WindowError, "4 complete checkpoints were asked for, 3 are there", last=4)
+    refused(run, WindowError, "no checkpoint from step 7 to 9", last=None, from_step=7, to_step=9)
+    refused(run, WindowError, "2 coefficients were given for 3", curve=None, coefficients=(0.5, 0.5))
+    refused(run, WindowError, "step 4 is in the window more than once", last=None, tags=("global_step4", "global_step4"))
+    refused(run, BudgetTooSmall, "the least is", memory_budget=1000)
+
+
+def test_a_source_that_changes_while_it_is_read_stops_the_merge(run: Path) -> None:
+    out = run.parent / "out"
+    plan = plan_merge(make_recipe(run=run, last=3, curve="linear", out=out))
+    os.utime(optim(run, 4), (1, 1))
+    with pytest.raises(BrokenCheckpoint, match="changed while it was read"):
+        run_plan(plan)
+    assert not out.exists()
+
+
+def test_verify_notices_every_kind_of_damage(run: Path) -> None:
+    out = run.parent / "out"
+    merge(run=run, last=3, curve="1-sqrt", out=out)
+    assert verify(out).recomputed_bytes > 0
+    victim = out / "global_step6/mp_rank_00_model_states.pt"
+    whole = victim.read_bytes()
+    for place in (0, len(whole) // 2, len(whole) - 1):
+        victim.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(VerificationFailed, match="mp_rank_00_model_states.pt is not what was written"):
+            verify(out)
+    victim.write_bytes(whole)
+    (out / "extra").write_text("")
+    with pytest.raises(VerificationFailed, match="not of this merge extra"):
+        verify(out)
+    (out / "extra").unlink()
+    shutil.rmtree(run / "global_step4")
+    assert "checksums only" in verify(out).note
+    (out / MANIFEST).unlink()
+    with pytest.raises(VerificationFailed, match="not a merge's output"):
+        verify(out)
+
+
+def test_verify_notices_a_manifest_that_was_made_to_fit_wrong_bytes(run: Path) -> None:
+    from wsm_ds.verify import file_digest
+
+    out = run.parent / "out"
+    merge(run=run, last=3, curve="1-sqrt", out=out)
+    victim = out / "global_step6/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    edit_at = optim_master_offset(victim)
+    content = bytearray(victim.read_bytes())
+    content[edit_at] ^= 1
+    victim.write_bytes(content)
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest["files"][f"global_step6/{victim.name}"]["sha256_of_blocks"] = file_digest(victim, manifest["block_bytes"])
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(VerificationFailed, match=f"byte {edit_at} is not what the sources make"):
+        verify(out)
+
+
+def optim_master_offset(path: Path) -> int:
+    from wsm_ds.torchfile import open_torch_file
+
+    file = open_torch_file(path)
+    return file.byte_offset(file.tree["optimizer_state_dict"]["single_partition_of_fp32_groups"][0])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(("block", "slice_numel"), [(64, 1), (1000, 7), (4096, 4096), (1 << 22, 50)])
+def test_no_chunk_size_and_no_number_of_threads_changes_a_bit(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, block: int, slice_numel: int
+) -> None:
+    recipe = {"run": runs / "w2_s3_bf16", "last": 3, "curve": "1-sqrt", "optimizer_states": "merge"}
+    for output in ({}, {"format": "safetensors", "dtype": "bf16", "optimizer_states": "carry"}):
+        tag = f"{len(output)}"
+        merge(**recipe | output | {"out": tmp_path / f"plain{tag}"})
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "BLOCK_BYTES", block)
+            plan = plan_merge(make_recipe(**recipe | output | {"out": tmp_path / f"cut{tag}"}))
+            engine.execute(plan, tmp_path / f"cut{tag}", engine.Workers(threads, slice_numel))
+        for path in (tmp_path / f"cut{tag}").rglob("*"):
+            if path.is_file():
+                relative = path.relative_to(tmp_path / f"cut{tag}")
+                assert path.read_bytes() == (tmp_path / f"plain{tag}" / relative).read_bytes(), relative
+
+
+def test_a_killed_merge_leaves_no_output_and_the_next_one_cleans_up(runs: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, time, pathlib; from wsm_ds import engine, merge; finish = engine._Job.finish\n"
+        "def slow(job):\n    print('writing', flush=True); time.sleep(60); return finish(job)\n"
+        "engine._Job.finish = slow\n"
+        "merge.merge(run=pathlib.Path(sys.argv[1]), last=3, curve='linear', out=pathlib.Path(sys.argv[2]))"
+    )
+    run, out = runs / "w2_s2_bf16", tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", code, str(run), str(out)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    assert [path.name for path in tmp_path.iterdir()] == [".out.wsm-staging"]
+    merge(run=run, last=3, curve="linear", out=out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert verify(out, full=True).recomputed_bytes > 0
+
+
+def test_an_interrupt_stops_the_merge_and_removes_the_staging_folder(runs: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from wsm_ds import cli, engine; block = engine.BlockComputer.block\n"
+        "def slow(*a):\n    print('reading', flush=True); time.sleep(1); return block(*a)\n"
+        "engine.BlockComputer.block = slow\n"
+        "sys.exit(cli.main(['merge', sys.argv[1], '--last', '3', '--out', sys.argv[2], '--json']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(runs / "w2_s2_bf16"), str(tmp_path / "out")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "reading\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; nothing was published" in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(runs: Path, tmp_path: Path) -> None:
+    code = (
+        "import resource, signal, sys, pathlib; from wsm_ds.cli import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
+        "sys.exit(main(['merge', sys.argv[1], '--last', '3', '--out', sys.argv[2]]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(runs / "w2_s2_bf16"), str(tmp_path / "out")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 3
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_stays_within_the_budget_for_checkpoints_ten_times_as_large(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    from deepspeed_runs import launch
+
+    budget = 10 << 20
+    job = {"do": "train", "stage": 2, "dtype": "bf16", "steps": 2, "every": 1, "warmup": 1, "width": 1200}
+    launch([job | {"run": str(tmp_path / "run")}], world_size=1, folder=tmp_path_factory.mktemp("train"))
+    for values in (["--optimizer-states", "merge"], ["--format", "safetensors"]):
+        out = tmp_path / values[-1]
+        arguments = [str(tmp_path / "run"), "--last", "2", "--out", str(out), "--memory-budget", str(budget), *values]
+        planned, merged = (peak_bytes(["merge", *arguments, *extra]) for extra in (["--dry-run"], []))
+        checkpoint = sum(path.stat().st_size for path in (tmp_path / "run/global_step2").iterdir())
+        assert checkpoint > 10 * budget
+        assert merged - planned <= budget
+
+
+def peak_bytes(arguments: list[str]) -> int:
+    """Peak resident memory of one `wsm-ds` command in a process of its own."""
+    code = (
+        "import resource, sys; from wsm_ds.cli import main; import wsm_ds.engine, wsm_ds.manifest; "
+        "assert main(sys.argv[1:]) == 0; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1]) * 1024
+
+
