@@ -13,7 +13,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`RUNS/w2_s{stage}_{dtype}` with global_step2, 4, 6 from two ranks; one of them also in HF Trainer's folders."""
     root = tmp_path_factory.mktemp("runs")
     jobs = [
-        {"do": "train", "stage": stage, "dtype": dtype, "steps": 6, "every": 2, "run": str(root / f"w2_s{stage}_{dtype}")}
+        {
+            "do": "train",
+            "stage": stage,
+            "dtype": dtype,
+            "steps": 6,
+            "every": 2,
+            "run": str(root / f"w2_s{stage}_{dtype}"),
+        }
         for stage in STAGES
         for dtype in DTYPES
     ]
@@ -28,7 +35,14 @@ def other_world_sizes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("world_sizes")
     for world_size in (1, 3, 4):
         jobs = [
-            {"do": "train", "stage": stage, "dtype": "bf16", "steps": 4, "every": 2, "run": str(root / f"w{world_size}_s{stage}")}
+            {
+                "do": "train",
+                "stage": stage,
+                "dtype": "bf16",
+                "steps": 4,
+                "every": 2,
+                "run": str(root / f"w{world_size}_s{stage}"),
+            }
             for stage in STAGES
         ]
         launch(jobs, world_size=world_size, folder=tmp_path_factory.mktemp("train"))

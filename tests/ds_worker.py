@@ -66,7 +66,7 @@ def ds_config(job: dict[str, Any]) -> dict[str, Any]:
             "stage3_param_persistence_threshold": 0,
             **job.get("zero", {}),
         },
-        "scheduler": {"type": os.environ.get("T_SCHED","WSMLR"), "params": scheduler},
+        "scheduler": {"type": "WSMLR", "params": scheduler},
         "zero_allow_untested_optimizer": True,
         **precision,
         **job.get("config", {}),

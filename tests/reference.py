@@ -56,7 +56,9 @@ def merged_masters(checkpoints: list[Path], coefficients: list[float]) -> dict[i
     """Every rank's merged master partitions."""
     loaded = [load_all(path)[1] for path in checkpoints]
     return {
-        rank: [average(list(column), coefficients) for column in zip(*(partitions(o[rank]) for o in loaded), strict=True)]
+        rank: [
+            average(list(column), coefficients) for column in zip(*(partitions(o[rank]) for o in loaded), strict=True)
+        ]
         for rank in loaded[0]
     }
 

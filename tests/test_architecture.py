@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "wsm_ds"
 ORDER = (
     "errors", "sizes", "dtypes", "crc32", "curves", "coefficients", "lr_schedules", "deepspeed_registration",
     "torchfile", "layouts", "intersect", "recipe", "window", "plan", "runs", "plan_zero", "plan_safetensors",
-    "engine", "publish", "manifest", "merge", "verify", "inspect", "report", "progress", "cli", "__main__",
+    "engine", "publish", "manifest", "merging", "verification", "inspect", "report", "progress", "cli", "__main__",
 )  # fmt: skip
 """Each may import what stands before it."""
 MAY_IMPORT = {"deepspeed": {"deepspeed_registration"}, "torch": {"lr_schedules"}}
@@ -50,6 +50,14 @@ def test_torch_and_deepspeed_are_imported_only_where_they_belong() -> None:
 
 
 def test_a_merge_imports_neither_torch_nor_deepspeed() -> None:
-    code = "import sys, wsm_ds.merge, wsm_ds.verify; print(sorted({'torch', 'deepspeed'} & set(sys.modules)))"
+    code = "import sys, wsm_ds.merging, wsm_ds.verification; print(sorted({'torch', 'deepspeed'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_public_names_are_what_they_say_whatever_was_imported_before() -> None:
+    import wsm_ds
+    import wsm_ds.merging
+    import wsm_ds.verification
+
+    assert all(callable(getattr(wsm_ds, name)) for name in wsm_ds.__all__ if name != "__version__")

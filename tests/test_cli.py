@@ -88,7 +88,9 @@ def test_coefficients_are_printed_for_even_and_uneven_windows(capsys: pytest.Cap
     assert "effective sample size" in capsys.readouterr().out
 
 
-def test_wrong_requests_end_with_code_2_and_one_line(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_requests_end_with_code_2_and_one_line(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for arguments in (
         ["merge", str(tmp_path / "nowhere"), "--last", "2", "--out", str(tmp_path / "out")],
         ["merge", str(runs / "w2_s2_bf16"), "--last", "2", "--curve", "zigzag", "--out", str(tmp_path / "out")],

@@ -11,8 +11,8 @@ from reference import average, load_all, merged_masters, merged_parameters, mome
 from safetensors.torch import load_file
 
 from wsm_ds.inspect import inspect_run
-from wsm_ds.merge import export, merge
-from wsm_ds.verify import verify
+from wsm_ds.merging import export, merge
+from wsm_ds.verification import verify
 
 CASES = [(stage, dtype) for stage in STAGES for dtype in DTYPES]
 COEFFICIENTS = (0.5, 0.3, 0.2)

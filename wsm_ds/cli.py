@@ -15,7 +15,7 @@ EXIT_CODES = "exit codes: 0 done; 2 a wrong request; 3 a broken or unsupported c
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from wsm_ds.merge import plan_merge
+    from wsm_ds.merging import plan_merge
     from wsm_ds.recipe import load_recipe, make_recipe
 
     names = ("run", "out", "last", "from_step", "to_step", "curve", "floor", "oldest_interval", "format", "dtype",
@@ -36,7 +36,7 @@ def _with_default_curve(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _carry_out(plan: Any, options: argparse.Namespace) -> int:
-    from wsm_ds.merge import run_plan
+    from wsm_ds.merging import run_plan
     from wsm_ds.progress import Progress
     from wsm_ds.report import plan_report
 
@@ -53,7 +53,7 @@ def _carry_out(plan: Any, options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from wsm_ds.merge import plan_export
+    from wsm_ds.merging import plan_export
 
     plan = plan_export(
         options.run,
@@ -112,7 +112,7 @@ def _coefficients(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from wsm_ds.sizes import format_size
-    from wsm_ds.verify import verify
+    from wsm_ds.verification import verify
 
     proof = verify(options.out, full=options.full)
     if options.json:

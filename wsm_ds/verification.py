@@ -14,7 +14,7 @@ from wsm_ds.errors import VerificationFailed, WsmError, few
 from wsm_ds.layouts.run import Checkpoint
 from wsm_ds.layouts.zero import read_layout
 from wsm_ds.manifest import read_manifest
-from wsm_ds.merge import plan_for_window
+from wsm_ds.merging import plan_for_window
 from wsm_ds.plan import OutputFile, Plan
 from wsm_ds.publish import MANIFEST
 from wsm_ds.recipe import make_recipe
