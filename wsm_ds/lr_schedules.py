@@ -162,8 +162,8 @@ class WSMLR(LRScheduler):
         """
         if not self._saw_update:
             raise ScheduleError(
-                f"{type(self).__name__} was stepped, but the optimizer it is bound to made no update. Either it is bound "
-                "to another optimizer than the one that trains, or step() was called before the optimizer's. Give "
+                f"{type(self).__name__} was stepped, but the optimizer it is bound to made no update. Either it is "
+                "bound to another optimizer than the one that trains, or step() was called before the optimizer's. Give "
                 "deepspeed.initialize the class, or name it in the ds_config, and it is bound to the right one."
             )
         self.num_updates += 1
@@ -381,8 +381,8 @@ def _updates_of(state: Mapping[str, Any]) -> int:
     if "last_epoch" in state:
         return int(state["last_epoch"])
     raise ScheduleError(
-        f"a scheduler state with {sorted(map(str, state))} does not count optimizer updates (Megatron's counts samples). "
-        "Load the checkpoint with load_lr_scheduler_states=False, and set last_batch_iteration in the scheduler's "
+        f"a scheduler state with {sorted(map(str, state))} does not count optimizer updates (Megatron's counts "
+        "samples). Load the checkpoint with load_lr_scheduler_states=False, and set last_batch_iteration in the scheduler's "
         "params to the updates made so far, less one."
     )
 

@@ -22,7 +22,8 @@ def plan_report(plan: Plan) -> str:
     """The plan as it is shown before anything is written."""
     rows = [[source.tag, str(source.step), f"{source.coefficient:.6f}"] for source in plan.sources]
     figures = [
-        f"curve {plan.curve}  effective sample size {plan.ess:.2f} of {len(plan.sources)}  lag {plan.lag_steps:g} steps",
+        f"curve {plan.curve}  effective sample size {plan.ess:.2f} of {len(plan.sources)}  "
+        f"lag {plan.lag_steps:g} steps",
         f"read {format_size(plan.bytes_to_read)}  write {format_size(plan.bytes_to_write)} in {len(plan.outputs)} files"
         f"   memory {format_size(plan.memory_bytes)}   threads {plan.threads}",
         f"out  {plan.out}",
