@@ -23,7 +23,7 @@ deepspeed.ops.__dict__["__compatible_ops__"] = {}  # no op is compiled for these
 # torch trains fp16 on any CPU; DeepSpeed allows it only where oneDNN is fast at it.
 deepspeed.get_accelerator().is_fp16_supported = lambda: True
 
-import wsm_ds  # noqa: E402, F401  registers WSMLR
+import wsm_ds  # noqa: E402  registers WSMLR
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -155,10 +155,71 @@ def do_load(job: dict[str, Any]) -> dict[str, Any]:
     return {**report, "losses": losses, "lr": engine.get_lr()}
 
 
+class RecordingAdamW(torch.optim.AdamW):
+    """Writes down every rate that it uses."""
+
+    used: set[float]
+
+    def step(self, closure: Any = None) -> Any:
+        self.used |= {round(float(group["lr"]), 12) for group in self.param_groups}
+        return super().step(closure)
+
+
+def do_schedule(job: dict[str, Any]) -> dict[str, Any]:
+    """The rates that the optimizer really used, update by update, after an optional load; or the error."""
+    torch.manual_seed(7)
+    model = TinyModel()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = RecordingAdamW([{"params": trained[:2]}, {"params": trained[2:], "weight_decay": 0.0}], lr=1e-3)
+    optimizer.used = set()
+    config = ds_config(job)
+    config["scheduler"] = job.get("scheduler")
+    if not config["scheduler"]:
+        del config["scheduler"]
+    try:
+        scheduler = client_scheduler(job.get("client"), optimizer)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
+        last_lr = None
+        if job.get("load"):
+            engine.load_checkpoint(job["load"], **job.get("load_options", {}))
+            last_lr = engine.lr_scheduler.get_last_lr()
+        used = [one_update(engine, optimizer, job, update) for update in range(job["updates"])]
+        if job.get("save"):
+            engine.save_checkpoint(job["save"], tag="saved")
+        return {"used": used, "last_lr": last_lr, "skipped": engine.skipped_steps}
+    except wsm_ds.WsmError as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def client_scheduler(kind: str | None, optimizer: torch.optim.Optimizer) -> Any:
+    """What a user may pass to `deepspeed.initialize` as lr_scheduler."""
+    peak = {"warmup_max_lr": 1.0, "warmup_num_steps": 4}
+    if kind == "class":
+        return wsm_ds.WSMLR
+    if kind == "factory":
+        return lambda inner: wsm_ds.WSMLR(inner, **peak)
+    if kind == "instance":
+        return wsm_ds.WSMLR(optimizer, **peak)
+    if kind == "foreign":
+        return wsm_ds.WSMLR(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0), **peak)
+    return None
+
+
+def one_update(engine: Any, optimizer: RecordingAdamW, job: dict[str, Any], update: int) -> list[float]:
+    """All rates that were used between two optimizer updates."""
+    optimizer.used.clear()
+    for _ in range(engine.gradient_accumulation_steps()):
+        tokens = torch.arange(12).view(2, 6)
+        loss = torch.nn.functional.cross_entropy(engine(tokens).float().flatten(0, 1), tokens.flatten())
+        engine.backward(loss * float("inf") if update in job.get("overflow", ()) else loss)
+        engine.step(job.get("lr_kwargs"))
+    return sorted(optimizer.used)
+
+
 def main() -> None:
     jobs_file = Path(sys.argv[1])
     deepspeed.init_distributed("gloo", verbose=False)
-    jobs = {"train": do_train, "load": do_load}
+    jobs = {"train": do_train, "load": do_load, "schedule": do_schedule}
     reports = [jobs[job["do"]](job) for job in json.loads(jobs_file.read_text())]
     Path(f"{jobs_file}.rank{dist.get_rank()}").write_text(json.dumps(reports))
     dist.barrier()

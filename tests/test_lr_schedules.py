@@ -188,7 +188,7 @@ def test_a_torch_schedulers_own_count_is_understood() -> None:
 
 
 def test_a_count_of_samples_is_refused_with_what_to_do() -> None:
-    with pytest.raises(ScheduleError, match="counts samples.*last_batch_iteration"):
+    with pytest.raises(ScheduleError, match=r"counts samples.*last_batch_iteration"):
         WSMLR(optimizer()).load_state_dict({"num_steps": 4096, "max_lr": 1.0})
 
 

@@ -219,7 +219,7 @@ def test_verify_notices_every_kind_of_damage(run: Path) -> None:
     whole = victim.read_bytes()
     for place in (0, len(whole) // 2, len(whole) - 1):
         victim.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(VerificationFailed, match="mp_rank_00_model_states.pt is not what was written"):
+        with pytest.raises(VerificationFailed, match=r"mp_rank_00_model_states\.pt is not what was written"):
             verify(out)
     victim.write_bytes(whole)
     (out / "extra").write_text("")

@@ -147,11 +147,11 @@ class WSMLR(LRScheduler):
         return self.num_updates - 1
 
     @property
-    def last_epoch(self) -> int:  # type: ignore[override]
+    def last_epoch(self) -> int:
         """torch's count: updates made."""
         return self.num_updates
 
-    def step(self, last_batch_iteration: int | None = None, *_: Any, **__: Any) -> None:  # type: ignore[override]
+    def step(self, last_batch_iteration: int | None = None, *_: Any, **__: Any) -> None:
         """One more update was made. DeepSpeed calls it after every update that was not skipped.
 
         Whatever else callers pass (Megatron's `increment`, an epoch, DeepSpeed's train_batch_size) is not a number of
@@ -163,8 +163,8 @@ class WSMLR(LRScheduler):
         if not self._saw_update:
             raise ScheduleError(
                 f"{type(self).__name__} was stepped, but the optimizer it is bound to made no update. Either it is "
-                "bound to another optimizer than the one that trains, or step() was called before the optimizer's. Give "
-                "deepspeed.initialize the class, or name it in the ds_config, and it is bound to the right one."
+                "bound to another optimizer than the one that trains, or step() was called before the optimizer's. "
+                "Give deepspeed.initialize the class, or name it in the ds_config, and it is bound to the right one."
             )
         self.num_updates += 1
         self._apply()
@@ -178,7 +178,7 @@ class WSMLR(LRScheduler):
             **self._parameters(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:  # type: ignore[override]
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Goes on from a saved state: our own, or DeepSpeed's WarmupLR's and its kin, or a torch scheduler's.
 
         None, from a checkpoint that was saved without a scheduler, keeps the count that `last_batch_iteration` set.
@@ -382,8 +382,8 @@ def _updates_of(state: Mapping[str, Any]) -> int:
         return int(state["last_epoch"])
     raise ScheduleError(
         f"a scheduler state with {sorted(map(str, state))} does not count optimizer updates (Megatron's counts "
-        "samples). Load the checkpoint with load_lr_scheduler_states=False, and set last_batch_iteration in the scheduler's "
-        "params to the updates made so far, less one."
+        "samples). Load the checkpoint with load_lr_scheduler_states=False, and set last_batch_iteration in the "
+        "scheduler's params to the updates made so far, less one."
     )
 
 

@@ -62,7 +62,7 @@ def _place_subgroup(
 ) -> None:
     numbers, file = files.numbers, files.indices[optim.path]
     sizes = [-(-files.tensors[name].numel // files.world_size) for name in names]
-    if flat.numel == 0 and sum(sizes):
+    if flat.numel == 0 and any(sizes):
         raise UnsupportedLayout(
             f"{optim.path}: {kind} of the sub-group of {names[0]} is empty: it was offloaded to NVMe, which this "
             "version does not read."
