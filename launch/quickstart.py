@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-STEPS, EVERY, WINDOW, RANKS = 1600, 40, 8, 2
+STEPS, EVERY, WINDOW, RANKS = 1600, 25, 8, 2
 CONFIG = Path(__file__).parent.parent / "configs/zero2_bf16_wsm.json"
 CURVES = ("linear", "1-sqrt")
 
