@@ -1,5 +1,6 @@
 """Runs that DeepSpeed wrote, made once a test session."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train(root / f"w2_s{stage}_{dtype}", stage=stage, dtype=dtype, steps=6) for stage in STAGES for dtype in DTYPES
     ]
     trainer = train(root / "hf", stage=2, dtype="bf16", steps=4) | {"hf": True}
-    launch([*jobs, trainer], world_size=2, folder=tmp_path_factory.mktemp("train"))
+    reports = launch([*jobs, trainer], world_size=2, folder=tmp_path_factory.mktemp("train"))
+    for rank, reported in enumerate(reports):
+        for job, report in zip(jobs, reported, strict=False):
+            Path(job["run"], f"losses.rank{rank}.json").write_text(json.dumps(report["losses"]))
     return root
 
 
