@@ -42,15 +42,18 @@ def peer(run: Path, out: Path, tags: list[str]) -> None:
     """What one does without wsm_ds."""
     import torch
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     total: dict[str, torch.Tensor] = {}
     for tag in tags:
         folder = out / tag
-        convert_zero_checkpoint_to_fp32_state_dict(str(run), str(folder), tag=tag, safe_serialization=True)
-        for file in folder.glob("*.safetensors"):
-            for name, tensor in load_file(file).items():
-                total[name] = total[name].add_(tensor) if name in total else tensor
+        convert_zero_checkpoint_to_fp32_state_dict(
+            str(run), str(folder), tag=tag
+        )  # its safetensors refuses tied weights
+        for file in folder.glob("*.bin"):
+            for name, tensor in torch.load(file, mmap=True).items():
+                if name != "head.weight" and tensor.is_floating_point():  # tied; a counter
+                    total[name] = total[name].add_(tensor) if name in total else tensor.clone()
     save_file({name: tensor.div_(len(tags)) for name, tensor in total.items()}, out / "model.safetensors")
 
 

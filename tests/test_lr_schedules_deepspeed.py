@@ -182,6 +182,40 @@ def test_auto_values_are_filled_by_name() -> None:
     assert scheduler.get_last_lr() == [3e-3 / 4]
 
 
+ACCELERATE = """
+import json, os, torch
+os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+os.environ.update(DS_ACCELERATOR="cpu", ACCELERATE_USE_DEEPSPEED="true")
+import deepspeed.ops
+deepspeed.ops.__dict__["__compatible_ops__"] = {}
+import wsm_ds
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.utils import DummyScheduler
+params = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}
+config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True,
+          "bf16": {"enabled": True}, "scheduler": {"type": "WSMLR", "params": params}}
+accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+model = torch.nn.Linear(4, 4)
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+scheduler = DummyScheduler(optimizer, warmup_num_steps=4)
+model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+used = []
+for _ in range(6):
+    used.append(model.optimizer.optimizer.param_groups[0]["lr"])
+    accelerator.backward(model(torch.ones(1, 4, dtype=torch.bfloat16)).float().sum())
+    optimizer.step(); scheduler.step(); optimizer.zero_grad()
+print(json.dumps([type(model.lr_scheduler).__name__, used]))
+"""
+
+
+def test_auto_values_of_accelerate_and_its_loop_give_the_formula() -> None:
+    done = subprocess.run([sys.executable, "-c", ACCELERATE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    name, rates = json.loads(done.stdout.splitlines()[-1])
+    assert name == "WSMLR"
+    assert rates == pytest.approx([0.75e-3, 1.5e-3, 2.25e-3, 3e-3, 3e-3, 3e-3], rel=1e-12)
+
+
 IMPORTS = """
 import json, sys
 for name in {order!r}:
