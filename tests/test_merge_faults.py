@@ -301,7 +301,7 @@ def test_an_interrupt_stops_the_merge_and_removes_the_staging_folder(runs: Path,
         "import sys, time; from wsm_ds import cli, engine; block = engine.BlockComputer.block\n"
         "def slow(*a):\n    print('reading', flush=True); time.sleep(1); return block(*a)\n"
         "engine.BlockComputer.block = slow\n"
-        "sys.exit(cli.main(['merge', sys.argv[1], '--last', '3', '--out', sys.argv[2], '--json']))"
+        "sys.exit(cli.main(['merge', sys.argv[1], '--last', '3', '--out', sys.argv[2], '--json', '--threads', '1']))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(runs / "w2_s2_bf16"), str(tmp_path / "out")],
