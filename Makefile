@@ -2,7 +2,7 @@
 # make test         the test suite, against checkpoints that DeepSpeed writes
 # make check        ruff, mypy --strict, import directions
 #
-# PYTHON chooses the interpreter. If it has torch already, the environment uses that one.
+# PYTHON chooses the interpreter. If it has torch already, the environment sees its packages and installs no other.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -14,7 +14,9 @@ export OMP_NUM_THREADS ?= 1
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: setup.py constraints.txt
-	$(PYTHON) -m venv $$($(PYTHON) -c "import torch" 2>/dev/null && echo --system-site-packages) $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -c "import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))" 2>/dev/null \
+	  > $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/own_torch.pth || true
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --editable ".[test,check]"
 	touch $@

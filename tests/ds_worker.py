@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ def build_engine(job: dict[str, Any]) -> Any:
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    make = {"sgd": torch.optim.SGD, "momentum": partial(torch.optim.SGD, momentum=0.9)}
+    optimizer = make.get(job.get("optimizer", ""), torch.optim.AdamW)(groups, lr=1e-3)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(job))
     return engine
 
@@ -111,6 +113,8 @@ def master_partitions(engine: Any) -> list[torch.Tensor]:
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
         return list(optimizer.fp32_partitioned_groups_flat)
+    if hasattr(optimizer, "fp32_groups_flat_partition"):  # BF16_Optimizer
+        return list(optimizer.fp32_groups_flat_partition)
     return list(optimizer.single_partition_of_fp32_groups)
 
 

@@ -42,10 +42,14 @@ ALL = (
     DType("int32", "int32", "I32", "<i4"),
     DType("int16", "int16", "I16", "<i2"),
     DType("int8", "int8", "I8", "|i1"),
+    DType("uint64", "uint64", "U64", "<u8"),
+    DType("uint32", "uint32", "U32", "<u4"),
+    DType("uint16", "uint16", "U16", "<u2"),
     DType("uint8", "uint8", "U8", "|u1"),
     DType("bool", "bool", "BOOL", "|b1"),
     DType("fp8_e4m3", "float8_e4m3fn", "F8_E4M3", "|u1"),
     DType("fp8_e5m2", "float8_e5m2", "F8_E5M2", "|u1"),
+    DType("complex64", "complex64", "C64", "<c8"),
 )
 BY_NAME = {dtype.name: dtype for dtype in ALL}
 BY_TORCH_NAME = {dtype.torch_name: dtype for dtype in ALL}

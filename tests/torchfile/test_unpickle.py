@@ -133,3 +133,14 @@ def test_garbage_in_place_of_a_pickle_is_a_broken_checkpoint(tmp_path: Path) -> 
     (tmp_path / "empty.pt").write_bytes(buffer.getvalue())
     with pytest.raises(BrokenCheckpoint):
         open_torch_file(tmp_path / "empty.pt")
+
+
+def test_dtypes_that_only_untyped_storages_hold_keep_their_size(tmp_path: Path) -> None:
+    tree = open_torch_file(
+        saved(
+            tmp_path / "t.pt", {"u16": torch.arange(5, dtype=torch.uint16), "c": torch.zeros(3, dtype=torch.complex64)}
+        )
+    ).tree
+    assert (tree["u16"].dtype.name, tree["u16"].numel, tree["c"].dtype.itemsize) == ("uint16", 5, 8)
+    with pytest.raises(UnsupportedLayout, match=r"torch\.float8_e8m0fnu"):
+        open_torch_file(saved(tmp_path / "f.pt", {"x": torch.zeros(3, dtype=torch.float8_e8m0fnu)}))

@@ -8,6 +8,7 @@ Fragments are kept as numpy tables (a 70B run at 512 ranks has a million of them
     exp_avg, …        optimizer states, under the optimizer's own names
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,10 +56,7 @@ class TensorInfo:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)

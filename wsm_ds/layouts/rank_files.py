@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from wsm_ds.errors import BrokenCheckpoint
 from wsm_ds.layouts.layout import TensorInfo
-from wsm_ds.torchfile import TorchFile
+from wsm_ds.torchfile import Tensor, TorchFile
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,12 @@ class RankFiles:
     def numbers(self) -> dict[str, int]:
         """The number of each tensor in the fragment tables."""
         return {name: number for number, name in enumerate(self.tensors)}
+
+
+def element_wise(states: dict[str, Any], numel: int) -> dict[str, Tensor]:
+    """The states that hold a value for each of a flat tensor's `numel` elements (`step` and the like do not)."""
+    tensors = {name: value for name, value in states.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in tensors.items() if len(value.shape) == 1 and value.numel >= numel}
 
 
 def require_numel(file: TorchFile, what: str, held: int, needed: int) -> None:

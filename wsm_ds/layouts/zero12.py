@@ -10,7 +10,7 @@ from typing import Any
 
 from wsm_ds.errors import BrokenCheckpoint
 from wsm_ds.layouts.layout import TableBuilder, TensorInfo
-from wsm_ds.layouts.rank_files import RankFiles, require_numel
+from wsm_ds.layouts.rank_files import RankFiles, element_wise, require_numel
 from wsm_ds.torchfile import Tensor, TorchFile
 
 
@@ -46,7 +46,7 @@ def _place_partition(
 ) -> None:
     state, numbers = optim.tree["optimizer_state_dict"], files.numbers
     masters = state["single_partition_of_fp32_groups"][group]
-    for kind, flat in {"master": masters, **_states(state, group)}.items():
+    for kind, flat in {"master": masters, **_states(state, group, masters.numel)}.items():
         base = optim.byte_offset(flat)
         for name, start, numel, position in slices:
             require_numel(optim, f"{kind} of partition {group}", flat.numel, position + numel)
@@ -78,11 +78,11 @@ def _slices(
         position += numel + (int(alignment[index]) if index < len(alignment) else 0)
 
 
-def _states(state: dict[str, Any], group: int) -> dict[str, Tensor]:
-    """The optimizer's element-wise states of a group, by the optimizer's own names."""
+def _states(state: dict[str, Any], group: int, numel: int) -> dict[str, Tensor]:
+    """The optimizer's element-wise states of a group, by the optimizer's own names; others are only carried."""
     base = state["base_optimizer_state"]
     held = base[group] if isinstance(base, list) else base["state"].get(group, {})
-    return {name: value for name, value in held.items() if isinstance(value, Tensor) and len(value.shape) == 1}
+    return element_wise(held, numel)
 
 
 def _place_module(builder: TableBuilder, files: RankFiles) -> None:

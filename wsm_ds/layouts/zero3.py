@@ -7,7 +7,7 @@ placeholders; buffers are kept by every rank, frozen parameters as flat fragment
 
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout
 from wsm_ds.layouts.layout import TableBuilder
-from wsm_ds.layouts.rank_files import RankFiles, require_numel
+from wsm_ds.layouts.rank_files import RankFiles, element_wise, require_numel
 from wsm_ds.torchfile import Tensor, TorchFile
 
 
@@ -52,8 +52,7 @@ def _place_optimizer(builder: TableBuilder, files: RankFiles, optim: TorchFile, 
         )
     for number, names in enumerate(subgroups):
         states = state["optimizer_state_dict"]["state"].get(number, {})
-        vectors = {name: v for name, v in states.items() if isinstance(v, Tensor) and len(v.shape) == 1}
-        for kind, flat in {"master": flats[number], **vectors}.items():
+        for kind, flat in {"master": flats[number], **element_wise(states, flats[number].numel)}.items():
             _place_subgroup(builder, files, optim, kind, flat, list(names), rank)
 
 

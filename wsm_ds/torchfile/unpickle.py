@@ -7,12 +7,13 @@ are refused, so that a crafted file is noticed rather than carried on into an ou
 
 import collections
 import io
+import math
 import pickle
 from dataclasses import dataclass, field
 from typing import Any
 
 from wsm_ds.dtypes import BY_TORCH_NAME, DType
-from wsm_ds.errors import BrokenCheckpoint, UnsafePickle
+from wsm_ds.errors import BrokenCheckpoint, UnsafePickle, UnsupportedLayout
 from wsm_ds.torchfile.archive import Archive
 
 KNOWN_MODULES = (
@@ -65,6 +66,7 @@ STORAGES = {
     "CharStorage": "int8",
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
     "UntypedStorage": "uint8",
 }
 
@@ -143,10 +145,7 @@ class Tensor:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
+        return math.prod(self.shape)
 
     @property
     def is_contiguous(self) -> bool:
@@ -220,7 +219,9 @@ def _rebuild_tensor_v2(storage: Storage, offset: int, shape: Any, stride: Any, *
 def _rebuild_tensor_v3(storage: Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> Tensor:
     made_by = Stub(Global("torch._utils", "_rebuild_tensor_v3"), (storage, offset, tuple(shape), tuple(stride), *rest))
     named = as_global(rest[2]) if len(rest) > 2 else None
-    dtype = BY_TORCH_NAME.get(named.name) if named else None
+    if named is not None and named.name not in BY_TORCH_NAME:
+        raise UnsupportedLayout(f"a tensor has the dtype {named}, which this version does not read.")
+    dtype = BY_TORCH_NAME[named.name] if named else None
     return Tensor(storage, int(offset), tuple(shape), tuple(stride), made_by, dtype)
 
 
@@ -273,7 +274,7 @@ def unpickle(archive: Archive, data: bytes, allowed_globals: frozenset[str] = fr
     where = str(archive.path)
     try:
         return _InertUnpickler(data, where, allowed_globals).load()
-    except (UnsafePickle, BrokenCheckpoint):
+    except (UnsafePickle, BrokenCheckpoint, UnsupportedLayout):
         raise
     except Exception as error:  # any fault of a malformed pickle is the file's, not ours
         raise BrokenCheckpoint(f"{where}: data.pkl cannot be read ({type(error).__name__}: {error}).") from error
