@@ -121,6 +121,20 @@ def test_a_group_that_is_stepped_alone_gets_its_own_rate() -> None:
     assert recorder.used == [[8.0], [4.0]]
 
 
+def test_a_group_that_nobody_knows_gets_the_common_rate_or_is_refused() -> None:
+    for peak, outcome in (([8.0, 8.0], [[8.0]]), ([8.0, 4.0], None)):
+        recorder = optimizer(groups=2)
+        scheduler = WSMLR(recorder, warmup_max_lr=peak, warmup_num_steps=0)
+        recorder.param_groups = [dict(recorder.param_groups[1])]
+        if outcome is None:
+            with pytest.raises(ScheduleError, match="groups were replaced"):
+                recorder.step()
+        else:
+            recorder.step()
+            assert recorder.used == outcome
+        assert scheduler.get_last_lr() == peak
+
+
 def test_changed_parameter_groups_keep_a_common_rate() -> None:
     first = optimizer(groups=1)
     scheduler = WSMLR(first, warmup_max_lr=8.0, warmup_num_steps=4)

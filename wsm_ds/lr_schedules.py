@@ -266,14 +266,17 @@ class WSMLR(LRScheduler):
     def _write(self, groups: list[dict[str, Any]]) -> None:
         """Sets the rates of `groups`: all of them, or the one that ZeRO 1 and 2 leave visible while they step.
 
-        A group is known by identity (`stage_1_and_2.py:2969` narrows the list); an unknown one by its place in a
-        full list.
+        A group is known by identity (`stage_1_and_2.py:2969` narrows the list), an unknown one by its place in a full
+        list.
+
+        Raises:
+            ScheduleError: a group is neither, and the groups' rates differ.
         """
         full = len(groups) == len(self._last_lr)
         for place, group in enumerate(groups):
-            number = self._positions.get(id(group), place if full else None)
+            number = self._positions.get(id(group), place if full or len(set(self._last_lr)) == 1 else None)
             if number is None:
-                continue
+                raise ScheduleError("the optimizer's parameter groups were replaced one by one; which has which rate?")
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(self._last_lr[number])
             else:

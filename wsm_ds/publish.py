@@ -6,6 +6,7 @@ The manifest is the last file written into the staging folder, so a folder with 
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from wsm_ds.errors import OutputExists
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "wsm_merge.json"
 LOCK = ".lock"
@@ -57,6 +60,9 @@ def _hold(lock: int, out: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            log.warning("%s is on a file system without locks: start no second merge into it", out.parent)
+            return
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             raise
         holder = os.pread(lock, 200, 0).decode(errors="replace").strip()
@@ -89,5 +95,8 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems sync folders by themselves and refuse to be told
+            raise
     finally:
         os.close(descriptor)
