@@ -272,9 +272,9 @@ class WSMLR(LRScheduler):
         Raises:
             ScheduleError: a group is neither, and the groups' rates differ.
         """
-        full = len(groups) == len(self._last_lr)
+        is_full, is_common = len(groups) == len(self._last_lr), len(set(self._last_lr)) == 1
         for place, group in enumerate(groups):
-            number = self._positions.get(id(group), place if full or len(set(self._last_lr)) == 1 else None)
+            number = self._positions.get(id(group), 0 if is_common else place if is_full else None)
             if number is None:
                 raise ScheduleError("the optimizer's parameter groups were replaced one by one; which has which rate?")
             if isinstance(group["lr"], torch.Tensor):
