@@ -24,7 +24,7 @@ def _merge(options: argparse.Namespace) -> int:
     values["tags"] = _split(options.tags)
     values["coefficients"] = _split(options.coefficients)
     values["allow"] = tuple(options.allow) or None
-    values["allow_globals"] = tuple(options.allow_global) or None
+    values |= _naming(options)
     recipe = load_recipe(options.recipe, **values) if options.recipe else make_recipe(**_with_default_curve(values))
     return _carry_out(plan_merge(recipe), options)
 
@@ -63,7 +63,7 @@ def _export(options: argparse.Namespace) -> int:
         max_shard_size=options.max_shard_size,
         memory_budget=options.memory_budget,
         threads=options.threads,
-        allow_globals=tuple(options.allow_global) or None,
+        **_naming(options),
     )
     return _carry_out(plan, options)
 
@@ -122,6 +122,16 @@ def _verify(options: argparse.Namespace) -> int:
         print(f"{options.out}: {proof.files} files, {format_size(proof.nbytes)}: all checksums match")
         print(proof.note or f"recomputed {format_size(proof.recomputed_bytes)} from the sources: identical")
     return 0
+
+
+def _naming(options: argparse.Namespace) -> dict[str, Any]:
+    """Options that may be given more than once."""
+    pairs = [text.rpartition("=") for text in options.rename]
+    return {
+        "rename": {pattern: replacement for pattern, _, replacement in pairs} or None,
+        "include": tuple(options.include) or None,
+        "allow_globals": tuple(options.allow_global) or None,
+    }
 
 
 def _split(text: str | None) -> tuple[str, ...] | None:
@@ -195,6 +205,10 @@ def _writing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="the folder to make; it must not exist")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of safetensors; default: as trained")
     parser.add_argument("--max-shard-size", metavar="SIZE", help="of a safetensors file (default 5GB)")
+    parser.add_argument("--rename", action="append", default=[], metavar="PATTERN=NEW",
+                        help="in names of safetensors: a regular expression and what replaces it")  # fmt: skip
+    parser.add_argument("--include", action="append", default=[], type=Path, metavar="FILE",
+                        help="copy FILE into the output: config.json, tokenizer files")  # fmt: skip
     parser.add_argument("--memory-budget", metavar="SIZE", help="of all buffers (default 512MiB)")
     parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")

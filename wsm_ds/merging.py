@@ -11,10 +11,10 @@ from wsm_ds.engine import execute, workers_for
 from wsm_ds.errors import RecipeError
 from wsm_ds.layouts import Layout
 from wsm_ds.manifest import make_manifest
-from wsm_ds.plan import Plan, Source
+from wsm_ds.plan import Copy, InputFile, OutputFile, Plan, Source
 from wsm_ds.plan_safetensors import safetensors_outputs
 from wsm_ds.plan_zero import zero_outputs
-from wsm_ds.publish import commit, require_absent, staged, write_text
+from wsm_ds.publish import MANIFEST, commit, require_absent, staged, write_text
 from wsm_ds.recipe import MergeRecipe, make_recipe
 from wsm_ds.runs import window_tables
 from wsm_ds.sizes import format_size
@@ -47,7 +47,8 @@ def plan_for_window(recipe: MergeRecipe, window: Window) -> Plan:
         texts["latest"] = tag
     else:
         dtype = BY_NAME[recipe.dtype] if recipe.dtype else None
-        outputs, texts = safetensors_outputs(tables, dtype, int(recipe.max_shard_size))
+        outputs, texts = safetensors_outputs(tables, dtype, int(recipe.max_shard_size), recipe.rename)
+    copies, copied = _included(recipe.include, len(inputs), {output.name for output in outputs} | set(texts))
     steps = [layout.step for layout in window.layouts]
     return Plan(
         out=recipe.out,
@@ -55,14 +56,30 @@ def plan_for_window(recipe: MergeRecipe, window: Window) -> Plan:
         curve=recipe.curve or "given coefficients",
         ess=effective_sample_size(window.coefficients),
         lag_steps=lag(window.coefficients, steps),
-        inputs=inputs,
-        outputs=outputs,
+        inputs=inputs + copied,
+        outputs=outputs + copies,
         names=tables.names,
         texts=texts,
         recipe=recipe.model_dump(mode="json"),
         memory_bytes=budget,
         threads=workers.threads,
     )
+
+
+def _included(
+    paths: tuple[Path, ...], first_input: int, taken: set[str]
+) -> tuple[tuple[OutputFile, ...], tuple[InputFile, ...]]:
+    """Files to be copied into the output's root, as outputs and as inputs."""
+    outputs, inputs = [], []
+    for number, path in enumerate(paths):
+        if not path.is_file() or path.name in taken | {MANIFEST}:
+            raise RecipeError(f"include: {path} is not a file, or the output has a {path.name} already.")
+        taken = taken | {path.name}
+        status = path.stat()
+        inputs.append(InputFile(path.resolve(), status.st_size, status.st_mtime_ns))
+        pieces = (Copy(0, status.st_size, first_input + number, 0),) if status.st_size else ()
+        outputs.append(OutputFile(path.name, status.st_size, pieces))
+    return tuple(outputs), tuple(inputs)
 
 
 def _sources(layouts: tuple[Layout, ...], coefficients: list[float]) -> tuple[Source, ...]:

@@ -4,10 +4,12 @@ Format: 8 bytes of header length, a JSON header padded with spaces, then the ten
 """
 
 import json
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 
 from wsm_ds.dtypes import CODES, DType
+from wsm_ds.errors import RecipeError
 from wsm_ds.layouts.layout import TensorInfo
 from wsm_ds.plan import Bytes, Copy, OutputFile
 from wsm_ds.plan_zero import finished
@@ -25,7 +27,7 @@ class _Shard:
 
 
 def safetensors_outputs(
-    tables: WindowTables, dtype: DType | None, max_shard_bytes: int
+    tables: WindowTables, dtype: DType | None, max_shard_bytes: int, rename: dict[str, str]
 ) -> tuple[tuple[OutputFile, ...], dict[str, str]]:
     """The shards, and the index as a text file if there is more than one.
 
@@ -33,11 +35,16 @@ def safetensors_outputs(
         dtype: of all parameters, trained and frozen; None keeps the dtype that each has in the module.
             Buffers keep their own. Tied parameters are stored once, under the name that owns them.
         max_shard_bytes: a shard closes before it would grow beyond this; a larger tensor gets its own.
+        rename: regular expressions → replacements, for every name, in order.
+
+    Raises:
+        RecipeError: two tensors would get one name.
     """
+    names = _renamed(tables.newest.tensors, rename)
     dtypes = {
         n: info.dtype if info.role == "buffer" or dtype is None else dtype for n, info in tables.newest.tensors.items()
     }
-    shards = _shards(tables.newest.tensors, dtypes, max_shard_bytes)
+    shards = _shards(tables.newest.tensors, dtypes, max_shard_bytes, names)
     files: defaultdict[int, FileRuns] = defaultdict(FileRuns)
     for role, kind in KIND_OF_ROLE.items():
         placed = [
@@ -53,10 +60,29 @@ def safetensors_outputs(
     for file, shard in enumerate(shards):
         hole = Copy(len(shard.header), shard.nbytes - len(shard.header), -1, 0)  # filled by the runs, every byte
         outputs.append(finished(shard.name, shard.nbytes, [Bytes(0, shard.header), hole], (), files[file]))
-    return tuple(outputs), _index(tables.newest.tensors, dtypes, shards)
+    return tuple(outputs), _index(tables.newest.tensors, dtypes, shards, names)
 
 
-def _shards(tensors: dict[str, TensorInfo], dtypes: dict[str, DType], max_bytes: int) -> list[_Shard]:
+def _renamed(tensors: dict[str, TensorInfo], rename: dict[str, str]) -> dict[str, str]:
+    """The name of each tensor in the output."""
+    names = {}
+    for fqn in tensors:
+        names[fqn] = fqn
+        for pattern, replacement in rename.items():
+            names[fqn] = re.sub(pattern, replacement, names[fqn])
+    taken: dict[str, str] = {}
+    for fqn, name in names.items():
+        if not name or name in taken:
+            raise RecipeError(
+                f"rename gives {fqn} the name {name!r}, which {taken.get(name, 'no tensor')} has already."
+            )
+        taken[name] = fqn
+    return names
+
+
+def _shards(
+    tensors: dict[str, TensorInfo], dtypes: dict[str, DType], max_bytes: int, renamed: dict[str, str]
+) -> list[_Shard]:
     groups: list[list[str]] = [[]]
     used = 0
     for name, info in tensors.items():
@@ -67,20 +93,22 @@ def _shards(tensors: dict[str, TensorInfo], dtypes: dict[str, DType], max_bytes:
         groups[-1].append(name)
         used += nbytes
     if len(groups) == 1:
-        return [_shard("model.safetensors", groups[0], tensors, dtypes)]
+        return [_shard("model.safetensors", groups[0], tensors, dtypes, renamed)]
     return [
-        _shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", names, tensors, dtypes)
+        _shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", names, tensors, dtypes, renamed)
         for number, names in enumerate(groups, start=1)
     ]
 
 
-def _shard(file: str, names: list[str], tensors: dict[str, TensorInfo], dtypes: dict[str, DType]) -> _Shard:
+def _shard(
+    file: str, names: list[str], tensors: dict[str, TensorInfo], dtypes: dict[str, DType], renamed: dict[str, str]
+) -> _Shard:
     """Tensors of wider dtypes first, so that each is aligned to its element size."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, position = {}, 0
     for name in sorted(names, key=lambda name: -dtypes[name].itemsize):
         nbytes = tensors[name].numel * dtypes[name].itemsize
-        entries[name] = {
+        entries[renamed[name]] = {
             "dtype": dtypes[name].safetensors_name,
             "shape": list(tensors[name].shape),
             "data_offsets": [position, position + nbytes],
@@ -93,10 +121,12 @@ def _shard(file: str, names: list[str], tensors: dict[str, TensorInfo], dtypes: 
     return _Shard(file, header, {n: o + len(header) for n, o in offsets.items()}, len(header) + position)
 
 
-def _index(tensors: dict[str, TensorInfo], dtypes: dict[str, DType], shards: list[_Shard]) -> dict[str, str]:
+def _index(
+    tensors: dict[str, TensorInfo], dtypes: dict[str, DType], shards: list[_Shard], renamed: dict[str, str]
+) -> dict[str, str]:
     if len(shards) == 1:
         return {}
     total = sum(info.numel * dtypes[name].itemsize for name, info in tensors.items())
-    weights = {name: shard.name for shard in shards for name in shard.offsets}
+    weights = {renamed[name]: shard.name for shard in shards for name in shard.offsets}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
     return {"model.safetensors.index.json": json.dumps(index, indent=2) + "\n"}

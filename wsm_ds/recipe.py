@@ -1,6 +1,7 @@
 """What the user asks for: which checkpoints, which curve, what to write. Validated, from flags or YAML."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,8 @@ class MergeRecipe(BaseModel):
         memory_budget: bytes, or "512MiB"; holds all buffers of the merge.
         threads: workers; all cores if not given.
         max_shard_size: of a safetensors file.
+        rename: for safetensors: regular expressions and what replaces them in every name, applied in order.
+        include: files to copy beside the output (config.json, tokenizer files).
         allow: checks to pass over: "warmup" (a window inside the warmup), "lr-change".
         allow_globals: names of classes in the checkpoints' client state to carry along as data.
     """
@@ -53,6 +56,8 @@ class MergeRecipe(BaseModel):
     memory_budget: int | str = "512MiB"
     threads: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1)
     max_shard_size: int | str = "5GB"
+    rename: dict[str, str] = Field(default_factory=dict)
+    include: tuple[Path, ...] = ()
     allow: tuple[Allowance, ...] = ()
     allow_globals: tuple[str, ...] = ()
 
@@ -63,6 +68,17 @@ class MergeRecipe(BaseModel):
         if nbytes < 1:
             raise ValueError("must be at least one byte")
         return nbytes
+
+    @field_validator("rename")
+    @classmethod
+    def _patterns(cls, value: dict[str, str]) -> dict[str, str]:
+        for pattern, replacement in value.items():
+            try:
+                re.compile(pattern)
+                re.sub(pattern, replacement, "")
+            except re.error as error:
+                raise ValueError(f"{pattern!r} → {replacement!r} is not a regular expression: {error}") from error
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> "MergeRecipe":
@@ -77,6 +93,8 @@ class MergeRecipe(BaseModel):
             raise ValueError("floor belongs to a curve; coefficients are taken as they are")
         if self.dtype is not None and self.format == "zero":
             raise ValueError("dtype is for safetensors; a zero output keeps the run's precision")
+        if self.rename and self.format == "zero":
+            raise ValueError("rename is for safetensors; a zero output keeps the run's names")
         if self.optimizer_states != "carry" and self.format == "safetensors":
             raise ValueError("optimizer_states is for zero; safetensors holds no optimizer states")
         return self
