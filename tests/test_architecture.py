@@ -8,8 +8,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "wsm_ds"
 ORDER = (
     "errors", "sizes", "dtypes", "crc32", "curves", "coefficients", "lr_schedules", "deepspeed_registration",
-    "torchfile", "layouts", "intersect", "recipe", "window", "plan", "runs", "plan_zero", "plan_safetensors",
-    "engine", "publish", "manifest", "merging", "verification", "inspect", "report", "progress", "cli", "__main__",
+    "torchfile", "layouts", "intersect", "recipe", "window", "plan", "runs", "plan_world_size", "plan_zero",
+    "plan_safetensors", "engine", "publish", "manifest", "merging", "verification", "inspect", "report", "progress",
+    "cli", "__main__",
 )  # fmt: skip
 """Each may import what stands before it."""
 MAY_IMPORT = {"deepspeed": {"deepspeed_registration"}, "torch": {"lr_schedules"}}

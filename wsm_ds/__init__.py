@@ -19,6 +19,7 @@ _HOMES = {
     "plan_merge": "merging",
     "run_plan": "merging",
     "export": "merging",
+    "reshard": "merging",
     "verify": "verification",
     "inspect_run": "inspect",
     "parse_curve": "curves",
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from wsm_ds.errors import WsmError
     from wsm_ds.inspect import inspect_run
     from wsm_ds.lr_schedules import WSDLR, WSMLR
-    from wsm_ds.merging import export, merge, plan_merge, run_plan
+    from wsm_ds.merging import export, merge, plan_merge, reshard, run_plan
     from wsm_ds.recipe import MergeRecipe, load_recipe
     from wsm_ds.verification import verify
 

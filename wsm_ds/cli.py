@@ -19,7 +19,7 @@ def _merge(options: argparse.Namespace) -> int:
     from wsm_ds.recipe import load_recipe, make_recipe
 
     names = ("run", "out", "last", "from_step", "to_step", "curve", "floor", "oldest_interval", "format", "dtype",
-             "optimizer_states", "memory_budget", "threads", "max_shard_size")  # fmt: skip
+             "optimizer_states", "world_size", "memory_budget", "threads", "max_shard_size")  # fmt: skip
     values = {name: getattr(options, name) for name in names}
     values["tags"] = _split(options.tags)
     values["coefficients"] = _split(options.coefficients)
@@ -53,19 +53,30 @@ def _carry_out(plan: Any, options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from wsm_ds.merging import plan_export
+    return _one_checkpoint(options, format="safetensors")
 
-    plan = plan_export(
-        options.run,
-        options.tag,
-        options.out,
-        dtype=options.dtype,
-        max_shard_size=options.max_shard_size,
-        memory_budget=options.memory_budget,
-        threads=options.threads,
-        **_naming(options),
+
+def _reshard(options: argparse.Namespace) -> int:
+    return _one_checkpoint(options, format="zero", world_size=options.world_size)
+
+
+def _one_checkpoint(options: argparse.Namespace, **values: Any) -> int:
+    from wsm_ds.merging import plan_one
+
+    return _carry_out(
+        plan_one(
+            options.run,
+            options.tag,
+            options.out,
+            dtype=options.dtype,
+            max_shard_size=options.max_shard_size,
+            memory_budget=options.memory_budget,
+            threads=options.threads,
+            **_naming(options),
+            **values,
+        ),
+        options,
     )
-    return _carry_out(plan, options)
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -163,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--coefficients", metavar="C,C,…", help="instead of a curve: oldest first, summing to 1")
     merge.add_argument("--oldest-interval", type=int, metavar="STEPS", help="steps the oldest checkpoint stands for")
     merge.add_argument("--format", choices=("zero", "safetensors"), help="zero (default): DeepSpeed loads it")
+    merge.add_argument("--world-size", type=int, metavar="W", help="ranks of the output (ZeRO 1 and 2)")
     merge.add_argument("--optimizer-states", choices=("carry", "merge", "drop"), help="default carry")
     merge.add_argument(
         "--allow", action="append", default=[], choices=("warmup", "lr-change"), help="pass over a check"
@@ -173,6 +185,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", type=Path)
     export.add_argument("--tag", help="default: the newest complete one")
     _writing_options(export)
+
+    reshard = _command(commands, "reshard", _reshard, "one checkpoint for another number of ranks (ZeRO 1 and 2)")
+    reshard.add_argument("run", type=Path)
+    reshard.add_argument("--tag", help="default: the newest complete one")
+    reshard.add_argument("--world-size", type=int, metavar="W", required=True)
+    _writing_options(reshard)
 
     inspect = _command(commands, "inspect", _inspect, "what a run's folder holds")
     inspect.add_argument("run", type=Path)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from wsm_ds import crc32
 from wsm_ds.dtypes import narrow, widen
 from wsm_ds.errors import BrokenCheckpoint, BudgetTooSmall, LayoutMismatch, NonFiniteValue
-from wsm_ds.plan import Bytes, Copy, OutputFile, Plan, Read, Sum
+from wsm_ds.plan import Bytes, Copy, OutputFile, Piece, Plan, Read, Sum, Zeros
 
 log = logging.getLogger(__name__)
 
@@ -245,9 +245,11 @@ class BlockComputer:
                 self._fill(output, piece, low, high, data[low - begin : high - begin])
         return data
 
-    def _fill(self, output: OutputFile, piece: Sum | Copy | Bytes, low: int, high: int, into: memoryview) -> None:
+    def _fill(self, output: OutputFile, piece: Piece, low: int, high: int, into: memoryview) -> None:
         if isinstance(piece, Bytes):
             into[:] = piece.data[low - piece.offset : high - piece.offset]
+        elif isinstance(piece, Zeros):
+            into[:] = bytes(len(into))
         elif isinstance(piece, Copy):
             self._read(piece.file, piece.source_offset + low - piece.offset, into)
         else:

@@ -43,7 +43,9 @@ def plan_for_window(recipe: MergeRecipe, window: Window) -> Plan:
     inputs = tables.inputs
     if recipe.format == "zero":
         tag = f"global_step{newest.step}"
-        outputs, inputs = zero_outputs(tables, tag, recipe.optimizer_states, frozenset(recipe.allow_globals))
+        outputs, inputs = zero_outputs(
+            tables, tag, recipe.optimizer_states, frozenset(recipe.allow_globals), recipe.world_size
+        )
         texts["latest"] = tag
     else:
         dtype = BY_NAME[recipe.dtype] if recipe.dtype else None
@@ -121,12 +123,17 @@ def merge(recipe: MergeRecipe | None = None, /, **values: Any) -> dict[str, Any]
     return run_plan(plan_merge(recipe if recipe is not None else make_recipe(**values)))
 
 
-def plan_export(run: Path, tag: str | None, out: Path | None, **values: Any) -> Plan:
-    """The plan of one checkpoint (the newest complete one, if `tag` is None) as safetensors."""
+def plan_one(run: Path, tag: str | None, out: Path | None, **values: Any) -> Plan:
+    """The plan of one checkpoint (the newest complete one, if `tag` is None) in another form."""
     chosen: dict[str, Any] = {"tags": (tag,)} if tag else {"last": 1}
-    return plan_merge(make_recipe(run=run, out=out, format="safetensors", coefficients=(1.0,), **chosen, **values))
+    return plan_merge(make_recipe(run=run, out=out, coefficients=(1.0,), **chosen, **values))
 
 
 def export(run: Path, tag: str | None, out: Path, **values: Any) -> dict[str, Any]:
     """Writes one checkpoint's fp32 masters, rounded to `dtype`, as safetensors; returns the manifest."""
-    return run_plan(plan_export(run, tag, out, **values))
+    return run_plan(plan_one(run, tag, out, format="safetensors", **values))
+
+
+def reshard(run: Path, tag: str | None, out: Path, *, world_size: int, **values: Any) -> dict[str, Any]:
+    """Writes one ZeRO 1 or 2 checkpoint for `world_size` ranks, optimizer states and all; returns the manifest."""
+    return run_plan(plan_one(run, tag, out, world_size=world_size, **values))

@@ -13,7 +13,8 @@ from wsm_ds.dtypes import DType
 from wsm_ds.intersect import Ints
 
 Fate = Literal["merge", "derive", "equal", "newest"]
-"""merge: weighted sum of all sources. derive: cast of an output's merged master. equal: the newest, and all
+"""merge: weighted sum of all sources. derive: one source alone, cast (an output's merged
+master, a carried state). equal: the newest, and all
 sources must agree. newest: the newest, and a disagreement is warned of."""
 
 
@@ -75,7 +76,16 @@ class Bytes:
         return len(self.data)
 
 
-Piece = Sum | Copy | Bytes
+@dataclass(frozen=True, slots=True)
+class Zeros:
+    """`nbytes` zero bytes at `offset`: room for elements, and padding."""
+
+    offset: int
+    nbytes: int
+
+
+Base = Copy | Bytes | Zeros
+Piece = Sum | Base
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +95,16 @@ class CrcField:
     offset: int
     nbytes: int
     places: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Template:
+    """An output file before its runs are put in: what tiles it, and the checksums to fill in."""
+
+    name: str
+    nbytes: int
+    base: list[Base]
+    crcs: tuple[CrcField, ...]
 
 
 @dataclass(frozen=True)
@@ -177,7 +197,7 @@ def _bytes_read(piece: Piece) -> int:
     return 0
 
 
-def overlay(base: list[Copy | Bytes], sums: list[Sum]) -> tuple[Piece, ...]:
+def overlay(base: list[Base], sums: list[Sum]) -> tuple[Piece, ...]:
     """`base`, which tiles a file, with the ranges of `sums` replaced. Both are ordered by offset; Bytes stay whole."""
     pieces: list[Piece] = []
     pending = iter(sums)
@@ -185,19 +205,23 @@ def overlay(base: list[Copy | Bytes], sums: list[Sum]) -> tuple[Piece, ...]:
     for piece in base:
         position, end = piece.offset, piece.offset + piece.nbytes
         while current is not None and current.offset < end:
-            if not isinstance(piece, Copy) or current.offset < position or current.offset + current.nbytes > end:
+            if isinstance(piece, Bytes) or current.offset < position or current.offset + current.nbytes > end:
                 raise AssertionError(f"a run at {current.offset} does not lie in the piece at {piece.offset}")
-            _append_copy(pieces, piece, position, current.offset)
+            _append_part(pieces, piece, position, current.offset)
             pieces.append(current)
             position = current.offset + current.nbytes
             current = next(pending, None)
-        if isinstance(piece, Copy):
-            _append_copy(pieces, piece, position, end)
-        elif piece.nbytes:
-            pieces.append(piece)
+        _append_part(pieces, piece, position, end)
     return tuple(pieces)
 
 
-def _append_copy(pieces: list[Piece], whole: Copy, begin: int, end: int) -> None:
-    if end > begin:
+def _append_part(pieces: list[Piece], whole: Base, begin: int, end: int) -> None:
+    """Adds [begin, end) of a piece; Bytes are never cut."""
+    if end <= begin:
+        return
+    if isinstance(whole, Copy):
         pieces.append(Copy(begin, end - begin, whole.file, whole.source_offset + begin - whole.offset))
+    elif isinstance(whole, Zeros):
+        pieces.append(Zeros(begin, end - begin))
+    else:
+        pieces.append(whole)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from wsm_ds.dtypes import CODES, DType
 from wsm_ds.errors import RecipeError
 from wsm_ds.layouts.layout import TensorInfo
-from wsm_ds.plan import Bytes, Copy, OutputFile
+from wsm_ds.plan import Bytes, OutputFile, Template, Zeros
 from wsm_ds.plan_zero import finished
 from wsm_ds.runs import FileRuns, WindowTables, add_window_runs, whole_tensors
 
@@ -58,8 +58,9 @@ def safetensors_outputs(
             add_window_runs(files, tables, kind, out)
     outputs = []
     for file, shard in enumerate(shards):
-        hole = Copy(len(shard.header), shard.nbytes - len(shard.header), -1, 0)  # filled by the runs, every byte
-        outputs.append(finished(shard.name, shard.nbytes, [Bytes(0, shard.header), hole], (), files[file]))
+        room = Zeros(len(shard.header), shard.nbytes - len(shard.header))
+        template = Template(shard.name, shard.nbytes, [Bytes(0, shard.header), room], ())
+        outputs.append(finished(shard.name, template, files[file]))
     return tuple(outputs), _index(tables.newest.tensors, dtypes, shards, names)
 
 

@@ -78,11 +78,9 @@ def add_window_runs(files: defaultdict[int, FileRuns], tables: WindowTables, kin
                 _add(files, tables, chosen, sources, _fate(kind, floating))
 
 
-def add_derived_runs(
-    files: defaultdict[int, FileRuns], tables: WindowTables, out: Table, staged_masters: Table
-) -> None:
-    """Adds the runs that cast `out` from the staged outputs' merged masters."""
-    _add(files, tables, out, [staged_masters], "derive")
+def add_copied_runs(files: defaultdict[int, FileRuns], tables: WindowTables, out: Table, source: Table) -> None:
+    """Adds the runs that make `out` of one source: module weights of staged masters, states of the newest."""
+    _add(files, tables, out, [source], "derive")
 
 
 def _fate(kind: str, floating: bool) -> Fate:

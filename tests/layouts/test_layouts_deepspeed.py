@@ -11,8 +11,9 @@ from deepspeed_runs import launch
 from reference import average, load_all, merged_masters, moments, partitions, unpadded
 from safetensors.torch import load_file
 
+from wsm_ds.errors import UnsupportedLayout
 from wsm_ds.inspect import inspect_run
-from wsm_ds.merging import export, merge
+from wsm_ds.merging import export, merge, reshard
 from wsm_ds.verification import verify
 
 OFFLOAD = {"zero": {"offload_optimizer": {"device": "cpu"}}, "config": {"zero_force_ds_cpu_optimizer": False}}
@@ -82,6 +83,17 @@ def test_a_merge_equals_the_reference_and_one_checkpoint_reproduces_itself(
             got = unpadded(models, moments(optim, state), rank, stage)
             assert same(got, unpadded(models, merged, rank, stage)), state
     assert verify(tmp_path / "out", full=True).note == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("BF16_Optimizer", "of BF16_Optimizer"), ("round_robin_gradients", "order")]
+)
+def test_another_world_size_is_refused_where_it_is_not_known_to_be_right(
+    written: Path, tmp_path: Path, name: str, words: str
+) -> None:
+    with pytest.raises(UnsupportedLayout, match=words):
+        reshard(written / name, None, tmp_path / "out", world_size=3)
+    assert list(tmp_path.iterdir()) == []
 
 
 def same(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:

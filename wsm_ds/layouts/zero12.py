@@ -31,8 +31,8 @@ def place(builder: TableBuilder, files: RankFiles) -> None:
             alignment = (state.get("param_alignment_paddings") or [[]] * len(groups))[number]
             needed = sum(files.tensors[name].numel for name in shapes) + sum(int(padding) for padding in alignment)
             require_numel(optim, f"parameter group {number}", size * files.world_size, needed)
-            slices = list(_slices(shapes, alignment, files.tensors, rank * size, size))
-            _place_partition(builder, files, optim, number, slices)
+            pieces = list(slices(shapes, alignment, files.tensors, rank * size, size))
+            _place_partition(builder, files, optim, number, pieces)
 
 
 def _partition_numel(optim: TorchFile, state: dict[str, Any], group: int) -> int:
@@ -65,7 +65,7 @@ def _require_count(optim: TorchFile, state: dict[str, Any], groups: int, world_s
         )
 
 
-def _slices(
+def slices(
     shapes: dict[str, Any], alignment: list[int], tensors: dict[str, TensorInfo], first: int, size: int
 ) -> Iterator[tuple[str, int, int, int]]:
     """(fqn, start in the parameter, numel, position in the partition) of what lies in [first, first + size)."""
