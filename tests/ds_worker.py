@@ -4,7 +4,9 @@ Usage: torchrun --nproc-per-node W tests/ds_worker.py JOBS.json   (a list of {"d
 Each job's report, one dict per rank, is written to JOBS.json.rank{r} as JSON.
 """
 
+import argparse
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -18,6 +20,8 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint import ds_to_universal
+from deepspeed.runtime.data_pipeline.data_sampling.variable_batch_size_and_lr import VariableBatchSizeLR
 
 deepspeed.ops.__dict__["__compatible_ops__"] = {}  # no op is compiled for these runs (a minute, and a lock)
 
@@ -188,7 +192,9 @@ def do_schedule(job: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(7)
     model = TinyModel()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = RecordingAdamW([{"params": trained[:2]}, {"params": trained[2:], "weight_decay": 0.0}], lr=1e-3)
+    cuts = [0, *job.get("group_cuts", [2]), len(trained)]
+    groups = [{"params": trained[a:b], "weight_decay": 0.1 * a} for a, b in itertools.pairwise(cuts)]
+    optimizer = RecordingAdamW(groups, lr=1e-3)
     optimizer.used = set()
     config = ds_config(job)
     config["scheduler"] = job.get("scheduler")
@@ -197,6 +203,8 @@ def do_schedule(job: dict[str, Any]) -> dict[str, Any]:
     try:
         scheduler = client_scheduler(job.get("client"), optimizer)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
+        if job.get("batch_sizes"):
+            engine.lr_scheduler = VariableBatchSizeLR(engine.lr_scheduler, 1, job["batch_sizes"], None)
         last_lr = None
         if job.get("load"):
             engine.load_checkpoint(job["load"], **job.get("load_options", {}))
@@ -204,6 +212,8 @@ def do_schedule(job: dict[str, Any]) -> dict[str, Any]:
         used = [one_update(engine, optimizer, job, update) for update in range(job["updates"])]
         if job.get("save"):
             engine.save_checkpoint(job["save"], tag="saved")
+        if job.get("universal"):
+            convert_to_universal(Path(job["save"]))
         return {"used": used, "last_lr": last_lr, "skipped": engine.skipped_steps}
     except wsm_ds.WsmError as error:
         return {"error": f"{type(error).__name__}: {error}"}
@@ -220,7 +230,29 @@ def client_scheduler(kind: str | None, optimizer: torch.optim.Optimizer) -> Any:
         return wsm_ds.WSMLR(optimizer, **peak)
     if kind == "foreign":
         return wsm_ds.WSMLR(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0), **peak)
+    if kind == "foreign on the same model":
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        return wsm_ds.WSMLR(torch.optim.SGD(parameters, lr=1.0), **peak)
+    if kind == "torch":
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda updates: min((updates + 1) / 4, 1.0))
     return None
+
+
+def convert_to_universal(run: Path) -> None:
+    """Rewrites RUN/saved as a universal checkpoint, RUN/universal, without worker processes."""
+    if dist.get_rank() == 0:
+        options = argparse.Namespace(
+            input_folder=str(run / "saved"),
+            output_folder=str(run / "universal"),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
+        ds_to_universal.main(options)
+        (run / "latest_universal").write_text("universal")
+    dist.barrier()
 
 
 def one_update(engine: Any, optimizer: RecordingAdamW, job: dict[str, Any], update: int) -> list[float]:

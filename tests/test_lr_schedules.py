@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 from typing import Any
 
 import pytest
@@ -241,6 +242,8 @@ def test_a_decay_branches_from_a_stable_state_and_refuses_to_start_in_the_past()
         (lambda o: WSMLR(o, warmup_max_lr=[1.0, 2.0]), "2 values for 1 parameter groups"),
         (lambda o: WSMLR(o, warmup_min_lr=9.0, warmup_max_lr=8.0), "warmup_min_lr 9 is above warmup_max_lr 8"),
         (lambda o: WSMLR(o, on_change="ignore"), "on_change is 'ignore'"),
+        (lambda o: WSMLR(o, last_batch_iteration="auto"), "last_batch_iteration is 'auto'"),
+        (lambda o: WSDLR(o, decay_start_step=9, decay_num_steps=1, decay_curve="steep"), "decay_curve: unknown"),
         (lambda o: WSMLR(torch.nn.Linear(1, 1)), "Linear is neither a torch optimizer"),
         (lambda o: WSDLR(o), "needs decay_start_step"),
         (lambda o: WSDLR(o, decay_start_step=9, decay_num_steps=0), "decay_num_steps is 0"),
@@ -258,6 +261,101 @@ def test_a_scheduler_of_another_optimizer_is_noticed_at_its_first_step() -> None
     trained.step()
     with pytest.raises(ScheduleError, match="bound to another optimizer"):
         scheduler.step()
+
+
+def test_steps_without_any_update_are_counted_not_taken_for_a_foreign_optimizer() -> None:
+    scheduler = WSMLR(optimizer(), warmup_max_lr=8.0, warmup_num_steps=4)
+    rates = []
+    for _ in range(5):  # as one does to plot a schedule
+        rates += scheduler.get_last_lr()
+        scheduler.step()
+    assert rates == [2, 4, 6, 8, 8]
+
+
+def test_an_update_that_a_grad_scaler_skips_first_is_not_taken_for_a_foreign_optimizer() -> None:
+    recorder = optimizer()
+    scheduler = WSMLR(recorder, warmup_max_lr=8.0, warmup_num_steps=4)
+    scaler = torch.amp.GradScaler("cpu")
+    for factor in (float("inf"), 1.0, 1.0):
+        recorder.zero_grad()
+        scaler.scale(recorder.param_groups[0]["params"][0].sum() * factor).backward()
+        before = scaler.get_scale()
+        scaler.step(recorder)
+        scaler.update()
+        if scaler.get_scale() >= before:
+            scheduler.step()
+    assert recorder.used == [[2], [4]]
+    scheduler.step()  # without the question above it is counted, as torch's own schedulers do, but not refused
+    assert scheduler.num_updates == 3
+
+
+def test_the_other_half_of_a_gan_is_no_foreign_optimizer() -> None:
+    generator, discriminator = optimizer(), optimizer()
+    schedulers = [WSMLR(half, warmup_max_lr=8.0, warmup_num_steps=4) for half in (generator, discriminator)]
+    for half in (generator, discriminator):
+        half.param_groups[0]["params"][0].grad = torch.ones(2)
+    generator.step()  # a GradScaler skips the discriminator's
+    for scheduler in schedulers:
+        scheduler.step()
+    assert train(generator, schedulers[0], 1) == [4]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))])
+@pytest.mark.parametrize("updates", [0, 2])
+def test_a_copy_schedules_its_own_optimizer(copied: Any, updates: int) -> None:
+    recorder = optimizer()
+    scheduler = WSMLR(recorder, warmup_max_lr=8.0, warmup_num_steps=8)
+    train(recorder, scheduler, updates)
+    twin = copied(scheduler)
+    twin.optimizer.used = []
+    twin.optimizer.param_groups[0]["lr"] = 99.0
+    assert train(twin.optimizer, twin, 2) == [updates + 1, updates + 2]
+    assert scheduler.num_updates == updates
+    assert train(recorder, scheduler, 1) == [updates + 1]
+
+
+def test_a_peak_that_is_not_given_is_the_one_before_any_scheduler() -> None:
+    recorder = optimizer(lr=8.0)
+    train(recorder, WSMLR(recorder, warmup_num_steps=4), 1)
+    loaded = optimizer(lr=8.0)
+    loaded.load_state_dict(recorder.state_dict())
+    for there in (recorder, loaded):
+        assert WSMLR(there, warmup_num_steps=4).get_last_lr() == [2.0]
+
+
+def test_a_group_that_deepspeed_drops_takes_its_rate_along() -> None:
+    recorder = optimizer(groups=3)
+    scheduler = WSMLR(recorder, warmup_max_lr=[8.0, 4.0, 2.0], warmup_num_steps=2)
+    del recorder.param_groups[1]  # an empty one, runtime/engine.py:2348
+    train(recorder, scheduler, 2)
+    assert recorder.used == [[4, 1], [8, 2]]
+
+
+def test_a_change_that_no_later_rate_depends_on_is_not_refused() -> None:
+    first = optimizer()
+    scheduler = WSMLR(first, warmup_max_lr=8.0, warmup_num_steps=4)
+    train(first, scheduler, 6)
+    for steps in (2, 6):  # HF's "auto" computes it from max_steps
+        second = optimizer()
+        resumed = WSMLR(second, warmup_max_lr=8.0, warmup_min_lr=1.0, warmup_num_steps=steps)
+        resumed.load_state_dict(scheduler.state_dict())
+        assert train(second, resumed, 1) == [8]
+    with pytest.raises(ScheduleError, match="warmup_num_steps: 4 in the checkpoint, 7 in the configuration"):
+        WSMLR(optimizer(), warmup_max_lr=8.0, warmup_num_steps=7).load_state_dict(scheduler.state_dict())
+
+
+def test_a_decay_that_starts_in_the_past_is_refused_for_other_schedulers_states_too() -> None:
+    branch = WSDLR(optimizer(), warmup_num_steps=2, decay_start_step=5, decay_num_steps=10)
+    with pytest.raises(ScheduleError, match="constant until update 10, the configuration decays since 5"):
+        branch.load_state_dict({"last_batch_iteration": 9})
+
+
+@pytest.mark.parametrize(
+    "state", [{"last_batch_iteration": None}, {"last_epoch": "7"}, {"last_epoch": 3, "num_bad_epochs": 0}, {}]
+)
+def test_a_state_without_a_count_of_updates_is_refused(state: dict[str, Any]) -> None:
+    with pytest.raises(ScheduleError):
+        WSMLR(optimizer()).load_state_dict(state)
 
 
 def test_a_scheduler_that_was_dropped_lets_go_of_the_optimizer() -> None:

@@ -43,6 +43,7 @@ def cases(root: Path) -> dict[str, dict[str, Any]]:
             jobs[f"{name}: no optimizer states"] = load | {"load_options": {"load_optimizer_states": False}}
             jobs[f"{name}: no scheduler states"] = load | {"load_options": {"load_lr_scheduler_states": False}}
             jobs[f"{name}: module only"] = load | {"load_options": {"load_module_only": True}}
+        jobs[f"{name}: foreign"] = engine | {"updates": 1, "client": "foreign on the same model"}
         jobs[f"{name}: other peak refused"] = load | {"scheduler": changed(warmup_max_lr=2.0)}
         jobs[f"{name}: other peak applied"] = load | {"scheduler": changed(warmup_max_lr=2.0, on_change="apply")}
     zero2 = ENGINES["stage 2 bf16"]
@@ -56,6 +57,9 @@ def cases(root: Path) -> dict[str, dict[str, Any]]:
         "class": zero2 | {"updates": 2, "client": "class"},
         "factory": zero2 | {"updates": 5, "client": "factory"},
         "instance": zero2 | {"updates": 5, "client": "instance"},
+        "variable batch sizes": zero2 | {"updates": 5, "scheduler": WSM, "batch_sizes": [1, 2]},
+        "autocast": {"stage": 0, "dtype": "fp32", "updates": 3, "scheduler": WSM, "overflow": [0]}
+        | {"config": {"torch_autocast": {"enabled": True, "dtype": "float16"}}},
         "foreign": zero2 | {"updates": 1, "client": "foreign"},
         "megatron's increment": zero2 | {"updates": 5, "scheduler": WSM, "lr_kwargs": {"increment": 64}},
         "stable": zero2 | {"updates": 2, "scheduler": stable, "save": str(root / "stable")},
@@ -68,7 +72,33 @@ def cases(root: Path) -> dict[str, dict[str, Any]]:
         | {"updates": 2, "scheduler": changed(last_batch_iteration=1), "load": str(root / "without")},
         "native": zero2 | {"updates": 2, "scheduler": native, "save": str(root / "native")},
         "from native": zero2 | {"updates": 3, "scheduler": WSM, "load": str(root / "native")},
+        "native decay": zero2
+        | {"updates": 2, "save": str(root / "native decay")}
+        | {"scheduler": {"type": "WarmupDecayLR", "params": native["params"] | {"total_num_steps": 9}}},
+        "from native decay": zero2 | {"updates": 3, "scheduler": WSM, "load": str(root / "native decay")},
+        "torch": zero2 | {"updates": 2, "client": "torch", "save": str(root / "torch")},
+        "from torch": zero2 | {"updates": 3, "scheduler": WSM, "load": str(root / "torch")},
     }
+    for stage in (1, 2, 3):
+        engine = {"stage": stage, "dtype": "bf16"}
+        run = {"save": str(root / f"universal {stage}")}
+        jobs[f"stage {stage}: to universal"] = engine | run | {"updates": 2, "scheduler": WSM, "universal": True}
+        load = engine | {"updates": 3, "load": run["save"], "config": {"checkpoint": {"load_universal": True}}}
+        jobs[f"stage {stage}: universal"] = load | {"scheduler": WSM}
+        jobs[f"stage {stage}: universal, other peak"] = load | {
+            "scheduler": changed(warmup_max_lr=2.0, on_change="apply")
+        }
+        jobs[f"stage {stage}: universal, warmup anew"] = load | {
+            "scheduler": changed(warmup_max_lr=2.0),
+            "load_options": {"load_lr_scheduler_states": False},
+        }
+        jobs[f"stage {stage}: other groups"] = engine | {
+            "updates": 3,
+            "scheduler": WSM,
+            "group_cuts": [1, 3],
+            "load": run["save"],
+            "load_options": {"load_optimizer_states": False, "tag": "saved"},
+        }
     return {name: job | {"do": "schedule"} for name, job in jobs.items()}
 
 
@@ -81,6 +111,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     assert first == second
     found = dict(zip(jobs, first, strict=True))
     alone = {f"{name}: on one rank": jobs[f"{name}: no optimizer states"] for name in ("stage 1 bf16", "stage 2 bf16")}
+    alone |= {f"stage {stage}: universal, on one rank": jobs[f"stage {stage}: universal"] for stage in (1, 2, 3)}
     (reported,) = launch(list(alone.values()), world_size=1, folder=tmp_path_factory.mktemp("one"))
     return found | dict(zip(alone, reported, strict=True))
 
@@ -123,6 +154,20 @@ def test_another_world_size_goes_on_with_the_same_rate(reports: dict[str, Any], 
     assert used(reports[f"{engine}: on one rank"]) == WARMUP[2:]
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_universal_checkpoint_does_not_bring_its_rates_along(reports: dict[str, Any], stage: int) -> None:
+    # DeepSpeed writes them straight into the groups, after the scheduler's state (runtime/base_optimizer.py)
+    assert used(reports[f"stage {stage}: universal"]) == WARMUP[2:]
+    assert used(reports[f"stage {stage}: universal, on one rank"]) == WARMUP[2:]
+    assert used(reports[f"stage {stage}: universal, other peak"]) == [1.5, 2.0, 2.0]
+    assert used(reports[f"stage {stage}: universal, warmup anew"]) == [0.5, 1.0, 1.5]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_other_parameter_groups_go_on_with_the_same_rate(reports: dict[str, Any], stage: int) -> None:
+    assert used(reports[f"stage {stage}: other groups"]) == WARMUP[2:]
+
+
 def test_gradient_accumulation_counts_updates(reports: dict[str, Any]) -> None:
     assert used(reports["accumulation"]) == WARMUP
 
@@ -143,6 +188,22 @@ def test_an_instance_on_a_foreign_optimizer_is_refused_at_the_first_update(repor
     assert reports["foreign"]["error"].startswith("ScheduleError: WSMLR was stepped, but the optimizer it is bound to")
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_instance_on_another_optimizer_of_the_same_model_is_refused_too(
+    reports: dict[str, Any], engine: str
+) -> None:
+    error = reports[f"{engine}: foreign"]["error"]
+    assert error.startswith("ScheduleError: WSMLR was stepped, but the optimizer it is bound to made no update")
+
+
+def test_a_skipped_update_that_deepspeed_does_not_know_of_is_no_foreign_optimizer(reports: dict[str, Any]) -> None:
+    assert reports["autocast"]["used"] == [[], [0.5], [0.75]]  # DeepSpeed counts it
+
+
+def test_variable_batch_sizes_scale_the_formula(reports: dict[str, Any]) -> None:
+    assert used(reports["variable batch sizes"]) == [0.25, 1.0, 0.75, 2.0, 1.0]
+
+
 def test_keywords_of_megatron_do_not_freeze_the_schedule(reports: dict[str, Any]) -> None:
     assert used(reports["megatron's increment"]) == WARMUP
 
@@ -159,6 +220,12 @@ def test_a_checkpoint_without_a_scheduler_is_loaded(reports: dict[str, Any]) -> 
 def test_a_run_that_used_deepspeeds_warmup_goes_on_where_it_was(reports: dict[str, Any]) -> None:
     assert used(reports["native"]) == [0.0, 0.0]  # DeepSpeed's own: two updates at the minimum
     assert used(reports["from native"]) == WARMUP[2:]
+    assert used(reports["from native decay"]) == WARMUP[2:]
+
+
+def test_a_run_that_used_a_torch_scheduler_goes_on_where_it_was(reports: dict[str, Any]) -> None:
+    assert used(reports["torch"]) == pytest.approx([0.25e-3, 0.5e-3])
+    assert used(reports["from torch"]) == WARMUP[2:]
 
 
 def test_auto_values_are_filled_by_name() -> None:

@@ -7,20 +7,23 @@ The rate of optimizer update t (the first is t = 1), with T = warmup_num_steps:
             then the value of its last update
 
 Both speak DeepSpeed's contract (`runtime/lr_schedules.py`, `runtime/engine.py:_take_model_step`) and torch's. They
-set the rate right before each update of the optimizer, through its own step hook, so that nothing that a
-loader put into the parameter groups meanwhile is ever used.
+set the rate once more right before the first update after they were made or something was loaded, through the
+optimizer's own step hook, so that nothing that a loader put into the parameter groups is ever used. From then
+on `step()` sets it, and DeepSpeed's VariableBatchSizeLR may scale what it set.
 """
 
 import logging
+import numbers
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from wsm_ds.curves import Curve, parse_curve
-from wsm_ds.errors import ScheduleError
+from wsm_ds.errors import CurveError, ScheduleError, few
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +80,8 @@ class WSMLR(LRScheduler):
     Args:
         optimizer: a torch optimizer, or DeepSpeed's or accelerate's wrapper of one.
         warmup_min_lr: the rate that the warmup starts from (at t = 0), one for all parameter groups or one each.
-        warmup_max_lr: the peak, likewise; the groups' own `lr` if not given.
+        warmup_max_lr: the peak, likewise; if not given the groups' own `initial_lr`, which every scheduler leaves
+            there, else their `lr`.
         warmup_num_steps: T, in optimizer updates; 0 and 1 mean no warmup.
         warmup_type: "linear" only; here for configs that say so.
         last_batch_iteration: updates made before, less one, as in DeepSpeed; for a run whose checkpoint has no
@@ -90,9 +94,14 @@ class WSMLR(LRScheduler):
     Loading: after `engine.load_checkpoint` the next update uses the rate that an uninterrupted run would have used,
     with or without optimizer states. Where DeepSpeed is told not to restore the scheduler
     (`load_lr_scheduler_states=False`, `load_module_only=True`) the warmup begins anew, at its first update.
+
+    Counting: one update per call of `step()`, as DeepSpeed calls it: never for an update that its fp16 or bf16
+    optimizer skipped. With a GradScaler of your own call it only if the scale did not fall. DeepSpeed's torch_autocast
+    with float16 does not know of skipped updates and counts them.
     """
 
     _extra_parameters: tuple[str, ...] = ()
+    _step_count = 0  # accelerate adds to torch's own counter; nothing here reads it
 
     def __init__(
         self,
@@ -113,7 +122,9 @@ class WSMLR(LRScheduler):
         self.optimizer = unwrapped(optimizer)
         groups = self.optimizer.param_groups
         self.warmup_num_steps = _count("warmup_num_steps", warmup_num_steps)
-        own = [float(group["lr"]) for group in groups]
+        own = [float(group.get("initial_lr", group["lr"])) for group in groups]
+        for group, rate in zip(groups, own, strict=True):
+            group.setdefault("initial_lr", rate)
         self.min_lrs = _per_group("warmup_min_lr", warmup_min_lr, len(groups))
         self.max_lrs = _per_group("warmup_max_lr", own if warmup_max_lr is None else warmup_max_lr, len(groups))
         for low, high in zip(self.min_lrs, self.max_lrs, strict=True):
@@ -121,8 +132,7 @@ class WSMLR(LRScheduler):
                 raise ScheduleError(f"warmup_min_lr {low:g} is above warmup_max_lr {high:g}.")
         self.on_change = on_change
         self.base_lrs = list(self.max_lrs)
-        self.num_updates = _count("last_batch_iteration + 1", last_batch_iteration + 1)
-        self._saw_update = False
+        self.num_updates = _updates_of({"last_batch_iteration": last_batch_iteration})
         self._positions: dict[int, int] = {}
         self._attach()
         self._apply()
@@ -155,19 +165,16 @@ class WSMLR(LRScheduler):
         """One more update was made. DeepSpeed calls it after every update that was not skipped.
 
         Whatever else callers pass (Megatron's `increment`, an epoch, DeepSpeed's train_batch_size) is not a number of
-        updates and is ignored.
+        updates and is ignored; but `step(0)` before the first update says that there was none (VariableBatchSizeLR).
 
         Raises:
-            ScheduleError: the optimizer that this scheduler is bound to made no update: it is another one.
+            ScheduleError: another optimizer made the update than the one that this scheduler is bound to.
         """
-        if not self._saw_update:
-            raise ScheduleError(
-                f"{type(self).__name__} was stepped, but the optimizer it is bound to made no update. Either it is "
-                "bound to another optimizer than the one that trains, or step() was called before the optimizer's. "
-                "Give deepspeed.initialize the class, or name it in the ds_config, and it is bound to the right one."
-            )
-        self.num_updates += 1
+        if last_batch_iteration != 0 or self.num_updates > 0:
+            self._refuse_foreign()
+            self.num_updates += 1
         self._apply()
+        self._is_dirty = False
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and strings: the count and the parameters that made the rates."""
@@ -196,8 +203,7 @@ class WSMLR(LRScheduler):
             )
             return
         updates = _updates_of(state)
-        if "version" in state:
-            self._check_changes(state, updates)
+        self._check_changes(state, updates)
         self.num_updates = updates
         self._apply()
 
@@ -209,10 +215,12 @@ class WSMLR(LRScheduler):
         }
 
     def _check_changes(self, state: Mapping[str, Any], updates: int) -> None:
+        is_warm = updates >= max(self.warmup_num_steps, state.get("warmup_num_steps", 0))
+        irrelevant = ("warmup_min_lr", "warmup_num_steps") if is_warm else ()  # no later rate depends on them
         changes = [
             f"{name}: {state[name]} in the checkpoint, {value} in the configuration"
             for name, value in self._parameters().items()
-            if name in state and state[name] != value
+            if name in state and state[name] != value and name not in irrelevant
         ]
         changes += self._decay_changes(state, updates)
         if not changes:
@@ -236,8 +244,10 @@ class WSMLR(LRScheduler):
 
         def before_step(optimizer: Any, *_: Any) -> None:
             scheduler = owner()
-            if scheduler is not None:
-                scheduler._saw_update = True
+            if scheduler is None:
+                return
+            scheduler._made_update = True
+            if scheduler._is_dirty:
                 scheduler._write(optimizer.param_groups)
 
         def after_load(_: Any) -> None:
@@ -245,22 +255,58 @@ class WSMLR(LRScheduler):
             if scheduler is not None:
                 scheduler._apply()
 
+        def after_any_step(*_: Any) -> None:
+            scheduler = owner()
+            if scheduler is not None:
+                scheduler._other_made_update = True
+
+        self._made_update = self._other_made_update = False
         self.optimizer.register_step_pre_hook(before_step)
         self.optimizer.register_load_state_dict_post_hook(after_load)
+        self._watch = register_optimizer_step_post_hook(after_any_step)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_watch", "_positions")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy of an optimizer has neither the hooks nor the group dicts of the original.
+        self.__dict__.update(state)
+        self._positions = {}
+        self._attach()
+        self._apply()
+
+    def _refuse_foreign(self) -> None:
+        """At the first step only: an update was made, but not by the optimizer that this scheduler is bound to.
+
+        That nobody stepped is no proof: a GradScaler may have skipped it, ZenFlow and SuperOffload step in another
+        process. Nor is it where gradients wait in the bound optimizer: a GAN's other half may have stepped.
+        """
+        self._watch.remove()
+        if self._made_update or not self._other_made_update:
+            return
+        if any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"]):
+            return
+        raise ScheduleError(
+            f"{type(self).__name__} was stepped, but the optimizer it is bound to made no update: it is bound to "
+            f"another optimizer ({type(self.optimizer).__name__}) than the one that trains. Give deepspeed.initialize "
+            "the class or a function optimizer -> scheduler, or name it in the ds_config: these are bound rightly."
+        )
 
     def _apply(self) -> None:
         """Writes the next update's rates into all parameter groups."""
         groups = self.optimizer.param_groups
         if len(groups) != len(self.max_lrs):
-            self._resize(len(groups))
+            self._resize(groups)
         self._positions = {id(group): number for number, group in enumerate(groups)}
         self._last_lr = self.get_lr()
         self._write(groups)
+        self._is_dirty = True
 
-    def _resize(self, count: int) -> None:
-        """Parameter groups were added or removed: one rate for all stays that, single ones have to fit."""
-        self.min_lrs = _per_group("warmup_min_lr", _collapsed(self.min_lrs), count)
-        self.max_lrs = _per_group("warmup_max_lr", _collapsed(self.max_lrs), count)
+    def _resize(self, groups: list[dict[str, Any]]) -> None:
+        """Parameter groups were added or removed: each keeps its rates, a new one takes those that all share."""
+        kept = [self._positions.get(id(group)) for group in groups]
+        self.min_lrs = _resized("warmup_min_lr", self.min_lrs, kept)
+        self.max_lrs = _resized("warmup_max_lr", self.max_lrs, kept)
         self.base_lrs = list(self.max_lrs)
 
     def _write(self, groups: list[dict[str, Any]]) -> None:
@@ -323,7 +369,11 @@ class WSDLR(WSMLR):
         self.decay_num_steps = _count("decay_num_steps", decay_num_steps)
         if self.decay_num_steps < 1:
             raise ScheduleError("decay_num_steps is 0; it is at least 1. WSMLR is the schedule without a decay.")
-        self.curve, (self.decay_min_lr,) = parse_curve(decay_curve), _per_group("decay_min_lr", decay_min_lr, 1)
+        (self.decay_min_lr,) = _per_group("decay_min_lr", decay_min_lr, 1)
+        try:
+            self.curve = parse_curve(str(decay_curve))
+        except CurveError as error:
+            raise ScheduleError(f"decay_curve: {error}") from error
         super().__init__(optimizer, **parameters)
         if self.decay_start_step < self.warmup_num_steps:
             raise ScheduleError(
@@ -380,30 +430,43 @@ def _updates_of(state: Mapping[str, Any]) -> int:
     if state.get("version", STATE_VERSION) != STATE_VERSION:
         raise ScheduleError(f"the scheduler state has version {state['version']}; this wsm_ds reads {STATE_VERSION}.")
     if "last_batch_iteration" in state:
-        return max(int(state["last_batch_iteration"]) + 1, 0)
-    if "last_epoch" in state:
-        return int(state["last_epoch"])
+        started = state["last_batch_iteration"]
+        return 0 if started == -1 else _count("last_batch_iteration", started) + 1
+    if "last_epoch" in state and "num_bad_epochs" not in state:  # ReduceLROnPlateau counts metrics, not updates
+        return _count("last_epoch", state["last_epoch"])
     raise ScheduleError(
-        f"a scheduler state with {sorted(map(str, state))} does not count optimizer updates (Megatron's counts "
+        f"a scheduler state with {few(sorted(map(str, state)))} does not count optimizer updates (Megatron's counts "
         "samples). Load the checkpoint with load_lr_scheduler_states=False, and set last_batch_iteration in the "
         "scheduler's params to the updates made so far, less one."
     )
 
 
 def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or int(value) != value or value < 0:
+    if not _is_rate(value) or int(value) != value:
         raise ScheduleError(f"{name} is {value!r}; it is a whole number of updates, 0 or more.")
     return int(value)
 
 
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) < float("inf")
+
+
 def _per_group(name: str, value: Any, groups: int) -> list[float]:
-    listed = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value] * groups
+    plain = value.tolist() if isinstance(value, torch.Tensor) else value
+    listed = list(plain) if isinstance(plain, Iterable) and not isinstance(plain, str) else [plain] * groups
     if len(listed) != groups:
         raise ScheduleError(f"{name} has {len(listed)} values for {groups} parameter groups.")
     for rate in listed:
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < float("inf"):
+        if not _is_rate(rate):
             raise ScheduleError(f"{name} is {value!r}; a learning rate is a number, 0 or more.")
     return [float(rate) for rate in listed]
+
+
+def _resized(name: str, rates: list[float], kept: list[int | None]) -> list[float]:
+    """The rates of the groups that were at the places `kept`; None is a new group."""
+    if None not in kept:
+        return [rates[place] for place in kept if place is not None]
+    return _per_group(name, _collapsed(rates), len(kept))
 
 
 def _collapsed(rates: list[float]) -> Rates:
