@@ -106,11 +106,19 @@ def build_engine(job: dict[str, Any]) -> Any:
     return engine
 
 
-def train_steps(engine: Any, first: int, count: int) -> list[float]:
+def batch(step: int, kind: str | None) -> torch.Tensor:
+    """A rank's sequences: its own, its part of a global batch of 12 ("split"), or those of every rank ("same")."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(1000 * step + (0 if kind else rank))
+    if kind != "split":
+        return torch.randint(0, 13, (2, 6), generator=generator)
+    return torch.randint(0, 13, (12, 6), generator=generator).chunk(world_size)[rank]
+
+
+def train_steps(engine: Any, first: int, count: int, kind: str | None = None) -> list[float]:
     losses = []
     for step in range(first, first + count):
-        generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
-        tokens = torch.randint(0, 13, (2, 6), generator=generator)
+        tokens = batch(step, kind)
         out = engine(tokens)
         logits = getattr(out, "logits", out).float()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
@@ -149,7 +157,7 @@ def do_train(job: dict[str, Any]) -> dict[str, Any]:
     engine = build_engine(job)
     losses = []
     for step in range(1, job["steps"] + 1):
-        losses += train_steps(engine, step, 1)
+        losses += train_steps(engine, step, 1, job.get("batch"))
         if step % job["every"] == 0:
             run = Path(job["run"]) / f"checkpoint-{step}" if job.get("hf") else Path(job["run"])
             engine.save_checkpoint(str(run), tag=f"global_step{step}")
@@ -172,7 +180,7 @@ def do_load(job: dict[str, Any]) -> dict[str, Any]:
     }
     torch.save(state, f"{job['dump']}.rank{dist.get_rank()}")
     report = {"path": path, "global_steps": engine.global_steps}
-    losses = train_steps(engine, engine.global_steps + 1, job.get("steps", 1))
+    losses = train_steps(engine, engine.global_steps + 1, job.get("steps", 1), job.get("batch"))
     engine.destroy()
     return {**report, "losses": losses, "lr": engine.get_lr()}
 

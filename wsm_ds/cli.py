@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from wsm_ds import __version__
-from wsm_ds.errors import WsmError
+from wsm_ds.errors import RecipeError, WsmError
 
 EXIT_CODES = "exit codes: 0 done; 2 a wrong request; 3 a broken or unsupported checkpoint or output; 130 interrupted"
+
+
+FORM = ("world_size", "stage", "sub_group_size", "like")
 
 
 def _merge(options: argparse.Namespace) -> int:
@@ -19,7 +22,7 @@ def _merge(options: argparse.Namespace) -> int:
     from wsm_ds.recipe import load_recipe, make_recipe
 
     names = ("run", "out", "last", "from_step", "to_step", "curve", "floor", "oldest_interval", "format", "dtype",
-             "optimizer_states", "world_size", "memory_budget", "threads", "max_shard_size")  # fmt: skip
+             "optimizer_states", *FORM, "memory_budget", "threads", "max_shard_size")  # fmt: skip
     values = {name: getattr(options, name) for name in names}
     values["tags"] = _split(options.tags)
     values["coefficients"] = _split(options.coefficients)
@@ -57,7 +60,10 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _reshard(options: argparse.Namespace) -> int:
-    return _one_checkpoint(options, format="zero", world_size=options.world_size)
+    wanted = {name: getattr(options, name) for name in FORM}
+    if all(value is None for value in wanted.values()):
+        raise RecipeError("reshard needs --world-size, --stage, --sub-group-size or --like.")
+    return _one_checkpoint(options, format="zero", **wanted)
 
 
 def _one_checkpoint(options: argparse.Namespace, **values: Any) -> int:
@@ -174,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--coefficients", metavar="C,C,…", help="instead of a curve: oldest first, summing to 1")
     merge.add_argument("--oldest-interval", type=int, metavar="STEPS", help="steps the oldest checkpoint stands for")
     merge.add_argument("--format", choices=("zero", "safetensors"), help="zero (default): DeepSpeed loads it")
-    merge.add_argument("--world-size", type=int, metavar="W", help="ranks of the output (ZeRO 1 and 2)")
+    _form_options(merge)
     merge.add_argument("--optimizer-states", choices=("carry", "merge", "drop"), help="default carry")
     merge.add_argument(
         "--allow", action="append", default=[], choices=("warmup", "lr-change"), help="pass over a check"
@@ -186,10 +192,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--tag", help="default: the newest complete one")
     _writing_options(export)
 
-    reshard = _command(commands, "reshard", _reshard, "one checkpoint for another number of ranks (ZeRO 1 and 2)")
+    reshard = _command(commands, "reshard", _reshard, "one checkpoint for another number of ranks, or ZeRO stage")
     reshard.add_argument("run", type=Path)
     reshard.add_argument("--tag", help="default: the newest complete one")
-    reshard.add_argument("--world-size", type=int, metavar="W", required=True)
+    _form_options(reshard)
     _writing_options(reshard)
 
     inspect = _command(commands, "inspect", _inspect, "what a run's folder holds")
@@ -217,6 +223,16 @@ def _command(
     parser.set_defaults(function=function)
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _form_options(parser: argparse.ArgumentParser) -> None:
+    """The form of a zero output."""
+    parser.add_argument("--world-size", type=int, metavar="W", help="data-parallel ranks; default: as in the newest")
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), help="ZeRO stage; default: as in the newest")
+    parser.add_argument(
+        "--sub-group-size", type=int, metavar="N", help="of stage 3, as in the ds_config that will load"
+    )
+    parser.add_argument("--like", type=Path, metavar="RUN/TAG", help="the form of another checkpoint")
 
 
 def _writing_options(parser: argparse.ArgumentParser) -> None:

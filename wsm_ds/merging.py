@@ -9,6 +9,7 @@ from wsm_ds.coefficients import effective_sample_size, lag
 from wsm_ds.dtypes import BY_NAME
 from wsm_ds.engine import execute, workers_for
 from wsm_ds.errors import RecipeError
+from wsm_ds.forms.form import WantedForm
 from wsm_ds.layouts import Layout
 from wsm_ds.manifest import make_manifest
 from wsm_ds.plan import Copy, InputFile, OutputFile, Plan, Source
@@ -43,9 +44,8 @@ def plan_for_window(recipe: MergeRecipe, window: Window) -> Plan:
     inputs = tables.inputs
     if recipe.format == "zero":
         tag = f"global_step{newest.step}"
-        outputs, inputs = zero_outputs(
-            tables, tag, recipe.optimizer_states, frozenset(recipe.allow_globals), recipe.world_size
-        )
+        wanted = WantedForm(recipe.stage, recipe.world_size, recipe.sub_group_size, recipe.like)
+        outputs, inputs = zero_outputs(tables, tag, recipe.optimizer_states, frozenset(recipe.allow_globals), wanted)
         texts["latest"] = tag
     else:
         dtype = BY_NAME[recipe.dtype] if recipe.dtype else None
@@ -134,6 +134,6 @@ def export(run: Path, tag: str | None, out: Path, **values: Any) -> dict[str, An
     return run_plan(plan_one(run, tag, out, format="safetensors", **values))
 
 
-def reshard(run: Path, tag: str | None, out: Path, *, world_size: int, **values: Any) -> dict[str, Any]:
-    """Writes one ZeRO 1 or 2 checkpoint for `world_size` ranks, optimizer states and all; returns the manifest."""
-    return run_plan(plan_one(run, tag, out, world_size=world_size, **values))
+def reshard(run: Path, tag: str | None, out: Path, **values: Any) -> dict[str, Any]:
+    """Writes one checkpoint for another `world_size` or ZeRO `stage`, or `like` another; returns the manifest."""
+    return run_plan(plan_one(run, tag, out, **values))

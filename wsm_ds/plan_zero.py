@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from wsm_ds.forms.form import WantedForm, open_origin, target_form
+from wsm_ds.forms.zero import zero_templates
 from wsm_ds.layouts.layout import Table
-from wsm_ds.plan import Base, Bytes, Copy, CrcField, InputFile, OutputFile, Template, overlay
-from wsm_ds.plan_world_size import resized
+from wsm_ds.plan import Bytes, Copy, CrcField, InputFile, OutputFile, Template, overlay
+from wsm_ds.rewrite import Inputs, inputs_of, rewritten
 from wsm_ds.runs import FileRuns, WindowTables, add_copied_runs, add_window_runs
 from wsm_ds.torchfile import Archive, Tensor, open_torch_file
-from wsm_ds.torchfile.repickle import repickle, storages
-from wsm_ds.torchfile.zip_format import frame
 
 
 def zero_outputs(
@@ -20,23 +20,26 @@ def zero_outputs(
     tag: str,
     optimizer_states: str,
     allowed_globals: frozenset[str],
-    world_size: int | None = None,
+    wanted: WantedForm,
 ) -> tuple[tuple[OutputFile, ...], tuple[InputFile, ...]]:
     """The output files of a ZeRO checkpoint `tag`, and all inputs (the staged masters are the last ones).
 
     Args:
         optimizer_states: "carry" (those of the newest), "merge" (same coefficients) or "drop" (left out).
-        world_size: number of ranks of the output; None for that of the newest.
+        wanted: the form of the output; that of the newest, if nothing is wanted.
 
     Raises:
-        UnsupportedLayout: the newest's layout is not written at another world size.
+        UnsupportedLayout, LayoutMismatch, RecipeError: see `open_origin` and `target_form`.
     """
-    newest, first = tables.newest, tables.first_input[-1]
-    is_resized = world_size not in (None, newest.world_size)
-    if world_size is not None and is_resized:
-        templates, places = resized(newest, first, world_size, allowed_globals)
+    newest, drop = tables.newest, optimizer_states == "drop"
+    origin = open_origin(newest, allowed_globals) if wanted != WantedForm() else None
+    form = target_form(origin, wanted, allowed_globals) if origin else None
+    if origin is None or form is None or form == origin.form:
+        is_reformed = False
+        templates, places = _same_layout(tables, drop, allowed_globals)
     else:
-        templates, places = _same_layout(tables, optimizer_states == "drop", allowed_globals)
+        is_reformed = True
+        templates, places = zero_templates(origin, form, tables.first_input[-1], not drop, allowed_globals)
     files: defaultdict[int, FileRuns] = defaultdict(FileRuns)
     for kind in ("master", "frozen", "buffer"):
         if kind in places:
@@ -44,7 +47,7 @@ def zero_outputs(
     for kind in newest.state_names:
         if optimizer_states == "merge":
             add_window_runs(files, tables, kind, places[kind])
-        elif is_resized:
+        elif is_reformed and not drop:
             add_copied_runs(files, tables, places[kind], tables.table(len(tables.layouts) - 1, kind))
     phases = dict.fromkeys(range(len(templates)), 0)
     if "module" in places:
@@ -65,7 +68,8 @@ def _same_layout(
 ) -> tuple[list[Template], dict[str, Table]]:
     """The newest's own files, and where each kind's elements lie in them; `file` counts output files."""
     newest, first = tables.newest, tables.first_input[-1]
-    built = [_template(a, first + i, drop, allowed_globals) for i, a in enumerate(newest.archives)]
+    inputs = inputs_of(newest, first)
+    built = [_template(archive, inputs, drop, allowed_globals) for archive in newest.archives]
     places = {}
     for kind in newest.fragments:
         if drop and kind in newest.state_names:
@@ -93,11 +97,15 @@ def finished(name: str, template: Template, runs: FileRuns, phase: int = 0) -> O
 
 
 def _template(
-    archive: Archive, file: int, drop: bool, allowed_globals: frozenset[str]
+    archive: Archive, inputs: Inputs, drop: bool, allowed_globals: frozenset[str]
 ) -> tuple[Template, dict[int, int]]:
     """The template of a file, and where its records' data has moved to (empty: nothing moved)."""
     if drop and archive.path.name.endswith("optim_states.pt"):
-        return _without_states(archive, file, allowed_globals)
+        tree = open_torch_file(archive.path, allowed_globals).tree
+        _drop_states(tree["optimizer_state_dict"])
+        fresh = rewritten(archive.path.name, tree, archive, inputs, allowed_globals)
+        return fresh.template, fresh.moved
+    file = inputs.numbers[str(archive.path)]
     crcs = tuple(CrcField(r.offset, r.nbytes, r.crc_offsets) for r in archive.records.values() if r.crc)
     return Template(archive.path.name, archive.nbytes, [Copy(0, archive.nbytes, file, 0)], crcs), {}
 
@@ -113,28 +121,6 @@ def _moved(table: Table, moves: list[dict[int, int]]) -> Table:
         record = np.searchsorted(old, table["offset"][rows], "right") - 1
         table["offset"][rows] += shift[record]
     return table
-
-
-def _without_states(archive: Archive, file: int, allowed_globals: frozenset[str]) -> tuple[Template, dict[int, int]]:
-    """The optimizer file with fresh moments: DeepSpeed makes them anew at the first update."""
-    tree = open_torch_file(archive.path, allowed_globals).tree
-    _drop_states(tree["optimizer_state_dict"])
-    data = repickle(tree)
-    kept = {f"data/{storage.key}" for storage in storages(tree)}
-    records = {n: r for n, r in archive.records.items() if n in kept or not n.startswith("data/")}
-    placed = frame(archive.root, {n: len(data) if n == "data.pkl" else r.nbytes for n, r in records.items()})
-    base: list[Base] = [Bytes(offset, literal) for offset, literal in placed.literals]
-    moved = {}
-    for record in placed.records:
-        source = records[record.name]
-        if record.name == "data.pkl":
-            base.append(Bytes(record.offset, data))
-        elif record.nbytes:
-            base.append(Copy(record.offset, record.nbytes, file, source.offset))
-            moved[source.offset] = record.offset
-    base.sort(key=lambda piece: piece.offset)
-    crcs = tuple(CrcField(r.offset, r.nbytes, r.crc_offsets) for r in placed.records)
-    return Template(archive.path.name, placed.nbytes, base, crcs), moved
 
 
 def _drop_states(state: dict[str, Any]) -> None:

@@ -29,7 +29,8 @@ class MergeRecipe(BaseModel):
         format: "zero" (DeepSpeed loads it) or "safetensors".
         dtype: of the parameters in safetensors; the training dtype if not given.
         optimizer_states: "carry" those of the newest, "merge" them alike, or "drop" them (zero only).
-        world_size: ranks of a zero output of stage 1 or 2; those of the newest checkpoint if not given.
+        world_size, stage, sub_group_size: of a zero output; those of the newest checkpoint if not given.
+        like: the folder of a checkpoint, RUN/TAG, whose form a zero output takes.
         memory_budget: bytes, or "512MiB"; holds all buffers of the merge.
         threads: workers; all cores if not given.
         max_shard_size: of a safetensors file.
@@ -55,6 +56,9 @@ class MergeRecipe(BaseModel):
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     optimizer_states: Literal["carry", "merge", "drop"] = "carry"
     world_size: int | None = Field(default=None, ge=1)
+    stage: Literal[1, 2, 3] | None = None
+    sub_group_size: int | None = Field(default=None, ge=1)
+    like: Path | None = None
     memory_budget: int | str = "512MiB"
     threads: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1)
     max_shard_size: int | str = "5GB"
@@ -95,8 +99,11 @@ class MergeRecipe(BaseModel):
             raise ValueError("floor belongs to a curve; coefficients are taken as they are")
         if self.dtype is not None and self.format == "zero":
             raise ValueError("dtype is for safetensors; a zero output keeps the run's precision")
-        if self.world_size is not None and (self.format != "zero" or self.optimizer_states == "drop"):
-            raise ValueError("world_size is for zero outputs that keep their optimizer states")
+        shape = [self.world_size, self.stage, self.sub_group_size]
+        if self.format != "zero" and (self.like is not None or any(value is not None for value in shape)):
+            raise ValueError("world_size, stage, sub_group_size and like are for zero outputs")
+        if self.like is not None and any(value is not None for value in shape):
+            raise ValueError("like decides world_size, stage and sub_group_size; give one or the other")
         if self.rename and self.format == "zero":
             raise ValueError("rename is for safetensors; a zero output keeps the run's names")
         if self.optimizer_states != "carry" and self.format == "safetensors":

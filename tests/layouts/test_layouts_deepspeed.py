@@ -11,7 +11,6 @@ from deepspeed_runs import launch
 from reference import average, load_all, merged_masters, moments, partitions, unpadded
 from safetensors.torch import load_file
 
-from wsm_ds.errors import UnsupportedLayout
 from wsm_ds.inspect import inspect_run
 from wsm_ds.merging import export, merge, reshard
 from wsm_ds.verification import verify
@@ -85,15 +84,27 @@ def test_a_merge_equals_the_reference_and_one_checkpoint_reproduces_itself(
     assert verify(tmp_path / "out", full=True).note == ""
 
 
-@pytest.mark.parametrize(
-    ("name", "words"), [("BF16_Optimizer", "of BF16_Optimizer"), ("round_robin_gradients", "order")]
-)
-def test_another_world_size_is_refused_where_it_is_not_known_to_be_right(
-    written: Path, tmp_path: Path, name: str, words: str
+def test_every_layout_goes_on_with_another_number_of_ranks(
+    written: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    with pytest.raises(UnsupportedLayout, match=words):
-        reshard(written / name, None, tmp_path / "out", world_size=3)
-    assert list(tmp_path.iterdir()) == []
+    """The same parameters by name, in files that DeepSpeed loads under the same ds_config."""
+    jobs = []
+    for number, (name, layout) in enumerate(LAYOUTS.items()):
+        out = tmp_path / str(number)
+        reshard(written / name, None, out, world_size=4)
+        for run, folder in ((written / name, "before"), (out, "after")):
+            export(run, None, out / folder, dtype="fp32")
+        before, after = (load_file(out / folder / "model.safetensors") for folder in ("before", "after"))
+        assert all(torch.equal(after[fqn], value) for fqn, value in before.items()), name
+        jobs.append(layout | {"do": "load", "root": str(out), "dump": str(out / "dump"), "steps": 2})
+    reports = launch(jobs, world_size=4, folder=tmp_path_factory.mktemp("load"))
+    for rank, reported in enumerate(reports):
+        for job, report in zip(jobs, reported, strict=True):
+            optim = load_all(Path(job["root"]) / "global_step4")[1][rank]
+            held = torch.load(f"{job['dump']}.rank{rank}")
+            for got, partition in zip(held["masters"], partitions(optim), strict=True):
+                assert torch.equal(got[: partition.numel()], partition), json.dumps(job)
+            assert all(math.isfinite(loss) for loss in report["losses"])
 
 
 def same(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:

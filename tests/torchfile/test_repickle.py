@@ -1,44 +1,44 @@
 """What is read and written again is the same to torch."""
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 
+from wsm_ds.plan import Bytes, Copy
+from wsm_ds.rewrite import Inputs, rewritten
 from wsm_ds.torchfile import open_torch_file
-from wsm_ds.torchfile.repickle import repickle, storages
-from wsm_ds.torchfile.zip_format import frame
+from wsm_ds.torchfile.repickle import repickle
 
 
-def rewritten(source: Path, target: Path) -> Path:
+def rewritten_file(source: Path, target: Path) -> Path:
     """`source`, its pickle written anew by us and its zip framed anew by us."""
     file = open_torch_file(source)
     data = source.read_bytes()
     contents = {name: data[r.offset : r.offset + r.nbytes] for name, r in file.archive.records.items()}
-    contents["data.pkl"] = repickle(file.tree)
-    placed = frame(file.archive.root, {name: len(content) for name, content in contents.items()})
-    out = bytearray(placed.nbytes)
-    for offset, literal in placed.literals:
-        out[offset : offset + len(literal)] = literal
-    for record in placed.records:
-        out[record.offset : record.offset + record.nbytes] = contents[record.name]
-        for place in record.crc_offsets:
-            out[place : place + 4] = zlib_crc(contents[record.name])
+    inputs = Inputs({str(source): file.archive}, {str(source): 0})
+    template = rewritten(source.name, file.tree, file.archive, inputs, frozenset()).template
+    out = bytearray(template.nbytes)
+    for piece in template.base:
+        if isinstance(piece, Bytes):
+            out[piece.offset : piece.offset + piece.nbytes] = piece.data
+        else:
+            assert isinstance(piece, Copy)
+            out[piece.offset : piece.offset + piece.nbytes] = data[piece.source_offset :][: piece.nbytes]
+    for crc in template.crcs:
+        for place in crc.places:
+            out[place : place + 4] = zlib.crc32(out[crc.offset : crc.offset + crc.nbytes]).to_bytes(4, "little")
     target.write_bytes(out)
+    assert len(contents) == len(open_torch_file(target).archive.records)
     return target
-
-
-def zlib_crc(data: bytes) -> bytes:
-    import zlib
-
-    return zlib.crc32(data).to_bytes(4, "little")
 
 
 @pytest.mark.parametrize("run", ["w2_s1_fp16", "w2_s2_bf16", "w2_s3_bf16"])
 def test_every_file_of_a_real_checkpoint_survives_a_rewrite(runs: Path, tmp_path: Path, run: str) -> None:
     for number, path in enumerate(sorted((runs / run / "global_step6").iterdir())):
-        copy = rewritten(path, tmp_path / f"{number}.pt")
+        copy = rewritten_file(path, tmp_path / f"{number}.pt")
         assert same(torch.load(path, weights_only=False), torch.load(copy, weights_only=False))
         with zipfile.ZipFile(copy) as archive:
             assert archive.testzip() is None  # all CRC-32s are right
@@ -60,6 +60,6 @@ def same(a: object, b: object) -> bool:
 def test_only_storages_that_are_still_named_are_kept(runs: Path) -> None:
     path = next((runs / "w2_s2_bf16/global_step6").glob("*rank_0*optim_states.pt"))
     tree = open_torch_file(path).tree
-    assert len(storages(tree)) == 8  # two groups: master, two moments, step
+    assert len(repickle(tree)[1]) == 8  # two groups: master, two moments, step
     tree["optimizer_state_dict"]["base_optimizer_state"]["state"].clear()
-    assert len(storages(tree)) == 2
+    assert len(repickle(tree)[1]) == 2

@@ -51,3 +51,14 @@ def find_tag(run: Path, tag: str) -> Checkpoint:
         if tag in (checkpoint.tag, parts[0], parts[-1]):
             return checkpoint
     raise CheckpointNotFound(f"{run} holds no checkpoint {tag}; it holds {few(c.tag for c in checkpoints)}.")
+
+
+def checkpoint_at(path: Path) -> Checkpoint:
+    """The checkpoint whose folder is `path`, RUN/TAG.
+
+    Raises:
+        CheckpointNotFound: it holds no model file.
+    """
+    if not any(path.glob("*_states.pt")):
+        raise CheckpointNotFound(f"{path} is no checkpoint's folder: no *_model_states.pt is in it.")
+    return _checkpoint(path.parent, path)

@@ -5,7 +5,7 @@ rank r owns [r·P, (r+1)·P). The order is that of `param_shapes`, never of `par
 wrong under `round_robin_gradients` (`runtime/zero/stage_1_and_2.py:824-850`, `runtime/engine.py:5463-5466`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from wsm_ds.errors import BrokenCheckpoint
@@ -66,7 +66,7 @@ def _require_count(optim: TorchFile, state: dict[str, Any], groups: int, world_s
 
 
 def slices(
-    shapes: dict[str, Any], alignment: list[int], tensors: dict[str, TensorInfo], first: int, size: int
+    shapes: Iterable[str], alignment: list[int], tensors: dict[str, TensorInfo], first: int, size: int
 ) -> Iterator[tuple[str, int, int, int]]:
     """(fqn, start in the parameter, numel, position in the partition) of what lies in [first, first + size)."""
     position = 0

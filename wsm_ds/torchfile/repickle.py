@@ -1,6 +1,6 @@
 """Writes an unpickled tree as a pickle again, naming the same globals, without importing any of them.
 
-Used only where an output's metadata must differ from the newest checkpoint's (moments left out). The
+Used only where an output's metadata must differ from the newest checkpoint's (moments left out, another form). The
 standard library's Python pickler does the work; only names, stand-ins and tensor addresses are ours.
 """
 
@@ -18,10 +18,15 @@ _Writer: Any = pickle._Pickler  # the C pickler insists on importing what it nam
 class _Repickler(_Writer):  # type: ignore[misc]
     dispatch: ClassVar[dict[type, Callable[..., None]]] = dict(_Writer.dispatch)
 
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=2)
+        self.storages: dict[Storage, str] = {}
+
     def persistent_id(self, obj: Any) -> Any:
-        """Storages are written by reference, as torch does."""
+        """Storages are written by reference and numbered as they are met, as torch does."""
         if isinstance(obj, Storage):
-            return ("storage", obj.kind, obj.key, obj.location, obj.numel)
+            key = self.storages.setdefault(obj, str(len(self.storages)))
+            return ("storage", obj.kind, key, obj.location, obj.numel)
         return None
 
     def save_global_name(self, value: Global) -> None:
@@ -69,23 +74,12 @@ class _Repickler(_Writer):  # type: ignore[misc]
     dispatch[Stub] = save_stub
 
 
-def repickle(tree: Any) -> bytes:
-    """`tree` (from `unpickle`, changed at will) as a protocol-2 pickle for a torch file's `data.pkl`."""
+def repickle(tree: Any) -> tuple[bytes, dict[str, Storage]]:
+    """`tree` (from `unpickle`, changed at will) as a protocol-2 pickle for a torch file's `data.pkl`.
+
+    Returns the pickle, and by the new keys the storages that it refers to; the caller places their bytes.
+    """
     buffer = io.BytesIO()
-    _Repickler(buffer, protocol=2).dump(tree)
-    return buffer.getvalue()
-
-
-def storages(tree: Any) -> list[Storage]:
-    """The storages that `tree` refers to, each once, in the order in which a pickler meets them."""
-    found: dict[str, Storage] = {}
-
-    class _Collector(_Repickler):
-        def persistent_id(self, obj: Any) -> Any:
-            """Notes the storage on the way."""
-            if isinstance(obj, Storage):
-                found.setdefault(obj.key, obj)
-            return super().persistent_id(obj)
-
-    _Collector(io.BytesIO(), protocol=2).dump(tree)
-    return list(found.values())
+    pickler = _Repickler(buffer)
+    pickler.dump(tree)
+    return buffer.getvalue(), {key: storage for storage, key in pickler.storages.items()}

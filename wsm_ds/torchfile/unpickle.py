@@ -114,13 +114,24 @@ class Stub:
 
 @dataclass(frozen=True)
 class Storage:
-    """A storage record of the archive: `numel` elements of `dtype` in record `data/{key}`."""
+    """A storage record of the torch file `file`: `numel` elements of `dtype` in record `data/{key}`.
+
+    In a tree that is to be written anew, storages without a `file` are room for elements to be put in, and a
+    `copy` other than 0 is a record of its own with the same bytes.
+    """
 
     key: str
     dtype: DType
     kind: Global
     location: str
     numel: int
+    file: str = ""
+    copy: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the record."""
+        return self.numel * self.dtype.itemsize
 
 
 @dataclass(eq=False)
@@ -186,7 +197,7 @@ class _InertUnpickler(pickle.Unpickler):
         name = kind.global_.name if isinstance(kind, InertMeta) else ""
         if tag != "storage" or name not in STORAGES or not isinstance(numel, int):
             raise BrokenCheckpoint(f"{self.where} refers to {pid!r}, which is not a storage that torch writes.")
-        return Storage(str(key), BY_TORCH_NAME[STORAGES[name]], kind.global_, str(location), numel)
+        return Storage(str(key), BY_TORCH_NAME[STORAGES[name]], kind.global_, str(location), numel, self.where)
 
 
 class InertMeta(type):

@@ -1,0 +1,83 @@
+"""An optimizer's parameter groups as the training program made them, whatever the ZeRO stage did with them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from wsm_ds.dtypes import DType
+from wsm_ds.layouts.rank_files import element_wise
+from wsm_ds.torchfile import TorchFile
+
+
+@dataclass(frozen=True)
+class Group:
+    """One parameter group.
+
+    Attributes:
+        names: parameters in the optimizer's order.
+        hyperparameters: its entry of `param_groups` without the parameters' numbers.
+        states: rank 0's states of the group (of its first sub-group): stand-ins of tensors, and numbers.
+        element_wise: those of them that hold a value per element, with their dtypes.
+        master: dtype of the masters.
+    """
+
+    names: tuple[str, ...]
+    hyperparameters: dict[str, Any]
+    states: dict[str, Any]
+    element_wise: dict[str, DType]
+    master: DType
+
+
+def read_groups(model: TorchFile, optim: TorchFile, dealt_to: int) -> tuple[Group, ...]:
+    """The groups of a checkpoint, from rank 0's files.
+
+    Args:
+        dealt_to: number of ranks that `round_robin_gradients` dealt the parameters out to; 1 without it.
+    """
+    shapes, state = model.tree["param_shapes"], optim.tree["optimizer_state_dict"]
+    is_stage3 = "fp32_flat_groups" in state
+    base = state["optimizer_state_dict" if is_stage3 else "base_optimizer_state"]
+    flats = state["fp32_flat_groups" if is_stage3 else "single_partition_of_fp32_groups"]
+    groups = []
+    for number, entry in enumerate(base["param_groups"]):
+        held = list(entry["params"]) if is_stage3 else [number]
+        names = [name for index in held for name in shapes[index]]
+        states = base["state"].get(entry["params"][0], {}) if entry["params"] else {}
+        flat = flats[held[0]] if held else flats[0]
+        groups.append(
+            Group(
+                names=tuple(_dealt_back(names, dealt_to)),
+                hyperparameters={key: value for key, value in entry.items() if key != "params"},
+                states=states,
+                element_wise={name: value.dtype for name, value in element_wise(states, flat.numel).items()},
+                master=flat.dtype,
+            )
+        )
+    return tuple(groups)
+
+
+def in_partition_order(names: tuple[str, ...], ranks: int) -> list[str]:
+    """Names dealt out to `ranks` one by one, and gathered rank by rank (`stage_1_and_2.py`, `_round_robin_reorder`)."""
+    return [name for rank in range(ranks) for name in names[rank::ranks]]
+
+
+def _dealt_back(dealt: list[str], ranks: int) -> list[str]:
+    """The order that `in_partition_order` was given."""
+    order = [index for rank in range(ranks) for index in range(rank, len(dealt), ranks)]
+    return [name for _, name in sorted(zip(order, dealt, strict=True))]
+
+
+def subgroups(names: tuple[str, ...], numels: dict[str, int], world_size: int, size: int) -> list[list[str]]:
+    """Stage 3's sub-groups of a group: closed at `size` elements of a rank (`stage3.py`, `_create_fp16_sub_groups`)."""
+    parts = {name: -(-numels[name] // world_size) for name in names}
+    if size >= sum(parts.values()):
+        return [list(names)] if names else []
+    closed: list[list[str]] = []
+    current: list[str] = []
+    held = 0
+    for name in names:
+        current.append(name)
+        held += parts[name]
+        if held >= size or name == names[-1]:
+            closed.append(current)
+            current, held = [], 0
+    return closed

@@ -1,0 +1,60 @@
+"""Stand-ins that a new object tree is made of: room for elements, copies, globals that DeepSpeed itself pickles."""
+
+import itertools
+from collections import OrderedDict
+from dataclasses import replace
+from typing import Any
+
+from wsm_ds.dtypes import DType
+from wsm_ds.errors import UnsupportedLayout
+from wsm_ds.torchfile import Global, Stub, Tensor
+from wsm_ds.torchfile.unpickle import STORAGES, Storage
+
+STORAGE_NAMES = {torch_name: name for name, torch_name in reversed(STORAGES.items())}
+_numbers = itertools.count(1)
+
+
+def room(dtype: DType, shape: tuple[int, ...]) -> Tensor:
+    """A contiguous tensor with a storage of its own, to be filled.
+
+    Raises:
+        UnsupportedLayout: torch has no storage class for the dtype.
+    """
+    if dtype.torch_name not in STORAGE_NAMES:
+        raise UnsupportedLayout(f"a {dtype.name} tensor is not written in another form.")
+    numel, stride = 1, []
+    for size in reversed(shape):
+        stride.append(max(numel, 1))
+        numel *= size
+    kind = Global("torch", STORAGE_NAMES[dtype.torch_name])
+    storage = Storage(f"new{next(_numbers)}", dtype, kind, "cpu", numel)
+    return _tensor(storage, 0, shape, tuple(reversed(stride)))
+
+
+def own_copies(value: Any) -> Any:
+    """`value` if it is no tensor, else a tensor of the same bytes in a storage of its own."""
+    if not isinstance(value, Tensor):
+        return value
+    return _tensor(replace(value.storage, copy=next(_numbers)), value.offset, value.shape, value.stride)
+
+
+def _tensor(storage: Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    arguments: tuple[Any, ...] = (storage, offset, shape, stride, False, OrderedDict())
+    return Tensor(storage, offset, shape, stride, Stub(Global("torch._utils", "_rebuild_tensor_v2"), arguments))
+
+
+def zero_stage(stage: int) -> Stub:
+    """DeepSpeed's enum of the stages."""
+    return Stub(Global("deepspeed.runtime.zero.config", "ZeroStageEnum"), (stage,))
+
+
+def static_loss_scaler() -> Stub:
+    """What bf16 and fp32 runs save as their loss scaler: a constant 1."""
+    scaler = Global("deepspeed.runtime.fp16.loss_scaler", "LossScaler")
+    return Stub(scaler, (), state={"cur_scale": 1.0, "dynamic": False}, is_new=True)
+
+
+def fragment_address(numel: int, start: int) -> Stub:
+    """Where a parameter's elements lie in a rank's partition."""
+    address = Global("deepspeed.utils.tensor_fragment", "fragment_address")
+    return Stub(address, (), state={"numel": numel, "start": start}, is_new=True)
