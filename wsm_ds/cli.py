@@ -179,7 +179,8 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--floor", type=float, metavar="M", help="final rate as a fraction of the peak (default 0)")
     merge.add_argument("--coefficients", metavar="C,C,…", help="instead of a curve: oldest first, summing to 1")
     merge.add_argument("--oldest-interval", type=int, metavar="STEPS", help="steps the oldest checkpoint stands for")
-    merge.add_argument("--format", choices=("zero", "safetensors"), help="zero (default): DeepSpeed loads it")
+    merge.add_argument("--format", choices=("zero", "universal", "safetensors"),
+                       help="zero (default): DeepSpeed loads it")  # fmt: skip
     _form_options(merge)
     merge.add_argument("--optimizer-states", choices=("carry", "merge", "drop"), help="default carry")
     merge.add_argument(

@@ -80,10 +80,8 @@ def execute(
     written: dict[str, Written] = {}
     for phase in sorted({output.phase for output in plan.outputs}):
         outputs = [output for output in plan.outputs if output.phase == phase]
-        jobs = [_Job.start(output, staging) for output in outputs]
-        _run_all([(job, index) for job in jobs for index in range(job.blocks)], plan, staging, workers, on_bytes)
-        for job in jobs:
-            written[job.output.name] = job.finish()
+        for entry in _run_all(outputs, plan, staging, workers, on_bytes):
+            written[entry.name] = entry
     check_unchanged(plan)
     return tuple(written[output.name] for output in plan.outputs)
 
@@ -110,17 +108,13 @@ def block_count(output: OutputFile) -> int:
 
 @dataclass
 class _Job:
-    """An output file being written: what its blocks reported."""
+    """An output file being written: what its blocks reported, and how many are still to come."""
 
     output: OutputFile
-    path: Path
     descriptor: int
     digests: list[bytes]
+    remaining: int
     crc_parts: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
-
-    @property
-    def blocks(self) -> int:
-        return len(self.digests)
 
     @classmethod
     def start(cls, output: OutputFile, staging: Path) -> "_Job":
@@ -128,7 +122,8 @@ class _Job:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         os.ftruncate(descriptor, output.nbytes)
-        return cls(output, path, descriptor, [b""] * block_count(output))
+        count = block_count(output)
+        return cls(output, descriptor, [b""] * count, count)
 
     def put(self, index: int, data: memoryview) -> None:
         begin = index * BLOCK_BYTES
@@ -142,21 +137,18 @@ class _Job:
 
     def finish(self) -> Written:
         """Fills in the checksums of the zip, hashes the blocks that hold them again, and syncs."""
-        try:
-            stale: set[int] = set()
-            for number, crc in enumerate(self.output.crcs):
-                total = 0
-                for _, part, nbytes in sorted(self.crc_parts.get(number, [])):
-                    total = crc32.combine(total, part, nbytes)
-                for place in crc.places:
-                    write_all(self.descriptor, memoryview(total.to_bytes(4, "little")), place)
-                    stale.update((place // BLOCK_BYTES, (place + 3) // BLOCK_BYTES))
-            for index in sorted(stale):
-                begin, end = block_range(self.output, index)
-                self.digests[index] = hashlib.sha256(os.pread(self.descriptor, end - begin, begin)).digest()
-            os.fsync(self.descriptor)
-        finally:
-            os.close(self.descriptor)
+        stale: set[int] = set()
+        for number, crc in enumerate(self.output.crcs):
+            total = 0
+            for _, part, nbytes in sorted(self.crc_parts.get(number, [])):
+                total = crc32.combine(total, part, nbytes)
+            for place in crc.places:
+                write_all(self.descriptor, memoryview(total.to_bytes(4, "little")), place)
+                stale.update((place // BLOCK_BYTES, (place + 3) // BLOCK_BYTES))
+        for index in sorted(stale):
+            begin, end = block_range(self.output, index)
+            self.digests[index] = hashlib.sha256(os.pread(self.descriptor, end - begin, begin)).digest()
+        os.fsync(self.descriptor)
         return Written(self.output.name, self.output.nbytes, hashlib.sha256(b"".join(self.digests)).hexdigest())
 
 
@@ -168,17 +160,37 @@ def write_all(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 def _run_all(
-    tasks: Sequence[tuple[_Job, int]],
+    outputs: Sequence[OutputFile],
     plan: Plan,
     staging: Path,
     workers: Workers,
     on_bytes: Callable[[int], None],
-) -> None:
-    """Runs the blocks on all threads; the first error stops them and is raised."""
-    pending: Iterator[tuple[_Job, int]] = iter(tasks)
+) -> list[Written]:
+    """Runs the blocks of all files on all threads; the first error stops them and is raised.
+
+    A file is open from its first block to its last, so that no more are open than there are threads.
+    """
     lock, stop = threading.Lock(), threading.Event()
     errors: list[BaseException] = []
+    written: list[Written] = []
     warned: set[str] = set()
+    open_jobs: dict[int, _Job] = {}
+
+    def blocks() -> Iterator[tuple[_Job, int]]:
+        for output in outputs:
+            job = _Job.start(output, staging)
+            open_jobs[job.descriptor] = job
+            for index in range(job.remaining):
+                yield job, index
+            if not block_count(output):
+                close(job)
+
+    def close(job: _Job) -> None:
+        written.append(job.finish())
+        os.close(job.descriptor)
+        del open_jobs[job.descriptor]
+
+    pending = blocks()
 
     def work() -> None:
         try:
@@ -193,6 +205,10 @@ def _run_all(
                     job.put(index, data)
                     with lock:
                         on_bytes(len(data))
+                        job.remaining -= 1
+                        is_last = job.remaining == 0
+                    if is_last:
+                        close(job)
         except BaseException as error:
             errors.append(error)
             stop.set()
@@ -208,8 +224,12 @@ def _run_all(
         for thread in threads:
             thread.join()
         raise
+    finally:
+        for descriptor in open_jobs:
+            os.close(descriptor)
     if errors:
         raise errors[0]
+    return written
 
 
 class BlockComputer:

@@ -42,11 +42,13 @@ def plan_for_window(recipe: MergeRecipe, window: Window) -> Plan:
     tables, newest = window_tables(window.layouts), window.layouts[-1]
     texts: dict[str, str] = {}
     inputs = tables.inputs
-    if recipe.format == "zero":
-        tag = f"global_step{newest.step}"
-        wanted = WantedForm(recipe.stage, recipe.world_size, recipe.sub_group_size, recipe.like)
-        outputs, inputs = zero_outputs(tables, tag, recipe.optimizer_states, frozenset(recipe.allow_globals), wanted)
-        texts["latest"] = tag
+    if recipe.format != "safetensors":
+        is_universal = recipe.format == "universal"
+        wanted = WantedForm(is_universal, recipe.stage, recipe.world_size, recipe.sub_group_size, recipe.like)
+        tag = f"global_step{newest.step}" + ("_universal" if is_universal else "")
+        allowed = frozenset(recipe.allow_globals)
+        outputs, inputs = zero_outputs(tables, tag, recipe.optimizer_states, allowed, wanted)
+        texts["latest_universal" if is_universal else "latest"] = tag
     else:
         dtype = BY_NAME[recipe.dtype] if recipe.dtype else None
         outputs, texts = safetensors_outputs(tables, dtype, int(recipe.max_shard_size), recipe.rename)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from wsm_ds.forms.form import WantedForm, open_origin, target_form
+from wsm_ds.forms.universal import universal_templates
 from wsm_ds.forms.zero import zero_templates
 from wsm_ds.layouts.layout import Table
 from wsm_ds.plan import Bytes, Copy, CrcField, InputFile, OutputFile, Template, overlay
@@ -16,11 +17,7 @@ from wsm_ds.torchfile import Archive, Tensor, open_torch_file
 
 
 def zero_outputs(
-    tables: WindowTables,
-    tag: str,
-    optimizer_states: str,
-    allowed_globals: frozenset[str],
-    wanted: WantedForm,
+    tables: WindowTables, tag: str, optimizer_states: str, allowed_globals: frozenset[str], wanted: WantedForm
 ) -> tuple[tuple[OutputFile, ...], tuple[InputFile, ...]]:
     """The output files of a ZeRO checkpoint `tag`, and all inputs (the staged masters are the last ones).
 
@@ -34,12 +31,14 @@ def zero_outputs(
     newest, drop = tables.newest, optimizer_states == "drop"
     origin = open_origin(newest, allowed_globals) if wanted != WantedForm() else None
     form = target_form(origin, wanted, allowed_globals) if origin else None
-    if origin is None or form is None or form == origin.form:
-        is_reformed = False
+    is_reformed = origin is not None and form != origin.form
+    first = tables.first_input[-1]
+    if origin is None or not is_reformed:
         templates, places = _same_layout(tables, drop, allowed_globals)
+    elif form is None:
+        templates, places = universal_templates(origin, first, allowed_globals)
     else:
-        is_reformed = True
-        templates, places = zero_templates(origin, form, tables.first_input[-1], not drop, allowed_globals)
+        templates, places = zero_templates(origin, form, first, not drop, allowed_globals)
     files: defaultdict[int, FileRuns] = defaultdict(FileRuns)
     for kind in ("master", "frozen", "buffer"):
         if kind in places:

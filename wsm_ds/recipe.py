@@ -26,7 +26,7 @@ class MergeRecipe(BaseModel):
         coefficients: instead of a curve: one number a checkpoint, oldest first, summing to 1.
         oldest_interval: steps that the oldest checkpoint stands for; the median interval if not given.
         out: the folder to make. It must not exist.
-        format: "zero" (DeepSpeed loads it) or "safetensors".
+        format: "zero" (DeepSpeed loads it), "universal" (at any stage and world size, if told to) or "safetensors".
         dtype: of the parameters in safetensors; the training dtype if not given.
         optimizer_states: "carry" those of the newest, "merge" them alike, or "drop" them (zero only).
         world_size, stage, sub_group_size: of a zero output; those of the newest checkpoint if not given.
@@ -52,7 +52,7 @@ class MergeRecipe(BaseModel):
     floor: float = Field(default=0.0, ge=0.0, le=1.0)
     coefficients: tuple[float, ...] | None = None
     oldest_interval: int | None = Field(default=None, ge=1)
-    format: Literal["zero", "safetensors"] = "zero"
+    format: Literal["zero", "universal", "safetensors"] = "zero"
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     optimizer_states: Literal["carry", "merge", "drop"] = "carry"
     world_size: int | None = Field(default=None, ge=1)
@@ -97,17 +97,19 @@ class MergeRecipe(BaseModel):
             raise ValueError("give either a curve or coefficients")
         if self.coefficients is not None and self.floor:
             raise ValueError("floor belongs to a curve; coefficients are taken as they are")
-        if self.dtype is not None and self.format == "zero":
-            raise ValueError("dtype is for safetensors; a zero output keeps the run's precision")
+        if self.dtype is not None and self.format != "safetensors":
+            raise ValueError(f"dtype is for safetensors; a {self.format} output keeps the run's precision")
         shape = [self.world_size, self.stage, self.sub_group_size]
         if self.format != "zero" and (self.like is not None or any(value is not None for value in shape)):
             raise ValueError("world_size, stage, sub_group_size and like are for zero outputs")
         if self.like is not None and any(value is not None for value in shape):
             raise ValueError("like decides world_size, stage and sub_group_size; give one or the other")
-        if self.rename and self.format == "zero":
-            raise ValueError("rename is for safetensors; a zero output keeps the run's names")
+        if self.rename and self.format != "safetensors":
+            raise ValueError(f"rename is for safetensors; a {self.format} output keeps the run's names")
         if self.optimizer_states != "carry" and self.format == "safetensors":
             raise ValueError("optimizer_states is for zero; safetensors holds no optimizer states")
+        if self.optimizer_states == "drop" and self.format == "universal":
+            raise ValueError("a universal checkpoint without optimizer states is not loaded by DeepSpeed; keep them")
         return self
 
 

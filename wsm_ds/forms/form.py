@@ -132,19 +132,23 @@ def cuts(form: Form, groups: tuple[Group, ...], layout: Layout) -> list[list[lis
 class WantedForm:
     """What a recipe asks for; None leaves it as it is. `like` is a checkpoint's folder, RUN/TAG."""
 
+    is_universal: bool = False
+
     stage: int | None = None
     world_size: int | None = None
     sub_group_size: int | None = None
     like: Path | None = None
 
 
-def target_form(origin: Origin, wanted: WantedForm, allowed_globals: frozenset[str]) -> Form:
-    """The form of `wanted.like`, or the origin's with what is wanted changed.
+def target_form(origin: Origin, wanted: WantedForm, allowed_globals: frozenset[str]) -> Form | None:
+    """The form of `wanted.like`, or the origin's with what is wanted changed; None for a universal checkpoint.
 
     Raises:
         LayoutMismatch: `like` groups other parameters together, or trains in another precision.
         RecipeError: sub_group_size without stage 3.
     """
+    if wanted.is_universal:
+        return None
     if wanted.like is not None:
         like = open_origin(read_layout(checkpoint_at(wanted.like), allowed_globals), allowed_globals)
         _require_alike(origin, like)

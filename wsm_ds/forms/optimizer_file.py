@@ -39,12 +39,12 @@ def _stage12(origin: Origin, form: Form, rank: int, old: dict[str, Any], keeps_s
         slices = zero12.slices(names[number], paddings[number], origin.layout.tensors, rank * size, size)
         held = {name: fragment_address(numel, position) for name, _, numel, position in slices}
         mappings.append(OrderedDict((name, held[name]) for name in group.names if name in held))
-    new = {} if form.is_bf16_optimizer else _scaling(old)
+    new = {} if form.is_bf16_optimizer else scaling(old)
     if "clip_grad" in old:
         new["clip_grad"] = old["clip_grad"]
     new["base_optimizer_state"] = {
         "state": _held(states, keeps_states),
-        "param_groups": [_entry(g, [n], keeps_states) for n, g in enumerate(origin.groups)],
+        "param_groups": [entry(g, [n], keeps_states) for n, g in enumerate(origin.groups)],
     }
     new["single_partition_of_fp32_groups"] = masters
     if not form.is_bf16_optimizer:
@@ -84,21 +84,21 @@ def _stage3(origin: Origin, form: Form, rank: int, old: dict[str, Any], keeps_st
     masters: list[Tensor] = []
     states, entries = {}, []
     for group, cut in zip(origin.groups, cuts(form, origin.groups, origin.layout), strict=True):
-        entries.append(_entry(group, [len(masters) + n for n in range(len(cut))], keeps_states))
+        entries.append(entry(group, [len(masters) + n for n in range(len(cut))], keeps_states))
         for names in cut:
             size = sum(-(-origin.layout.tensors[name].numel // form.world_size) for name in names)
             states[len(masters)] = _states(group, size)
             masters.append(room(group.master, (size,)))
     return {
         "zero_stage": zero_stage(3),
-        **_scaling(old),
+        **scaling(old),
         "partition_count": form.world_size,
         "optimizer_state_dict": {"state": _held(states, keeps_states), "param_groups": entries},
         "fp32_flat_groups": masters,
     }
 
 
-def _scaling(old: dict[str, Any]) -> dict[str, Any]:
+def scaling(old: dict[str, Any]) -> dict[str, Any]:
     """The loss scale's state; BF16_Optimizer saves none, and ZeRO's is then a constant."""
     return {
         "loss_scaler": old.get("loss_scaler", static_loss_scaler()),
@@ -120,7 +120,7 @@ def _held(states: dict[int, dict[str, Any]], keeps_states: bool) -> dict[int, di
     return {number: held for number, held in states.items() if held and keeps_states}
 
 
-def _entry(group: Group, numbers: list[int], keeps_states: bool) -> dict[str, Any]:
+def entry(group: Group, numbers: list[int], keeps_states: bool) -> dict[str, Any]:
     """The group's entry of `param_groups`; a step counter in it belongs to the states."""
     kept = {name: value for name, value in group.hyperparameters.items() if keeps_states or name != "step"}
     return {**kept, "params": numbers}

@@ -16,7 +16,7 @@ from wsm_ds.torchfile import Tensor, TorchFile
 
 def place(builder: TableBuilder, files: RankFiles) -> None:
     """Adds every fragment of a stage 1 or 2 checkpoint to `builder`."""
-    _place_module(builder, files)
+    place_module(builder, files)
     groups = files.models[0].tree["param_shapes"]
     sizes: dict[int, int] = {}
     for rank, optim in files.optims.items():
@@ -85,7 +85,7 @@ def _states(state: dict[str, Any], group: int, numel: int) -> dict[str, Tensor]:
     return element_wise(held, numel)
 
 
-def _place_module(builder: TableBuilder, files: RankFiles) -> None:
+def place_module(builder: TableBuilder, files: RankFiles) -> None:
     """Whole tensors of the model file; a tied name counts only where it has bytes of its own."""
     kinds = {"parameter": "module", "frozen": "frozen", "buffer": "buffer"}
     model, numbers = files.models[0], files.numbers
