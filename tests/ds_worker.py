@@ -179,6 +179,8 @@ def do_load(job: dict[str, Any]) -> dict[str, Any]:
         ],
     }
     torch.save(state, f"{job['dump']}.rank{dist.get_rank()}")
+    if job.get("resave"):
+        engine.save_checkpoint(job["resave"], tag="resaved")
     report = {"path": path, "global_steps": engine.global_steps}
     losses = train_steps(engine, engine.global_steps + 1, job.get("steps", 1), job.get("batch"))
     engine.destroy()
@@ -221,7 +223,7 @@ def do_schedule(job: dict[str, Any]) -> dict[str, Any]:
         if job.get("save"):
             engine.save_checkpoint(job["save"], tag="saved")
         if job.get("universal"):
-            convert_to_universal(Path(job["save"]))
+            convert_to_universal(Path(job["save"]) / "saved", Path(job["save"]) / "universal")
         return {"used": used, "last_lr": last_lr, "skipped": engine.skipped_steps}
     except wsm_ds.WsmError as error:
         return {"error": f"{type(error).__name__}: {error}"}
@@ -246,12 +248,12 @@ def client_scheduler(kind: str | None, optimizer: torch.optim.Optimizer) -> Any:
     return None
 
 
-def convert_to_universal(run: Path) -> None:
-    """Rewrites RUN/saved as a universal checkpoint, RUN/universal, without worker processes."""
+def convert_to_universal(checkpoint: Path, out: Path) -> None:
+    """Rewrites a checkpoint with DeepSpeed's own converter, without worker processes."""
     if dist.get_rank() == 0:
         options = argparse.Namespace(
-            input_folder=str(run / "saved"),
-            output_folder=str(run / "universal"),
+            input_folder=str(checkpoint),
+            output_folder=str(out),
             num_extract_workers=1,
             num_merge_workers=1,
             keep_temp_folder=False,
@@ -259,8 +261,14 @@ def convert_to_universal(run: Path) -> None:
             inject_missing_state=True,
         )
         ds_to_universal.main(options)
-        (run / "latest_universal").write_text("universal")
+        (out.parent / "latest_universal").write_text(out.name)
     dist.barrier()
+
+
+def do_convert(job: dict[str, Any]) -> dict[str, Any]:
+    """Rewrites RUN/TAG as a universal checkpoint job["out"]."""
+    convert_to_universal(Path(job["root"]), Path(job["out"]))
+    return {}
 
 
 def one_update(engine: Any, optimizer: RecordingAdamW, job: dict[str, Any], update: int) -> list[float]:
@@ -277,7 +285,7 @@ def one_update(engine: Any, optimizer: RecordingAdamW, job: dict[str, Any], upda
 def main() -> None:
     jobs_file = Path(sys.argv[1])
     deepspeed.init_distributed("gloo", verbose=False)
-    jobs = {"train": do_train, "load": do_load, "schedule": do_schedule}
+    jobs = {"train": do_train, "load": do_load, "schedule": do_schedule, "convert": do_convert}
     reports = [jobs[job["do"]](job) for job in json.loads(jobs_file.read_text())]
     Path(f"{jobs_file}.rank{dist.get_rank()}").write_text(json.dumps(reports))
     dist.barrier()

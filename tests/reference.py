@@ -79,3 +79,13 @@ def unpadded(models: dict[int, Any], flats: list[torch.Tensor], rank: int, stage
         for piece, size, shape in zip(pieces, sizes, shapes.values(), strict=True):
             kept.append(piece[: max(0, min(size, shape.numel() - rank * size))])
     return kept
+
+
+def whole(
+    checkpoint: Path, stage: int, kinds: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+) -> dict[str, dict[str, Any]]:
+    """Masters ("master") and optimizer states of a checkpoint as whole parameters."""
+    models, optims = load_all(checkpoint)
+    held = {"master": {rank: partitions(optim) for rank, optim in optims.items()}}
+    held |= {name: {rank: moments(o, name) for rank, o in optims.items()} for name in kinds}
+    return {kind: parameters(models, flats, stage) for kind, flats in held.items()}

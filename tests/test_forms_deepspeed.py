@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed_runs import launch
-from reference import load_all, moments, parameters, partitions
+from reference import load_all, moments, partitions, whole
 
 from wsm_ds.cli import main
 from wsm_ds.errors import LayoutMismatch, RecipeError
@@ -27,14 +27,6 @@ def run_of(runs: Path, other_world_sizes: Path) -> Find:
         return runs / f"w2_s{stage}_bf16" if world_size == 2 else other_world_sizes / f"w{world_size}_s{stage}"
 
     return find
-
-
-def whole(checkpoint: Path, stage: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Masters and moments as whole parameters."""
-    models, optims = load_all(checkpoint)
-    held = {"master": {rank: partitions(optim) for rank, optim in optims.items()}}
-    held |= {name: {rank: moments(o, name) for rank, o in optims.items()} for name in ("exp_avg", "exp_avg_sq")}
-    return {kind: parameters(models, flats, stage) for kind, flats in held.items()}
 
 
 def base_state(optim: Any) -> Any:

@@ -29,9 +29,10 @@ def zero_outputs(
         UnsupportedLayout, LayoutMismatch, RecipeError: see `open_origin` and `target_form`.
     """
     newest, drop = tables.newest, optimizer_states == "drop"
-    origin = open_origin(newest, allowed_globals) if wanted != WantedForm() else None
+    is_changed = newest.is_universal or wanted != WantedForm()
+    origin = open_origin(newest, allowed_globals) if is_changed else None
     form = target_form(origin, wanted, allowed_globals) if origin else None
-    is_reformed = origin is not None and form != origin.form
+    is_reformed = origin is not None and (form != origin.form or newest.is_universal)
     first = tables.first_input[-1]
     if origin is None or not is_reformed:
         templates, places = _same_layout(tables, drop, allowed_globals)

@@ -41,8 +41,9 @@ def inspection_report(found: Sequence[Inspected]) -> str:
             problems.append(f"{item.checkpoint.tag}: {item.problem}")
             continue
         rates = ",".join(f"{rate:g}" for rate in sorted(set(layout.learning_rates))) or "-"
+        stage = "univ" if layout.is_universal else str(layout.stage)
         rows.append(
-            [item.checkpoint.tag, str(layout.step), str(layout.stage), layout.dtype.name, str(layout.world_size),
+            [item.checkpoint.tag, str(layout.step), stage, layout.dtype.name, str(layout.world_size),
              f"{layout.numel:,}", format_size(layout.nbytes), rates, "yes"]
         )  # fmt: skip
     header = ["checkpoint", "step", "zero", "dtype", "ranks", "parameters", "size", "lr", "complete"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wsm_ds.errors import LayoutMismatch, RecipeError, UnsupportedLayout
-from wsm_ds.forms.groups import Group, in_partition_order, read_groups, subgroups
+from wsm_ds.forms.groups import Group, in_partition_order, read_groups, read_universal_groups, subgroups
 from wsm_ds.layouts import Layout, read_layout
 from wsm_ds.layouts.run import checkpoint_at
 from wsm_ds.torchfile import TorchFile, open_torch_file
@@ -39,13 +39,30 @@ class Form:
 
 @dataclass(frozen=True)
 class Origin:
-    """The newest checkpoint, opened: what another form is made from. Files are by data-parallel rank."""
+    """The newest checkpoint, opened: what another form is made from.
+
+    Attributes:
+        models: model files by data-parallel rank.
+        optimizer: rank 0's optimizer file, or a universal checkpoint's `optimizer_state.pt`.
+        state: in it, what the optimizer wrapper saved: loss scale and the like.
+        order: for each rank and group the names in `param_slice_mappings`.
+    """
 
     layout: Layout
     form: Form
     groups: tuple[Group, ...]
     models: dict[int, TorchFile]
-    optims: dict[int, TorchFile]
+    optimizer: TorchFile
+    state: dict[str, Any]
+    order: tuple[list[list[str]], ...]
+
+    @property
+    def has_bf16_enabled(self) -> bool:
+        """Whether DeepSpeed names optimizer files with bf16 in front (`runtime/engine.py:4319`)."""
+        if not self.layout.is_universal:
+            return self.optimizer.path.name.startswith("bf16_")
+        config = self.models[0].tree.get("ds_config") or {}
+        return bool((config.get("bf16") or config.get("bfloat16") or {}).get("enabled"))
 
 
 def open_origin(layout: Layout, allowed_globals: frozenset[str]) -> Origin:
@@ -54,6 +71,8 @@ def open_origin(layout: Layout, allowed_globals: frozenset[str]) -> Origin:
     Raises:
         UnsupportedLayout: its form is not one that is understood well enough to change it (the reason is named).
     """
+    if layout.is_universal:
+        return _open_universal(layout, allowed_globals)
     others = [name for name in layout.files if not ONE_MODEL_FILE.match(name)]
     if layout.stage == 0 or others:
         what = f"it holds {others[0]}" if others else "it is stage 0"
@@ -61,11 +80,33 @@ def open_origin(layout: Layout, allowed_globals: frozenset[str]) -> Origin:
     opened = [open_torch_file(archive.path, allowed_globals) for archive in layout.archives]
     models = {_rank(file): file for file in opened if file.path.name.endswith("model_states.pt")}
     optims = {_rank(file): file for file in opened if file.path.name.endswith("optim_states.pt")}
-    form = _form_of(layout, models[0], optims[0])
-    groups = read_groups(models[0], optims[0], form.world_size if form.round_robin else 1)
-    origin = Origin(layout, form, groups, models, optims)
+    states = [optims[rank].tree["optimizer_state_dict"] for rank in sorted(optims)]
+    if isinstance(states[0].get("base_optimizer_state"), list):
+        raise UnsupportedLayout(f"{layout.path} is an elastic checkpoint, which is not written in another form.")
+    form = _form_of(layout, models[0], is_bf16_optimizer="zero_stage" not in states[0])
+    groups = read_groups(models[0], states[0], form.world_size if form.round_robin else 1)
+    order = tuple([list(held) for held in state["param_slice_mappings"]] for state in states if layout.stage < 3)
+    origin = Origin(layout, form, groups, models, optims[0], states[0], order)
     _require_understood(origin)
     return origin
+
+
+def _open_universal(layout: Layout, allowed_globals: frozenset[str]) -> Origin:
+    opened = {path.name: open_torch_file(path, allowed_globals) for path in _metadata_files(layout)}
+    models = {_rank(file): file for name, file in opened.items() if name.endswith("model_states.pt")}
+    head = opened["optimizer_state.pt"]
+    config = models[0].tree.get("ds_config") or {}
+    accumulates_in_fp32 = (config.get("data_types") or {}).get("grad_accum_dtype") == "fp32"
+    is_bf16_optimizer = accumulates_in_fp32 and layout.dtype.name == "bf16" and layout.stage == 1
+    form = _form_of(layout, models[0], is_bf16_optimizer)
+    groups = read_universal_groups(layout.path, models[0], head, allowed_globals)
+    return Origin(layout, form, groups, models, head, head.tree, ())
+
+
+def _metadata_files(layout: Layout) -> list[Path]:
+    """A universal checkpoint's files that belong to no single parameter."""
+    named = zip(layout.files, layout.archives, strict=True)
+    return [archive.path for name, archive in named if name.count("/") < 2]
 
 
 def _rank(file: TorchFile) -> int:
@@ -73,15 +114,13 @@ def _rank(file: TorchFile) -> int:
     return int(match[1]) if match else 0
 
 
-def _form_of(layout: Layout, model: TorchFile, optim: TorchFile) -> Form:
-    state, config = optim.tree["optimizer_state_dict"], zero_config(model.tree)
-    if isinstance(state.get("base_optimizer_state"), list):
-        raise UnsupportedLayout(f"{layout.path} is an elastic checkpoint, which is not written in another form.")
+def _form_of(layout: Layout, model: TorchFile, is_bf16_optimizer: bool) -> Form:
+    config = zero_config(model.tree)
     size = config.get("sub_group_size", DEFAULT_SUB_GROUP_SIZE)
     return Form(
         stage=layout.stage,
         world_size=layout.world_size,
-        is_bf16_optimizer="zero_stage" not in state,
+        is_bf16_optimizer=is_bf16_optimizer,
         round_robin=layout.stage < 3 and bool(config.get("round_robin_gradients")),
         parameter_alignment=layout.stage < 3 and bool(config.get("parameter_alignment")),
         sub_group_size=int(size) if isinstance(size, int | float) else DEFAULT_SUB_GROUP_SIZE,
@@ -109,10 +148,8 @@ def _require_understood(origin: Origin) -> None:
 
 def _names_are_in_order(origin: Origin) -> bool:
     """`param_slice_mappings` names parameters in the optimizer's order, dealt out or not."""
-    for optim in origin.optims.values():
-        for group, held in zip(
-            origin.groups, optim.tree["optimizer_state_dict"].get("param_slice_mappings", ()), strict=False
-        ):
+    for held_by_group in origin.order:
+        for group, held in zip(origin.groups, held_by_group, strict=True):
             places = {name: index for index, name in enumerate(group.names)}
             order = [places.get(name, -1) for name in held]
             if order != sorted(order) or -1 in order:

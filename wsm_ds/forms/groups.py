@@ -1,10 +1,12 @@
 """An optimizer's parameter groups as the training program made them, whatever the ZeRO stage did with them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from wsm_ds.dtypes import DType
 from wsm_ds.layouts.rank_files import element_wise
+from wsm_ds.layouts.universal import open_parameters, whole
 from wsm_ds.torchfile import TorchFile
 
 
@@ -27,13 +29,13 @@ class Group:
     master: DType
 
 
-def read_groups(model: TorchFile, optim: TorchFile, dealt_to: int) -> tuple[Group, ...]:
-    """The groups of a checkpoint, from rank 0's files.
+def read_groups(model: TorchFile, state: dict[str, Any], dealt_to: int) -> tuple[Group, ...]:
+    """The groups of a checkpoint, from rank 0's model file and optimizer state.
 
     Args:
         dealt_to: number of ranks that `round_robin_gradients` dealt the parameters out to; 1 without it.
     """
-    shapes, state = model.tree["param_shapes"], optim.tree["optimizer_state_dict"]
+    shapes = model.tree["param_shapes"]
     is_stage3 = "fp32_flat_groups" in state
     base = state["optimizer_state_dict" if is_stage3 else "base_optimizer_state"]
     flats = state["fp32_flat_groups" if is_stage3 else "single_partition_of_fp32_groups"]
@@ -46,13 +48,36 @@ def read_groups(model: TorchFile, optim: TorchFile, dealt_to: int) -> tuple[Grou
         groups.append(
             Group(
                 names=tuple(_dealt_back(names, dealt_to)),
-                hyperparameters={key: value for key, value in entry.items() if key != "params"},
+                hyperparameters=_hyperparameters(entry),
                 states=states,
                 element_wise={name: value.dtype for name, value in element_wise(states, flat.numel).items()},
                 master=flat.dtype,
             )
         )
     return tuple(groups)
+
+
+def read_universal_groups(
+    path: Path, model: TorchFile, head: TorchFile, allowed_globals: frozenset[str]
+) -> tuple[Group, ...]:
+    """The groups of a universal checkpoint at `path`; states are those of each group's first parameter."""
+    shapes, entries = model.tree["param_shapes"], head.tree["param_groups"]
+    counters = (head.tree.get("optimizer_state_dict") or {"state": {}})["state"].get(0, {})
+    groups = []
+    for number, entry in enumerate(entries):
+        indices = [number] if len(shapes) == len(entries) else entry["params"]
+        names = tuple(name for index in indices for name in shapes[index])
+        kinds = open_parameters(path, [*names[:1]], allowed_globals)[names[0]]
+        held = {kind: tensor for kind, file in kinds.items() if (tensor := whole(file.tree)) is not None}
+        master, step = held.pop("fp32"), held.pop("step", counters.get("step"))
+        states = held | ({} if step is None else {"step": step})
+        dtypes = {name: tensor.dtype for name, tensor in held.items()}
+        groups.append(Group(names, _hyperparameters(entry), states, dtypes, master.dtype))
+    return tuple(groups)
+
+
+def _hyperparameters(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key != "params"}
 
 
 def in_partition_order(names: tuple[str, ...], ranks: int) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from wsm_ds.forms.form import Form, Origin, cuts
 from wsm_ds.forms.groups import Group
+from wsm_ds.forms.model_file import with_form
 from wsm_ds.forms.parts import fragment_address, own_copies, room, static_loss_scaler, zero_stage
 from wsm_ds.layouts import zero12
 from wsm_ds.torchfile import Tensor
@@ -20,11 +21,13 @@ PARAMETER_ALIGNMENT_BYTES = 16
 
 def optimizer_tree(origin: Origin, form: Form, rank: int, keeps_states: bool) -> dict[str, Any]:
     """The object tree of `rank`'s file, with room for the elements; without `keeps_states` no optimizer states."""
-    tree: dict[str, Any] = dict(origin.optims[0].tree)
-    old = tree["optimizer_state_dict"]
     make = _stage3 if form.stage == 3 else _stage12
-    tree["optimizer_state_dict"] = make(origin, form, rank, old, keeps_states)
-    return tree
+    model = origin.models[0].tree
+    outer = dict(origin.optimizer.tree)
+    if origin.layout.is_universal:
+        outer = {"ds_config": model.get("ds_config"), "ds_version": model["ds_version"]}
+    new = make(origin, form, rank, origin.state, keeps_states)
+    return outer | {"optimizer_state_dict": new, "ds_config": with_form(outer.get("ds_config"), form)}
 
 
 def _stage12(origin: Origin, form: Form, rank: int, old: dict[str, Any], keeps_states: bool) -> dict[str, Any]:

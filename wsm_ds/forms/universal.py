@@ -47,7 +47,7 @@ def universal_templates(
             tree |= {"module": OrderedDict(), "frozen_param_fragments": None}
         made.append(rewritten(name, tree, origin.models[0].archive, inputs, allowed_globals))
     _place_module(builder, origin, made[0].file)
-    like = origin.optims[0].archive
+    like = origin.optimizer.archive
     numbers = {name: number for number, name in enumerate(layout.tensors)}
     for group in origin.groups:
         kinds = {"master": group.master, **group.element_wise}
@@ -75,7 +75,7 @@ def _place_module(builder: TableBuilder, origin: Origin, model: TorchFile) -> No
 
 def _optimizer_state(origin: Origin) -> dict[str, Any]:
     """What is not a parameter's: stages 1 and 2 look at the top level, stage 3 one level below."""
-    old = origin.optims[0].tree["optimizer_state_dict"]
+    old = origin.state
     groups = [entry(group, [number], keeps_states=True) for number, group in enumerate(origin.groups)]
     state: dict[str, Any] = scaling(old)
     if "clip_grad" in old:

@@ -1,7 +1,7 @@
 """All files of a ZeRO checkpoint in another form: templates, and where each kind's elements belong in them."""
 
 from wsm_ds.forms.form import Form, Origin
-from wsm_ds.forms.model_file import model_tree, with_form
+from wsm_ds.forms.model_file import model_tree
 from wsm_ds.forms.optimizer_file import optimizer_tree
 from wsm_ds.layouts import zero3, zero12
 from wsm_ds.layouts.layout import Table, TableBuilder
@@ -23,15 +23,14 @@ def zero_templates(
     ranks = range(form.world_size)
     models: dict[int, Rewritten] = {}
     optims: dict[int, Rewritten] = {}
-    prefix = "bf16_" if origin.optims[0].path.name.startswith("bf16_") else ""
+    prefix = "bf16_" if origin.has_bf16_enabled else ""
     for rank in ranks if form.stage == 3 else (0,):
         name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if form.stage == 3 else "mp_rank_00_model_states.pt"
         tree, like = model_tree(origin, form, rank), origin.models[0].archive
         models[rank] = rewritten(name, tree, like, inputs, allowed_globals)
     for rank in ranks:
         name = f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        tree, like = optimizer_tree(origin, form, rank, keeps_states), origin.optims[0].archive
-        tree["ds_config"] = with_form(tree.get("ds_config"), form)
+        tree, like = optimizer_tree(origin, form, rank, keeps_states), origin.optimizer.archive
         optims[rank] = rewritten(name, tree, like, inputs, allowed_globals)
     made = [*models.values(), *optims.values()]
     layout = origin.layout

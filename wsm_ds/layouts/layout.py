@@ -83,6 +83,11 @@ class Layout:
         return tuple(self.tensors)
 
     @property
+    def is_universal(self) -> bool:
+        """Whether parameters lie whole in files of their own; `stage` and `world_size` are then of the run."""
+        return "zero/optimizer_state.pt" in self.files
+
+    @property
     def state_names(self) -> tuple[str, ...]:
         """Kinds of optimizer states."""
         return tuple(kind for kind in self.fragments if kind not in ("master", "module", "frozen", "buffer"))

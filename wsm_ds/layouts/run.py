@@ -6,7 +6,7 @@ from pathlib import Path
 
 from wsm_ds.errors import CheckpointNotFound, few
 
-STEP_IN_NAME = re.compile(r"(\d+)$")
+STEP_IN_NAME = re.compile(r"(\d+)(?:_universal)?$")
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -12,7 +12,7 @@ import numpy as np
 
 from wsm_ds.dtypes import BY_NAME, DType
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, few
-from wsm_ds.layouts import zero3, zero12
+from wsm_ds.layouts import universal, zero3, zero12
 from wsm_ds.layouts.layout import Layout, TableBuilder, TensorInfo
 from wsm_ds.layouts.rank_files import RankFiles
 from wsm_ds.layouts.run import Checkpoint
@@ -44,6 +44,8 @@ def read_layout(checkpoint: Checkpoint, allowed_globals: frozenset[str] = frozen
     models, optims = _by_rank(path, entries, MODEL_FILE), _by_rank(path, entries, OPTIM_FILE)
     if not models:
         raise BrokenCheckpoint(f"{path} has no *_model_states.pt.")
+    if universal.is_universal(path):
+        return _read_universal(checkpoint, path, models, allowed_globals)
     opened = {r: open_torch_file(path / n, allowed_globals) for r, n in models.items()}
     model = opened[min(opened)].tree
     world_size = _world_size(path, model)
@@ -66,6 +68,43 @@ def read_layout(checkpoint: Checkpoint, allowed_globals: frozenset[str] = frozen
 def _assemble(checkpoint: Checkpoint, files: RankFiles, stage: int, names: tuple[str, ...]) -> Layout:
     builder = TableBuilder()
     (zero3 if stage == 3 else zero12).place(builder, files)
+    return _layout(checkpoint, files, stage, names, builder, _parameter_groups(files.optims[0]))
+
+
+def _read_universal(
+    checkpoint: Checkpoint, path: Path, models: dict[int, str], allowed_globals: frozenset[str]
+) -> Layout:
+    whole = "mp_rank_00_model_states.pt"
+    if (path / whole).is_file():
+        models = {0: whole}  # a stage 3 engine's file beside it holds no weights
+    opened = {r: open_torch_file(path / n, allowed_globals) for r, n in models.items()}
+    world_size = _world_size(path, opened[0].tree)
+    config = opened[0].tree.get("ds_config")
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    zero = zero if isinstance(zero, dict) else {}
+    if zero.get("round_robin_gradients"):
+        raise UnsupportedLayout(
+            f"{path} was made of a run with round_robin_gradients; DeepSpeed's converter then puts parameters into "
+            "wrong places, so it is not read. Merge the run's own checkpoints."
+        )
+    if "zero_pp_rank_" in models[0]:
+        _require_ranks(path, "model file", "model_states.pt", set(models), world_size)
+    tensors, aliases = _tensors(opened[0])
+    names = [name for name, info in tensors.items() if info.role == "parameter"]
+    parameters = universal.open_parameters(path, names, allowed_globals)
+    head = open_torch_file(path / universal.OPTIMIZER_STATE, allowed_globals)
+    parts = [head, *(file for kinds in parameters.values() for file in kinds.values())]
+    indices = {file.path: index for index, file in enumerate([*opened.values(), *parts])}
+    files = RankFiles(opened, dict(enumerate(parts)), indices, tensors, aliases, world_size)
+    builder = TableBuilder()
+    universal.place(builder, files, parameters)
+    relative = tuple(file.relative_to(path).as_posix() for file in indices)
+    return _layout(checkpoint, files, int(zero.get("stage", 1)), relative, builder, head.tree["param_groups"])
+
+
+def _layout(
+    checkpoint: Checkpoint, files: RankFiles, stage: int, names: tuple[str, ...], builder: TableBuilder, groups: Any
+) -> Layout:
     model = files.models[0].tree
     return Layout(
         path=checkpoint.path,
@@ -79,7 +118,7 @@ def _assemble(checkpoint: Checkpoint, files: RankFiles, stage: int, names: tuple
         tensors=files.tensors,
         aliases=files.aliases,
         fragments=builder.tables(),
-        learning_rates=_learning_rates(files.optims[0]),
+        learning_rates=_learning_rates(files.optims[0], groups),
         warmup_num_steps=_warmup(model),
     )
 
@@ -100,7 +139,7 @@ def _by_rank(path: Path, names: list[str], pattern: re.Pattern[str]) -> dict[int
         if int(match["mp"]) > 0:
             raise UnsupportedLayout(f"{path} is model-parallel ({name}), which this version does not read.")
         rank = int(match["dp"] or 0)
-        if rank in found:
+        if rank in found and not universal.is_universal(path):
             raise BrokenCheckpoint(
                 f"{path} holds two files of rank {rank}: {found[rank]} and {name}. Two runs were saved into one "
                 "folder; remove the stale one."
@@ -176,10 +215,13 @@ def _module_dtype(tensors: dict[str, TensorInfo]) -> DType:
     return trained[0] if trained else BY_NAME["fp32"]
 
 
-def _learning_rates(optim: TorchFile) -> tuple[float, ...]:
+def _parameter_groups(optim: TorchFile) -> Any:
     state = optim.tree["optimizer_state_dict"]
     base = state.get("base_optimizer_state") or state.get("optimizer_state_dict")
-    groups = base if isinstance(base, list) else (base or {}).get("param_groups", [])
+    return base if isinstance(base, list) else (base or {}).get("param_groups", [])
+
+
+def _learning_rates(optim: TorchFile, groups: Any) -> tuple[float, ...]:
     return tuple(_scalar(optim, group["lr"]) for group in groups if isinstance(group, dict) and "lr" in group)
 
 

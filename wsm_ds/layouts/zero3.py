@@ -14,12 +14,13 @@ from wsm_ds.torchfile import Tensor, TorchFile
 def place(builder: TableBuilder, files: RankFiles) -> None:
     """Adds every fragment of a stage 3 checkpoint to `builder`."""
     for rank, model in files.models.items():
-        _place_model(builder, files, model, rank)
+        place_model(builder, files, model, rank)
     for rank, optim in files.optims.items():
         _place_optimizer(builder, files, optim, rank)
 
 
-def _place_model(builder: TableBuilder, files: RankFiles, model: TorchFile, rank: int) -> None:
+def place_model(builder: TableBuilder, files: RankFiles, model: TorchFile, rank: int) -> None:
+    """Adds a rank's buffers and its fragments of frozen parameters."""
     numbers, file = files.numbers, files.indices[model.path]
     frozen = model.tree.get("frozen_param_fragments") or {}
     for name, info in files.tensors.items():
