@@ -1,6 +1,10 @@
 """Runs that DeepSpeed wrote, made once a test session."""
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +42,23 @@ def other_world_sizes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         jobs = [train(root / f"w{world_size}_s{stage}", stage=stage, dtype="bf16", steps=4) for stage in STAGES]
         launch(jobs, world_size=world_size, folder=tmp_path_factory.mktemp("train"))
     return root
+
+
+COMPILE = """
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from deepspeed.ops.lion import DeepSpeedCPULion
+for make in (FusedAdam, DeepSpeedCPUAdam, DeepSpeedCPULion):
+    make([torch.nn.Parameter(torch.ones(1))])
+"""
+
+
+@pytest.fixture(scope="session")
+def compiled_ops(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """DeepSpeed's CPU optimizers, compiled once by one process, in a folder of this session where no old lock lies."""
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or str(tmp_path_factory.mktemp("torch_extensions"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", folder)
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        subprocess.run([sys.executable, "-c", COMPILE], check=True, capture_output=True, timeout=600)
+        yield

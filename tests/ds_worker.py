@@ -17,7 +17,8 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
-import deepspeed.ops
+import deepspeed.ops.adam
+import deepspeed.ops.lion
 import torch
 import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
@@ -31,6 +32,17 @@ deepspeed.get_accelerator().is_fp16_supported = lambda: True
 import wsm_ds  # noqa: E402  registers WSMLR
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+OPTIMIZERS = {
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "momentum": partial(torch.optim.SGD, momentum=0.9),
+    "fused_adam": deepspeed.ops.adam.FusedAdam,
+    "cpu_adam": deepspeed.ops.adam.DeepSpeedCPUAdam,
+    "cpu_lion": deepspeed.ops.lion.DeepSpeedCPULion,
+}
+"""DeepSpeed's own ones compile C++ when they are made; see `conftest.compiled_ops`."""
 
 
 class TinyModel(torch.nn.Module):
@@ -100,8 +112,13 @@ def build_engine(job: dict[str, Any]) -> Any:
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-    make = {"sgd": torch.optim.SGD, "momentum": partial(torch.optim.SGD, momentum=0.9)}
-    optimizer = make.get(job.get("optimizer", ""), torch.optim.AdamW)(groups, lr=1e-3)
+    if job.get("optimizer") == "muon":  # DeepSpeed makes the groups itself
+        for parameter in model.parameters():
+            parameter.use_muon = parameter.ndim > 1
+        config = ds_config(job) | {"optimizer": {"type": "Muon", "params": {"lr": 1e-3, "momentum": 0.9}}}
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+        return engine
+    optimizer = OPTIMIZERS[job.get("optimizer", "adamw")](groups, lr=1e-3)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(job))
     return engine
 
@@ -137,6 +154,12 @@ def digest(tensors: Any) -> str:
 
 def master_partitions(engine: Any) -> list[torch.Tensor]:
     optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 0:
+        if hasattr(optimizer, "fp32_groups"):
+            return [tensor for group in optimizer.fp32_groups for tensor in group]
+        if hasattr(optimizer, "fp32_groups_flat"):
+            return list(optimizer.fp32_groups_flat)
+        return [p for group in optimizer.param_groups for p in group["params"]]
     if engine.zero_optimization_stage() == 3:
         return list(optimizer.fp32_partitioned_groups_flat)
     if hasattr(optimizer, "fp32_groups_flat_partition"):  # BF16_Optimizer
@@ -175,7 +198,7 @@ def do_load(job: dict[str, Any]) -> dict[str, Any]:
         "buffers": {name: b.clone() for name, b in engine.module.named_buffers()},
         "moments": [
             {k: v.clone() for k, v in s.items() if torch.is_tensor(v)}
-            for s in engine.optimizer.optimizer.state.values()
+            for s in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values()
         ],
     }
     torch.save(state, f"{job['dump']}.rank{dist.get_rank()}")

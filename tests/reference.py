@@ -14,11 +14,11 @@ def load_all(checkpoint: Path) -> tuple[dict[int, Any], dict[int, Any]]:
 
 
 def average(tensors: list[torch.Tensor], coefficients: list[float]) -> torch.Tensor:
-    """Σ c_j θ_j in float64, oldest first, rounded once to float32."""
+    """Σ c_j θ_j in float64, oldest first, rounded to float32 and, if they are narrower, to the tensors' own dtype."""
     total = tensors[0].double() * coefficients[0]
     for tensor, coefficient in zip(tensors[1:], coefficients[1:], strict=True):
         total = total + tensor.double() * coefficient
-    return total.float()
+    return total.float().to(tensors[0].dtype)
 
 
 def partitions(optim: Any) -> list[torch.Tensor]:
@@ -26,10 +26,15 @@ def partitions(optim: Any) -> list[torch.Tensor]:
     return optim["fp32_flat_groups"] if "fp32_flat_groups" in optim else optim["single_partition_of_fp32_groups"]
 
 
-def moments(optim: Any, name: str) -> list[torch.Tensor]:
-    """A rank's optimizer state `name`, by group or sub-group."""
+def states(optim: Any) -> dict[int, dict[str, torch.Tensor]]:
+    """A rank's optimizer states, by group or sub-group."""
     base = optim["optimizer_state_dict"] if "fp32_flat_groups" in optim else optim["base_optimizer_state"]
-    return [state[name] for state in base["state"].values()]
+    return base["state"]
+
+
+def moments(optim: Any, name: str) -> list[torch.Tensor]:
+    """A rank's optimizer state `name`, by group or sub-group, of those that have it."""
+    return [state[name] for state in states(optim).values() if name in state]
 
 
 def parameters(models: dict[int, Any], masters: dict[int, list[torch.Tensor]], stage: int) -> dict[str, torch.Tensor]:
@@ -68,12 +73,18 @@ def merged_parameters(checkpoints: list[Path], coefficients: list[float], stage:
     return parameters(load_all(checkpoints[-1])[0], merged_masters(checkpoints, coefficients), stage)
 
 
-def unpadded(models: dict[int, Any], flats: list[torch.Tensor], rank: int, stage: int) -> list[torch.Tensor]:
-    """A rank's flat tensors without the padding that stage 3 keeps inside them (a merge carries it from the newest)."""
+def unpadded(
+    models: dict[int, Any], flats: list[torch.Tensor], rank: int, stage: int, groups: list[int] | None = None
+) -> list[torch.Tensor]:
+    """A rank's flat tensors (of all groups, or of `groups`) without the padding that stage 3 keeps inside them.
+
+    A merge carries that padding from the newest.
+    """
     if stage < 3:
         return flats
     world_size, kept = models[0]["dp_world_size"], []
-    for flat, shapes in zip(flats, models[0]["param_shapes"], strict=True):
+    all_shapes = models[0]["param_shapes"]
+    for flat, shapes in zip(flats, all_shapes if groups is None else [all_shapes[g] for g in groups], strict=True):
         sizes = [-(-shape.numel() // world_size) for shape in shapes.values()]
         pieces = flat.split(sizes)
         for piece, size, shape in zip(pieces, sizes, shapes.values(), strict=True):

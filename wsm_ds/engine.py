@@ -187,8 +187,8 @@ def _run_all(
 
     def close(job: _Job) -> None:
         written.append(job.finish())
+        del open_jobs[job.descriptor]  # before the number can be another file's
         os.close(job.descriptor)
-        del open_jobs[job.descriptor]
 
     pending = blocks()
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from wsm_ds.errors import UnsupportedLayout
 from wsm_ds.forms.form import WantedForm, open_origin, target_form
 from wsm_ds.forms.universal import universal_templates
 from wsm_ds.forms.zero import zero_templates
@@ -29,6 +30,11 @@ def zero_outputs(
         UnsupportedLayout, LayoutMismatch, RecipeError: see `open_origin` and `target_form`.
     """
     newest, drop = tables.newest, optimizer_states == "drop"
+    if optimizer_states == "merge" and any(layout.has_nameless_states for layout in tables.layouts):
+        raise UnsupportedLayout(
+            f"{newest.path}: a stage 0 checkpoint in fp32 does not say which optimizer state belongs to which "
+            "parameter, if there are several parameter groups. Carry or drop the states."
+        )
     is_changed = newest.is_universal or wanted != WantedForm()
     origin = open_origin(newest, allowed_globals) if is_changed else None
     form = target_form(origin, wanted, allowed_globals) if origin else None
@@ -50,7 +56,9 @@ def zero_outputs(
         elif is_reformed and not drop:
             add_copied_runs(files, tables, places[kind], tables.table(len(tables.layouts) - 1, kind))
     phases = dict.fromkeys(range(len(templates)), 0)
-    if "module" in places:
+    if newest.stage == 0 and "module" in places:
+        add_window_runs(files, tables, "master", places["module"])  # the masters lie in the same file
+    elif "module" in places:
         masters = places["master"].copy()
         masters["file"] += len(tables.inputs)
         add_copied_runs(files, tables, places["module"], masters)
@@ -100,9 +108,10 @@ def _template(
     archive: Archive, inputs: Inputs, drop: bool, allowed_globals: frozenset[str]
 ) -> tuple[Template, dict[int, int]]:
     """The template of a file, and where its records' data has moved to (empty: nothing moved)."""
-    if drop and archive.path.name.endswith("optim_states.pt"):
-        tree = open_torch_file(archive.path, allowed_globals).tree
-        _drop_states(tree["optimizer_state_dict"])
+    holder = "optimizer_state_dict" if archive.path.name.endswith("optim_states.pt") else "optimizer"
+    tree = open_torch_file(archive.path, allowed_globals).tree if drop else {}
+    if tree.get(holder) is not None:
+        _drop_states(tree[holder])
         fresh = rewritten(archive.path.name, tree, archive, inputs, allowed_globals)
         return fresh.template, fresh.moved
     file = inputs.numbers[str(archive.path)]
@@ -125,7 +134,7 @@ def _moved(table: Table, moves: list[dict[int, int]]) -> Table:
 
 def _drop_states(state: dict[str, Any]) -> None:
     """Empties the base optimizer's state, and takes back step counters kept in parameter groups."""
-    base: Any = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
+    base: Any = state.get("base_optimizer_state", state.get("optimizer_state_dict", state))
     if isinstance(base, list):
         for entry in base:
             for name in [name for name, value in entry.items() if isinstance(value, Tensor)]:

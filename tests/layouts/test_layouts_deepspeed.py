@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed_runs import launch
-from reference import average, load_all, merged_masters, moments, partitions, unpadded
+from reference import average, load_all, merged_masters, moments, partitions, states, unpadded
 from safetensors.torch import load_file
 
 from wsm_ds.inspect import inspect_run
@@ -16,6 +16,7 @@ from wsm_ds.merging import export, merge, reshard
 from wsm_ds.verification import verify
 
 OFFLOAD = {"zero": {"offload_optimizer": {"device": "cpu"}}, "config": {"zero_force_ds_cpu_optimizer": False}}
+BF16_MASTERS = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "BF16_Optimizer": {"stage": 1, "dtype": "bf16", "config": {"data_types": {"grad_accum_dtype": "fp32"}}},
     "round_robin_gradients": {"stage": 2, "dtype": "bf16", "zero": {"round_robin_gradients": True}},
@@ -27,13 +28,27 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "hpZ": {"stage": 3, "dtype": "bf16", "zero": {"zero_hpz_partition_size": 2}},
     "SGD without states": {"stage": 2, "dtype": "bf16", "optimizer": "sgd"},
     "SGD with momentum": {"stage": 3, "dtype": "bf16", "optimizer": "momentum"},
+    "FusedAdam, stage 2": {"stage": 2, "dtype": "bf16", "optimizer": "fused_adam"},
+    "FusedAdam, stage 3": {"stage": 3, "dtype": "fp16", "optimizer": "fused_adam"},
+    "CPUAdam, offload, stage 1": {"stage": 1, "dtype": "bf16", "optimizer": "cpu_adam", **OFFLOAD},
+    "CPUAdam, offload, stage 3": {"stage": 3, "dtype": "bf16", "optimizer": "cpu_adam", **OFFLOAD},
+    "CPULion, offload, stage 2": {"stage": 2, "dtype": "bf16", "optimizer": "cpu_lion", **OFFLOAD},
+    "Muon, stage 2": {"stage": 2, "dtype": "bf16", "optimizer": "muon"},
+    "Muon, stage 3": {"stage": 3, "dtype": "bf16", "optimizer": "muon", "zero": {"reduce_scatter": False}},
+    "bf16 masters, stage 1": {"stage": 1, "dtype": "bf16", "config": BF16_MASTERS},
+    "bf16 masters, stage 3": {"stage": 3, "dtype": "bf16", "config": BF16_MASTERS},
 }
-STATES = {"SGD without states": (), "SGD with momentum": ("momentum_buffer",)}
+STATES = {
+    "SGD without states": (),
+    "SGD with momentum": ("momentum_buffer",),
+    "Muon, stage 2": ("momentum_buffer", "exp_avg", "exp_avg_sq"),
+    "Muon, stage 3": ("momentum_buffer", "exp_avg", "exp_avg_sq"),
+}
 COEFFICIENTS = [0.7, 0.3]
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(compiled_ops: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of each layout, global_step2 and 4, from two ranks."""
     root = tmp_path_factory.mktemp("layouts")
     jobs = [
@@ -70,17 +85,18 @@ def test_a_merge_equals_the_reference_and_one_checkpoint_reproduces_itself(
     merge(run=run, last=2, coefficients=COEFFICIENTS, out=tmp_path / "out", optimizer_states="merge")
     models, optims = load_all(tmp_path / "out/global_step4")
     wanted, loaded = merged_masters(sources, COEFFICIENTS), [load_all(path)[1] for path in sources]
-    states = STATES.get(name, ("exp_avg", "exp_avg_sq"))
+    kinds = STATES.get(name, ("exp_avg", "exp_avg_sq"))
     (found,) = inspect_run(run, "global_step4")
     assert found.layout is not None
-    assert found.layout.state_names == states
+    assert sorted(found.layout.state_names) == sorted(kinds)
     for rank, optim in optims.items():
         assert same(unpadded(models, partitions(optim), rank, stage), unpadded(models, wanted[rank], rank, stage))
-        for state in states:
-            columns = zip(*(moments(source[rank], state) for source in loaded), strict=True)
+        for kind in kinds:
+            columns = zip(*(moments(source[rank], kind) for source in loaded), strict=True)
             merged = [average(list(column), COEFFICIENTS) for column in columns]
-            got = unpadded(models, moments(optim, state), rank, stage)
-            assert same(got, unpadded(models, merged, rank, stage)), state
+            groups = [number for number, held in states(optim).items() if kind in held]
+            got = unpadded(models, moments(optim, kind), rank, stage, groups)
+            assert same(got, unpadded(models, merged, rank, stage, groups)), kind
     assert verify(tmp_path / "out", full=True).note == ""
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from wsm_ds.dtypes import DType
+from wsm_ds.layouts import zero12
 from wsm_ds.layouts.rank_files import element_wise
 from wsm_ds.layouts.universal import open_parameters, whole
 from wsm_ds.torchfile import TorchFile
@@ -28,6 +29,11 @@ class Group:
     element_wise: dict[str, DType]
     master: DType
 
+    @property
+    def is_muon(self) -> bool:
+        """Whether Muon updates the group."""
+        return bool(self.hyperparameters.get("use_muon"))
+
 
 def read_groups(model: TorchFile, state: dict[str, Any], dealt_to: int) -> tuple[Group, ...]:
     """The groups of a checkpoint, from rank 0's model file and optimizer state.
@@ -45,12 +51,16 @@ def read_groups(model: TorchFile, state: dict[str, Any], dealt_to: int) -> tuple
         names = [name for index in held for name in shapes[index]]
         states = base["state"].get(entry["params"][0], {}) if entry["params"] else {}
         flat = flats[held[0]] if held else flats[0]
+        padding = 0 if is_stage3 or "zero_stage" not in state else int(state["group_paddings"][number])
+        element_values = element_wise(states, flat.numel, flat.numel + padding)
+        if entry.get("use_muon") and zero12.MOMENTUM in states:
+            element_values[zero12.MOMENTUM] = states[zero12.MOMENTUM]
         groups.append(
             Group(
                 names=tuple(_dealt_back(names, dealt_to)),
                 hyperparameters=_hyperparameters(entry),
                 states=states,
-                element_wise={name: value.dtype for name, value in element_wise(states, flat.numel).items()},
+                element_wise={name: value.dtype for name, value in element_values.items()},
                 master=flat.dtype,
             )
         )

@@ -37,9 +37,11 @@ def _stage12(origin: Origin, form: Form, rank: int, old: dict[str, Any], keeps_s
     for number, group in enumerate(origin.groups):
         size, padding = partition_size(origin, form, names[number], paddings[number], rank)
         masters.append(room(group.master, (size if form.is_bf16_optimizer else size - padding,)))
-        states[number] = _states(group, size)
         missing.append(padding)
-        slices = zero12.slices(names[number], paddings[number], origin.layout.tensors, rank * size, size)
+        slices = list(zero12.slices(names[number], paddings[number], origin.layout.tensors, rank * size, size))
+        wholes = zero12.whole_parameters(slices, origin.layout.tensors)
+        momentum = {zero12.MOMENTUM: sum(numel for _, _, numel, _ in wholes)} if group.is_muon else {}
+        states[number] = _states(group, size, momentum)
         held = {name: fragment_address(numel, position) for name, _, numel, position in slices}
         mappings.append(OrderedDict((name, held[name]) for name in group.names if name in held))
     new = {} if form.is_bf16_optimizer else scaling(old)
@@ -90,7 +92,7 @@ def _stage3(origin: Origin, form: Form, rank: int, old: dict[str, Any], keeps_st
         entries.append(entry(group, [len(masters) + n for n in range(len(cut))], keeps_states))
         for names in cut:
             size = sum(-(-origin.layout.tensors[name].numel // form.world_size) for name in names)
-            states[len(masters)] = _states(group, size)
+            states[len(masters)] = _states(group, size, {})
             masters.append(room(group.master, (size,)))
     return {
         "zero_stage": zero_stage(3),
@@ -110,11 +112,11 @@ def scaling(old: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _states(group: Group, size: int) -> dict[str, Any]:
-    """A group's states with room for `size` elements; counters are copied."""
+def _states(group: Group, size: int, sizes: dict[str, int]) -> dict[str, Any]:
+    """A group's states with room for `size` elements, or what `sizes` says; counters are copied."""
     return {
-        name: room(group.element_wise[name], (size,)) if name in group.element_wise else own_copies(value)
-        for name, value in group.states.items()
+        name: room(group.element_wise[name], (sizes.get(name, size),)) if name in group.element_wise else own_copies(v)
+        for name, v in group.states.items()
     }
 
 

@@ -61,7 +61,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Layout:
-    """One checkpoint as a map from elements to byte ranges."""
+    """One checkpoint as a map from elements to byte ranges.
+
+    `has_nameless_states`: there are optimizer states, but nothing says which parameters they belong to.
+    """
 
     path: Path
     tag: str
@@ -76,6 +79,7 @@ class Layout:
     fragments: dict[str, Table]
     learning_rates: tuple[float, ...]
     warmup_num_steps: int | None
+    has_nameless_states: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:

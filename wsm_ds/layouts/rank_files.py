@@ -26,10 +26,10 @@ class RankFiles:
         return {name: number for number, name in enumerate(self.tensors)}
 
 
-def element_wise(states: dict[str, Any], numel: int) -> dict[str, Tensor]:
-    """The states that hold a value for each of a flat tensor's `numel` elements (`step` and the like do not)."""
+def element_wise(states: dict[str, Any], *numels: int) -> dict[str, Tensor]:
+    """The states that hold a value for each element of a flat tensor, whose length is one of `numels`."""
     tensors = {name: value for name, value in states.items() if isinstance(value, Tensor)}
-    return {name: value for name, value in tensors.items() if len(value.shape) == 1 and value.numel >= numel}
+    return {name: value for name, value in tensors.items() if len(value.shape) == 1 and value.numel in numels}
 
 
 def require_numel(file: TorchFile, what: str, held: int, needed: int) -> None:

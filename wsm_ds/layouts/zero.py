@@ -5,6 +5,7 @@
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from wsm_ds.dtypes import BY_NAME, DType
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, few
-from wsm_ds.layouts import universal, zero3, zero12
+from wsm_ds.layouts import universal, zero0, zero3, zero12
 from wsm_ds.layouts.layout import Layout, TableBuilder, TensorInfo
 from wsm_ds.layouts.rank_files import RankFiles
 from wsm_ds.layouts.run import Checkpoint
@@ -49,10 +50,10 @@ def read_layout(checkpoint: Checkpoint, allowed_globals: frozenset[str] = frozen
     opened = {r: open_torch_file(path / n, allowed_globals) for r, n in models.items()}
     model = opened[min(opened)].tree
     world_size = _world_size(path, model)
+    if not optims and zero0.is_stage0(model):
+        return _read_stage0(checkpoint, opened[0], world_size)
     if not optims:
-        raise UnsupportedLayout(
-            f"{path} has no optimizer files: it is a ZeRO stage 0 checkpoint, or its save was cut off."
-        )
+        raise BrokenCheckpoint(f"{path} has no optimizer files: its save was cut off, or they lie elsewhere.")
     _require_ranks(path, "optimizer file", "optim_states.pt", set(optims), world_size)
     opened_optims = {r: open_torch_file(path / n, allowed_globals) for r, n in optims.items()}
     stage = _stage(path, opened_optims[0])
@@ -102,6 +103,15 @@ def _read_universal(
     return _layout(checkpoint, files, int(zero.get("stage", 1)), relative, builder, head.tree["param_groups"])
 
 
+def _read_stage0(checkpoint: Checkpoint, model: TorchFile, world_size: int) -> Layout:
+    optimizer = zero0.read_optimizer(model)
+    files = RankFiles({0: model}, {}, {model.path: 0}, optimizer.tensors, optimizer.aliases, world_size)
+    builder = TableBuilder()
+    zero0.place(builder, model, optimizer)
+    layout = _layout(checkpoint, files, 0, (model.path.name,), builder, optimizer.groups)
+    return replace(layout, has_nameless_states=optimizer.has_nameless_states)
+
+
 def _layout(
     checkpoint: Checkpoint, files: RankFiles, stage: int, names: tuple[str, ...], builder: TableBuilder, groups: Any
 ) -> Layout:
@@ -118,7 +128,7 @@ def _layout(
         tensors=files.tensors,
         aliases=files.aliases,
         fragments=builder.tables(),
-        learning_rates=_learning_rates(files.optims[0], groups),
+        learning_rates=_learning_rates(files.optims.get(0, files.models[0]), groups),
         warmup_num_steps=_warmup(model),
     )
 

@@ -13,6 +13,10 @@ from wsm_ds.layouts.layout import TableBuilder, TensorInfo
 from wsm_ds.layouts.rank_files import RankFiles, element_wise, require_numel
 from wsm_ds.torchfile import Tensor, TorchFile
 
+MOMENTUM = "momentum_buffer"
+Slice = tuple[str, int, int, int]
+"""(fqn, start in the parameter, numel, position in the partition)."""
+
 
 def place(builder: TableBuilder, files: RankFiles) -> None:
     """Adds every fragment of a stage 1 or 2 checkpoint to `builder`."""
@@ -32,7 +36,7 @@ def place(builder: TableBuilder, files: RankFiles) -> None:
             needed = sum(files.tensors[name].numel for name in shapes) + sum(int(padding) for padding in alignment)
             require_numel(optim, f"parameter group {number}", size * files.world_size, needed)
             pieces = list(slices(shapes, alignment, files.tensors, rank * size, size))
-            _place_partition(builder, files, optim, number, pieces)
+            _place_partition(builder, files, optim, number, size, pieces)
 
 
 def _partition_numel(optim: TorchFile, state: dict[str, Any], group: int) -> int:
@@ -42,17 +46,35 @@ def _partition_numel(optim: TorchFile, state: dict[str, Any], group: int) -> int
 
 
 def _place_partition(
-    builder: TableBuilder, files: RankFiles, optim: TorchFile, group: int, slices: list[tuple[str, int, int, int]]
+    builder: TableBuilder, files: RankFiles, optim: TorchFile, group: int, size: int, slices: list[Slice]
 ) -> None:
-    state, numbers = optim.tree["optimizer_state_dict"], files.numbers
+    state, numbers, file = optim.tree["optimizer_state_dict"], files.numbers, files.indices[optim.path]
     masters = state["single_partition_of_fp32_groups"][group]
-    for kind, flat in {"master": masters, **_states(state, group, masters.numel)}.items():
+    states = _states(state, group)
+    flats = {"master": masters, **element_wise(states, masters.numel, size)}
+    places = dict.fromkeys(flats, slices)
+    if is_muon(state["base_optimizer_state"], group) and MOMENTUM in states:
+        flats[MOMENTUM], places[MOMENTUM] = states[MOMENTUM], whole_parameters(slices, files.tensors)
+    for kind, flat in flats.items():
         base = optim.byte_offset(flat)
-        for name, start, numel, position in slices:
+        for name, start, numel, position in places[kind]:
             require_numel(optim, f"{kind} of partition {group}", flat.numel, position + numel)
             offset = base + position * flat.dtype.itemsize
-            file = files.indices[optim.path]
             builder.add(kind, numbers[name], start, numel, file=file, offset=offset, dtype=flat.dtype)
+
+
+def is_muon(base: Any, group: int) -> bool:
+    """Whether Muon updates a group: in stages 1 and 2 it keeps whole parameters' momentum on every rank they touch."""
+    return isinstance(base, dict) and bool(base["param_groups"][group].get("use_muon"))
+
+
+def whole_parameters(slices: list[Slice], tensors: dict[str, TensorInfo]) -> list[Slice]:
+    """The parameters that lie in a partition, wholly or partly, one after the other and whole."""
+    wholes, position = [], 0
+    for name, *_ in slices:
+        wholes.append((name, 0, tensors[name].numel, position))
+        position += tensors[name].numel
+    return wholes
 
 
 def _require_count(optim: TorchFile, state: dict[str, Any], groups: int, world_size: int) -> None:
@@ -67,8 +89,8 @@ def _require_count(optim: TorchFile, state: dict[str, Any], groups: int, world_s
 
 def slices(
     shapes: Iterable[str], alignment: list[int], tensors: dict[str, TensorInfo], first: int, size: int
-) -> Iterator[tuple[str, int, int, int]]:
-    """(fqn, start in the parameter, numel, position in the partition) of what lies in [first, first + size)."""
+) -> Iterator[Slice]:
+    """What of a group's parameters lies in [first, first + size)."""
     position = 0
     for index, name in enumerate(shapes):
         numel = tensors[name].numel
@@ -78,11 +100,11 @@ def slices(
         position += numel + (int(alignment[index]) if index < len(alignment) else 0)
 
 
-def _states(state: dict[str, Any], group: int, numel: int) -> dict[str, Tensor]:
-    """The optimizer's element-wise states of a group, by the optimizer's own names; others are only carried."""
+def _states(state: dict[str, Any], group: int) -> dict[str, Any]:
+    """The optimizer's states of a group, by the optimizer's own names."""
     base = state["base_optimizer_state"]
-    held = base[group] if isinstance(base, list) else base["state"].get(group, {})
-    return element_wise(held, numel)
+    held: dict[str, Any] = base[group] if isinstance(base, list) else base["state"].get(group, {})
+    return held
 
 
 def place_module(builder: TableBuilder, files: RankFiles) -> None:

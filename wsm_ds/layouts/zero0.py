@@ -1,0 +1,171 @@
+"""ZeRO stage 0: one model file holds everything, and the optimizer's tensors carry no names.
+
+In fp32 the module's weights are the masters. Otherwise the masters lie beside them (`runtime/fp16/`): the fused
+optimizer flattens a group and the module's weights are views of the flat 16-bit copy, so their places name the
+elements; the unfused one keeps a tensor a parameter, which is told by its shape and by its rounded elements being
+the module's.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsm_ds.dtypes import narrow, widen
+from wsm_ds.errors import UnsupportedLayout
+from wsm_ds.layouts.layout import TableBuilder, TensorInfo
+from wsm_ds.torchfile import Tensor, TorchFile
+
+COMPARED_NUMEL = 1 << 16
+"""Elements of a parameter, from its beginning, that tell it from others of its shape."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """A piece of an optimizer's tensors: `numel` elements from `start` of each of `kinds` are the parameter `name`."""
+
+    name: str
+    start: int
+    numel: int
+    kinds: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What a stage 0 file says of its parameters. `named` is empty where only the module's weights have names."""
+
+    tensors: dict[str, TensorInfo]
+    aliases: dict[str, str]
+    named: tuple[Named, ...]
+    groups: list[dict[str, Any]]
+    module_is_master: bool
+    has_nameless_states: bool
+
+
+def is_stage0(model: Any) -> bool:
+    """Whether a model file is of stage 0: it holds the optimizer and no shapes of partitions."""
+    return isinstance(model, dict) and isinstance(model.get("optimizer"), dict) and model.get("param_shapes") is None
+
+
+def read_optimizer(file: TorchFile) -> Optimizer:
+    """Names the optimizer's tensors. Reads up to 64 Ki elements of each where the file's structure does not say.
+
+    Raises:
+        UnsupportedLayout: a master is no parameter's.
+    """
+    state, module = file.tree["optimizer"], file.tree["module"]
+    if not isinstance(module, dict):
+        raise UnsupportedLayout(f"{file.path} holds no module weights (pipeline parallel).")
+    buffers = set(file.tree.get("buffer_names") or ())
+    weights, aliases = _owners({n: t for n, t in module.items() if isinstance(t, Tensor) and n not in buffers})
+    base = state.get("optimizer_state_dict", state)
+    if "fp32_groups_flat" in state:
+        named = tuple(_fused(file, state["fp32_groups_flat"], base, weights))
+    elif "fp32_groups" in state:
+        named = tuple(_unfused(file, state["fp32_groups"], base, weights))
+    else:
+        named = tuple(_by_order(base, weights))
+    module_is_master = base is state
+    trained = set(weights) if module_is_master else {piece.name for piece in named}
+    tensors = {n: TensorInfo(t.shape, t.dtype, "parameter") for n, t in weights.items() if n in trained}
+    tensors |= {n: TensorInfo(t.shape, t.dtype, "frozen") for n, t in weights.items() if n not in trained}
+    held = {n: module[n] for n in buffers if isinstance(module.get(n), Tensor)}
+    tensors |= {n: TensorInfo(t.shape, t.dtype, "buffer") for n, t in held.items()}
+    return Optimizer(
+        tensors, aliases, named, list(base["param_groups"]), module_is_master, bool(base["state"]) and not named
+    )
+
+
+def place(builder: TableBuilder, file: TorchFile, optimizer: Optimizer) -> None:
+    """Adds every fragment of a stage 0 checkpoint, whose only file is number 0."""
+    numbers = {name: number for number, name in enumerate(optimizer.tensors)}
+    kind_of_role = {"parameter": "master" if optimizer.module_is_master else "module"}
+    for name, info in optimizer.tensors.items():
+        held: Tensor = file.tree["module"][name]
+        kind, offset = kind_of_role.get(info.role, info.role), file.byte_offset(held)
+        builder.add(kind, numbers[name], 0, info.numel, file=0, offset=offset, dtype=held.dtype)
+    for piece in optimizer.named:
+        for kind, tensor in piece.kinds.items():
+            offset = file.byte_offset(tensor) + piece.start * tensor.dtype.itemsize
+            builder.add(kind, numbers[piece.name], 0, piece.numel, file=0, offset=offset, dtype=tensor.dtype)
+
+
+def _owners(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Weights under the first name of each, and the other names of tied ones."""
+    first: dict[tuple[str, int, tuple[int, ...]], str] = {}
+    aliases = {}
+    for name, tensor in weights.items():
+        owner = first.setdefault((tensor.storage.key, tensor.offset, tensor.shape), name)
+        if owner != name and tensor.numel:
+            aliases[name] = owner
+    return {name: tensor for name, tensor in weights.items() if name not in aliases}, aliases
+
+
+def _states(base: dict[str, Any], number: int, like: Tensor) -> dict[str, Tensor]:
+    """Optimizer states of parameter `number` that hold a value for each of its elements."""
+    held = base["state"].get(number, {})
+    return {kind: value for kind, value in held.items() if isinstance(value, Tensor) and value.shape == like.shape}
+
+
+def _fused(file: TorchFile, flats: list[Tensor], base: dict[str, Any], weights: dict[str, Tensor]) -> Iterator[Named]:
+    views: dict[str, list[tuple[int, str]]] = {}
+    for name, tensor in weights.items():
+        views.setdefault(tensor.storage.key, []).append((tensor.offset, name))
+    numels = {key: sum(weights[name].numel for _, name in held) for key, held in views.items()}
+    pending = {key: sorted(held) for key, held in views.items()}
+    for number, flat in enumerate(flats):
+        rows = [key for key in pending if numels[key] == flat.numel and _tiles(pending[key], weights)]
+        key = next((k for k in rows if _agree(file, flat, weights[pending[k][0][1]])), None)
+        if key is None:
+            raise UnsupportedLayout(f"{file.path}: the flat masters of group {number} are no parameters of its module.")
+        for start, name in pending.pop(key):
+            yield Named(name, start, weights[name].numel, {"master": flat, **_states(base, number, flat)})
+
+
+def _tiles(views: list[tuple[int, str]], weights: dict[str, Tensor]) -> bool:
+    """Whether views follow each other without gaps from the storage's beginning."""
+    end = 0
+    for start, name in views:
+        if start != end:
+            return False
+        end += weights[name].numel
+    return True
+
+
+def _unfused(
+    file: TorchFile, groups: list[list[Tensor]], base: dict[str, Any], weights: dict[str, Tensor]
+) -> Iterator[Named]:
+    pending = dict(weights)
+    for number, master in enumerate(tensor for group in groups for tensor in group):
+        alike = (name for name, weight in pending.items() if weight.shape == master.shape)
+        found = next((name for name in alike if _agree(file, master, pending[name])), None)
+        if found is None:
+            raise UnsupportedLayout(
+                f"{file.path}: master {number} of shape {list(master.shape)} is no parameter's of its module; were the "
+                "weights replaced without their masters (load_optimizer_states=False)?"
+            )
+        del pending[found]
+        yield Named(found, 0, master.numel, {"master": master, **_states(base, number, master)})
+
+
+def _by_order(base: dict[str, Any], weights: dict[str, Tensor]) -> Iterator[Named]:
+    """fp32: one group of all parameters in the module's order, as `model.parameters()` gives it; else no names."""
+    groups, order = base["param_groups"], list(weights)
+    if len(groups) != 1 or len(groups[0]["params"]) != len(order):
+        return
+    pieces = [Named(name, 0, weights[name].numel, _states(base, n, weights[name])) for n, name in enumerate(order)]
+    if all(bool(piece.kinds) == bool(pieces[0].kinds) for piece in pieces):
+        yield from pieces
+
+
+def _agree(file: TorchFile, master: Tensor, weight: Tensor) -> bool:
+    """Whether a master, rounded, is a weight, as far as its first elements tell."""
+    numel = min(COMPARED_NUMEL, weight.numel)
+    rounded = narrow(widen(_elements(file, master, numel), master.dtype), weight.dtype)
+    return bool(np.array_equal(rounded, _elements(file, weight, numel)))
+
+
+def _elements(file: TorchFile, tensor: Tensor, numel: int) -> NDArray[Any]:
+    return np.fromfile(file.path, tensor.dtype.storage, numel, offset=file.byte_offset(tensor))
