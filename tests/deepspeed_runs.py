@@ -1,4 +1,4 @@
-"""Starts `ds_worker.py` under torchrun and collects what its ranks reported."""
+"""Starts a worker (`ds_worker.py`, `trainer_worker.py`) under torchrun and collects what its ranks reported."""
 
 import json
 import os
@@ -10,8 +10,10 @@ from typing import Any
 TESTS = Path(__file__).parent
 
 
-def launch(jobs: list[dict[str, Any]], *, world_size: int, folder: Path) -> list[list[dict[str, Any]]]:
-    """Runs `jobs` in one set of processes; returns each rank's reports, one a job."""
+def launch(
+    jobs: list[dict[str, Any]], *, world_size: int, folder: Path, worker: str = "ds_worker.py"
+) -> list[list[dict[str, Any]]]:
+    """Runs `jobs` in one set of processes of `worker`; returns each rank's reports, one a job."""
     jobs_file = folder / "jobs.json"
     jobs_file.write_text(json.dumps(jobs))
     environment = os.environ | {
@@ -21,7 +23,7 @@ def launch(jobs: list[dict[str, Any]], *, world_size: int, folder: Path) -> list
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
     done = subprocess.run(
-        [*command, str(TESTS / "ds_worker.py"), str(jobs_file)],
+        [*command, str(TESTS / worker), str(jobs_file)],
         env=environment,
         capture_output=True,
         text=True,

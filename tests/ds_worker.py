@@ -71,20 +71,6 @@ class TinyModel(torch.nn.Module):
         return self.head(x)
 
 
-def build_model(job: dict[str, Any]) -> torch.nn.Module:
-    """A TinyModel, or a small Llama of transformers."""
-    torch.manual_seed(7)
-    if job.get("model") != "llama":
-        return TinyModel(job.get("width", 9))
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"vocab_size": 13, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2}
-    config = LlamaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=job["tied"])
-    if dist.get_rank() == 0:
-        config.save_pretrained(job["run"])
-    return LlamaForCausalLM(config)
-
-
 def ds_config(job: dict[str, Any]) -> dict[str, Any]:
     precision = {"bf16": {"enabled": True}} if job["dtype"] == "bf16" else {}
     if job["dtype"] == "fp16":
@@ -108,7 +94,8 @@ def ds_config(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_engine(job: dict[str, Any]) -> Any:
-    model = build_model(job)
+    torch.manual_seed(7)
+    model = TinyModel(job.get("width", 9))
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
@@ -136,9 +123,7 @@ def train_steps(engine: Any, first: int, count: int, kind: str | None = None) ->
     losses = []
     for step in range(first, first + count):
         tokens = batch(step, kind)
-        out = engine(tokens)
-        logits = getattr(out, "logits", out).float()
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        loss = torch.nn.functional.cross_entropy(engine(tokens).float().flatten(0, 1), tokens.flatten())
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())

@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "wsm_ds"
 ORDER = (
     "errors", "sizes", "dtypes", "crc32", "curves", "coefficients", "lr_schedules", "deepspeed_registration",
-    "torchfile", "layouts", "intersect", "recipe", "window", "plan", "runs", "rewrite", "forms", "plan_zero",
+    "torchfile", "layouts", "intersect", "beside", "recipe", "window", "plan", "runs", "rewrite", "forms", "plan_zero",
     "plan_safetensors", "engine", "publish", "manifest", "merging", "verification", "inspect", "report", "progress",
     "cli", "__main__",
 )  # fmt: skip

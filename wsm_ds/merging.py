@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from wsm_ds.beside import files_beside
 from wsm_ds.coefficients import effective_sample_size, lag
 from wsm_ds.dtypes import BY_NAME
 from wsm_ds.engine import execute, workers_for
@@ -52,7 +53,10 @@ def plan_for_window(recipe: MergeRecipe, window: Window) -> Plan:
     else:
         dtype = BY_NAME[recipe.dtype] if recipe.dtype else None
         outputs, texts = safetensors_outputs(tables, dtype, int(recipe.max_shard_size), recipe.rename)
-    copies, copied = _included(recipe.include, len(inputs), {output.name for output in outputs} | set(texts))
+    chosen = {path.name for path in recipe.include}
+    beside = tuple(path for path in files_beside(newest, recipe.format) if path.name not in chosen)
+    taken = {output.name for output in outputs} | set(texts)
+    copies, copied = _included(recipe.include + beside, len(inputs), taken)
     steps = [layout.step for layout in window.layouts]
     return Plan(
         out=recipe.out,

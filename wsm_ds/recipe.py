@@ -35,7 +35,8 @@ class MergeRecipe(BaseModel):
         threads: workers; all cores if not given.
         max_shard_size: of a safetensors file.
         rename: for safetensors: regular expressions and what replaces them in every name, applied in order.
-        include: files to copy beside the output (config.json, tokenizer files).
+        include: files to copy beside the output (config.json, tokenizer files); what HF Trainer keeps beside the
+            newest checkpoint is copied without being asked for, except weights.
         allow: checks to pass over: "warmup" (a window inside the warmup), "lr-change".
         allow_globals: names of classes in the checkpoints' client state to carry along as data.
     """
