@@ -1,4 +1,4 @@
-"""HF Trainer with DeepSpeed and WSMLR: transformers loads what a merge of its run makes, and Trainer resumes from it."""
+"""HF Trainer with DeepSpeed and WSMLR: transformers loads a merge of its run, and Trainer resumes from it."""
 
 import json
 import math
