@@ -22,6 +22,8 @@ import deepspeed.ops.lion
 import torch
 import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.data_pipeline.data_sampling.variable_batch_size_and_lr import VariableBatchSizeLR
 
 deepspeed.ops.__dict__["__compatible_ops__"] = {}  # no op is compiled for these runs (a minute, and a lock)
@@ -71,6 +73,32 @@ class TinyModel(torch.nn.Module):
         return self.head(x)
 
 
+class MoEModel(torch.nn.Module):
+    """Two layers of experts between dense ones; job["ep"] ranks share the experts."""
+
+    def __init__(self, ep_size: int) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(13, 8)
+        for name in ("first", "second"):
+            expert = torch.nn.Sequential(torch.nn.Linear(8, 5), torch.nn.ReLU(), torch.nn.Linear(5, 8))
+            self.add_module(name, MoE(8, expert, num_experts=4, ep_size=ep_size, k=1, capacity_factor=4.0))
+        self.head = torch.nn.Linear(8, 13)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        x = x + self.first(x)[0]
+        return self.head(x + self.second(x)[0])
+
+
+def moe_engine(job: dict[str, Any]) -> Any:
+    torch.manual_seed(7)
+    model = MoEModel(job["ep"])
+    every = {"params": list(model.parameters()), "name": "parameters", "weight_decay": 0.1}
+    optimizer = torch.optim.AdamW(split_params_into_different_moe_groups_for_optimizer(every), lr=1e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(job))
+    return engine
+
+
 def ds_config(job: dict[str, Any]) -> dict[str, Any]:
     precision = {"bf16": {"enabled": True}} if job["dtype"] == "bf16" else {}
     if job["dtype"] == "fp16":
@@ -94,6 +122,8 @@ def ds_config(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_engine(job: dict[str, Any]) -> Any:
+    if job.get("ep"):
+        return moe_engine(job)
     torch.manual_seed(7)
     model = TinyModel(job.get("width", 9))
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]

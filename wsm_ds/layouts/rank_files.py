@@ -11,7 +11,10 @@ from wsm_ds.torchfile import Tensor, TorchFile
 
 @dataclass(frozen=True)
 class RankFiles:
-    """Model and optimizer files by data-parallel rank; `indices` numbers them by path."""
+    """Model and optimizer files by data-parallel rank; `indices` numbers them by path.
+
+    `experts` are the files of native MoE's experts, `expert_sizes` the expert-parallel degree of each group.
+    """
 
     models: dict[int, TorchFile]
     optims: dict[int, TorchFile]
@@ -19,6 +22,8 @@ class RankFiles:
     tensors: dict[str, TensorInfo]
     aliases: dict[str, str]
     world_size: int
+    experts: tuple[TorchFile, ...] = ()
+    expert_sizes: tuple[int, ...] = ()
 
     @property
     def numbers(self) -> dict[str, int]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from wsm_ds.dtypes import BY_NAME, DType
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, few
-from wsm_ds.layouts import universal, zero0, zero3, zero12
+from wsm_ds.layouts import moe, universal, zero0, zero3, zero12
 from wsm_ds.layouts.layout import Layout, TableBuilder, TensorInfo
 from wsm_ds.layouts.rank_files import RankFiles
 from wsm_ds.layouts.run import Checkpoint
@@ -22,8 +22,7 @@ from wsm_ds.torchfile import Stub, Tensor, TorchFile, open_torch_file
 MODEL_FILE = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt$")
 OPTIM_FILE = re.compile(r"^(?:bf16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_?optim_states\.pt$")
 UNSUPPORTED = (
-    (re.compile(r"^layer_\d+_expert_"), "native MoE expert files"),
-    (re.compile(r"^expp_rank_"), "native MoE expert files"),
+    (re.compile(r"^expp_rank_"), "native MoE experts without ZeRO (stage 0)"),
     (re.compile(r"^layer_\d+-model_"), "pipeline-parallel layer files"),
     (re.compile(r"\.pt-\d+\.\d+$"), "pieces written by DeepSpeed's fast writer"),
     (re.compile(r"^offloaded_tensors$"), "NVMe-offloaded optimizer states"),
@@ -59,11 +58,36 @@ def read_layout(checkpoint: Checkpoint, allowed_globals: frozenset[str] = frozen
     stage = _stage(path, opened_optims[0])
     if stage == 3:
         _require_ranks(path, "model file", "model_states.pt", set(models), world_size)
-    tensors, aliases = _tensors(opened[0])
-    names = [*models.values(), *optims.values()]
+    experts = _open_experts(path, entries, stage, model, allowed_globals)
+    sizes = _expert_sizes(opened_optims[0], model)
+    tensors, aliases = _tensors(opened[0], experts, sizes)
+    names = [*models.values(), *optims.values(), *(file.path.name for file in experts)]
     indices = {path / name: index for index, name in enumerate(names)}
-    files = RankFiles(opened, opened_optims, indices, tensors, aliases, world_size)
+    files = RankFiles(opened, opened_optims, indices, tensors, aliases, world_size, experts, sizes)
     return _assemble(checkpoint, files, stage, tuple(names))
+
+
+def _open_experts(
+    path: Path, entries: list[str], stage: int, model: Any, allowed_globals: frozenset[str]
+) -> tuple[TorchFile, ...]:
+    names = [name for name in entries if moe.EXPERT_FILE.match(name)]
+    config = model.get("ds_config") if isinstance(model.get("ds_config"), dict) else {}
+    if names and stage == 3:
+        raise UnsupportedLayout(f"{path} holds experts of stage 3 ({few(names, 2)}), which this version does not read.")
+    if model.get("ds_autoep_layers"):
+        raise UnsupportedLayout(f"{path} holds AutoEP layers, which this version does not read.")
+    if names and config.get("use_data_before_expert_parallelism"):
+        raise UnsupportedLayout(
+            f"{path} was saved with use_data_before_expert_parallelism, which this version does not read."
+        )
+    return tuple(open_torch_file(path / name, allowed_globals) for name in names)
+
+
+def _expert_sizes(optim: TorchFile, model: Any) -> tuple[int, ...]:
+    groups = _parameter_groups(optim)
+    if "base_optimizer_state" in optim.tree["optimizer_state_dict"] and any(group.get("moe") for group in groups):
+        return tuple(moe.expert_parallel_sizes(optim.path, groups))
+    return (1,) * len(model["param_shapes"])
 
 
 def _assemble(checkpoint: Checkpoint, files: RankFiles, stage: int, names: tuple[str, ...]) -> Layout:
@@ -124,7 +148,7 @@ def _layout(
         world_size=files.world_size,
         dtype=_module_dtype(files.tensors),
         files=names,
-        archives=tuple(file.archive for file in (*files.models.values(), *files.optims.values())),
+        archives=tuple(file.archive for file in (*files.models.values(), *files.optims.values(), *files.experts)),
         tensors=files.tensors,
         aliases=files.aliases,
         fragments=builder.tables(),
@@ -192,18 +216,23 @@ def _stage(path: Path, optim: TorchFile) -> int:
     return 1  # BF16_Optimizer, which writes no zero_stage
 
 
-def _tensors(model_file: TorchFile) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _tensors(
+    model_file: TorchFile, experts: tuple[TorchFile, ...] = (), expert_sizes: tuple[int, ...] = ()
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Parameters in partition order, then frozen ones, then buffers; and the tied names of each."""
     model = model_file.tree
-    module = model["module"]
-    if not isinstance(module, dict):
+    if not isinstance(model["module"], dict):
         raise UnsupportedLayout(f"{model_file.path} holds no module weights (pipeline parallel).")
+    module = dict(model["module"])
+    for expert in experts:
+        module |= expert.tree
     aliases = {str(k): str(v) for k, v in (model.get("shared_params") or {}).items()}
     buffers = set(model.get("buffer_names") or ())
     tensors: dict[str, TensorInfo] = {}
-    for group in model["param_shapes"]:
-        for name, shape in group.items():
-            tensors[name] = TensorInfo(tuple(shape), _dtype_of(model_file, name), "parameter")
+    for number, group in enumerate(model["param_shapes"]):
+        for expert_rank in range(expert_sizes[number] if expert_sizes else 1):
+            for local, name in moe.global_names(group, expert_rank).items():
+                tensors[name] = TensorInfo(tuple(group[local]), _dtype_of(model_file, module, name), "parameter")
     frozen_shapes = model.get("frozen_param_shapes") or {}
     for name, value in module.items():
         if name in tensors or name in aliases or not isinstance(value, Tensor):
@@ -213,10 +242,11 @@ def _tensors(model_file: TorchFile) -> tuple[dict[str, TensorInfo], dict[str, st
     return tensors, aliases
 
 
-def _dtype_of(model_file: TorchFile, name: str) -> DType:
-    value = model_file.tree["module"].get(name)
+def _dtype_of(model_file: TorchFile, module: dict[str, Any], name: str) -> DType:
+    value = module.get(name)
     if not isinstance(value, Tensor):
-        raise BrokenCheckpoint(f"{model_file.path}: module holds no tensor {name}, although param_shapes names it.")
+        where = f"no expert's file beside {model_file.path}" if moe.EXPERT.match(name) else f"{model_file.path}: module"
+        raise BrokenCheckpoint(f"{where} holds no tensor {name}, although param_shapes names it.")
     return value.dtype
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from wsm_ds.errors import BrokenCheckpoint
+from wsm_ds.layouts import moe
 from wsm_ds.layouts.layout import TableBuilder, TensorInfo
 from wsm_ds.layouts.rank_files import RankFiles, element_wise, require_numel
 from wsm_ds.torchfile import Tensor, TorchFile
@@ -25,17 +26,19 @@ def place(builder: TableBuilder, files: RankFiles) -> None:
     sizes: dict[int, int] = {}
     for rank, optim in files.optims.items():
         state = optim.tree["optimizer_state_dict"]
-        _require_count(optim, state, len(groups), files.world_size)
-        for number, shapes in enumerate(groups):
+        counts = [files.world_size // degree for degree in files.expert_sizes]
+        _require_count(optim, state, counts)
+        for number, (shapes, degree) in enumerate(zip(groups, files.expert_sizes, strict=True)):
+            names = moe.global_names(shapes, rank % degree).values()
             size = _partition_numel(optim, state, number)
             if size != sizes.setdefault(number, size):
                 raise BrokenCheckpoint(
                     f"{optim.path}: partition {number} holds {size} elements, that of rank 0 {sizes[number]}."
                 )
             alignment = (state.get("param_alignment_paddings") or [[]] * len(groups))[number]
-            needed = sum(files.tensors[name].numel for name in shapes) + sum(int(padding) for padding in alignment)
-            require_numel(optim, f"parameter group {number}", size * files.world_size, needed)
-            pieces = list(slices(shapes, alignment, files.tensors, rank * size, size))
+            needed = sum(files.tensors[name].numel for name in names) + sum(int(padding) for padding in alignment)
+            require_numel(optim, f"parameter group {number}", size * counts[number], needed)
+            pieces = list(slices(names, alignment, files.tensors, rank // degree * size, size))
             _place_partition(builder, files, optim, number, size, pieces)
 
 
@@ -77,13 +80,12 @@ def whole_parameters(slices: list[Slice], tensors: dict[str, TensorInfo]) -> lis
     return wholes
 
 
-def _require_count(optim: TorchFile, state: dict[str, Any], groups: int, world_size: int) -> None:
-    held = len(state["single_partition_of_fp32_groups"])
-    counts = {int(count) for count in state["partition_count"]}
-    if held != groups or counts != {world_size}:
+def _require_count(optim: TorchFile, state: dict[str, Any], counts: list[int]) -> None:
+    held, cut = len(state["single_partition_of_fp32_groups"]), [int(count) for count in state["partition_count"]]
+    if held != len(counts) or cut != counts:
         raise BrokenCheckpoint(
-            f"{optim.path}: {held} partitions cut in {sorted(counts)}, but the model file names {groups} parameter "
-            f"groups and {world_size} ranks."
+            f"{optim.path}: {held} partitions cut in {cut}, but the model file names {len(counts)} parameter groups, "
+            f"cut in {counts}."
         )
 
 
@@ -108,12 +110,19 @@ def _states(state: dict[str, Any], group: int) -> dict[str, Any]:
 
 
 def place_module(builder: TableBuilder, files: RankFiles) -> None:
-    """Whole tensors of the model file; a tied name counts only where it has bytes of its own."""
+    """Whole tensors of the model file and of experts' files; a tied name counts only where it has bytes of its own."""
+    model = files.models[0]
+    _place_weights(builder, files, model, model.tree["module"])
+    for expert in files.experts:
+        _place_weights(builder, files, expert, expert.tree)
+
+
+def _place_weights(builder: TableBuilder, files: RankFiles, model: TorchFile, weights: dict[str, Any]) -> None:
     kinds = {"parameter": "module", "frozen": "frozen", "buffer": "buffer"}
-    model, numbers = files.models[0], files.numbers
+    numbers, file = files.numbers, files.indices[model.path]
     placed: set[int] = set()
-    for name in sorted(model.tree["module"], key=lambda name: name in files.aliases):
-        value, owner = model.tree["module"][name], files.aliases.get(name, name)
+    for name in sorted(weights, key=lambda name: name in files.aliases):
+        value, owner = weights[name], files.aliases.get(name, name)
         if not isinstance(value, Tensor) or owner not in files.tensors:
             continue
         offset = model.byte_offset(value)
@@ -123,5 +132,4 @@ def place_module(builder: TableBuilder, files: RankFiles) -> None:
         info = files.tensors[owner]
         if value.shape != info.shape:
             raise BrokenCheckpoint(f"{model.path}: {name} has shape {value.shape}, param_shapes says {info.shape}.")
-        file = files.indices[model.path]
         builder.add(kinds[info.role], numbers[owner], 0, value.numel, file=file, offset=offset, dtype=value.dtype)
