@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -320,10 +321,10 @@ def one_update(engine: Any, optimizer: RecordingAdamW, job: dict[str, Any], upda
     return sorted(optimizer.used)
 
 
-def main() -> None:
+def run_jobs(jobs: dict[str, Callable[[dict[str, Any]], dict[str, Any]]]) -> None:
+    """Does what the jobs file says, each job by the function of its name, and writes down their reports."""
     jobs_file = Path(sys.argv[1])
     deepspeed.init_distributed("gloo", verbose=False)
-    jobs = {"train": do_train, "load": do_load, "schedule": do_schedule, "convert": do_convert}
     reports = [jobs[job["do"]](job) for job in json.loads(jobs_file.read_text())]
     Path(f"{jobs_file}.rank{dist.get_rank()}").write_text(json.dumps(reports))
     dist.barrier()
@@ -331,4 +332,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_jobs({"train": do_train, "load": do_load, "schedule": do_schedule, "convert": do_convert})
