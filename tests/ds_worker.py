@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -20,12 +21,14 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 import deepspeed.ops.adam
 import deepspeed.ops.lion
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.data_pipeline.data_sampling.variable_batch_size_and_lr import VariableBatchSizeLR
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 deepspeed.ops.__dict__["__compatible_ops__"] = {}  # no op is compiled for these runs (a minute, and a lock)
 
@@ -191,6 +194,39 @@ def module_weights(engine: Any) -> dict[str, torch.Tensor]:
     return weights
 
 
+def megatron_client_state(step: int) -> dict[str, Any]:
+    """What Megatron-DeepSpeed passes to `save_checkpoint` (`megatron/checkpointing.py:251-292`); ranks differ."""
+    numbers = np.random.RandomState(100 * step + dist.get_rank())
+    generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
+    args = argparse.Namespace(
+        lr=3e-4,
+        params_dtype=torch.bfloat16,
+        data_path=["0.5", Path("corpus")],
+        device=torch.device("cpu"),
+        rank=dist.get_rank(),
+        consumed_train_samples=np.int64(4 * step),
+        zero_stage=ZeroStageEnum(2),
+        deepspeed_config_dict={"train_batch_size": 4, "eps": 1e-8},
+        vocab_file=None,
+    )
+    random_states = {
+        "random_rng_state": random.Random(step).getstate(),
+        "np_rng_state": numbers.get_state(),
+        "torch_rng_state": generator.get_state(),
+        "rng_tracker_states": {"model-parallel-rng": generator.get_state()[:16].clone()},
+        "np_generator_state": np.random.default_rng(step).bit_generator.state,
+    }
+    return {
+        "args": args,
+        "checkpoint_version": 3.0,
+        "iteration": step,
+        "tokens": 48 * step,
+        "rng_state": [random_states],
+        "losses": numbers.rand(5),
+        "seen": {"a", "b"},
+    }
+
+
 def do_train(job: dict[str, Any]) -> dict[str, Any]:
     """Trains job["steps"] updates and saves after every job["every"], as `RUN/global_stepN` or HF Trainer's way."""
     engine = build_engine(job)
@@ -199,7 +235,8 @@ def do_train(job: dict[str, Any]) -> dict[str, Any]:
         losses += train_steps(engine, step, 1, job.get("batch"))
         if step % job["every"] == 0:
             run = Path(job["run"]) / f"checkpoint-{step}" if job.get("hf") else Path(job["run"])
-            engine.save_checkpoint(str(run), tag=f"global_step{step}")
+            client_state = megatron_client_state(step) if job.get("megatron") else {}
+            engine.save_checkpoint(str(run), tag=f"global_step{step}", client_state=client_state)
     engine.destroy()
     return {"losses": losses}
 
@@ -207,7 +244,7 @@ def do_train(job: dict[str, Any]) -> dict[str, Any]:
 def do_load(job: dict[str, Any]) -> dict[str, Any]:
     """Loads job["root"], saves what the engine then holds as .pt per rank, and trains job["steps"] more updates."""
     engine = build_engine(job)
-    path, _ = engine.load_checkpoint(job["root"], tag=job.get("tag"))
+    path, client_state = engine.load_checkpoint(job["root"], tag=job.get("tag"))
     state = {
         "masters": [t.detach().clone() for t in master_partitions(engine)],
         "module": module_weights(engine),
@@ -216,6 +253,7 @@ def do_load(job: dict[str, Any]) -> dict[str, Any]:
             {k: v.clone() for k, v in s.items() if torch.is_tensor(v)}
             for s in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values()
         ],
+        "client_state": client_state,
     }
     torch.save(state, f"{job['dump']}.rank{dist.get_rank()}")
     if job.get("resave"):
