@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ |= {"CROSS_RANK": "0", "CROSS_SIZE": "1", "LOCAL_SIZE": os.environ["WORLD_SIZE"]}  # as its own launcher does
 
 import deepspeed
 import deepspeed.ops.adam
@@ -228,8 +229,15 @@ def megatron_client_state(step: int) -> dict[str, Any]:
 
 
 def do_train(job: dict[str, Any]) -> dict[str, Any]:
-    """Trains job["steps"] updates and saves after every job["every"], as `RUN/global_stepN` or HF Trainer's way."""
+    """Trains job["steps"] updates and saves after every job["every"], as `RUN/global_stepN` or HF Trainer's way.
+
+    With job["node_local"] every rank is the only one of a node, whose disk is `RUN/node{rank}`.
+    """
+    if job.get("node_local"):
+        os.environ["LOCAL_RANK"] = "0"
+        job["run"] += f"/node{dist.get_rank()}"
     engine = build_engine(job)
+    os.environ["LOCAL_RANK"] = str(dist.get_rank())
     losses = []
     for step in range(1, job["steps"] + 1):
         losses += train_steps(engine, step, 1, job.get("batch"))

@@ -29,13 +29,18 @@ def find_checkpoints(run: Path) -> list[Checkpoint]:
     folders = [path for path in run.iterdir() if path.is_dir()]
     for trainer in [path for path in folders if path.name.startswith("checkpoint-")]:
         folders += [path for path in trainer.iterdir() if path.is_dir()]
-    found = [_checkpoint(run, path) for path in folders if any(path.glob("*_states.pt"))]
+    found = [_checkpoint(run, path) for path in folders if _is_checkpoint(path)]
     if not found:
         raise CheckpointNotFound(
             f"{run} holds no DeepSpeed checkpoint: no folder in it, or in its checkpoint-*, has *_model_states.pt. "
             "Give the folder that was passed to save_checkpoint (or HF Trainer's output_dir)."
         )
     return sorted(found)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether files that DeepSpeed names so, or the fast writer's pieces of them, are in a folder."""
+    return any(path.glob("*_states.pt")) or any(path.glob("*_states.pt-*"))
 
 
 def _checkpoint(run: Path, path: Path) -> Checkpoint:
@@ -59,6 +64,6 @@ def checkpoint_at(path: Path) -> Checkpoint:
     Raises:
         CheckpointNotFound: it holds no model file.
     """
-    if not any(path.glob("*_states.pt")):
+    if not _is_checkpoint(path):
         raise CheckpointNotFound(f"{path} is no checkpoint's folder: no *_model_states.pt is in it.")
     return _checkpoint(path.parent, path)

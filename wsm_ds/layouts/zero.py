@@ -233,6 +233,7 @@ def _tensors(
         for expert_rank in range(expert_sizes[number] if expert_sizes else 1):
             for local, name in moe.global_names(group, expert_rank).items():
                 tensors[name] = TensorInfo(tuple(group[local]), _dtype_of(model_file, module, name), "parameter")
+    aliases = _tied(module, tensors) | aliases
     frozen_shapes = model.get("frozen_param_shapes") or {}
     for name, value in module.items():
         if name in tensors or name in aliases or not isinstance(value, Tensor):
@@ -240,6 +241,18 @@ def _tensors(
         shape = value.shape if name in buffers else tuple(frozen_shapes.get(name, value.shape))
         tensors[name] = TensorInfo(tuple(shape), value.dtype, "buffer" if name in buffers else "frozen")
     return tensors, aliases
+
+
+def _tied(module: dict[str, Any], parameters: dict[str, TensorInfo]) -> dict[str, str]:
+    """Names of the same bytes as a parameter: `shared_params` is filled in on global rank 0 alone (`engine.py`)."""
+    owners = {
+        (value.storage, value.offset, value.shape): name
+        for name, value in module.items()
+        if name in parameters and isinstance(value, Tensor) and value.numel
+    }
+    others = {name: value for name, value in module.items() if name not in parameters and isinstance(value, Tensor)}
+    places = {name: (value.storage, value.offset, value.shape) for name, value in others.items()}
+    return {name: owners[place] for name, place in places.items() if place in owners}
 
 
 def _dtype_of(model_file: TorchFile, module: dict[str, Any], name: str) -> DType:
