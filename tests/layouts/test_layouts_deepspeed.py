@@ -17,6 +17,10 @@ from wsm_ds.verification import verify
 
 OFFLOAD = {"zero": {"offload_optimizer": {"device": "cpu"}}, "config": {"zero_force_ds_cpu_optimizer": False}}
 BF16_MASTERS = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
+# With fp32 states beside narrow masters DeepSpeed insists on offload and CPUAdam (`base_optimizer.py:484-520`).
+BF16_FP32 = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}
+FP16_FP32 = {"fp16": {"enabled": True, "initial_scale_power": 4, "fp16_master_weights_and_grads": True}}
+OFFLOADED_ADAM = {"optimizer": "cpu_adam", "zero": OFFLOAD["zero"]}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "BF16_Optimizer": {"stage": 1, "dtype": "bf16", "config": {"data_types": {"grad_accum_dtype": "fp32"}}},
     "round_robin_gradients": {"stage": 2, "dtype": "bf16", "zero": {"round_robin_gradients": True}},
@@ -37,6 +41,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "Muon, stage 3": {"stage": 3, "dtype": "bf16", "optimizer": "muon", "zero": {"reduce_scatter": False}},
     "bf16 masters, stage 1": {"stage": 1, "dtype": "bf16", "config": BF16_MASTERS},
     "bf16 masters, stage 3": {"stage": 3, "dtype": "bf16", "config": BF16_MASTERS},
+    "bf16 masters, fp32 states, stage 3": {"stage": 3, "dtype": "bf16", "config": BF16_FP32, **OFFLOADED_ADAM},
+    "fp16 masters, fp32 states, stage 2": {"stage": 2, "dtype": "fp16", "config": FP16_FP32, **OFFLOADED_ADAM},
+    "fp16 masters, fp32 states, stage 3": {"stage": 3, "dtype": "fp16", "config": FP16_FP32, **OFFLOADED_ADAM},
 }
 STATES = {
     "SGD without states": (),
