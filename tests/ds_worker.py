@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 import deepspeed.ops.adam
 import deepspeed.ops.lion
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
@@ -90,6 +92,83 @@ class MoEModel(torch.nn.Module):
         return self.head(x + self.second(x)[0])
 
 
+class TensorParallelGroups:
+    """What DeepSpeed asks of a training framework's `mpu`: neighbouring ranks split the tensors."""
+
+    def __init__(self, size: int) -> None:
+        world_size, rank = dist.get_world_size(), dist.get_rank()
+        across = [list(range(first, first + size)) for first in range(0, world_size, size)]
+        along = [list(range(part, world_size, size)) for part in range(size)]
+        self.model_group = [dist.new_group(ranks) for ranks in across][rank // size]
+        self.data_group = [dist.new_group(ranks) for ranks in along][rank % size]
+
+    def get_model_parallel_group(self) -> Any:
+        return self.model_group
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(self.model_group)
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.model_group)
+
+    def get_data_parallel_group(self) -> Any:
+        return self.data_group
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self.data_group)
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.data_group)
+
+
+class SumGradients(torch.autograd.Function):
+    """The identity, whose gradient is summed over the ranks that split a tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group = group
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class SumOutputs(torch.autograd.Function):
+    """The sum over the ranks that split a tensor, whose gradient is passed on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return gradient, None
+
+
+class TensorParallelModel(torch.nn.Module):
+    """Tied embeddings on every rank around a layer that is split by columns, then by rows."""
+
+    def __init__(self, mpu: TensorParallelGroups) -> None:
+        super().__init__()
+        self.group, size = mpu.get_model_parallel_group(), mpu.get_model_parallel_world_size()
+        self.embedding = torch.nn.Embedding(13, 8)
+        self.head = torch.nn.Linear(8, 13, bias=False)
+        self.head.weight = self.embedding.weight
+        self.norm = torch.nn.LayerNorm(8)
+        torch.manual_seed(70 + mpu.get_model_parallel_rank())
+        self.columns = torch.nn.Linear(8, 12 // size)
+        self.rows = torch.nn.Linear(12 // size, 8, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.embedding(tokens))
+        hidden = torch.tanh(self.columns(SumGradients.apply(x, self.group)))
+        return self.head(x + SumOutputs.apply(self.rows(hidden), self.group))
+
+
 def moe_engine(job: dict[str, Any]) -> Any:
     torch.manual_seed(7)
     model = MoEModel(job["ep"])
@@ -125,7 +204,8 @@ def build_engine(job: dict[str, Any]) -> Any:
     if job.get("ep"):
         return moe_engine(job)
     torch.manual_seed(7)
-    model = TinyModel(job.get("width", 9))
+    mpu = TensorParallelGroups(job["tp"]) if job.get("tp") else None
+    model = TensorParallelModel(mpu) if mpu else TinyModel(job.get("width", 9))
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
@@ -136,13 +216,13 @@ def build_engine(job: dict[str, Any]) -> Any:
         engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
         return engine
     optimizer = OPTIMIZERS[job.get("optimizer", "adamw")](groups, lr=1e-3)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(job))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, mpu=mpu, config=ds_config(job))
     return engine
 
 
-def batch(step: int, kind: str | None) -> torch.Tensor:
+def batch(step: int, kind: str | None, mpu: TensorParallelGroups | None = None) -> torch.Tensor:
     """A rank's sequences: its own, its part of a global batch of 12 ("split"), or those of every rank ("same")."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size = mpu.get_data_parallel_rank() if mpu else dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(1000 * step + (0 if kind else rank))
     if kind != "split":
         return torch.randint(0, 13, (2, 6), generator=generator)
@@ -152,7 +232,7 @@ def batch(step: int, kind: str | None) -> torch.Tensor:
 def train_steps(engine: Any, first: int, count: int, kind: str | None = None) -> list[float]:
     losses = []
     for step in range(first, first + count):
-        tokens = batch(step, kind)
+        tokens = batch(step, kind, engine.mpu)
         loss = torch.nn.functional.cross_entropy(engine(tokens).float().flatten(0, 1), tokens.flatten())
         engine.backward(loss)
         engine.step()
@@ -190,6 +270,20 @@ def module_weights(engine: Any) -> dict[str, torch.Tensor]:
     return weights
 
 
+def client_state(job: dict[str, Any], step: int) -> dict[str, Any]:
+    """What Megatron-DeepSpeed passes to `save_checkpoint` (its `megatron/checkpointing.py:251-292`)."""
+    if not job.get("megatron"):
+        return {}
+    random.seed(step)
+    np.random.seed(step)
+    torch.manual_seed(step)
+    tracker = {"model-parallel-rng": torch.get_rng_state()}
+    rng = {"random_rng_state": random.getstate(), "np_rng_state": np.random.get_state(),
+           "torch_rng_state": torch.get_rng_state(), "rng_tracker_states": tracker}  # fmt: skip
+    args = argparse.Namespace(hidden_size=9, consumed_train_samples=4 * step, params_dtype=torch.bfloat16, lr=None)
+    return {"iteration": step, "checkpoint_version": 3.0, "args": args, "tokens": 24 * step, "rng_state": [rng]}
+
+
 def do_train(job: dict[str, Any]) -> dict[str, Any]:
     """Trains job["steps"] updates and saves after every job["every"], as `RUN/global_stepN` or HF Trainer's way."""
     engine = build_engine(job)
@@ -198,7 +292,7 @@ def do_train(job: dict[str, Any]) -> dict[str, Any]:
         losses += train_steps(engine, step, 1, job.get("batch"))
         if step % job["every"] == 0:
             run = Path(job["run"]) / f"checkpoint-{step}" if job.get("hf") else Path(job["run"])
-            engine.save_checkpoint(str(run), tag=f"global_step{step}")
+            engine.save_checkpoint(str(run), tag=f"global_step{step}", client_state=client_state(job, step))
     engine.destroy()
     return {"losses": losses}
 
@@ -206,7 +300,9 @@ def do_train(job: dict[str, Any]) -> dict[str, Any]:
 def do_load(job: dict[str, Any]) -> dict[str, Any]:
     """Loads job["root"], saves what the engine then holds as .pt per rank, and trains job["steps"] more updates."""
     engine = build_engine(job)
-    path, _ = engine.load_checkpoint(job["root"], tag=job.get("tag"))
+    path, client = engine.load_checkpoint(job["root"], tag=job.get("tag"))
+    if job.get("megatron"):
+        torch.save(client, f"{job['dump']}.client.rank{dist.get_rank()}")
     state = {
         "masters": [t.detach().clone() for t in master_partitions(engine)],
         "module": module_weights(engine),

@@ -5,7 +5,7 @@
 """
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from wsm_ds.dtypes import BY_NAME, DType
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, few
 from wsm_ds.layouts import moe, universal, zero0, zero3, zero12
-from wsm_ds.layouts.layout import Layout, TableBuilder, TensorInfo
+from wsm_ds.layouts.layout import Layout, TableBuilder, TensorInfo, joined
 from wsm_ds.layouts.rank_files import RankFiles
 from wsm_ds.layouts.run import Checkpoint
 from wsm_ds.torchfile import Stub, Tensor, TorchFile, open_torch_file
@@ -45,32 +45,58 @@ def read_layout(checkpoint: Checkpoint, allowed_globals: frozenset[str] = frozen
     if not models:
         raise BrokenCheckpoint(f"{path} has no *_model_states.pt.")
     if universal.is_universal(path):
-        return _read_universal(checkpoint, path, models, allowed_globals)
-    opened = {r: open_torch_file(path / n, allowed_globals) for r, n in models.items()}
+        return _read_universal(checkpoint, models, allowed_globals)
+    parts: list[Layout] = []
+    for part in range(1 + max((*models, *optims))):
+        experts = [name for name in entries if (match := moe.EXPERT_FILE.match(name)) and int(match["mp"]) == part]
+        names = _Names(part, models.get(part, {}), optims.get(part, {}), experts)
+        parts.append(_read_part(checkpoint, names, parts[0].aliases if parts else None, allowed_globals))
+    return joined(parts)
+
+
+@dataclass(frozen=True)
+class _Names:
+    """The names of the files of one model-parallel rank: by data-parallel rank, and those of experts."""
+
+    part: int
+    models: dict[int, str]
+    optims: dict[int, str]
+    experts: list[str]
+
+
+def _read_part(
+    checkpoint: Checkpoint, names: _Names, aliases: dict[str, str] | None, allowed_globals: frozenset[str]
+) -> Layout:
+    """One model-parallel rank's layout. `aliases` are those of the first one: only global rank 0 writes them."""
+    path = checkpoint.path
+    if not names.models:
+        raise BrokenCheckpoint(f"{path} is incomplete: the model file of mp_rank_{names.part:02d} is missing.")
+    opened = {r: open_torch_file(path / n, allowed_globals) for r, n in names.models.items()}
     model = opened[min(opened)].tree
     world_size = _world_size(path, model)
-    if not optims and zero0.is_stage0(model):
+    if not names.optims and zero0.is_stage0(model):
         return _read_stage0(checkpoint, opened[0], world_size)
-    if not optims:
+    if not names.optims:
         raise BrokenCheckpoint(f"{path} has no optimizer files: its save was cut off, or they lie elsewhere.")
-    _require_ranks(path, "optimizer file", "optim_states.pt", set(optims), world_size)
-    opened_optims = {r: open_torch_file(path / n, allowed_globals) for r, n in optims.items()}
-    stage = _stage(path, opened_optims[0])
+    _require_ranks(path, "optimizer file", names.part, "optim_states.pt", set(names.optims), world_size)
+    optims = {r: open_torch_file(path / n, allowed_globals) for r, n in names.optims.items()}
+    stage = _stage(path, optims[0])
     if stage == 3:
-        _require_ranks(path, "model file", "model_states.pt", set(models), world_size)
-    experts = _open_experts(path, entries, stage, model, allowed_globals)
-    sizes = _expert_sizes(opened_optims[0], model)
-    tensors, aliases = _tensors(opened[0], experts, sizes)
-    names = [*models.values(), *optims.values(), *(file.path.name for file in experts)]
-    indices = {path / name: index for index, name in enumerate(names)}
-    files = RankFiles(opened, opened_optims, indices, tensors, aliases, world_size, experts, sizes)
-    return _assemble(checkpoint, files, stage, tuple(names))
+        _require_ranks(path, "model file", names.part, "model_states.pt", set(names.models), world_size)
+    experts = _open_experts(path, names.experts, stage, model, allowed_globals)
+    sizes = _expert_sizes(optims[0], model)
+    tensors, own_aliases = _tensors(opened[0], aliases, experts, sizes)
+    files = [*names.models.values(), *names.optims.values(), *names.experts]
+    indices = {path / name: index for index, name in enumerate(files)}
+    ranks = RankFiles(opened, optims, indices, tensors, own_aliases, world_size, experts, sizes)
+    builder = TableBuilder()
+    (zero3 if stage == 3 else zero12).place(builder, ranks)
+    return _layout(checkpoint, ranks, stage, tuple(files), builder, _parameter_groups(optims[0]))
 
 
 def _open_experts(
-    path: Path, entries: list[str], stage: int, model: Any, allowed_globals: frozenset[str]
+    path: Path, names: list[str], stage: int, model: Any, allowed_globals: frozenset[str]
 ) -> tuple[TorchFile, ...]:
-    names = [name for name in entries if moe.EXPERT_FILE.match(name)]
     config = model.get("ds_config") if isinstance(model.get("ds_config"), dict) else {}
     if names and stage == 3:
         raise UnsupportedLayout(f"{path} holds experts of stage 3 ({few(names, 2)}), which this version does not read.")
@@ -90,15 +116,12 @@ def _expert_sizes(optim: TorchFile, model: Any) -> tuple[int, ...]:
     return (1,) * len(model["param_shapes"])
 
 
-def _assemble(checkpoint: Checkpoint, files: RankFiles, stage: int, names: tuple[str, ...]) -> Layout:
-    builder = TableBuilder()
-    (zero3 if stage == 3 else zero12).place(builder, files)
-    return _layout(checkpoint, files, stage, names, builder, _parameter_groups(files.optims[0]))
-
-
 def _read_universal(
-    checkpoint: Checkpoint, path: Path, models: dict[int, str], allowed_globals: frozenset[str]
+    checkpoint: Checkpoint, by_part: dict[int, dict[int, str]], allowed_globals: frozenset[str]
 ) -> Layout:
+    path, models = checkpoint.path, by_part.get(0, {})
+    if len(by_part) > 1:
+        raise UnsupportedLayout(f"{path} is a universal checkpoint of a model-parallel run, which is not read.")
     whole = "mp_rank_00_model_states.pt"
     if (path / whole).is_file():
         models = {0: whole}  # a stage 3 engine's file beside it holds no weights
@@ -113,7 +136,7 @@ def _read_universal(
             "wrong places, so it is not read. Merge the run's own checkpoints."
         )
     if "zero_pp_rank_" in models[0]:
-        _require_ranks(path, "model file", "model_states.pt", set(models), world_size)
+        _require_ranks(path, "model file", 0, "model_states.pt", set(models), world_size)
     tensors, aliases = _tensors(opened[0])
     names = [name for name, info in tensors.items() if info.role == "parameter"]
     parameters = universal.open_parameters(path, names, allowed_globals)
@@ -154,6 +177,7 @@ def _layout(
         fragments=builder.tables(),
         learning_rates=_learning_rates(files.optims.get(0, files.models[0]), groups),
         warmup_num_steps=_warmup(model),
+        model_parallel_size=int(model.get("mp_world_size") or 1),
     )
 
 
@@ -164,34 +188,31 @@ def _refuse_unsupported(path: Path, names: list[str]) -> None:
             raise UnsupportedLayout(f"{path} holds {what} ({few(hits, 2)}), which this version does not read.")
 
 
-def _by_rank(path: Path, names: list[str], pattern: re.Pattern[str]) -> dict[int, str]:
-    found: dict[int, str] = {}
+def _by_rank(path: Path, names: list[str], pattern: re.Pattern[str]) -> dict[int, dict[int, str]]:
+    """Names by model-parallel and data-parallel rank."""
+    found: dict[int, dict[int, str]] = {}
     for name in names:
         match = pattern.match(name)
         if not match:
             continue
-        if int(match["mp"]) > 0:
-            raise UnsupportedLayout(f"{path} is model-parallel ({name}), which this version does not read.")
-        rank = int(match["dp"] or 0)
-        if rank in found and not universal.is_universal(path):
+        part, rank = found.setdefault(int(match["mp"]), {}), int(match["dp"] or 0)
+        if rank in part and not universal.is_universal(path):
             raise BrokenCheckpoint(
-                f"{path} holds two files of rank {rank}: {found[rank]} and {name}. Two runs were saved into one "
+                f"{path} holds two files of rank {rank}: {part[rank]} and {name}. Two runs were saved into one "
                 "folder; remove the stale one."
             )
-        found[rank] = name
-    return dict(sorted(found.items()))
+        part[rank] = name
+    return {number: dict(sorted(part.items())) for number, part in sorted(found.items())}
 
 
 def _world_size(path: Path, model: Any) -> int:
     if not isinstance(model, dict) or "dp_world_size" not in model or "param_shapes" not in model:
         raise BrokenCheckpoint(f"{path}: its model file lacks dp_world_size or param_shapes; DeepSpeed writes both.")
-    if int(model.get("mp_world_size") or 1) > 1:
-        raise UnsupportedLayout(f"{path} is model-parallel (mp_world_size > 1), which this version does not read.")
     return int(model["dp_world_size"])
 
 
-def _require_ranks(path: Path, what: str, ending: str, found: set[int], world_size: int) -> None:
-    missing = [f"zero_pp_rank_{rank}_mp_rank_00_{ending}" for rank in range(world_size) if rank not in found]
+def _require_ranks(path: Path, what: str, part: int, ending: str, found: set[int], world_size: int) -> None:
+    missing = [f"zero_pp_rank_{rank}_mp_rank_{part:02d}_{ending}" for rank in range(world_size) if rank not in found]
     if missing:
         raise BrokenCheckpoint(
             f"{path} is incomplete: {len(missing)} of {world_size} ranks' {what}s are missing: {few(missing)}."
@@ -217,7 +238,10 @@ def _stage(path: Path, optim: TorchFile) -> int:
 
 
 def _tensors(
-    model_file: TorchFile, experts: tuple[TorchFile, ...] = (), expert_sizes: tuple[int, ...] = ()
+    model_file: TorchFile,
+    shared: dict[str, str] | None = None,
+    experts: tuple[TorchFile, ...] = (),
+    expert_sizes: tuple[int, ...] = (),
 ) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Parameters in partition order, then frozen ones, then buffers; and the tied names of each."""
     model = model_file.tree
@@ -226,7 +250,7 @@ def _tensors(
     module = dict(model["module"])
     for expert in experts:
         module |= expert.tree
-    aliases = {str(k): str(v) for k, v in (model.get("shared_params") or {}).items()}
+    aliases = shared if shared is not None else {str(k): str(v) for k, v in (model.get("shared_params") or {}).items()}
     buffers = set(model.get("buffer_names") or ())
     tensors: dict[str, TensorInfo] = {}
     for number, group in enumerate(model["param_shapes"]):
