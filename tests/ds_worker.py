@@ -11,6 +11,7 @@ import json
 import os
 import random
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from deepspeed.checkpoint import ds_to_universal
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.data_pipeline.data_sampling.variable_batch_size_and_lr import VariableBatchSizeLR
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 deepspeed.ops.__dict__["__compatible_ops__"] = {}  # no op is compiled for these runs (a minute, and a lock)
 
@@ -270,18 +272,37 @@ def module_weights(engine: Any) -> dict[str, torch.Tensor]:
     return weights
 
 
-def client_state(job: dict[str, Any], step: int) -> dict[str, Any]:
-    """What Megatron-DeepSpeed passes to `save_checkpoint` (its `megatron/checkpointing.py:251-292`)."""
-    if not job.get("megatron"):
-        return {}
-    random.seed(step)
-    np.random.seed(step)
-    torch.manual_seed(step)
-    tracker = {"model-parallel-rng": torch.get_rng_state()}
-    rng = {"random_rng_state": random.getstate(), "np_rng_state": np.random.get_state(),
-           "torch_rng_state": torch.get_rng_state(), "rng_tracker_states": tracker}  # fmt: skip
-    args = argparse.Namespace(hidden_size=9, consumed_train_samples=4 * step, params_dtype=torch.bfloat16, lr=None)
-    return {"iteration": step, "checkpoint_version": 3.0, "args": args, "tokens": 24 * step, "rng_state": [rng]}
+def megatron_client_state(step: int) -> dict[str, Any]:
+    """What Megatron-DeepSpeed passes to `save_checkpoint` (`megatron/checkpointing.py:251-292`); ranks differ."""
+    numbers = np.random.RandomState(100 * step + dist.get_rank())
+    generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
+    args = argparse.Namespace(
+        lr=3e-4,
+        params_dtype=torch.bfloat16,
+        data_path=["0.5", Path("corpus")],
+        device=torch.device("cpu"),
+        rank=dist.get_rank(),
+        consumed_train_samples=np.int64(4 * step),
+        zero_stage=ZeroStageEnum(2),
+        deepspeed_config_dict={"train_batch_size": 4, "eps": 1e-8},
+        vocab_file=None,
+    )
+    random_states = {
+        "random_rng_state": random.Random(step).getstate(),
+        "np_rng_state": numbers.get_state(),
+        "torch_rng_state": generator.get_state(),
+        "rng_tracker_states": {"model-parallel-rng": generator.get_state()[:16].clone()},
+        "np_generator_state": np.random.default_rng(step).bit_generator.state,
+    }
+    return {
+        "args": args,
+        "checkpoint_version": 3.0,
+        "iteration": step,
+        "tokens": 48 * step,
+        "rng_state": [random_states],
+        "losses": numbers.rand(5),
+        "seen": {"a", "b"},
+    }
 
 
 def do_train(job: dict[str, Any]) -> dict[str, Any]:
@@ -292,7 +313,8 @@ def do_train(job: dict[str, Any]) -> dict[str, Any]:
         losses += train_steps(engine, step, 1, job.get("batch"))
         if step % job["every"] == 0:
             run = Path(job["run"]) / f"checkpoint-{step}" if job.get("hf") else Path(job["run"])
-            engine.save_checkpoint(str(run), tag=f"global_step{step}", client_state=client_state(job, step))
+            client_state = megatron_client_state(step) if job.get("megatron") else {}
+            engine.save_checkpoint(str(run), tag=f"global_step{step}", client_state=client_state)
     engine.destroy()
     return {"losses": losses}
 
@@ -300,9 +322,7 @@ def do_train(job: dict[str, Any]) -> dict[str, Any]:
 def do_load(job: dict[str, Any]) -> dict[str, Any]:
     """Loads job["root"], saves what the engine then holds as .pt per rank, and trains job["steps"] more updates."""
     engine = build_engine(job)
-    path, client = engine.load_checkpoint(job["root"], tag=job.get("tag"))
-    if job.get("megatron"):
-        torch.save(client, f"{job['dump']}.client.rank{dist.get_rank()}")
+    path, client_state = engine.load_checkpoint(job["root"], tag=job.get("tag"))
     state = {
         "masters": [t.detach().clone() for t in master_partitions(engine)],
         "module": module_weights(engine),
@@ -311,6 +331,7 @@ def do_load(job: dict[str, Any]) -> dict[str, Any]:
             {k: v.clone() for k, v in s.items() if torch.is_tensor(v)}
             for s in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values()
         ],
+        "client_state": client_state,
     }
     torch.save(state, f"{job['dump']}.rank{dist.get_rank()}")
     if job.get("resave"):
@@ -416,10 +437,10 @@ def one_update(engine: Any, optimizer: RecordingAdamW, job: dict[str, Any], upda
     return sorted(optimizer.used)
 
 
-def main() -> None:
+def run_jobs(jobs: dict[str, Callable[[dict[str, Any]], dict[str, Any]]]) -> None:
+    """Does what the jobs file says, each job by the function of its name, and writes down their reports."""
     jobs_file = Path(sys.argv[1])
     deepspeed.init_distributed("gloo", verbose=False)
-    jobs = {"train": do_train, "load": do_load, "schedule": do_schedule, "convert": do_convert}
     reports = [jobs[job["do"]](job) for job in json.loads(jobs_file.read_text())]
     Path(f"{jobs_file}.rank{dist.get_rank()}").write_text(json.dumps(reports))
     dist.barrier()
@@ -427,4 +448,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_jobs({"train": do_train, "load": do_load, "schedule": do_schedule, "convert": do_convert})

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -100,3 +101,18 @@ def whole(
     held = {"master": {rank: partitions(optim) for rank, optim in optims.items()}}
     held |= {name: {rank: moments(o, name) for rank, o in optims.items()} for name in kinds}
     return {kind: parameters(models, flats, stage) for kind, flats in held.items()}
+
+
+def same_tree(a: Any, b: Any) -> bool:
+    """Whether two loaded object trees are equal: types, order, and every bit of tensors and arrays."""
+    if type(a) is not type(b):
+        return False
+    if torch.is_tensor(a):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same_tree(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same_tree, a, b))
+    return bool(a == b) or (hasattr(a, "__dict__") and same_tree(vars(a), vars(b)))

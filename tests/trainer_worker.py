@@ -1,82 +1,123 @@
-"""Trains a tiny Llama with HF Trainer under DeepSpeed, or resumes it: torchrun tests/trainer_worker.py JOBS.json."""
+"""Trains a tiny Llama through transformers' Trainer with DeepSpeed on CPU under torchrun, as a user's script does.
 
-import json
-import os
-import sys
-from pathlib import Path
+Usage: torchrun --nproc-per-node W tests/trainer_worker.py JOBS.json   (see `ds_worker.py`)
+"""
+
+import hashlib
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import deepspeed.ops
 import torch
 import torch.distributed as dist
+from ds_worker import master_partitions, module_weights, run_jobs  # prepares DeepSpeed for CPU
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
-deepspeed.ops.__dict__["__compatible_ops__"] = {}
-
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
-
-import wsm_ds  # noqa: E402, F401  registers WSMLR
+VOCABULARY = 13
 
 
-def ds_config(stage: int) -> dict[str, Any]:
-    warmup = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}
-    adamw = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
-    return {
+def ds_config(job: dict[str, Any]) -> dict[str, Any]:
+    """Everything that Trainer can fill in is "auto"."""
+    warmup = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps")
+    adam = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
+    config = {
         "bf16": {"enabled": "auto"},
-        "optimizer": {"type": "AdamW", "params": adamw},
-        "scheduler": {"type": "WSMLR", "params": warmup},
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": "auto"},
+        "zero_optimization": {"stage": job["stage"], "reduce_bucket_size": "auto"},
+        "optimizer": {"type": "AdamW", "params": adam},
+        "scheduler": {"type": "WSMLR", "params": dict.fromkeys(warmup, "auto")},
+        "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
     }
+    if job["stage"] == 3:
+        persistence = {"stage3_param_persistence_threshold": "auto", "stage3_prefetch_bucket_size": "auto"}
+        config["zero_optimization"] |= persistence | {"stage3_gather_16bit_weights_on_model_save": True}
+    if job.get("universal"):
+        config["checkpoint"] = {"load_universal": True}
+    return config
 
 
-class Recorder(TrainerCallback):
-    """Notes what the engine holds when training begins, and every update's rate."""
+class Watch(TrainerCallback):
+    """Writes down what the engine holds when training begins, and every update's rate, generator state and loss."""
 
-    def __init__(self, trainer_box: list[Trainer]) -> None:
-        self.box, self.masters, self.rates, self.steps = trainer_box, [], [], []
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.job = job
+        self.trainer: Trainer | None = None
+        self.report: dict[str, Any] = {"first_step": None, "rates": [], "generators": [], "losses": []}
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        engine = self.box[0].model_wrapped
-        if not self.masters:
-            stage3 = engine.zero_optimization_stage() == 3
-            name = "fp32_partitioned_groups_flat" if stage3 else "single_partition_of_fp32_groups"
-            self.masters = [tensor.detach().clone() for tensor in getattr(engine.optimizer, name)]
-        self.rates.append(engine.get_lr()[0])
-        self.steps.append(state.global_step)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        engine = self.trainer.model_wrapped
+        self.report["first_step"] = [state.global_step, engine.global_steps]
+        if "dump" in self.job:
+            held = {
+                "masters": [t.detach().clone() for t in master_partitions(engine)],
+                "module": module_weights(engine),
+            }
+            torch.save(held, f"{self.job['dump']}.rank{dist.get_rank()}")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self.report["rates"].append(self.trainer.model_wrapped.get_lr()[0])
+        self.report["generators"].append(hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest())
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
+        if "loss" in logs:
+            self.report["losses"].append(logs["loss"])
 
 
-def run(job: dict[str, Any]) -> dict[str, Any]:
-    sizes = {"vocab_size": 13, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2}
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A word "tN" for token N."""
+    tokenizer = Tokenizer(WordLevel({f"t{number}": number for number in range(VOCABULARY)}, unk_token="t0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0")
+
+
+def do_trainer(job: dict[str, Any]) -> dict[str, Any]:
+    """`Trainer.train`, from the beginning or from job["resume"]; saves into job["run"] after every second update."""
     arguments = TrainingArguments(
-        output_dir=job["run"], max_steps=job["max_steps"], save_steps=2, per_device_train_batch_size=2, bf16=True,
-        learning_rate=1e-2, warmup_steps=2, weight_decay=0.1, deepspeed=ds_config(job["stage"]), report_to=[],
-        use_cpu=True, logging_steps=1, disable_tqdm=True, seed=7,
-    )  # fmt: skip
-    torch.manual_seed(7)
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=job["tied"]))
-    rows = torch.randint(0, 13, (64, 6), generator=torch.Generator().manual_seed(3))
-    data = [{"input_ids": row, "labels": row} for row in rows]
-    box: list[Trainer] = []
-    recorder = Recorder(box)
-    box.append(Trainer(model=model, args=arguments, train_dataset=data, callbacks=[recorder]))
-    box[0].train(resume_from_checkpoint=job.get("resume"))
-    torch.save(recorder.masters, f"{job['dump']}.rank{dist.get_rank()}")
-    losses = [entry["loss"] for entry in box[0].state.log_history if "loss" in entry]
-    return {"losses": losses, "rates": recorder.rates, "steps": recorder.steps}
-
-
-def main() -> None:
-    jobs_file = Path(sys.argv[1])
-    reports = [run(job) for job in json.loads(jobs_file.read_text())]
-    Path(f"{jobs_file}.rank{dist.get_rank()}").write_text(json.dumps(reports))
-    dist.barrier()
-    dist.destroy_process_group()
+        output_dir=job["run"],
+        deepspeed=ds_config(job),
+        use_cpu=True,
+        ddp_backend="gloo",
+        bf16=True,
+        learning_rate=1e-2,
+        warmup_steps=8,
+        max_steps=6,
+        save_steps=2,
+        logging_steps=1,
+        per_device_train_batch_size=2,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=job["tied"], attention_dropout=0.1)
+    model = AutoModelForCausalLM.from_config(config)
+    sequences = torch.randint(0, VOCABULARY, (64, 6), generator=torch.Generator().manual_seed(1))
+    rows = [{"input_ids": sequence, "labels": sequence} for sequence in sequences]
+    seen: list[list[int]] = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].tolist()), with_kwargs=True)
+    watch = Watch(job)
+    watch.trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=default_data_collator,
+        processing_class=make_tokenizer(),
+        callbacks=[watch],
+    )
+    watch.trainer.train(resume_from_checkpoint=job.get("resume"))
+    watch.trainer.model_wrapped.destroy()
+    return {**watch.report, "batches": seen, "global_step": watch.trainer.state.global_step}
 
 
 if __name__ == "__main__":
-    main()
+    run_jobs({"trainer": do_trainer})

@@ -10,7 +10,10 @@ from pathlib import Path
 from wsm_ds.layouts import Layout
 
 TRAINER_STATE = "trainer_state.json"
-NOT_CARRIED = ("model*.safetensors*", "pytorch_model*", "adapter_model*", "latest*", "wsm_merge.json")
+NOT_CARRIED = (
+    "*.safetensors*", "*model*.bin*", "pytorch_model*", "*.index.json", "*.h5", "*.msgpack", "latest*",
+    "wsm_merge.json", ".*",
+)  # fmt: skip
 MODEL_FILES = (
     "config.json",
     "generation_config.json",

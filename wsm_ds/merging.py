@@ -36,8 +36,8 @@ def plan_merge(recipe: MergeRecipe) -> Plan:
     return plan_for_window(recipe, select_window(recipe))
 
 
-def plan_for_window(recipe: MergeRecipe, window: Window) -> Plan:
-    """The plan of a recipe whose window is known."""
+def plan_for_window(recipe: MergeRecipe, window: Window, carried: frozenset[str] | None = None) -> Plan:
+    """The plan of a recipe whose window is known; of the files beside it those named in `carried`, if given."""
     budget = int(recipe.memory_budget)
     workers = workers_for(budget, recipe.threads)
     tables, newest = window_tables(window.layouts), window.layouts[-1]
@@ -53,9 +53,12 @@ def plan_for_window(recipe: MergeRecipe, window: Window) -> Plan:
     else:
         dtype = BY_NAME[recipe.dtype] if recipe.dtype else None
         outputs, texts = safetensors_outputs(tables, dtype, int(recipe.max_shard_size), recipe.rename)
-    chosen = {path.name for path in recipe.include}
-    beside = tuple(path for path in files_beside(newest, recipe.format) if path.name not in chosen)
-    taken = {output.name for output in outputs} | set(texts)
+    chosen, taken = {path.name for path in recipe.include}, {output.name for output in outputs} | set(texts)
+    beside = tuple(
+        path
+        for path in files_beside(newest, recipe.format)
+        if path.name not in chosen and (carried is None or path.name in carried)
+    )
     copies, copied = _included(recipe.include + beside, len(inputs), taken)
     steps = [layout.step for layout in window.layouts]
     return Plan(

@@ -75,7 +75,7 @@ def _replan(out: Path, manifest: dict[str, Any]) -> Plan:
         for source in manifest["sources"]
     )
     coefficients = np.array([source["coefficient"] for source in manifest["sources"]])
-    return plan_for_window(recipe, Window(layouts, coefficients))
+    return plan_for_window(recipe, Window(layouts, coefficients), frozenset(manifest["files"]))
 
 
 def _recompute(plan: Plan, out: Path, full: bool) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed_runs import launch
-from reference import load_all, moments, partitions, whole
+from reference import load_all, moments, partitions, same_tree, whole
 
 from wsm_ds.cli import main
 from wsm_ds.errors import LayoutMismatch, RecipeError
@@ -170,17 +170,7 @@ def test_a_merge_in_another_form_is_the_merge_put_into_that_form(runs: Path, tmp
     reshard(tmp_path / "two", None, tmp_path / "three", **form)
     for path in (tmp_path / "three/global_step6").iterdir():
         one = torch.load(tmp_path / "one/global_step6" / path.name, weights_only=False)
-        assert same(one, torch.load(path, weights_only=False)), path.name
-
-
-def same(a: Any, b: Any) -> bool:
-    if torch.is_tensor(a):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or same(vars(a), vars(b))
+        assert same_tree(one, torch.load(path, weights_only=False)), path.name
 
 
 def test_like_takes_the_form_of_another_checkpoint(run_of: Find, runs: Path, tmp_path: Path) -> None:

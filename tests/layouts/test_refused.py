@@ -1,6 +1,5 @@
 """What is not read is refused by its name, before anything is written; what is missing is named."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -73,35 +72,3 @@ def test_node_local_storage_names_the_ranks_that_lie_elsewhere(runs: Path, tmp_p
         with pytest.raises(BrokenCheckpoint, match=missing):
             merge(run=run, tags=("global_step6",), curve="linear", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_megatrons_client_state_is_carried_whatever_is_done(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """Arguments, iteration, tokens and random states come back from `load_checkpoint` as the newest run saved them."""
-    base = {"dtype": "bf16", "megatron": True}
-    runs = {1: tmp_path / "run1", 3: tmp_path / "run3"}
-    train = [base | {"do": "train", "stage": s, "steps": 4, "every": 2, "run": str(run)} for s, run in runs.items()]
-    launch(train, world_size=2, folder=tmp_path_factory.mktemp("train"))
-    jobs = []
-    for stage, run in runs.items():
-        for name, values in (("carry", {}), ("drop", {"optimizer_states": "drop"}), ("form", {"stage": 4 - stage})):
-            out = tmp_path / f"{stage}{name}"
-            merge(run=run, last=2, curve="linear", out=out, **values)
-            load = {"do": "load", "stage": values.get("stage", stage), "root": str(out), "dump": str(out / "dump")}
-            config = {"zero": {"sub_group_size": 1_000_000_000}} if name == "form" and load["stage"] == 3 else {}
-            jobs.append(base | load | config)
-    launch(jobs, world_size=2, folder=tmp_path_factory.mktemp("load"))
-    wanted = torch.load(runs[1] / "global_step4/mp_rank_00_model_states.pt", weights_only=False)
-    assert wanted["args"].consumed_train_samples == 16
-    for job in jobs:
-        for rank in (0, 1):
-            client = torch.load(f"{job['dump']}.client.rank{rank}", weights_only=False)
-            for key in ("iteration", "checkpoint_version", "args", "tokens"):
-                assert client[key] == wanted[key], json.dumps(job)
-            got, rng = client["rng_state"][0], wanted["rng_state"][0]
-            assert got["random_rng_state"] == rng["random_rng_state"]
-            assert (got["np_rng_state"][1] == rng["np_rng_state"][1]).all()
-            assert torch.equal(got["torch_rng_state"], rng["torch_rng_state"])
-            tracked = got["rng_tracker_states"]["model-parallel-rng"]
-            assert torch.equal(tracked, rng["rng_tracker_states"]["model-parallel-rng"])

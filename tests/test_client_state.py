@@ -1,0 +1,83 @@
+"""What a training program saves beside the model, as Megatron-DeepSpeed does, comes back from a merge unchanged."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed_runs import launch
+from reference import load_all, same_tree
+
+from wsm_ds.merging import merge
+from wsm_ds.verification import verify
+
+STAGES = (1, 2, 3)
+KEYS = ("args", "checkpoint_version", "iteration", "tokens", "rng_state", "losses", "seen")
+UNIVERSAL = {"config": {"checkpoint": {"load_universal": True}}}
+FORMS: dict[str, dict[str, Any]] = {
+    "carry": {},
+    "drop": {"optimizer_states": "drop"},
+    "universal": {"format": "universal"},
+    "3 ranks": {"world_size": 3},
+    "3 ranks, stage 3": {"world_size": 3, "stage": 3},
+    "3 ranks, stage 2, drop": {"world_size": 3, "stage": 2, "optimizer_states": "drop"},
+}
+
+
+@pytest.fixture(scope="module")
+def megatron(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`RUNS/{stage}/global_step2` and 4 from two ranks, each with a client state."""
+    root = tmp_path_factory.mktemp("megatron")
+    base = {"do": "train", "dtype": "bf16", "steps": 4, "every": 2, "megatron": True}
+    jobs = [base | {"stage": stage, "run": str(root / str(stage))} for stage in STAGES]
+    launch(jobs, world_size=2, folder=tmp_path_factory.mktemp("train"))
+    return root
+
+
+def client_states(checkpoint: Path) -> dict[int, dict[str, Any]]:
+    """By rank, or of rank 0 alone where there is one model file."""
+    return {rank: {key: model[key] for key in KEYS} for rank, model in load_all(checkpoint)[0].items()}
+
+
+def test_ranks_and_steps_differ_so_that_a_mistake_shows(megatron: Path) -> None:
+    states = client_states(megatron / "3/global_step4")
+    assert not same_tree(states[0], states[1])
+    assert not same_tree(states[0], client_states(megatron / "3/global_step2")[0])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_deepspeed_returns_the_newest_client_state_from_every_form(
+    megatron: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, world_size: int
+) -> None:
+    jobs, wanted = [], []
+    for stage in STAGES:
+        for number, values in enumerate(FORMS.values()):
+            if values.get("world_size", 2) != world_size:
+                continue
+            out = tmp_path / f"{stage}-{number}"
+            merge(run=megatron / str(stage), last=2, curve="linear", out=out, **values)
+            assert verify(out, full=True).note == ""
+            form = {"stage": values.get("stage", stage), **(UNIVERSAL if "format" in values else {})}
+            jobs.append({"do": "load", "dtype": "bf16", "root": str(out), "dump": str(out / "dump"), **form})
+            wanted.append(client_states(megatron / str(stage) / "global_step4"))
+    reports = launch(jobs, world_size=world_size, folder=tmp_path_factory.mktemp("load"))
+    for rank, reported in enumerate(reports):
+        for job, report, states in zip(jobs, reported, wanted, strict=True):
+            assert report["global_steps"] == 4
+            held = torch.load(f"{job['dump']}.rank{rank}", weights_only=False)["client_state"]
+            keeps_ranks = job["stage"] == 3 and "config" not in job
+            for key, value in states[rank if keeps_ranks and rank in states else 0].items():
+                assert same_tree(held[key], value), (job["root"], rank, key)
+
+
+def test_files_that_are_written_anew_name_the_same_globals(megatron: Path, tmp_path: Path) -> None:
+    """Nothing of ours, and nothing less, is in the pickle: a program without wsm_ds reads it."""
+    out = tmp_path / "out"
+    merge(run=megatron / "2", last=1, curve="linear", out=out, world_size=4)
+    name = "mp_rank_00_model_states.pt"
+    names = [
+        set(torch.serialization.get_unsafe_globals_in_checkpoint(root / "global_step4" / name))
+        for root in (megatron / "2", out)
+    ]
+    assert names[0] == names[1]
+    assert "argparse.Namespace" in names[0]
