@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,14 @@ def ds_config(job: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+ENGINES: dict[str, Callable[[dict[str, Any]], Any]] = {}
+"""Builders of engines that other workers add, by a job's "engine"."""
+
+
 def build_engine(job: dict[str, Any]) -> Any:
+    if "engine" in job:
+        torch.manual_seed(7)
+        return ENGINES[job["engine"]](job)
     if job.get("ep"):
         return moe_engine(job)
     torch.manual_seed(7)
