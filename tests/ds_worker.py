@@ -94,83 +94,6 @@ class MoEModel(torch.nn.Module):
         return self.head(x + self.second(x)[0])
 
 
-class TensorParallelGroups:
-    """What DeepSpeed asks of a training framework's `mpu`: neighbouring ranks split the tensors."""
-
-    def __init__(self, size: int) -> None:
-        world_size, rank = dist.get_world_size(), dist.get_rank()
-        across = [list(range(first, first + size)) for first in range(0, world_size, size)]
-        along = [list(range(part, world_size, size)) for part in range(size)]
-        self.model_group = [dist.new_group(ranks) for ranks in across][rank // size]
-        self.data_group = [dist.new_group(ranks) for ranks in along][rank % size]
-
-    def get_model_parallel_group(self) -> Any:
-        return self.model_group
-
-    def get_model_parallel_rank(self) -> int:
-        return dist.get_rank(self.model_group)
-
-    def get_model_parallel_world_size(self) -> int:
-        return dist.get_world_size(self.model_group)
-
-    def get_data_parallel_group(self) -> Any:
-        return self.data_group
-
-    def get_data_parallel_rank(self) -> int:
-        return dist.get_rank(self.data_group)
-
-    def get_data_parallel_world_size(self) -> int:
-        return dist.get_world_size(self.data_group)
-
-
-class SumGradients(torch.autograd.Function):
-    """The identity, whose gradient is summed over the ranks that split a tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
-        ctx.group = group
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient, None
-
-
-class SumOutputs(torch.autograd.Function):
-    """The sum over the ranks that split a tensor, whose gradient is passed on."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
-        x = x.clone()
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return gradient, None
-
-
-class TensorParallelModel(torch.nn.Module):
-    """Tied embeddings on every rank around a layer that is split by columns, then by rows."""
-
-    def __init__(self, mpu: TensorParallelGroups) -> None:
-        super().__init__()
-        self.group, size = mpu.get_model_parallel_group(), mpu.get_model_parallel_world_size()
-        self.embedding = torch.nn.Embedding(13, 8)
-        self.head = torch.nn.Linear(8, 13, bias=False)
-        self.head.weight = self.embedding.weight
-        self.norm = torch.nn.LayerNorm(8)
-        torch.manual_seed(70 + mpu.get_model_parallel_rank())
-        self.columns = torch.nn.Linear(8, 12 // size)
-        self.rows = torch.nn.Linear(12 // size, 8, bias=False)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.norm(self.embedding(tokens))
-        hidden = torch.tanh(self.columns(SumGradients.apply(x, self.group)))
-        return self.head(x + SumOutputs.apply(self.rows(hidden), self.group))
-
-
 def moe_engine(job: dict[str, Any]) -> Any:
     torch.manual_seed(7)
     model = MoEModel(job["ep"])
@@ -202,12 +125,18 @@ def ds_config(job: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+ENGINES: dict[str, Callable[[dict[str, Any]], Any]] = {}
+"""Builders of engines that other workers add, by a job's "engine"."""
+
+
 def build_engine(job: dict[str, Any]) -> Any:
+    if "engine" in job:
+        torch.manual_seed(7)
+        return ENGINES[job["engine"]](job)
     if job.get("ep"):
         return moe_engine(job)
     torch.manual_seed(7)
-    mpu = TensorParallelGroups(job["tp"]) if job.get("tp") else None
-    model = TensorParallelModel(mpu) if mpu else TinyModel(job.get("width", 9))
+    model = TinyModel(job.get("width", 9))
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
@@ -218,13 +147,13 @@ def build_engine(job: dict[str, Any]) -> Any:
         engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
         return engine
     optimizer = OPTIMIZERS[job.get("optimizer", "adamw")](groups, lr=1e-3)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, mpu=mpu, config=ds_config(job))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(job))
     return engine
 
 
-def batch(step: int, kind: str | None, mpu: TensorParallelGroups | None = None) -> torch.Tensor:
+def batch(step: int, kind: str | None) -> torch.Tensor:
     """A rank's sequences: its own, its part of a global batch of 12 ("split"), or those of every rank ("same")."""
-    rank, world_size = mpu.get_data_parallel_rank() if mpu else dist.get_rank(), dist.get_world_size()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(1000 * step + (0 if kind else rank))
     if kind != "split":
         return torch.randint(0, 13, (2, 6), generator=generator)
@@ -234,7 +163,7 @@ def batch(step: int, kind: str | None, mpu: TensorParallelGroups | None = None) 
 def train_steps(engine: Any, first: int, count: int, kind: str | None = None) -> list[float]:
     losses = []
     for step in range(first, first + count):
-        tokens = batch(step, kind, engine.mpu)
+        tokens = batch(step, kind)
         loss = torch.nn.functional.cross_entropy(engine(tokens).float().flatten(0, 1), tokens.flatten())
         engine.backward(loss)
         engine.step()

@@ -39,13 +39,13 @@ def safetensors_outputs(
 
     Raises:
         RecipeError: two tensors would get one name.
-        UnsupportedLayout: the newest is model-parallel.
+        UnsupportedLayout: the checkpoints are model-parallel.
     """
     if tables.newest.model_parallel_size > 1:
         raise UnsupportedLayout(
-            f"{tables.newest.path} is model-parallel: its files do not say how a tensor was split over the "
-            f"{tables.newest.model_parallel_size} ranks. Merge to --format zero, and export with the training "
-            "framework's own converter."
+            f"{tables.newest.path} is split over {tables.newest.model_parallel_size} model-parallel ranks, and its "
+            "files do not say how each tensor is split; merge into a zero checkpoint, and export with the training "
+            "code's own converter."
         )
     names = _renamed(tables.newest.tensors, rename)
     dtypes = {

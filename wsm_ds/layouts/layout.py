@@ -9,8 +9,8 @@ Fragments are kept as numpy tables (a 70B run at 512 ranks has a million of them
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsm_ds.dtypes import ALL, CODES, DType
-from wsm_ds.errors import BrokenCheckpoint
 from wsm_ds.torchfile import Archive
 
 FRAGMENT = np.dtype(
@@ -64,8 +63,9 @@ class TensorInfo:
 class Layout:
     """One checkpoint as a map from elements to byte ranges.
 
-    `has_nameless_states`: there are optimizer states, but nothing says which parameters they belong to. With a
-    `model_parallel_size` above 1 every rank's tensors count by themselves, named `mp_rank_01/NAME`.
+    `has_nameless_states`: there are optimizer states, but nothing says which parameters they belong to.
+    `model_parallel_size`: ranks that hold a replica of the model together; if there are several, each one's tensors
+    have its name in front (`mp_rank_01/NAME`).
     """
 
     path: Path
@@ -123,44 +123,6 @@ class Layout:
                     int(row["offset"]),
                     ALL[row["dtype"]],
                 )
-
-
-def joined(parts: Sequence[Layout]) -> Layout:
-    """One layout of the layouts of all model-parallel ranks, in order.
-
-    Raises:
-        BrokenCheckpoint: there are fewer of them than the run had.
-    """
-    first = parts[0]
-    if len(parts) != first.model_parallel_size:
-        raise BrokenCheckpoint(
-            f"{first.path} holds files of {len(parts)} model-parallel ranks, but was saved by "
-            f"{first.model_parallel_size}."
-        )
-    if len(parts) == 1:
-        return first
-    tensors: dict[str, TensorInfo] = {}
-    aliases: dict[str, str] = {}
-    tables: dict[str, list[Table]] = {}
-    files: list[str] = []
-    for number, part in enumerate(parts):
-        for kind, table in part.fragments.items():
-            moved = table.copy()
-            moved["tensor"] += len(tensors)
-            moved["file"] += len(files)
-            tables.setdefault(kind, []).append(moved)
-        prefix = f"mp_rank_{number:02d}/"
-        tensors |= {prefix + name: info for name, info in part.tensors.items()}
-        aliases |= {prefix + name: prefix + owner for name, owner in part.aliases.items()}
-        files += part.files
-    return replace(
-        first,
-        files=tuple(files),
-        archives=tuple(archive for part in parts for archive in part.archives),
-        tensors=tensors,
-        aliases=aliases,
-        fragments={kind: np.concatenate(rows) for kind, rows in tables.items()},
-    )
 
 
 class TableBuilder:
