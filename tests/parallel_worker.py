@@ -5,6 +5,8 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, PipeModelDataParallelTopology
 from ds_worker import ENGINES, ds_config, main
 
 WIDTH, VOCABULARY = 8, 13
@@ -116,7 +118,60 @@ def tensor_parallel_engine(job: dict[str, Any]) -> Any:
     return engine
 
 
+class Embedding(torch.nn.Module):
+    """Tied between the first layer and the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(VOCABULARY, WIDTH)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.embedding(tokens)
+
+
+class Block(torch.nn.Module):
+    """A pipeline's layer, with a frozen parameter and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(WIDTH, WIDTH)
+        self.frozen = torch.nn.Parameter(torch.randn(3), requires_grad=False)
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.linear(x))
+        if self.training:
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(0.1 * hidden.detach().float().mean((0, 1)).to(self.mean.dtype))
+        return x + hidden
+
+
+def logits(embedding: Embedding, x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(x, embedding.embedding.weight)
+
+
+def cross_entropy(output: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(output.float().flatten(0, 1), tokens.flatten())
+
+
+def pipeline_engine(job: dict[str, Any]) -> Any:
+    """An engine of two stages. job["mp"] 4: two ranks a stage, which only the files of a real model would cut."""
+    tensor_parallel_size, world_size = job["mp"] // 2, dist.get_world_size()
+    topology = PipeDataParallelTopology(num_pp=2, num_dp=world_size // 2)
+    if tensor_parallel_size > 1:
+        topology = PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=world_size // 4)
+        torch.manual_seed(70 + dist.get_rank() % 2)  # the two hold different numbers
+    tied = {"tied_weight_attr": "embedding.weight"}
+    last = TiedLayerSpec("embed", Embedding, forward_fn=logits, **tied)
+    layers = [TiedLayerSpec("embed", Embedding, **tied), torch.tanh, *[LayerSpec(Block)] * 3, last]
+    module = PipelineModule(layers, topology=topology, loss_fn=cross_entropy, partition_method="uniform")
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-3)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config(job))
+    return engine
+
+
 ENGINES["tensor parallel"] = tensor_parallel_engine
+ENGINES["pipeline"] = pipeline_engine
 
 if __name__ == "__main__":
     main()

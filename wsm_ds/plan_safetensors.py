@@ -43,9 +43,9 @@ def safetensors_outputs(
     """
     if tables.newest.model_parallel_size > 1:
         raise UnsupportedLayout(
-            f"{tables.newest.path} is split over {tables.newest.model_parallel_size} model-parallel ranks, and its "
-            "files do not say how each tensor is split; merge into a zero checkpoint, and export with the training "
-            "code's own converter."
+            f"{tables.newest.path} is held by {tables.newest.model_parallel_size} model-parallel ranks together, and "
+            "its files do not say how each tensor is split; merge into a zero checkpoint, and export that with the "
+            "training code's own converter."
         )
     names = _renamed(tables.newest.tensors, rename)
     dtypes = {

@@ -39,7 +39,6 @@ def test_the_legacy_format_is_refused_with_the_setting_that_made_it(legacy: Path
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("layer_00-model_00-model_states.pt", "pipeline-parallel"),  # `runtime/pipe/module.py:588-643`
         ("expp_rank_0_mp_rank_00_optim_states.pt", r"experts without ZeRO \(stage 0\)"),  # `engine.py:4383`
         ("offloaded_tensors", "NVMe"),  # a folder, `engine.py:4936-4952`
         ("mp_rank_00_model_states.pt-0.2", "fast writer"),  # `model_checkpointing/writer_factory.py:39-46`

@@ -22,8 +22,8 @@ class RankFiles:
     """Model and optimizer files of one model-parallel rank, by data-parallel rank; `indices` numbers them by path.
 
     `tensors` and `aliases` are named as those files name them. `beside` are weights outside the model files: native
-    MoE's experts. `expert_sizes` is the expert-parallel degree of each group, `first_tensor` the number of the first
-    of `tensors` in the fragment tables.
+    MoE's experts, a pipeline's layers. `expert_sizes` is the expert-parallel degree of each group, `first_tensor` the
+    number of the first of `tensors` in the fragment tables.
     """
 
     models: dict[int, TorchFile]

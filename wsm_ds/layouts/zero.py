@@ -13,7 +13,7 @@ import numpy as np
 
 from wsm_ds.dtypes import BY_NAME, DType
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, few
-from wsm_ds.layouts import moe, universal, zero0, zero3, zero12
+from wsm_ds.layouts import moe, pipeline, universal, zero0, zero3, zero12
 from wsm_ds.layouts.layout import Layout, TableBuilder, TensorInfo
 from wsm_ds.layouts.rank_files import RankFiles, Weights
 from wsm_ds.layouts.run import Checkpoint
@@ -23,7 +23,6 @@ MODEL_FILE = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_mod
 OPTIM_FILE = re.compile(r"^(?:bf16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_?optim_states\.pt$")
 UNSUPPORTED = (
     (re.compile(r"^expp_rank_"), "native MoE experts without ZeRO (stage 0)"),
-    (re.compile(r"^layer_\d+-model_"), "pipeline-parallel layer files"),
     (re.compile(r"\.pt-\d+\.\d+$"), "pieces written by DeepSpeed's fast writer"),
     (re.compile(r"^offloaded_tensors$"), "NVMe-offloaded optimizer states"),
 )
@@ -53,8 +52,7 @@ def read_layout(checkpoint: Checkpoint, allowed_globals: frozenset[str] = frozen
         raise BrokenCheckpoint(f"{path} has no *_model_states.pt.")
     if universal.is_universal(path):
         return _read_universal(checkpoint, path, models, allowed_globals)
-    opened = {rank: open_torch_file(path / name, allowed_globals) for rank, name in models.items()}
-    model = next(iter(opened.values()))
+    model = open_torch_file(path / next(iter(models.values())), allowed_globals)
     world_size, model_parallel_size = _world_size(path, model.tree), _model_parallel_size(model.tree)
     if not optims and zero0.is_stage0(model.tree):
         if model_parallel_size > 1:
@@ -64,26 +62,35 @@ def read_layout(checkpoint: Checkpoint, allowed_globals: frozenset[str] = frozen
         raise BrokenCheckpoint(f"{path} has no optimizer files: its save was cut off, or they lie elsewhere.")
     ranks = [Rank(mp, dp) for mp in range(model_parallel_size) for dp in range(world_size)]
     _require_files(path, "optimizer file", optims, {rank: f"{_rank_name(rank)}_optim_states.pt" for rank in ranks})
-    opened_optims = {rank: open_torch_file(path / name, allowed_globals) for rank, name in optims.items()}
-    stage = _stage(path, opened_optims[Rank(0, 0)])
+    stage = _stage(path, open_torch_file(path / optims[Rank(0, 0)], allowed_globals))
     if stage == 3:
         names = {rank: f"{_rank_name(rank)}_model_states.pt" for rank in ranks}
     else:
         names = {rank: f"mp_rank_{rank.mp:02d}_model_states.pt" for rank in ranks if rank.dp == 0}
     _require_files(path, "model file", models, names)
-    experts = _open_experts(path, entries, stage, model.tree, allowed_globals)
+    opened, opened_optims = (
+        {rank: open_torch_file(path / name, allowed_globals) for rank, name in found.items()}
+        for found in (models, optims)
+    )
+    wholes = [opened[Rank(mp, 0)].tree for mp in range(model_parallel_size)]
+    beside = _open_beside(path, entries, stage, wholes, allowed_globals)
     parts: list[RankFiles] = []
     for mp in range(model_parallel_size):
+        elsewhere = pipeline.held_elsewhere(wholes[mp], beside[mp], beside)
         files = {
             kind: {rank.dp: file for rank, file in found.items() if rank.mp == mp}
             for kind, found in (("models", opened), ("optims", opened_optims))
         }
-        parts.append(_rank_files(files["models"], files["optims"], experts, parts))
+        parts.append(_rank_files(files["models"], files["optims"], beside[mp], elsewhere, parts))
     return _assemble(checkpoint, parts, stage)
 
 
 def _rank_files(
-    models: dict[int, TorchFile], optims: dict[int, TorchFile], experts: tuple[Weights, ...], before: list[RankFiles]
+    models: dict[int, TorchFile],
+    optims: dict[int, TorchFile],
+    beside: tuple[Weights, ...],
+    elsewhere: dict[str, Any],
+    before: list[RankFiles],
 ) -> RankFiles:
     """The files of one model-parallel rank, numbered after those `before`.
 
@@ -91,13 +98,32 @@ def _rank_files(
     """
     sizes = _expert_sizes(optims[0], models[0].tree)
     first = before[0].models[0] if before else models[0]
-    tensors, aliases = _tensors(models[0], first.tree.get("shared_params") or {}, experts, sizes)
-    files = [*models.values(), *optims.values(), *(weights.file for weights in experts)]
+    module = _module(models[0], beside) | elsewhere
+    tensors, aliases = _tensors(models[0], module, first.tree.get("shared_params") or {}, sizes)
+    files = [*models.values(), *optims.values(), *(weights.file for weights in beside)]
     first_file = sum(len(part.opened) for part in before)
     indices = {file.path: index for index, file in enumerate(files, first_file)}
     first_tensor = sum(len(part.tensors) for part in before)
     world_size = int(models[0].tree["dp_world_size"])
-    return RankFiles(models, optims, indices, tensors, aliases, world_size, experts, sizes, first_tensor)
+    return RankFiles(models, optims, indices, tensors, aliases, world_size, beside, sizes, first_tensor)
+
+
+def _open_beside(
+    path: Path, entries: list[str], stage: int, models: list[Any], allowed_globals: frozenset[str]
+) -> list[tuple[Weights, ...]]:
+    """For each model-parallel rank the weights outside its model files: experts, or a pipeline's layers."""
+    layers = [name for name in entries if pipeline.LAYER_FILE.match(name)]
+    experts = _open_experts(path, entries, stage, models[0], allowed_globals)
+    if not layers:
+        return [experts] * len(models)
+    if experts:
+        raise UnsupportedLayout(f"{path} holds experts in a pipeline, which this version does not read.")
+    if any(model["module"] is not None for model in models):
+        raise BrokenCheckpoint(
+            f"{path} holds pipeline layers' files ({few(layers, 2)}), but its model files hold the weights: files of "
+            "another save remain."
+        )
+    return pipeline.weights_by_rank(path, [open_torch_file(path / name, allowed_globals) for name in layers], models)
 
 
 def _open_experts(
@@ -115,6 +141,7 @@ def _open_experts(
         )
     if names and _model_parallel_size(model) > 1:
         raise UnsupportedLayout(f"{path} holds experts of a model-parallel run, which this version does not read.")
+    moe.require_expert_files(path, names, model)
     opened = [open_torch_file(path / name, allowed_globals) for name in names]
     return tuple(Weights(file, file.tree) for file in opened)
 
@@ -155,7 +182,7 @@ def _read_universal(
     if "zero_pp_rank_" in models[Rank(0, 0)]:
         ranks = [Rank(0, dp) for dp in range(world_size)]
         _require_files(path, "model file", models, {rank: f"{_rank_name(rank)}_model_states.pt" for rank in ranks})
-    tensors, aliases = _tensors(opened[0], opened[0].tree.get("shared_params") or {})
+    tensors, aliases = _tensors(opened[0], _module(opened[0], ()), opened[0].tree.get("shared_params") or {})
     names = [name for name, info in tensors.items() if info.role == "parameter"]
     parameters = universal.open_parameters(path, names, allowed_globals)
     head = open_torch_file(path / universal.OPTIMIZER_STATE, allowed_globals)
@@ -271,19 +298,19 @@ def _stage(path: Path, optim: TorchFile) -> int:
     return 1  # BF16_Optimizer, which writes no zero_stage
 
 
+def _module(model_file: TorchFile, beside: tuple[Weights, ...]) -> dict[str, Any]:
+    """Every tensor of the module, wherever it lies: a pipeline's model files hold none."""
+    module = dict(model_file.tree["module"] or {})
+    for weights in beside:
+        module |= weights.tensors
+    return module
+
+
 def _tensors(
-    model_file: TorchFile,
-    shared: dict[str, str],
-    beside: tuple[Weights, ...] = (),
-    expert_sizes: tuple[int, ...] = (),
+    model_file: TorchFile, module: dict[str, Any], shared: dict[str, str], expert_sizes: tuple[int, ...] = ()
 ) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Parameters in partition order, then frozen ones, then buffers; and the tied names of each."""
     model = model_file.tree
-    if not isinstance(model["module"], dict):
-        raise UnsupportedLayout(f"{model_file.path} holds no module weights (pipeline parallel).")
-    module = dict(model["module"])
-    for weights in beside:
-        module |= weights.tensors
     aliases = {str(k): str(v) for k, v in shared.items() if k in module}
     buffers = set(model.get("buffer_names") or ())
     tensors: dict[str, TensorInfo] = {}
@@ -303,8 +330,7 @@ def _tensors(
 def _dtype_of(model_file: TorchFile, module: dict[str, Any], name: str) -> DType:
     value = module.get(name)
     if not isinstance(value, Tensor):
-        where = f"no expert's file beside {model_file.path}" if moe.EXPERT.match(name) else f"{model_file.path}: module"
-        raise BrokenCheckpoint(f"{where} holds no tensor {name}, although param_shapes names it.")
+        raise BrokenCheckpoint(f"{model_file.path} names the parameter {name}, but no file holds its weights.")
     return value.dtype
 
 

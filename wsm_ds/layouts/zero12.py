@@ -112,7 +112,7 @@ def _states(state: dict[str, Any], group: int) -> dict[str, Any]:
 def place_module(builder: TableBuilder, files: RankFiles) -> None:
     """Whole tensors of the model file and of those beside it; a tied name counts only where it has own bytes."""
     model = files.models[0]
-    _place_weights(builder, files, model, model.tree["module"])
+    _place_weights(builder, files, model, model.tree["module"] or {})
     for weights in files.beside:
         _place_weights(builder, files, weights.file, weights.tensors)
 
