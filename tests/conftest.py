@@ -44,21 +44,25 @@ def other_world_sizes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-COMPILE = """
-import torch
-from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
-from deepspeed.ops.lion import DeepSpeedCPULion
-for make in (FusedAdam, DeepSpeedCPUAdam, DeepSpeedCPULion):
-    make([torch.nn.Parameter(torch.ones(1))])
-"""
+COMPILED = (
+    "deepspeed.ops.adam:FusedAdam",
+    "deepspeed.ops.adam:DeepSpeedCPUAdam",
+    "deepspeed.ops.lion:DeepSpeedCPULion",
+)
+COMPILE = "import sys, torch, pkgutil; pkgutil.resolve_name(sys.argv[1])([torch.nn.Parameter(torch.ones(1))])"
 
 
 @pytest.fixture(scope="session")
 def compiled_ops(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """DeepSpeed's CPU optimizers, compiled once by one process, in a folder of this session where no old lock lies."""
+    """DeepSpeed's CPU optimizers, each compiled once by one process, in a folder of this session without old locks."""
     folder = os.environ.get("TORCH_EXTENSIONS_DIR") or str(tmp_path_factory.mktemp("torch_extensions"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_EXTENSIONS_DIR", folder)
         patch.setenv("DS_ACCELERATOR", "cpu")
-        subprocess.run([sys.executable, "-c", COMPILE], check=True, capture_output=True, timeout=600)
+        started = [subprocess.Popen([sys.executable, "-c", COMPILE, name]) for name in COMPILED]
+        try:
+            assert [process.wait(timeout=900) for process in started] == [0, 0, 0]
+        finally:
+            for process in started:
+                process.kill()
         yield

@@ -29,6 +29,7 @@ from deepspeed.checkpoint import ds_to_universal
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.data_pipeline.data_sampling.variable_batch_size_and_lr import VariableBatchSizeLR
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
 deepspeed.ops.__dict__["__compatible_ops__"] = {}  # no op is compiled for these runs (a minute, and a lock)
@@ -126,7 +127,14 @@ def ds_config(job: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+ENGINES: dict[str, Callable[[dict[str, Any]], Any]] = {}
+"""Builders of engines that other workers add, by a job's "engine"."""
+
+
 def build_engine(job: dict[str, Any]) -> Any:
+    if "engine" in job:
+        torch.manual_seed(7)
+        return ENGINES[job["engine"]](job)
     if job.get("ep"):
         return moe_engine(job)
     torch.manual_seed(7)
@@ -158,6 +166,9 @@ def train_steps(engine: Any, first: int, count: int, kind: str | None = None) ->
     losses = []
     for step in range(first, first + count):
         tokens = batch(step, kind)
+        if isinstance(engine, PipelineEngine):
+            losses.append(engine.train_batch(itertools.repeat((tokens, tokens))).item())
+            continue
         loss = torch.nn.functional.cross_entropy(engine(tokens).float().flatten(0, 1), tokens.flatten())
         engine.backward(loss)
         engine.step()

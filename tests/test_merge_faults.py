@@ -22,7 +22,6 @@ from wsm_ds.errors import (
     OutputExists,
     RecipeError,
     UnsafePickle,
-    UnsupportedLayout,
     VerificationFailed,
     WindowError,
 )
@@ -167,19 +166,18 @@ def test_a_hostile_checkpoint_is_refused_and_inspect_says_so(run: Path) -> None:
     refused(run, UnsafePickle, r"global_step4/mp_rank_00_model_states\.pt asks for the global posix\.system")
 
 
-def test_layouts_that_are_not_read_are_refused_by_name(run: Path) -> None:
-    cases = {
-        "layer_00-model_00-model_states.pt": "pipeline-parallel",
-        "layer_0_expert_0_mp_rank_00_model_states.pt": "MoE expert",
-        "mp_rank_01_model_states.pt": "model-parallel",
-        "offloaded_tensors": "NVMe",
-        "mp_rank_00_model_states.pt-0.2": "fast writer",
-    }
-    for name, words in cases.items():
-        extra = run / "global_step4" / name
-        extra.write_bytes(b"")
-        refused(run, UnsupportedLayout, words)
-        extra.unlink()
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("layer_00-model_00-model_states.pt", r"pipeline layers' files \(layer_00-model_00.*another save"),
+        ("layer_0_expert_0_mp_rank_00_model_states.pt", r"experts that its model has not \(layer_0_expert_0"),
+        ("mp_rank_01_model_states.pt", "model files of 2 ranks, but was saved by 1"),
+        ("zero_pp_rank_0_mp_rank_01_optim_states.pt", "optimizer files of 3 ranks, but was saved by 2"),
+    ],
+)
+def test_a_file_of_another_save_is_named(run: Path, name: str, words: str) -> None:
+    shutil.copy(run / "global_step4/mp_rank_00_model_states.pt", run / "global_step4" / name)
+    refused(run, BrokenCheckpoint, words)
 
 
 def test_wrong_recipes_say_what_is_wrong(run: Path, tmp_path: Path) -> None:

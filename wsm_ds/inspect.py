@@ -32,6 +32,7 @@ class Inspected:
             "zero_stage": layout.stage,
             "dtype": layout.dtype.name,
             "world_size": layout.world_size,
+            "model_parallel_size": layout.model_parallel_size,
             "parameters": layout.numel,
             "bytes": layout.nbytes,
             "learning_rates": list(layout.learning_rates),

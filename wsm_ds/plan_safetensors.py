@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from wsm_ds.dtypes import CODES, DType
-from wsm_ds.errors import RecipeError
+from wsm_ds.errors import RecipeError, UnsupportedLayout
 from wsm_ds.layouts.layout import TensorInfo
 from wsm_ds.plan import Bytes, OutputFile, Template, Zeros
 from wsm_ds.plan_zero import finished
@@ -39,7 +39,14 @@ def safetensors_outputs(
 
     Raises:
         RecipeError: two tensors would get one name.
+        UnsupportedLayout: the checkpoints are model-parallel.
     """
+    if tables.newest.model_parallel_size > 1:
+        raise UnsupportedLayout(
+            f"{tables.newest.path} is held by {tables.newest.model_parallel_size} model-parallel ranks together, and "
+            "its files do not say how each tensor is split; merge into a zero checkpoint, and export that with the "
+            "training code's own converter."
+        )
     names = _renamed(tables.newest.tensors, rename)
     dtypes = {
         n: info.dtype if info.role == "buffer" or dtype is None else dtype for n, info in tables.newest.tensors.items()

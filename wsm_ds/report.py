@@ -42,8 +42,9 @@ def inspection_report(found: Sequence[Inspected]) -> str:
             continue
         rates = ",".join(f"{rate:g}" for rate in sorted(set(layout.learning_rates))) or "-"
         stage = "univ" if layout.is_universal else str(layout.stage)
+        ranks = str(layout.world_size) + (f"x{layout.model_parallel_size}" if layout.model_parallel_size > 1 else "")
         rows.append(
-            [item.checkpoint.tag, str(layout.step), stage, layout.dtype.name, str(layout.world_size),
+            [item.checkpoint.tag, str(layout.step), stage, layout.dtype.name, ranks,
              f"{layout.numel:,}", format_size(layout.nbytes), rates, "yes"]
         )  # fmt: skip
     header = ["checkpoint", "step", "zero", "dtype", "ranks", "parameters", "size", "lr", "complete"]

@@ -89,7 +89,13 @@ def _newest_complete(found: list[Checkpoint], count: int, allowed: frozenset[str
 
 
 def check_same_model(older: Layout, newest: Layout) -> None:
-    """Raises LayoutMismatch if names, shapes, roles or optimizer states differ; names the differences."""
+    """Raises LayoutMismatch if names, shapes, roles or model-parallel degrees differ; names the differences."""
+    sizes = [layout.model_parallel_size for layout in (older, newest)]
+    if sizes[0] != sizes[1]:
+        raise LayoutMismatch(
+            f"{older.path} was saved with {sizes[0]} model-parallel ranks, {newest.path} with {sizes[1]}; the files do "
+            "not say how a tensor is split between them, so only equal degrees are merged."
+        )
     differences = [
         f"{name}: {_described(older, name)} against {_described(newest, name)}"
         for name in {**older.tensors, **newest.tensors}

@@ -136,7 +136,7 @@ def test_what_cannot_be_is_refused_or_named(written: Path, tmp_path: Path) -> No
     for path in (written / "w4_ep2_s2_bf16/global_step4").iterdir():
         if path.name != "layer_1_expert_2_mp_rank_00_model_states.pt":
             (run / "global_step4" / path.name).symlink_to(path)
-    with pytest.raises(BrokenCheckpoint, match=r"no expert's file .* holds no tensor second\..*experts\.2\.0\.weight"):
+    with pytest.raises(BrokenCheckpoint, match="experts' files are missing: layer_1_expert_2_mp_rank_00_model"):
         read_layout(find_checkpoints(run)[0])
 
 

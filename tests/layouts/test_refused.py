@@ -134,3 +134,10 @@ def test_files_of_the_python_writer_are_read_like_any_other(written: Path, tmp_p
     model = "model.safetensors"
     assert (tmp_path / "writer" / model).read_bytes() == (tmp_path / "plain" / model).read_bytes()
     assert verify(tmp_path / "writer", full=True).note == ""
+
+
+def test_stage_0_experts_are_refused_by_their_files_name(plain: Callable[[int], Path]) -> None:
+    """The name of `runtime/engine.py:4383`, beside a real checkpoint."""
+    run = plain(2)
+    (run / "global_step2/expp_rank_0_mp_rank_00_optim_states.pt").touch()
+    refused(run, UnsupportedLayout, r"experts without ZeRO \(stage 0\)")

@@ -12,6 +12,7 @@ from wsm_ds.forms.groups import Group
 from wsm_ds.forms.model_file import with_form
 from wsm_ds.forms.parts import fragment_address, own_copies, room, static_loss_scaler, zero_stage
 from wsm_ds.layouts import zero12
+from wsm_ds.layouts.layout import TensorInfo
 from wsm_ds.torchfile import Tensor
 
 ALIGNMENT = 2
@@ -32,14 +33,15 @@ def optimizer_tree(origin: Origin, form: Form, rank: int, keeps_states: bool) ->
 
 def _stage12(origin: Origin, form: Form, rank: int, old: dict[str, Any], keeps_states: bool) -> dict[str, Any]:
     names = [cut[0] for cut in cuts(form, origin.groups, origin.layout)]
-    paddings = [alignment_paddings(origin, form, group) for group in names]
+    tensors = origin.layout.tensors
+    paddings = [alignment_paddings(tensors, form, group) for group in names]
     masters, states, missing, mappings = [], {}, [], []
     for number, group in enumerate(origin.groups):
-        size, padding = partition_size(origin, form, names[number], paddings[number], rank)
+        size, padding = partition_size(tensors, form, names[number], paddings[number], rank)
         masters.append(room(group.master, (size if form.is_bf16_optimizer else size - padding,)))
         missing.append(padding)
-        slices = list(zero12.slices(names[number], paddings[number], origin.layout.tensors, rank * size, size))
-        wholes = zero12.whole_parameters(slices, origin.layout.tensors)
+        slices = list(zero12.slices(names[number], paddings[number], tensors, rank * size, size))
+        wholes = zero12.whole_parameters(slices, tensors)
         momentum = {zero12.MOMENTUM: sum(numel for _, _, numel, _ in wholes)} if group.is_muon else {}
         states[number] = _states(group, size, momentum)
         held = {name: fragment_address(numel, position) for name, _, numel, position in slices}
@@ -62,24 +64,24 @@ def _stage12(origin: Origin, form: Form, rank: int, old: dict[str, Any], keeps_s
     return new
 
 
-def alignment_paddings(origin: Origin, form: Form, names: list[str]) -> list[int]:
+def alignment_paddings(tensors: dict[str, TensorInfo], form: Form, names: list[str]) -> list[int]:
     """Elements between each parameter and the next; none after the last."""
     if not form.parameter_alignment:
         return [0] * len(names)
-    unit = PARAMETER_ALIGNMENT_BYTES // math.gcd(
-        PARAMETER_ALIGNMENT_BYTES, origin.layout.tensors[names[0]].dtype.itemsize
-    )
+    unit = PARAMETER_ALIGNMENT_BYTES // math.gcd(PARAMETER_ALIGNMENT_BYTES, tensors[names[0]].dtype.itemsize)
     paddings, end = [], 0
     for name in names[:-1]:
-        end += origin.layout.tensors[name].numel
+        end += tensors[name].numel
         paddings.append(-end % unit)
         end += paddings[-1]
     return [*paddings, 0]
 
 
-def partition_size(origin: Origin, form: Form, names: list[str], paddings: list[int], rank: int) -> tuple[int, int]:
+def partition_size(
+    tensors: dict[str, TensorInfo], form: Form, names: list[str], paddings: list[int], rank: int
+) -> tuple[int, int]:
     """(elements of a partition, how many of `rank`'s lie beyond the group)."""
-    numel = sum(origin.layout.tensors[name].numel for name in names) + sum(paddings)
+    numel = sum(tensors[name].numel for name in names) + sum(paddings)
     size = -(-numel // (ALIGNMENT * form.world_size)) * ALIGNMENT
     return size, max(0, min(size, (rank + 1) * size - numel))
 

@@ -5,11 +5,12 @@ Form: `checkpoint/ds_to_universal.py` writes, `runtime/base_optimizer.py:332` (s
 `optimizer_state.pt` has what each of them looks for, so that one checkpoint serves all stages.
 """
 
+import logging
 from collections import OrderedDict
 from dataclasses import replace
 from typing import Any
 
-from wsm_ds.errors import UnsupportedLayout
+from wsm_ds.errors import UnsupportedLayout, few
 from wsm_ds.forms.form import Origin
 from wsm_ds.forms.groups import Group
 from wsm_ds.forms.model_file import model_tree
@@ -21,6 +22,8 @@ from wsm_ds.layouts.rank_files import RankFiles
 from wsm_ds.plan import Template
 from wsm_ds.rewrite import Rewritten, inputs_of, rewritten
 from wsm_ds.torchfile import TorchFile
+
+log = logging.getLogger(__name__)
 
 MODEL_FILES = {2: "mp_rank_00_model_states.pt", 3: "zero_pp_rank_0_mp_rank_00_model_states.pt"}
 
@@ -39,6 +42,9 @@ def universal_templates(
             "of a universal checkpoint into wrong places. Write --format zero with --world-size instead."
         )
     layout, inputs = origin.layout, inputs_of(origin.layout, first_input)
+    lost = [name for name, info in layout.tensors.items() if info.role in ("frozen", "buffer")]
+    if lost:
+        log.warning("DeepSpeed's universal loading does not restore buffers and frozen parameters: %s", few(lost))
     builder = TableBuilder()
     made: list[Rewritten] = []
     for stage, name in MODEL_FILES.items():

@@ -64,6 +64,8 @@ class Layout:
     """One checkpoint as a map from elements to byte ranges.
 
     `has_nameless_states`: there are optimizer states, but nothing says which parameters they belong to.
+    `model_parallel_size`: ranks that hold a replica of the model together; if there are several, each one's tensors
+    have its name in front (`mp_rank_01/NAME`).
     """
 
     path: Path
@@ -80,6 +82,7 @@ class Layout:
     learning_rates: tuple[float, ...]
     warmup_num_steps: int | None
     has_nameless_states: bool = False
+    model_parallel_size: int = 1
 
     @property
     def names(self) -> tuple[str, ...]:

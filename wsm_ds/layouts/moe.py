@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from wsm_ds.errors import UnsupportedLayout
+from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, few
 
 EXPERT_FILE = re.compile(r"^layer_\d+_expert_\d+_mp_rank_(?P<mp>\d+)_model_states\.pt$")
 EXPERT = re.compile(r"^(?P<layer>.*\.deepspeed_moe\.experts\.deepspeed_experts\.)(?P<number>\d+)(?P<rest>\..*)$")
@@ -29,6 +29,17 @@ def expert_parallel_sizes(where: object, groups: Any) -> list[int]:
             raise UnsupportedLayout(f"{where}: the expert group {group.get('name')!r} does not name its degree.")
         sizes.append(int(match[1]) if match else 1)
     return sizes
+
+
+def require_expert_files(where: object, found: list[str], model: Any) -> None:
+    """Raises BrokenCheckpoint unless each expert of each layer that `model` counts, and no other, has its file."""
+    counts = [int(count) for count in model.get("num_experts") or ()]
+    names = [f"layer_{n}_expert_{e}_mp_rank_00_model_states.pt" for n, count in enumerate(counts) for e in range(count)]
+    missing, foreign = sorted(set(names) - set(found)), sorted(set(found) - set(names))
+    if missing:
+        raise BrokenCheckpoint(f"{where} is incomplete: experts' files are missing: {few(missing)}.")
+    if foreign:
+        raise BrokenCheckpoint(f"{where} holds experts that its model has not ({few(foreign)}): of another save?")
 
 
 def global_names(names: Iterable[str], expert_rank: int) -> dict[str, str]:

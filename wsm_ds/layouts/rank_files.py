@@ -10,10 +10,20 @@ from wsm_ds.torchfile import Tensor, TorchFile
 
 
 @dataclass(frozen=True)
-class RankFiles:
-    """Model and optimizer files by data-parallel rank; `indices` numbers them by path.
+class Weights:
+    """A file of module weights, and its tensors under the model's names."""
 
-    `experts` are the files of native MoE's experts, `expert_sizes` the expert-parallel degree of each group.
+    file: TorchFile
+    tensors: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RankFiles:
+    """Model and optimizer files of one model-parallel rank, by data-parallel rank; `indices` numbers them by path.
+
+    `tensors` and `aliases` are named as those files name them. `beside` are weights outside the model files: native
+    MoE's experts, a pipeline's layers. `expert_sizes` is the expert-parallel degree of each group, `first_tensor` the
+    number of the first of `tensors` in the fragment tables.
     """
 
     models: dict[int, TorchFile]
@@ -22,13 +32,19 @@ class RankFiles:
     tensors: dict[str, TensorInfo]
     aliases: dict[str, str]
     world_size: int
-    experts: tuple[TorchFile, ...] = ()
+    beside: tuple[Weights, ...] = ()
     expert_sizes: tuple[int, ...] = ()
+    first_tensor: int = 0
 
     @property
     def numbers(self) -> dict[str, int]:
         """The number of each tensor in the fragment tables."""
-        return {name: number for number, name in enumerate(self.tensors)}
+        return {name: number for number, name in enumerate(self.tensors, self.first_tensor)}
+
+    @property
+    def opened(self) -> tuple[TorchFile, ...]:
+        """Every file, in the order of `indices`."""
+        return (*self.models.values(), *self.optims.values(), *(weights.file for weights in self.beside))
 
 
 def element_wise(states: dict[str, Any], *numels: int) -> dict[str, Tensor]:

@@ -7,15 +7,15 @@
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from wsm_ds.dtypes import BY_NAME, DType
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, few
-from wsm_ds.layouts import moe, universal, zero0, zero3, zero12
+from wsm_ds.layouts import moe, pipeline, universal, zero0, zero3, zero12
 from wsm_ds.layouts.layout import Layout, TableBuilder, TensorInfo
-from wsm_ds.layouts.rank_files import RankFiles
+from wsm_ds.layouts.rank_files import RankFiles, Weights
 from wsm_ds.layouts.run import Checkpoint
 from wsm_ds.torchfile import Stub, Tensor, TorchFile, open_torch_file
 
@@ -23,11 +23,17 @@ MODEL_FILE = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_mod
 OPTIM_FILE = re.compile(r"^(?:bf16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_?optim_states\.pt$")
 UNSUPPORTED = (
     (re.compile(r"^expp_rank_"), "native MoE experts without ZeRO (stage 0)"),
-    (re.compile(r"^layer_\d+-model_"), "pipeline-parallel layer files"),
     (re.compile(r"\.pt-\d+\.\d+$"), "pieces written by DeepSpeed's fast writer"),
     (re.compile(r"^offloaded_tensors$"), "NVMe-offloaded optimizer states"),
 )
 WARMUP_SCHEDULERS = ("WSMLR", "WSDLR", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+
+
+class Rank(NamedTuple):
+    """Whose file it is: a model-parallel and a data-parallel rank."""
+
+    mp: int
+    dp: int
 
 
 def read_layout(checkpoint: Checkpoint, allowed_globals: frozenset[str] = frozenset()) -> Layout:
@@ -46,30 +52,83 @@ def read_layout(checkpoint: Checkpoint, allowed_globals: frozenset[str] = frozen
         raise BrokenCheckpoint(f"{path} has no *_model_states.pt.")
     if universal.is_universal(path):
         return _read_universal(checkpoint, path, models, allowed_globals)
-    opened = {r: open_torch_file(path / n, allowed_globals) for r, n in models.items()}
-    model = opened[min(opened)].tree
-    world_size = _world_size(path, model)
-    if not optims and zero0.is_stage0(model):
-        return _read_stage0(checkpoint, opened[0], world_size)
+    model = open_torch_file(path / next(iter(models.values())), allowed_globals)
+    world_size, model_parallel_size = _world_size(path, model.tree), _model_parallel_size(model.tree)
+    if not optims and zero0.is_stage0(model.tree):
+        if model_parallel_size > 1:
+            raise UnsupportedLayout(f"{path} is model-parallel at stage 0, which this version does not read.")
+        return _read_stage0(checkpoint, model, world_size)
     if not optims:
         raise BrokenCheckpoint(f"{path} has no optimizer files: its save was cut off, or they lie elsewhere.")
-    _require_ranks(path, "optimizer file", "optim_states.pt", set(optims), world_size)
-    opened_optims = {r: open_torch_file(path / n, allowed_globals) for r, n in optims.items()}
-    stage = _stage(path, opened_optims[0])
+    ranks = [Rank(mp, dp) for mp in range(model_parallel_size) for dp in range(world_size)]
+    _require_files(path, "optimizer file", optims, {rank: f"{_rank_name(rank)}_optim_states.pt" for rank in ranks})
+    stage = _stage(path, open_torch_file(path / optims[Rank(0, 0)], allowed_globals))
     if stage == 3:
-        _require_ranks(path, "model file", "model_states.pt", set(models), world_size)
-    experts = _open_experts(path, entries, stage, model, allowed_globals)
-    sizes = _expert_sizes(opened_optims[0], model)
-    tensors, aliases = _tensors(opened[0], experts, sizes)
-    names = [*models.values(), *optims.values(), *(file.path.name for file in experts)]
-    indices = {path / name: index for index, name in enumerate(names)}
-    files = RankFiles(opened, opened_optims, indices, tensors, aliases, world_size, experts, sizes)
-    return _assemble(checkpoint, files, stage, tuple(names))
+        names = {rank: f"{_rank_name(rank)}_model_states.pt" for rank in ranks}
+    else:
+        names = {rank: f"mp_rank_{rank.mp:02d}_model_states.pt" for rank in ranks if rank.dp == 0}
+    _require_files(path, "model file", models, names)
+    opened, opened_optims = (
+        {rank: open_torch_file(path / name, allowed_globals) for rank, name in found.items()}
+        for found in (models, optims)
+    )
+    wholes = [opened[Rank(mp, 0)].tree for mp in range(model_parallel_size)]
+    beside = _open_beside(path, entries, stage, wholes, allowed_globals)
+    parts: list[RankFiles] = []
+    for mp in range(model_parallel_size):
+        elsewhere = pipeline.held_elsewhere(wholes[mp], beside[mp], beside)
+        files = {
+            kind: {rank.dp: file for rank, file in found.items() if rank.mp == mp}
+            for kind, found in (("models", opened), ("optims", opened_optims))
+        }
+        parts.append(_rank_files(files["models"], files["optims"], beside[mp], elsewhere, parts))
+    return _assemble(checkpoint, parts, stage)
+
+
+def _rank_files(
+    models: dict[int, TorchFile],
+    optims: dict[int, TorchFile],
+    beside: tuple[Weights, ...],
+    elsewhere: dict[str, Any],
+    before: list[RankFiles],
+) -> RankFiles:
+    """The files of one model-parallel rank, numbered after those `before`.
+
+    Only the first rank of all writes down which names are tied (`runtime/engine.py`, `_get_shared_params`).
+    """
+    sizes = _expert_sizes(optims[0], models[0].tree)
+    first = before[0].models[0] if before else models[0]
+    module = _module(models[0], beside) | elsewhere
+    tensors, aliases = _tensors(models[0], module, first.tree.get("shared_params") or {}, sizes)
+    files = [*models.values(), *optims.values(), *(weights.file for weights in beside)]
+    first_file = sum(len(part.opened) for part in before)
+    indices = {file.path: index for index, file in enumerate(files, first_file)}
+    first_tensor = sum(len(part.tensors) for part in before)
+    world_size = int(models[0].tree["dp_world_size"])
+    return RankFiles(models, optims, indices, tensors, aliases, world_size, beside, sizes, first_tensor)
+
+
+def _open_beside(
+    path: Path, entries: list[str], stage: int, models: list[Any], allowed_globals: frozenset[str]
+) -> list[tuple[Weights, ...]]:
+    """For each model-parallel rank the weights outside its model files: experts, or a pipeline's layers."""
+    layers = [name for name in entries if pipeline.LAYER_FILE.match(name)]
+    experts = _open_experts(path, entries, stage, models[0], allowed_globals)
+    if not layers:
+        return [experts] * len(models)
+    if experts:
+        raise UnsupportedLayout(f"{path} holds experts in a pipeline, which this version does not read.")
+    if any(model["module"] is not None for model in models):
+        raise BrokenCheckpoint(
+            f"{path} holds pipeline layers' files ({few(layers, 2)}), but its model files hold the weights: files of "
+            "another save remain."
+        )
+    return pipeline.weights_by_rank(path, [open_torch_file(path / name, allowed_globals) for name in layers], models)
 
 
 def _open_experts(
     path: Path, entries: list[str], stage: int, model: Any, allowed_globals: frozenset[str]
-) -> tuple[TorchFile, ...]:
+) -> tuple[Weights, ...]:
     names = [name for name in entries if moe.EXPERT_FILE.match(name)]
     config = model.get("ds_config") if isinstance(model.get("ds_config"), dict) else {}
     if names and stage == 3:
@@ -80,7 +139,11 @@ def _open_experts(
         raise UnsupportedLayout(
             f"{path} was saved with use_data_before_expert_parallelism, which this version does not read."
         )
-    return tuple(open_torch_file(path / name, allowed_globals) for name in names)
+    if names and _model_parallel_size(model) > 1:
+        raise UnsupportedLayout(f"{path} holds experts of a model-parallel run, which this version does not read.")
+    moe.require_expert_files(path, names, model)
+    opened = [open_torch_file(path / name, allowed_globals) for name in names]
+    return tuple(Weights(file, file.tree) for file in opened)
 
 
 def _expert_sizes(optim: TorchFile, model: Any) -> tuple[int, ...]:
@@ -90,19 +153,23 @@ def _expert_sizes(optim: TorchFile, model: Any) -> tuple[int, ...]:
     return (1,) * len(model["param_shapes"])
 
 
-def _assemble(checkpoint: Checkpoint, files: RankFiles, stage: int, names: tuple[str, ...]) -> Layout:
+def _assemble(checkpoint: Checkpoint, parts: list[RankFiles], stage: int) -> Layout:
     builder = TableBuilder()
-    (zero3 if stage == 3 else zero12).place(builder, files)
-    return _layout(checkpoint, files, stage, names, builder, _parameter_groups(files.optims[0]))
+    for part in parts:
+        (zero3 if stage == 3 else zero12).place(builder, part)
+    names = tuple(file.path.name for part in parts for file in part.opened)
+    return _layout(checkpoint, parts, stage, names, builder, _parameter_groups(parts[0].optims[0]))
 
 
 def _read_universal(
-    checkpoint: Checkpoint, path: Path, models: dict[int, str], allowed_globals: frozenset[str]
+    checkpoint: Checkpoint, path: Path, models: dict[Rank, str], allowed_globals: frozenset[str]
 ) -> Layout:
+    if any(rank.mp for rank in models):
+        raise UnsupportedLayout(f"{path} is a universal checkpoint of a model-parallel run, which is not read.")
     whole = "mp_rank_00_model_states.pt"
     if (path / whole).is_file():
-        models = {0: whole}  # a stage 3 engine's file beside it holds no weights
-    opened = {r: open_torch_file(path / n, allowed_globals) for r, n in models.items()}
+        models = {Rank(0, 0): whole}  # a stage 3 engine's file beside it holds no weights
+    opened = {rank.dp: open_torch_file(path / name, allowed_globals) for rank, name in models.items()}
     world_size = _world_size(path, opened[0].tree)
     config = opened[0].tree.get("ds_config")
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
@@ -112,9 +179,10 @@ def _read_universal(
             f"{path} was made of a run with round_robin_gradients; DeepSpeed's converter then puts parameters into "
             "wrong places, so it is not read. Merge the run's own checkpoints."
         )
-    if "zero_pp_rank_" in models[0]:
-        _require_ranks(path, "model file", "model_states.pt", set(models), world_size)
-    tensors, aliases = _tensors(opened[0])
+    if "zero_pp_rank_" in models[Rank(0, 0)]:
+        ranks = [Rank(0, dp) for dp in range(world_size)]
+        _require_files(path, "model file", models, {rank: f"{_rank_name(rank)}_model_states.pt" for rank in ranks})
+    tensors, aliases = _tensors(opened[0], _module(opened[0], ()), opened[0].tree.get("shared_params") or {})
     names = [name for name, info in tensors.items() if info.role == "parameter"]
     parameters = universal.open_parameters(path, names, allowed_globals)
     head = open_torch_file(path / universal.OPTIMIZER_STATE, allowed_globals)
@@ -124,7 +192,7 @@ def _read_universal(
     builder = TableBuilder()
     universal.place(builder, files, parameters)
     relative = tuple(file.relative_to(path).as_posix() for file in indices)
-    return _layout(checkpoint, files, int(zero.get("stage", 1)), relative, builder, head.tree["param_groups"])
+    return _layout(checkpoint, [files], int(zero.get("stage", 1)), relative, builder, head.tree["param_groups"])
 
 
 def _read_stage0(checkpoint: Checkpoint, model: TorchFile, world_size: int) -> Layout:
@@ -132,28 +200,36 @@ def _read_stage0(checkpoint: Checkpoint, model: TorchFile, world_size: int) -> L
     files = RankFiles({0: model}, {}, {model.path: 0}, optimizer.tensors, optimizer.aliases, world_size)
     builder = TableBuilder()
     zero0.place(builder, model, optimizer)
-    layout = _layout(checkpoint, files, 0, (model.path.name,), builder, optimizer.groups)
+    layout = _layout(checkpoint, [files], 0, (model.path.name,), builder, optimizer.groups)
     return replace(layout, has_nameless_states=optimizer.has_nameless_states)
 
 
 def _layout(
-    checkpoint: Checkpoint, files: RankFiles, stage: int, names: tuple[str, ...], builder: TableBuilder, groups: Any
+    checkpoint: Checkpoint,
+    parts: list[RankFiles],
+    stage: int,
+    names: tuple[str, ...],
+    builder: TableBuilder,
+    groups: Any,
 ) -> Layout:
-    model = files.models[0].tree
+    first = parts[0]
+    fronts = [f"mp_rank_{mp:02d}/" if len(parts) > 1 else "" for mp in range(len(parts))]
+    ranks = list(zip(fronts, parts, strict=True))
     return Layout(
         path=checkpoint.path,
         tag=checkpoint.tag,
-        step=int(model["global_steps"]),
+        step=int(first.models[0].tree["global_steps"]),
         stage=stage,
-        world_size=files.world_size,
-        dtype=_module_dtype(files.tensors),
+        world_size=first.world_size,
+        dtype=_module_dtype(first.tensors),
         files=names,
-        archives=tuple(file.archive for file in (*files.models.values(), *files.optims.values(), *files.experts)),
-        tensors=files.tensors,
-        aliases=files.aliases,
+        archives=tuple(file.archive for part in parts for file in part.opened),
+        tensors={front + name: info for front, part in ranks for name, info in part.tensors.items()},
+        aliases={front + alias: front + name for front, part in ranks for alias, name in part.aliases.items()},
         fragments=builder.tables(),
-        learning_rates=_learning_rates(files.optims.get(0, files.models[0]), groups),
-        warmup_num_steps=_warmup(model),
+        learning_rates=_learning_rates(first.optims.get(0, first.models[0]), groups),
+        warmup_num_steps=_warmup(first.models[0].tree),
+        model_parallel_size=len(parts),
     )
 
 
@@ -164,41 +240,47 @@ def _refuse_unsupported(path: Path, names: list[str]) -> None:
             raise UnsupportedLayout(f"{path} holds {what} ({few(hits, 2)}), which this version does not read.")
 
 
-def _by_rank(path: Path, names: list[str], pattern: re.Pattern[str]) -> dict[int, str]:
-    found: dict[int, str] = {}
+def _by_rank(path: Path, names: list[str], pattern: re.Pattern[str]) -> dict[Rank, str]:
+    found: dict[Rank, str] = {}
     for name in names:
         match = pattern.match(name)
         if not match:
             continue
-        if int(match["mp"]) > 0:
-            raise UnsupportedLayout(f"{path} is model-parallel ({name}), which this version does not read.")
-        rank = int(match["dp"] or 0)
+        rank = Rank(int(match["mp"]), int(match["dp"] or 0))
         if rank in found and not universal.is_universal(path):
             raise BrokenCheckpoint(
-                f"{path} holds two files of rank {rank}: {found[rank]} and {name}. Two runs were saved into one "
+                f"{path} holds two files of {_rank_name(rank)}: {found[rank]} and {name}. Two runs were saved into one "
                 "folder; remove the stale one."
             )
         found[rank] = name
     return dict(sorted(found.items()))
 
 
+def _rank_name(rank: Rank) -> str:
+    return f"zero_pp_rank_{rank.dp}_mp_rank_{rank.mp:02d}"
+
+
 def _world_size(path: Path, model: Any) -> int:
     if not isinstance(model, dict) or "dp_world_size" not in model or "param_shapes" not in model:
         raise BrokenCheckpoint(f"{path}: its model file lacks dp_world_size or param_shapes; DeepSpeed writes both.")
-    if int(model.get("mp_world_size") or 1) > 1:
-        raise UnsupportedLayout(f"{path} is model-parallel (mp_world_size > 1), which this version does not read.")
     return int(model["dp_world_size"])
 
 
-def _require_ranks(path: Path, what: str, ending: str, found: set[int], world_size: int) -> None:
-    missing = [f"zero_pp_rank_{rank}_mp_rank_00_{ending}" for rank in range(world_size) if rank not in found]
+def _model_parallel_size(model: Any) -> int:
+    """Ranks that hold a replica of the model together: tensor-parallel ones times pipeline stages."""
+    return int(model.get("mp_world_size") or 1)
+
+
+def _require_files(path: Path, what: str, found: dict[Rank, str], names: dict[Rank, str]) -> None:
+    """Raises BrokenCheckpoint unless the ranks of `names`, and no others, have files."""
+    missing = [name for rank, name in names.items() if rank not in found]
     if missing:
         raise BrokenCheckpoint(
-            f"{path} is incomplete: {len(missing)} of {world_size} ranks' {what}s are missing: {few(missing)}."
+            f"{path} is incomplete: {len(missing)} of {len(names)} ranks' {what}s are missing: {few(missing)}."
         )
-    if len(found) > world_size:
+    if len(found) > len(names):
         raise BrokenCheckpoint(
-            f"{path} holds {what}s of {len(found)} ranks, but was saved by {world_size}: files of another save remain."
+            f"{path} holds {what}s of {len(found)} ranks, but was saved by {len(names)}: files of another save remain."
         )
 
 
@@ -216,17 +298,20 @@ def _stage(path: Path, optim: TorchFile) -> int:
     return 1  # BF16_Optimizer, which writes no zero_stage
 
 
+def _module(model_file: TorchFile, beside: tuple[Weights, ...]) -> dict[str, Any]:
+    """Every tensor of the module, wherever it lies: a pipeline's model files hold none."""
+    module = dict(model_file.tree["module"] or {})
+    for weights in beside:
+        module |= weights.tensors
+    return module
+
+
 def _tensors(
-    model_file: TorchFile, experts: tuple[TorchFile, ...] = (), expert_sizes: tuple[int, ...] = ()
+    model_file: TorchFile, module: dict[str, Any], shared: dict[str, str], expert_sizes: tuple[int, ...] = ()
 ) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Parameters in partition order, then frozen ones, then buffers; and the tied names of each."""
     model = model_file.tree
-    if not isinstance(model["module"], dict):
-        raise UnsupportedLayout(f"{model_file.path} holds no module weights (pipeline parallel).")
-    module = dict(model["module"])
-    for expert in experts:
-        module |= expert.tree
-    aliases = {str(k): str(v) for k, v in (model.get("shared_params") or {}).items()}
+    aliases = {str(k): str(v) for k, v in shared.items() if k in module}
     buffers = set(model.get("buffer_names") or ())
     tensors: dict[str, TensorInfo] = {}
     for number, group in enumerate(model["param_shapes"]):
@@ -258,8 +343,7 @@ def _tied(module: dict[str, Any], parameters: dict[str, TensorInfo]) -> dict[str
 def _dtype_of(model_file: TorchFile, module: dict[str, Any], name: str) -> DType:
     value = module.get(name)
     if not isinstance(value, Tensor):
-        where = f"no expert's file beside {model_file.path}" if moe.EXPERT.match(name) else f"{model_file.path}: module"
-        raise BrokenCheckpoint(f"{where} holds no tensor {name}, although param_shapes names it.")
+        raise BrokenCheckpoint(f"{model_file.path} names the parameter {name}, but no file holds its weights.")
     return value.dtype
 
 

@@ -110,11 +110,11 @@ def _states(state: dict[str, Any], group: int) -> dict[str, Any]:
 
 
 def place_module(builder: TableBuilder, files: RankFiles) -> None:
-    """Whole tensors of the model file and of experts' files; a tied name counts only where it has bytes of its own."""
+    """Whole tensors of the model file and of those beside it; a tied name counts only where it has own bytes."""
     model = files.models[0]
-    _place_weights(builder, files, model, model.tree["module"])
-    for expert in files.experts:
-        _place_weights(builder, files, expert, expert.tree)
+    _place_weights(builder, files, model, model.tree["module"] or {})
+    for weights in files.beside:
+        _place_weights(builder, files, weights.file, weights.tensors)
 
 
 def _place_weights(builder: TableBuilder, files: RankFiles, model: TorchFile, weights: dict[str, Any]) -> None:
