@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, PipeModelDataParallelTopology
-from ds_worker import ENGINES, ds_config, main
+from ds_worker import ENGINES, JOBS, ds_config, run_jobs
 
 WIDTH, VOCABULARY = 8, 13
 
@@ -174,4 +174,4 @@ ENGINES["tensor parallel"] = tensor_parallel_engine
 ENGINES["pipeline"] = pipeline_engine
 
 if __name__ == "__main__":
-    main()
+    run_jobs(JOBS)
