@@ -380,5 +380,7 @@ def run_jobs(jobs: dict[str, Callable[[dict[str, Any]], dict[str, Any]]]) -> Non
     dist.destroy_process_group()
 
 
+JOBS = {"train": do_train, "load": do_load, "schedule": do_schedule, "convert": do_convert}
+
 if __name__ == "__main__":
-    run_jobs({"train": do_train, "load": do_load, "schedule": do_schedule, "convert": do_convert})
+    run_jobs(JOBS)
