@@ -5,8 +5,11 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, PipeModelDataParallelTopology
+from deepspeed.utils import groups
 from ds_worker import ENGINES, JOBS, ds_config, run_jobs
 
 WIDTH, VOCABULARY = 8, 13
@@ -170,6 +173,59 @@ def pipeline_engine(job: dict[str, Any]) -> Any:
     return engine
 
 
+class Expert(torch.nn.Module):
+    """A parameter of odd size, one that is frozen, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(WIDTH, 5)
+        self.outer = torch.nn.Linear(5, WIDTH, bias=False)
+        self.shift = torch.nn.Parameter(torch.full((WIDTH,), 0.25), requires_grad=False)
+        self.register_buffer("seen", torch.zeros(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.seen.add_(1)
+        return self.outer(torch.tanh(self.inner(x))) + self.shift
+
+
+class MoEModel(torch.nn.Module):
+    """Two MoE layers between dense ones, the second with a residual."""
+
+    def __init__(self, experts: list[int], ep_sizes: list[int]) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(VOCABULARY, WIDTH)
+        self.hidden = torch.nn.Linear(WIDTH, WIDTH)
+        options = {"k": 1, "min_capacity": 0, "capacity_factor": 4.0, "use_rts": False}
+        self.moe = torch.nn.ModuleList(
+            MoE(WIDTH, Expert(), num_experts=count, ep_size=ep_size, use_residual=number == 1, **options)
+            for number, (count, ep_size) in enumerate(zip(experts, ep_sizes, strict=True))
+        )
+        self.head = torch.nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.hidden(self.embedding(tokens)))
+        for layer in self.moe:
+            x = x + layer(x)[0]
+        return self.head(x)
+
+
+def moe_engine(job: dict[str, Any]) -> Any:
+    """An engine whose experts start unlike each other on every rank."""
+    for made in (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP):
+        made.clear()  # an earlier job's ranks may have been ordered in another way
+    model = MoEModel(job["experts"], job["ep_sizes"])
+    for name, parameter in model.named_parameters():
+        if "deepspeed_experts" in name and parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    trained = {"params": [p for p in model.parameters() if p.requires_grad], "name": "all"}
+    size = job.get("max_group_size", 178956971)
+    optimizer = torch.optim.AdamW(split_params_into_different_moe_groups_for_optimizer(trained, size), lr=1e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(job))
+    return engine
+
+
+ENGINES["moe"] = moe_engine
 ENGINES["tensor parallel"] = tensor_parallel_engine
 ENGINES["pipeline"] = pipeline_engine
 

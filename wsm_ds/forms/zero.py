@@ -41,7 +41,6 @@ def zero_templates(
         layout.tensors,
         layout.aliases,
         form.world_size,
-        expert_sizes=(1,) * len(origin.groups),
     )
     builder = TableBuilder()
     (zero3 if form.stage == 3 else zero12).place(builder, files)

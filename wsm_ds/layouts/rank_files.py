@@ -6,6 +6,7 @@ from typing import Any
 
 from wsm_ds.errors import BrokenCheckpoint
 from wsm_ds.layouts.layout import TensorInfo
+from wsm_ds.layouts.moe import NO_EXPERTS, Experts
 from wsm_ds.torchfile import Tensor, TorchFile
 
 
@@ -22,8 +23,7 @@ class RankFiles:
     """Model and optimizer files of one model-parallel rank, by data-parallel rank; `indices` numbers them by path.
 
     `tensors` and `aliases` are named as those files name them. `beside` are weights outside the model files: native
-    MoE's experts, a pipeline's layers. `expert_sizes` is the expert-parallel degree of each group, `first_tensor` the
-    number of the first of `tensors` in the fragment tables.
+    MoE's experts, a pipeline's layers. `first_tensor` is the number of the first of `tensors` in the fragment tables.
     """
 
     models: dict[int, TorchFile]
@@ -33,7 +33,7 @@ class RankFiles:
     aliases: dict[str, str]
     world_size: int
     beside: tuple[Weights, ...] = ()
-    expert_sizes: tuple[int, ...] = ()
+    experts: Experts = NO_EXPERTS
     first_tensor: int = 0
 
     @property

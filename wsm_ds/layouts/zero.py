@@ -96,16 +96,19 @@ def _rank_files(
 
     Only the first rank of all writes down which names are tied (`runtime/engine.py`, `_get_shared_params`).
     """
-    sizes = _expert_sizes(optims[0], models[0].tree)
+    has_experts = bool(models[0].tree.get("num_experts"))
+    experts = moe.read_experts(models[0].tree, [weights.file for weights in beside]) if has_experts else moe.NO_EXPERTS
+    if has_experts:
+        moe.require_same_groups(optims)
     first = before[0].models[0] if before else models[0]
     module = _module(models[0], beside) | elsewhere
-    tensors, aliases = _tensors(models[0], module, first.tree.get("shared_params") or {}, sizes)
+    tensors, aliases = _tensors(models[0], module, first.tree.get("shared_params") or {}, experts)
     files = [*models.values(), *optims.values(), *(weights.file for weights in beside)]
     first_file = sum(len(part.opened) for part in before)
     indices = {file.path: index for index, file in enumerate(files, first_file)}
     first_tensor = sum(len(part.tensors) for part in before)
     world_size = int(models[0].tree["dp_world_size"])
-    return RankFiles(models, optims, indices, tensors, aliases, world_size, beside, sizes, first_tensor)
+    return RankFiles(models, optims, indices, tensors, aliases, world_size, beside, experts, first_tensor)
 
 
 def _open_beside(
@@ -130,27 +133,15 @@ def _open_experts(
     path: Path, entries: list[str], stage: int, model: Any, allowed_globals: frozenset[str]
 ) -> tuple[Weights, ...]:
     names = [name for name in entries if moe.EXPERT_FILE.match(name)]
-    config = model.get("ds_config") if isinstance(model.get("ds_config"), dict) else {}
     if names and stage == 3:
         raise UnsupportedLayout(f"{path} holds experts of stage 3 ({few(names, 2)}), which this version does not read.")
     if model.get("ds_autoep_layers"):
         raise UnsupportedLayout(f"{path} holds AutoEP layers, which this version does not read.")
-    if names and config.get("use_data_before_expert_parallelism"):
-        raise UnsupportedLayout(
-            f"{path} was saved with use_data_before_expert_parallelism, which this version does not read."
-        )
     if names and _model_parallel_size(model) > 1:
         raise UnsupportedLayout(f"{path} holds experts of a model-parallel run, which this version does not read.")
     moe.require_expert_files(path, names, model)
     opened = [open_torch_file(path / name, allowed_globals) for name in names]
     return tuple(Weights(file, file.tree) for file in opened)
-
-
-def _expert_sizes(optim: TorchFile, model: Any) -> tuple[int, ...]:
-    groups = _parameter_groups(optim)
-    if "base_optimizer_state" in optim.tree["optimizer_state_dict"] and any(group.get("moe") for group in groups):
-        return tuple(moe.expert_parallel_sizes(optim.path, groups))
-    return (1,) * len(model["param_shapes"])
 
 
 def _assemble(checkpoint: Checkpoint, parts: list[RankFiles], stage: int) -> Layout:
@@ -307,17 +298,17 @@ def _module(model_file: TorchFile, beside: tuple[Weights, ...]) -> dict[str, Any
 
 
 def _tensors(
-    model_file: TorchFile, module: dict[str, Any], shared: dict[str, str], expert_sizes: tuple[int, ...] = ()
+    model_file: TorchFile, module: dict[str, Any], shared: dict[str, str], experts: moe.Experts = moe.NO_EXPERTS
 ) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Parameters in partition order, then frozen ones, then buffers; and the tied names of each."""
     model = model_file.tree
     aliases = {str(k): str(v) for k, v in shared.items() if k in module}
-    buffers = set(model.get("buffer_names") or ())
+    buffers = set(experts.of_all_ranks(model.get("buffer_names") or ()))
     tensors: dict[str, TensorInfo] = {}
-    for number, group in enumerate(model["param_shapes"]):
-        for expert_rank in range(expert_sizes[number] if expert_sizes else 1):
-            for local, name in moe.global_names(group, expert_rank).items():
-                tensors[name] = TensorInfo(tuple(group[local]), _dtype_of(model_file, module, name), "parameter")
+    for group in model["param_shapes"]:
+        for local, shape in group.items():
+            for name in experts.of_all_ranks([local]):
+                tensors[name] = TensorInfo(tuple(shape), _dtype_of(model_file, module, name), "parameter")
     aliases = _tied(module, tensors) | aliases
     frozen_shapes = model.get("frozen_param_shapes") or {}
     for name, value in module.items():

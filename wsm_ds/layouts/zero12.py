@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from wsm_ds.errors import BrokenCheckpoint
-from wsm_ds.layouts import moe
 from wsm_ds.layouts.layout import TableBuilder, TensorInfo
 from wsm_ds.layouts.rank_files import RankFiles, element_wise, require_numel
 from wsm_ds.torchfile import Tensor, TorchFile
@@ -26,19 +25,18 @@ def place(builder: TableBuilder, files: RankFiles) -> None:
     sizes: dict[int, int] = {}
     for rank, optim in files.optims.items():
         state = optim.tree["optimizer_state_dict"]
-        counts = [files.world_size // degree for degree in files.expert_sizes]
-        _require_count(optim, state, counts)
-        for number, (shapes, degree) in enumerate(zip(groups, files.expert_sizes, strict=True)):
-            names = moe.global_names(shapes, rank % degree).values()
+        _require_count(optim, state, len(groups))
+        for number, shapes in enumerate(groups):
+            part = files.experts.part(optim, number, shapes, rank, files.world_size)
             size = _partition_numel(optim, state, number)
             if size != sizes.setdefault(number, size):
                 raise BrokenCheckpoint(
                     f"{optim.path}: partition {number} holds {size} elements, that of rank 0 {sizes[number]}."
                 )
             alignment = (state.get("param_alignment_paddings") or [[]] * len(groups))[number]
-            needed = sum(files.tensors[name].numel for name in names) + sum(int(padding) for padding in alignment)
-            require_numel(optim, f"parameter group {number}", size * counts[number], needed)
-            pieces = list(slices(names, alignment, files.tensors, rank // degree * size, size))
+            needed = sum(files.tensors[name].numel for name in part.names) + sum(int(padding) for padding in alignment)
+            require_numel(optim, f"parameter group {number}", size * part.count, needed)
+            pieces = list(slices(part.names, alignment, files.tensors, part.index * size, size))
             _place_partition(builder, files, optim, number, size, pieces)
 
 
@@ -80,13 +78,10 @@ def whole_parameters(slices: list[Slice], tensors: dict[str, TensorInfo]) -> lis
     return wholes
 
 
-def _require_count(optim: TorchFile, state: dict[str, Any], counts: list[int]) -> None:
-    held, cut = len(state["single_partition_of_fp32_groups"]), [int(count) for count in state["partition_count"]]
-    if held != len(counts) or cut != counts:
-        raise BrokenCheckpoint(
-            f"{optim.path}: {held} partitions cut in {cut}, but the model file names {len(counts)} parameter groups, "
-            f"cut in {counts}."
-        )
+def _require_count(optim: TorchFile, state: dict[str, Any], groups: int) -> None:
+    held, counts = len(state["single_partition_of_fp32_groups"]), len(state["partition_count"])
+    if held != groups or counts != groups:
+        raise BrokenCheckpoint(f"{optim.path}: {held} partitions, but the model file names {groups} parameter groups.")
 
 
 def slices(
