@@ -79,6 +79,19 @@ class TinyModel(torch.nn.Module):
         return self.head(x)
 
 
+class AlikeModel(torch.nn.Module):
+    """Two norms, whose weights a small rate does not move from 1.0 as bf16 shows them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(13, 8)
+        self.first, self.second = torch.nn.LayerNorm(8), torch.nn.LayerNorm(8)
+        self.head = torch.nn.Linear(8, 13)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(torch.tanh(self.first(self.embedding(tokens)))))
+
+
 class MoEModel(torch.nn.Module):
     """Two layers of experts between dense ones; job["ep"] ranks share the experts."""
 
@@ -138,9 +151,11 @@ def build_engine(job: dict[str, Any]) -> Any:
     if job.get("ep"):
         return moe_engine(job)
     torch.manual_seed(7)
-    model = TinyModel(job.get("width", 9))
+    model = AlikeModel() if job.get("alike") else TinyModel(job.get("width", 9))
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    if job.get("reversed"):
+        plain.reverse()
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     if job.get("optimizer") == "muon":  # DeepSpeed makes the groups itself
         for parameter in model.parameters():

@@ -30,7 +30,7 @@ def partitions(optim: Any) -> list[torch.Tensor]:
 def states(optim: Any) -> dict[int, dict[str, torch.Tensor]]:
     """A rank's optimizer states, by group or sub-group."""
     base = optim["optimizer_state_dict"] if "fp32_flat_groups" in optim else optim["base_optimizer_state"]
-    return base["state"]
+    return dict(enumerate(base)) if isinstance(base, list) else base["state"]
 
 
 def moments(optim: Any, name: str) -> list[torch.Tensor]:

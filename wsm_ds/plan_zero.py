@@ -14,7 +14,7 @@ from wsm_ds.layouts.layout import Table
 from wsm_ds.plan import Bytes, Copy, CrcField, InputFile, OutputFile, Template, overlay
 from wsm_ds.rewrite import Inputs, inputs_of, rewritten
 from wsm_ds.runs import FileRuns, WindowTables, add_copied_runs, add_window_runs
-from wsm_ds.torchfile import Archive, Tensor, open_torch_file
+from wsm_ds.torchfile import Archive, open_torch_file
 
 
 def zero_outputs(
@@ -135,10 +135,11 @@ def _moved(table: Table, moves: list[dict[int, int]]) -> Table:
 def _drop_states(state: dict[str, Any]) -> None:
     """Empties the base optimizer's state, and takes back step counters kept in parameter groups."""
     base: Any = state.get("base_optimizer_state", state.get("optimizer_state_dict", state))
-    if isinstance(base, list):
+    if isinstance(base, list):  # elastic: an entry a group, and its steps, which a fresh state must not have
         for entry in base:
-            for name in [name for name, value in entry.items() if isinstance(value, Tensor)]:
-                del entry[name]
+            entry.clear()
+        if "base_optimizer_state_step" in state:
+            state["base_optimizer_state_step"] = 0
         return
     base["state"].clear()
     for group in base["param_groups"]:

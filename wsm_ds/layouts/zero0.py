@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsm_ds.dtypes import narrow, widen
-from wsm_ds.errors import UnsupportedLayout
+from wsm_ds.errors import UnsupportedLayout, few
 from wsm_ds.layouts.layout import TableBuilder, TensorInfo
 from wsm_ds.torchfile import Tensor, TorchFile
 
-COMPARED_NUMEL = 1 << 16
-"""Elements of a parameter, from its beginning, that tell it from others of its shape."""
+FIRST_BLOCK_NUMEL, LARGEST_BLOCK_NUMEL = 1 << 12, 1 << 20
+"""Elements compared at a time: few where most weights differ already, many where they are alike."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ def is_stage0(model: Any) -> bool:
 
 
 def read_optimizer(file: TorchFile) -> Optimizer:
-    """Names the optimizer's tensors. Reads up to 64 Ki elements of each where the file's structure does not say.
+    """Names the optimizer's tensors. Where the structure does not say, reads as many elements as tell weights apart.
 
     Raises:
-        UnsupportedLayout: a master is no parameter's.
+        UnsupportedLayout: a master is no parameter's, or may be any of several.
     """
     state, module = file.tree["optimizer"], file.tree["module"]
     if not isinstance(module, dict):
@@ -113,14 +113,18 @@ def _fused(file: TorchFile, flats: list[Tensor], base: dict[str, Any], weights: 
     views: dict[str, list[tuple[int, str]]] = {}
     for name, tensor in weights.items():
         views.setdefault(tensor.storage.key, []).append((tensor.offset, name))
-    numels = {key: sum(weights[name].numel for _, name in held) for key, held in views.items()}
     pending = {key: sorted(held) for key, held in views.items()}
     for number, flat in enumerate(flats):
-        rows = [key for key in pending if numels[key] == flat.numel and _tiles(pending[key], weights)]
-        key = next((k for k in rows if _agree(file, flat, weights[pending[k][0][1]])), None)
-        if key is None:
-            raise UnsupportedLayout(f"{file.path}: the flat masters of group {number} are no parameters of its module.")
-        for start, name in pending.pop(key):
+        rows = {
+            key: weights[held[0][1]]
+            for key, held in pending.items()
+            if _tiles(held, weights) and sum(weights[name].numel for _, name in held) == flat.numel
+        }
+        found = _rounded_to(file, flat, rows)
+        if len(found) != 1:
+            what = "are no parameters" if not found else "may be any of several groups"
+            raise UnsupportedLayout(f"{file.path}: the flat masters of group {number} {what} of its module.")
+        for start, name in pending.pop(found[0]):
             yield Named(name, start, weights[name].numel, {"master": flat, **_states(base, number, flat)})
 
 
@@ -137,17 +141,48 @@ def _tiles(views: list[tuple[int, str]], weights: dict[str, Tensor]) -> bool:
 def _unfused(
     file: TorchFile, groups: list[list[Tensor]], base: dict[str, Any], weights: dict[str, Tensor]
 ) -> Iterator[Named]:
-    pending = dict(weights)
-    for number, master in enumerate(tensor for group in groups for tensor in group):
-        alike = (name for name, weight in pending.items() if weight.shape == master.shape)
-        found = next((name for name in alike if _agree(file, master, pending[name])), None)
-        if found is None:
+    masters = [master for group in groups for master in group]
+    found = []
+    for number, master in enumerate(masters):
+        alike = {name: weight for name, weight in weights.items() if weight.shape == master.shape}
+        found.append(_rounded_to(file, master, alike))
+        if not found[-1]:
             raise UnsupportedLayout(
                 f"{file.path}: master {number} of shape {list(master.shape)} is no parameter's of its module; were the "
                 "weights replaced without their masters (load_optimizer_states=False)?"
             )
-        del pending[found]
-        yield Named(found, 0, master.numel, {"master": master, **_states(base, number, master)})
+    group_of = [group for group, held in enumerate(groups) for _ in held]
+    for number, name in enumerate(_told_apart(file, found, group_of, list(weights))):
+        master = masters[number]
+        yield Named(name, 0, master.numel, {"master": master, **_states(base, number, master)})
+
+
+def _told_apart(file: TorchFile, found: list[list[str]], group_of: list[int], order: list[str]) -> list[str]:
+    """One name for each master of those found for it.
+
+    Weights that are alike in every rounded element (norms that are still 1.0 in bf16) are told apart by their order,
+    if they are all of one group and every group keeps the module's `order`, as far as the other weights show.
+    """
+    places = {name: place for place, name in enumerate(order)}
+    chosen = []
+    for number, names in enumerate(found):
+        same = [other for other, others in enumerate(found) if others == names]
+        if len(same) != len(names) or len({group_of[other] for other in same}) > 1:
+            raise _ambiguous(file, number, names)
+        chosen.append(names[same.index(number)])
+    if any(len(names) > 1 for names in found):
+        for number in range(1, len(chosen)):
+            before = number - 1
+            if group_of[before] == group_of[number] and places[chosen[before]] > places[chosen[number]]:
+                raise _ambiguous(file, *next((n, names) for n, names in enumerate(found) if len(names) > 1))
+    return chosen
+
+
+def _ambiguous(file: TorchFile, number: int, names: list[str]) -> UnsupportedLayout:
+    return UnsupportedLayout(
+        f"{file.path}: master {number} may be any of {few(names)}: they are alike once rounded, and the optimizer's "
+        "groups do not keep the module's order. Train until they differ, or use ZeRO stage 1, which writes names."
+    )
 
 
 def _by_order(base: dict[str, Any], weights: dict[str, Tensor]) -> Iterator[Named]:
@@ -160,12 +195,26 @@ def _by_order(base: dict[str, Any], weights: dict[str, Tensor]) -> Iterator[Name
         yield from pieces
 
 
-def _agree(file: TorchFile, master: Tensor, weight: Tensor) -> bool:
-    """Whether a master, rounded, is a weight, as far as its first elements tell."""
-    numel = min(COMPARED_NUMEL, weight.numel)
-    rounded = narrow(widen(_elements(file, master, numel), master.dtype), weight.dtype)
-    return bool(np.array_equal(rounded, _elements(file, weight, numel)))
+def _rounded_to(file: TorchFile, master: Tensor, weights: dict[str, Tensor]) -> list[str]:
+    """Those of `weights` that a master, rounded, may be.
+
+    Reads block after block until one is left, or all of those that are alike. A weight stands for `master.numel`
+    elements from its own first one.
+    """
+    left, start, size = weights, 0, FIRST_BLOCK_NUMEL
+    while left and start < master.numel and (len(left) > 1 or start == 0):
+        numel = min(size, master.numel - start)
+        held = widen(_elements(file, master, start, numel), master.dtype)
+        rounded = {weight.dtype.name: narrow(held, weight.dtype) for weight in left.values()}
+        left = {
+            name: weight
+            for name, weight in left.items()
+            if np.array_equal(rounded[weight.dtype.name], _elements(file, weight, start, numel))
+        }
+        start, size = start + numel, LARGEST_BLOCK_NUMEL
+    return list(left)
 
 
-def _elements(file: TorchFile, tensor: Tensor, numel: int) -> NDArray[Any]:
-    return np.fromfile(file.path, tensor.dtype.storage, numel, offset=file.byte_offset(tensor))
+def _elements(file: TorchFile, tensor: Tensor, start: int, numel: int) -> NDArray[Any]:
+    offset = file.byte_offset(tensor) + start * tensor.dtype.itemsize
+    return np.fromfile(file.path, tensor.dtype.storage, numel, offset=offset)
