@@ -1,372 +1,336 @@
 """Plan → bytes: the only arithmetic and the only big I/O of the project.
 
-The unit of work is a block of an output file. Workers take blocks in file order, compute all bytes of each in
-memory, hash them and write them once. Blocks know nothing of each other, so their number in flight changes no
-bit. Within a block elements are summed slice by slice in float64, oldest source first, and rounded once.
+Threads take tasks, stretches of a stream, in file order. A task goes over its elements slice by slice: each source
+is read once, every target's sum is made of it (`arithmetic`), and goes to its places (`staging`), which hash and
+journal blocks as they fill up. Tasks know nothing of each other, so that neither their number in flight nor the
+process that runs them changes a bit.
 
-Memory: each worker holds one block and the scratch of one slice; nothing grows with the checkpoints.
+Memory: a worker holds one slice of each source of a stream, and what is made of it; nothing grows with the checkpoints.
 """
 
-import hashlib
 import logging
-import os
 import threading
-import zlib
-from bisect import bisect_right
-from collections import OrderedDict
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wsm_ds import crc32
-from wsm_ds.dtypes import narrow, widen
-from wsm_ds.errors import BrokenCheckpoint, BudgetTooSmall, LayoutMismatch, NonFiniteValue
-from wsm_ds.plan import Bytes, Copy, OutputFile, Piece, Plan, Read, Sum, Zeros
+from wsm_ds import arithmetic
+from wsm_ds.dtypes import DType, widen
+from wsm_ds.errors import BudgetTooSmall, LayoutMismatch, NonFiniteValue
+from wsm_ds.plan import Plan, Stream, Target
+from wsm_ds.reading import Reader
+from wsm_ds.staging import Spent, StagedFiles, Writer
+from wsm_ds.tasks import Task
 
 log = logging.getLogger(__name__)
 
-BLOCK_BYTES = 4 << 20
-"""Output bytes per block; part of the manifest's checksum, so a constant."""
-SCRATCH_BYTES_PER_ELEMENT = 48
-MIN_SLICE_NUMEL, MAX_SLICE_NUMEL = 4096, 1 << 17
-OPEN_FILES_PER_WORKER = 32
-
-
-@dataclass(frozen=True)
-class Written:
-    """A finished output file: its length, and the SHA-256 of its blocks' SHA-256 digests."""
-
-    name: str
-    nbytes: int
-    sha256_of_blocks: str
+MIN_SLICE_NUMEL, MAX_SLICE_NUMEL = 4096, 1 << 16
+WORKER_BYTES = 1 << 20
+"""What a worker needs besides its slices: buffers for reading blocks again, open files."""
+READ_AHEAD_PARTS = 16
 
 
 @dataclass(frozen=True)
 class Workers:
-    """How many threads, and how many elements each sums at a time."""
+    """How many threads, and how many elements each takes at a time."""
 
     threads: int
     slice_numel: int
 
 
-def workers_for(memory_bytes: int, threads: int) -> Workers:
+def workers_for(sources: int, memory_bytes: int, threads: int) -> Workers:
     """As many threads as asked for and as the budget holds.
+
+    Args:
+        sources: the most sources that a stream has.
+        memory_bytes: of all threads together.
+        threads: wanted.
 
     Raises:
         BudgetTooSmall: the budget does not hold one worker; the message has the least that does.
     """
-    least = BLOCK_BYTES + MIN_SLICE_NUMEL * SCRATCH_BYTES_PER_ELEMENT
+    per_element = 8 * sources + 2 * arithmetic.SCRATCH_BYTES_PER_ELEMENT
+    least = WORKER_BYTES + MIN_SLICE_NUMEL * per_element
     if memory_bytes < least:
         raise BudgetTooSmall(f"a memory budget of {memory_bytes} bytes is too small; the least is {least} bytes.")
     count = max(1, min(threads, memory_bytes // least))
-    numel = (memory_bytes // count - BLOCK_BYTES) // SCRATCH_BYTES_PER_ELEMENT
+    numel = (memory_bytes // count - WORKER_BYTES) // per_element
     return Workers(count, int(min(numel, MAX_SLICE_NUMEL)))
 
 
-def execute(
-    plan: Plan, staging: Path, workers: Workers, on_bytes: Callable[[int], None] = lambda nbytes: None
-) -> tuple[Written, ...]:
-    """Writes every output file of `plan` below `staging` and syncs it to disk.
+class Sink(Protocol):
+    """Where a worker's bytes go."""
+
+    def write(self, number: int, offset: int, data: memoryview) -> None:
+        """Takes bytes of output file `number`."""
+
+
+def run_tasks(
+    plan: Plan,
+    tasks: Sequence[Task],
+    files: StagedFiles,
+    workers: Workers,
+    on_bytes: Callable[[int], None] = lambda nbytes: None,
+    check: Callable[[], None] = lambda: None,
+) -> Spent:
+    """Runs tasks on threads; the first error stops all of them and is raised.
+
+    Args:
+        plan: the whole plan.
+        tasks: those of this process.
+        files: created and opened.
+        workers: see `workers_for`.
+        on_bytes: gets the bytes read and written of each finished task; called by one thread at a time.
+        check: called every now and then; an error it raises stops the work.
 
     Raises:
         NonFiniteValue: a source holds a NaN or an infinity (file and tensor named), or fp16 overflows.
         LayoutMismatch: a frozen tensor differs between sources.
-        BrokenCheckpoint: a source ended early, or changed while it was read.
-    """
-    written: dict[str, Written] = {}
-    for phase in sorted({output.phase for output in plan.outputs}):
-        outputs = [output for output in plan.outputs if output.phase == phase]
-        for entry in _run_all(outputs, plan, staging, workers, on_bytes):
-            written[entry.name] = entry
-    check_unchanged(plan)
-    return tuple(written[output.name] for output in plan.outputs)
-
-
-def check_unchanged(plan: Plan) -> None:
-    """Raises BrokenCheckpoint if a source's size or time of change is no longer what the plan saw."""
-    for source in plan.inputs:
-        if source.is_staged:
-            continue
-        now = source.path.stat()
-        if (now.st_size, now.st_mtime_ns) != (source.nbytes, source.mtime_ns):
-            raise BrokenCheckpoint(f"{source.path} changed while it was read; nothing was published.")
-
-
-def block_range(output: OutputFile, index: int) -> tuple[int, int]:
-    """[begin, end) in bytes of a block."""
-    return index * BLOCK_BYTES, min((index + 1) * BLOCK_BYTES, output.nbytes)
-
-
-def block_count(output: OutputFile) -> int:
-    """Blocks of a file; an empty one has none."""
-    return -(-output.nbytes // BLOCK_BYTES)
-
-
-@dataclass
-class _Job:
-    """An output file being written: what its blocks reported, and how many are still to come."""
-
-    output: OutputFile
-    descriptor: int
-    digests: list[bytes]
-    remaining: int
-    crc_parts: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
-
-    @classmethod
-    def start(cls, output: OutputFile, staging: Path) -> "_Job":
-        path = staging / output.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        os.ftruncate(descriptor, output.nbytes)
-        count = block_count(output)
-        return cls(output, descriptor, [b""] * count, count)
-
-    def put(self, index: int, data: memoryview) -> None:
-        begin = index * BLOCK_BYTES
-        self.digests[index] = hashlib.sha256(data).digest()
-        for number, crc in enumerate(self.output.crcs):
-            low, high = max(crc.offset, begin), min(crc.offset + crc.nbytes, begin + len(data))
-            if low < high:
-                part = (low, zlib.crc32(data[low - begin : high - begin]), high - low)
-                self.crc_parts.setdefault(number, []).append(part)
-        write_all(self.descriptor, data, begin)
-
-    def finish(self) -> Written:
-        """Fills in the checksums of the zip, hashes the blocks that hold them again, and syncs."""
-        stale: set[int] = set()
-        for number, crc in enumerate(self.output.crcs):
-            total = 0
-            for _, part, nbytes in sorted(self.crc_parts.get(number, [])):
-                total = crc32.combine(total, part, nbytes)
-            for place in crc.places:
-                write_all(self.descriptor, memoryview(total.to_bytes(4, "little")), place)
-                stale.update((place // BLOCK_BYTES, (place + 3) // BLOCK_BYTES))
-        for index in sorted(stale):
-            begin, end = block_range(self.output, index)
-            self.digests[index] = hashlib.sha256(os.pread(self.descriptor, end - begin, begin)).digest()
-        os.fsync(self.descriptor)
-        return Written(self.output.name, self.output.nbytes, hashlib.sha256(b"".join(self.digests)).hexdigest())
-
-
-def write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    """pwrite until all of `data` is written."""
-    while len(data):
-        done = os.pwrite(descriptor, data, offset)
-        data, offset = data[done:], offset + done
-
-
-def _run_all(
-    outputs: Sequence[OutputFile],
-    plan: Plan,
-    staging: Path,
-    workers: Workers,
-    on_bytes: Callable[[int], None],
-) -> list[Written]:
-    """Runs the blocks of all files on all threads; the first error stops them and is raised.
-
-    A file is open from its first block to its last, so that no more are open than there are threads.
+        BrokenCheckpoint: a source ended early or vanished.
+        OSError: the disk is full, or a file cannot be read or written.
     """
     lock, stop = threading.Lock(), threading.Event()
     errors: list[BaseException] = []
-    written: list[Written] = []
     warned: set[str] = set()
-    open_jobs: dict[int, _Job] = {}
-
-    def blocks() -> Iterator[tuple[_Job, int]]:
-        for output in outputs:
-            job = _Job.start(output, staging)
-            open_jobs[job.descriptor] = job
-            for index in range(job.remaining):
-                yield job, index
-            if not block_count(output):
-                close(job)
-
-    def close(job: _Job) -> None:
-        written.append(job.finish())
-        del open_jobs[job.descriptor]  # before the number can be another file's
-        os.close(job.descriptor)
-
-    pending = blocks()
+    total = Spent()
+    pending = iter(tasks)
 
     def work() -> None:
+        spent = Spent()
         try:
-            with BlockComputer(plan, staging, workers.slice_numel, warned) as computer:
+            with Reader(plan.inputs) as reader, Writer(files, spent) as writer:
+                worker = Worker(plan, reader, writer, workers.slice_numel, warned, spent)
                 while not stop.is_set():
                     with lock:
                         task = next(pending, None)
                     if task is None:
-                        return
-                    job, index = task
-                    data = computer.block(job.output, *block_range(job.output, index))
-                    job.put(index, data)
+                        break
+                    if not files.is_done(task):
+                        worker.run(task, stop.is_set)
                     with lock:
-                        on_bytes(len(data))
-                        job.remaining -= 1
-                        is_last = job.remaining == 0
-                    if is_last:
-                        close(job)
+                        on_bytes(task.nbytes)
         except BaseException as error:
             errors.append(error)
             stop.set()
+        with lock:
+            total.add(spent)
 
     threads = [threading.Thread(target=work, name=f"merge-{n}") for n in range(workers.threads)]
     for thread in threads:
         thread.start()
     try:
         for thread in threads:
-            thread.join()
-    except BaseException:
+            while thread.is_alive():
+                thread.join(0.2)
+                check()
+    finally:
         stop.set()
         for thread in threads:
             thread.join()
-        raise
-    finally:
-        for descriptor in open_jobs:
-            os.close(descriptor)
     if errors:
         raise errors[0]
-    return written
+    return total
 
 
-class BlockComputer:
-    """Computes any byte range of an output file. One per thread: it owns buffers and open files.
+class Worker:
+    """Runs tasks, one after the other. One per thread: it owns buffers and open files.
 
     `warned` has the names of tensors that were warned of already; threads share it.
     """
 
-    def __init__(self, plan: Plan, staging: Path, slice_numel: int, warned: set[str]) -> None:
-        self.plan, self.staging, self.slice_numel, self.warned = plan, staging, slice_numel, warned
-        self.block_buffer = bytearray(BLOCK_BYTES)
-        self.total = np.empty(slice_numel, dtype=np.float64)
-        self.product = np.empty(slice_numel, dtype=np.float64)
-        self.raw = bytearray(slice_numel * 8)
-        self.open_files: OrderedDict[int, int] = OrderedDict()
+    def __init__(
+        self, plan: Plan, reader: Reader, sink: Sink, slice_numel: int, warned: set[str], spent: Spent
+    ) -> None:
+        self.plan, self.reader, self.sink, self.slice_numel = plan, reader, sink, slice_numel
+        self.warned, self.spent = warned, spent
+        self.buffers: list[bytearray] = []
 
-    def __enter__(self) -> "BlockComputer":
-        return self
+    def run(self, task: Task, is_stopped: Callable[[], bool] = lambda: False) -> None:
+        """Reads, sums and writes the elements of a task."""
+        stream = self.plan.streams[task.stream]
+        self._read_ahead(stream, task)
+        for begin, end in _slices(stream, task, self.slice_numel):
+            if is_stopped():
+                return
+            targets = [(t, parts) for t in stream.targets if (parts := list(t.places.parts(begin, end)))]
+            slices = self._read_sources(stream, {m for t, _ in targets for m in t.members}, begin, end)
+            made: dict[Any, NDArray[Any]] = {}
+            for target, parts in targets:
+                begun = time.perf_counter()
+                stored = self._stored(stream, target, slices, begin, end, made)
+                self.spent.arithmetic_s += time.perf_counter() - begun
+                data = memoryview(stored.view(np.uint8))  # type: ignore[arg-type]
+                size = stored.itemsize
+                for element, numel, file, offset in parts:
+                    self.sink.write(file, offset, data[(element - begin) * size : (element - begin + numel) * size])
 
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self.open_files.values():
-            os.close(descriptor)
+    def _read_ahead(self, stream: Stream, task: Task) -> None:
+        for source in stream.sources:
+            for _, (element, numel, file, offset) in zip(
+                range(READ_AHEAD_PARTS), source.parts(task.begin, task.end), strict=False
+            ):
+                self.reader.will_read(file, offset, numel * source.dtype(element).itemsize)
 
-    def block(self, output: OutputFile, begin: int, end: int) -> memoryview:
-        """The bytes [begin, end) of `output`, at most a block; valid until the next call."""
-        data = memoryview(self.block_buffer)[: end - begin]
-        first = max(0, bisect_right(output.pieces, begin, key=lambda piece: piece.offset) - 1)
-        for piece in output.pieces[first:]:
-            if piece.offset >= end:
-                break
-            low, high = max(begin, piece.offset), min(end, piece.offset + piece.nbytes)
-            if low < high:
-                self._fill(output, piece, low, high, data[low - begin : high - begin])
-        return data
+    def _read_sources(self, stream: Stream, members: set[int], begin: int, end: int) -> dict[int, NDArray[Any]]:
+        """The stored elements of each member's source; what it has not is zeros."""
+        begun = time.perf_counter()
+        slices = {}
+        for number in sorted(members):
+            source = stream.sources[number]
+            dtype = source.dtype(begin)
+            into = self._buffer(number, (end - begin) * dtype.itemsize)
+            parts = list(source.parts(begin, end))
+            if sum(numel for _, numel, _, _ in parts) < end - begin:
+                into[:] = bytes(len(into))
+            for element, numel, file, offset in parts:
+                at = (element - begin) * dtype.itemsize
+                self.reader.read(file, offset, into[at : at + numel * dtype.itemsize])
+            slices[number] = np.frombuffer(into, dtype=dtype.storage)
+        self.spent.read_s += time.perf_counter() - begun
+        return slices
 
-    def _fill(self, output: OutputFile, piece: Piece, low: int, high: int, into: memoryview) -> None:
-        if isinstance(piece, Bytes):
-            into[:] = piece.data[low - piece.offset : high - piece.offset]
-        elif isinstance(piece, Zeros):
-            into[:] = bytes(len(into))
-        elif isinstance(piece, Copy):
-            self._read(piece.file, piece.source_offset + low - piece.offset, into)
-        else:
-            self._fill_elements(output, piece, low, high, into)
+    def _buffer(self, number: int, nbytes: int) -> memoryview:
+        while len(self.buffers) <= number:
+            self.buffers.append(bytearray())
+        if len(self.buffers[number]) < nbytes:
+            self.buffers[number] = bytearray(nbytes)
+        return memoryview(self.buffers[number])[:nbytes]
 
-    def _fill_elements(self, output: OutputFile, run: Sum, low: int, high: int, into: memoryview) -> None:
-        """Elements of a run; one that a block's border cuts is computed whole and cut."""
-        size = run.dtype.itemsize
-        first, last = (low - run.offset) // size, -(-(high - run.offset) // size)
-        for start in range(first, last, self.slice_numel):
-            numel = min(self.slice_numel, last - start)
-            stored = memoryview(self._slice(output, run, start, numel).view(np.uint8))  # type: ignore[arg-type]
-            at = run.offset + start * size
-            skip, stop = max(low - at, 0), min(high - at, numel * size)
-            into[at + skip - low : at + stop - low] = stored[skip:stop]
+    def _stored(
+        self,
+        stream: Stream,
+        target: Target,
+        slices: dict[int, NDArray[Any]],
+        begin: int,
+        end: int,
+        made: dict[Any, NDArray[Any]],
+    ) -> NDArray[Any]:
+        """The elements as the target stores them. `made` keeps what another target of the slice may want, too."""
+        dtype = target.places.dtype(begin)
+        key = (target.members, target.coefficients, target.rounded_like, dtype.name)
+        if key not in made:
+            if stream.fate == "carry":
+                made[key] = slices[0]
+            elif stream.fate == "merge":
+                made[key] = self._merged(stream, target, dtype, slices, begin, made)
+            else:
+                made[key] = self._newest(stream, target, dtype, slices, begin)
+        return made[key]
 
-    def _slice(self, output: OutputFile, run: Sum, start: int, numel: int) -> NDArray[Any]:
-        if run.fate in ("equal", "newest"):
-            return self._newest(output, run, start, numel)
-        values = self._weighted_sum(run, start, numel)
-        stored = narrow(values, run.dtype)
-        if not np.isfinite(values).all():
-            raise self._non_finite(output, run, start, numel)
-        if run.dtype.name == "fp16" and not np.isfinite(stored).all():
-            name = self._name(output, run, start + int(np.flatnonzero(~np.isfinite(stored))[0]))
-            raise NonFiniteValue(f"{name} overflows fp16 in {output.name}; write bf16 or fp32 instead.")
+    def _merged(
+        self,
+        stream: Stream,
+        target: Target,
+        dtype: DType,
+        slices: dict[int, NDArray[Any]],
+        begin: int,
+        made: dict[Any, NDArray[Any]],
+    ) -> NDArray[Any]:
+        summed = self._summed(stream, target, dtype.name == "fp64", slices, begin, made)
+        if target.rounded_like is not None:
+            like = stream.targets[target.rounded_like].places.dtype(begin)
+            summed = widen(arithmetic.rounded(summed, like), like)
+        stored = arithmetic.rounded(summed, dtype)
+        if dtype.name == "fp16" and not np.isfinite(stored).all():
+            element = begin + int(np.flatnonzero(~np.isfinite(stored))[0])
+            raise NonFiniteValue(
+                f"{stream.name(element, self.plan.names)} overflows fp16 in {self._where(target, element)}; write bf16 "
+                "or fp32 instead."
+            )
         return stored
 
-    def _weighted_sum(self, run: Sum, start: int, numel: int) -> NDArray[Any]:
-        """Σ c_j θ_j in float64, oldest first, rounded once (to float64 if the output is)."""
-        coefficients = (1.0,) if run.fate == "derive" else self.plan.coefficients
-        total, product = self.total[:numel], self.product[:numel]
-        with np.errstate(all="ignore"):
-            for number, (source, coefficient) in enumerate(zip(run.sources, coefficients, strict=True)):
-                values = widen(self._elements(source, start, numel), source.dtype)
-                np.multiply(values, coefficient, out=product if number else total, dtype=np.float64)
-                if number:
-                    np.add(total, product, out=total)
-            return total if run.dtype.name == "fp64" else total.astype(np.float32)
+    def _summed(
+        self,
+        stream: Stream,
+        target: Target,
+        keeps_fp64: bool,
+        slices: dict[int, NDArray[Any]],
+        begin: int,
+        made: dict[Any, NDArray[Any]],
+    ) -> NDArray[Any]:
+        """Σ c_j θ_j: float32, or float64 if the target stores that."""
+        key = (target.members, target.coefficients, keeps_fp64)
+        if key not in made:
+            dtypes = [stream.sources[number].dtype(begin) for number in target.members]
+            own = [slices[number] for number in target.members]
+            made[key], is_finite = arithmetic.weighted_sum(own, dtypes, target.coefficients, keeps_fp64=keeps_fp64)
+            if not is_finite:
+                raise self._non_finite(stream, target, slices, begin)
+        return made[key]
 
-    def _newest(self, output: OutputFile, run: Sum, start: int, numel: int) -> NDArray[Any]:
-        newest = self._elements(run.sources[-1], start, numel).copy()
-        for number, source in enumerate(run.sources[:-1]):
-            older = self._elements(source, start, numel)
-            if source.dtype == run.sources[-1].dtype and older.tobytes() == newest.tobytes():
-                continue
-            name = self._name(output, run, start)
-            places = f"{self.plan.sources[number].tag} and {self.plan.sources[-1].tag}"
-            if run.fate == "equal":
-                raise LayoutMismatch(f"the frozen tensor {name} differs between {places}: they are not one model.")
-            if name not in self.warned:
-                self.warned.add(name)
-                log.warning("%s differs between %s; it cannot be averaged, the newest is kept", name, places)
-        if run.dtype == run.sources[-1].dtype:
-            return newest
-        return narrow(widen(newest, run.sources[-1].dtype), run.dtype)
+    def _newest(
+        self, stream: Stream, target: Target, dtype: DType, slices: dict[int, NDArray[Any]], begin: int
+    ) -> NDArray[Any]:
+        """The newest of the window, after the others were compared with it."""
+        last = target.members[-1]
+        newest, kept = slices[last], stream.sources[last].dtype(begin)
+        for number in target.members[:-1]:
+            is_alike = stream.sources[number].dtype(begin) == kept and np.array_equal(
+                slices[number].view(np.uint8), newest.view(np.uint8)
+            )
+            if not is_alike:
+                self._differs(stream, target, number, slices[number], newest, begin)
+        return newest if dtype == kept else arithmetic.rounded(widen(newest, kept), dtype)
 
-    def _elements(self, source: Read, start: int, numel: int) -> NDArray[Any]:
-        size = source.dtype.itemsize
-        into = memoryview(self.raw)[: numel * size]
-        self._read(source.file, source.offset + start * size, into)
-        return np.frombuffer(into, dtype=source.dtype.storage)
+    def _differs(
+        self, stream: Stream, target: Target, number: int, older: NDArray[Any], newest: NDArray[Any], begin: int
+    ) -> None:
+        unlike = np.zeros(1, dtype=np.int64)
+        if older.dtype == newest.dtype:
+            rows = (len(newest), newest.itemsize)
+            unlike = np.flatnonzero((older.view(np.uint8) != newest.view(np.uint8)).reshape(rows).any(axis=1))
+        name = stream.name(begin + int(unlike[0]), self.plan.names)
+        sources = self.plan.parts[target.part].sources
+        places = f"{sources[target.members.index(number)].tag} and {sources[-1].tag}"
+        if stream.fate == "equal":
+            raise LayoutMismatch(f"the frozen tensor {name} differs between {places}: they are not one model.")
+        if name not in self.warned:
+            self.warned.add(name)
+            log.warning("%s differs between %s; it cannot be averaged, the newest is kept", name, places)
 
-    def _read(self, file: int, offset: int, into: memoryview) -> None:
-        descriptor = self._descriptor(file)
-        done = 0
-        while done < len(into):
-            count = os.preadv(descriptor, [into[done:]], offset + done)
-            if count == 0:
-                raise BrokenCheckpoint(f"{self.plan.inputs[file].path} ends at byte {offset + done}; it was cut off.")
-            done += count
-
-    def _descriptor(self, file: int) -> int:
-        if file in self.open_files:
-            self.open_files.move_to_end(file)
-            return self.open_files[file]
-        if len(self.open_files) >= OPEN_FILES_PER_WORKER:
-            os.close(self.open_files.popitem(last=False)[1])
-        source = self.plan.inputs[file]
-        path = self.staging / source.path if source.is_staged else source.path
-        self.open_files[file] = os.open(path, os.O_RDONLY)
-        return self.open_files[file]
-
-    def _name(self, output: OutputFile, run: Sum, element: int) -> str:
-        place = int(np.searchsorted(output.label_offsets, run.offset + element * run.dtype.itemsize, "right")) - 1
-        return self.plan.names[int(output.label_tensors[place])]
-
-    def _non_finite(self, output: OutputFile, run: Sum, start: int, numel: int) -> NonFiniteValue:
-        for source in run.sources:
-            values = widen(self._elements(source, start, numel), source.dtype)
+    def _non_finite(
+        self, stream: Stream, target: Target, slices: dict[int, NDArray[Any]], begin: int
+    ) -> NonFiniteValue:
+        for number in target.members:
+            source = stream.sources[number]
+            values = widen(slices[number], source.dtype(begin))
             bad = np.flatnonzero(~np.isfinite(values))
             if len(bad):
-                name = self._name(output, run, start + int(bad[0]))
-                path = self.plan.inputs[source.file].path
+                element = begin + int(bad[0])
+                (_, _, file, _), *_ = source.parts(element, element + 1)
                 return NonFiniteValue(
-                    f"{path} holds {values[bad[0]]} in {name} ({len(bad)} such values nearby): that run had diverged, "
-                    "or the file is damaged. Leave the checkpoint out of the window."
+                    f"{self.plan.inputs[file].path} holds {values[bad[0]]} in {stream.name(element, self.plan.names)} "
+                    f"({len(bad)} such values nearby): that run had diverged, or the file is damaged. Leave the "
+                    "checkpoint out of the window."
                 )
-        name = self._name(output, run, start)
-        return NonFiniteValue(f"the merge of {name} overflows {output.name}, although every source is finite.")
+        return NonFiniteValue(
+            f"the merge of {stream.name(begin, self.plan.names)} overflows {self._where(target, begin)}, although every "
+            "source is finite."
+        )
+
+    def _where(self, target: Target, element: int) -> str:
+        for _, _, file, _ in target.places.parts(element, int(target.places.starts[-1])):
+            return self.plan.outputs[file].name
+        return str(self.plan.parts[target.part].out)
+
+
+def _slices(stream: Stream, task: Task, slice_numel: int) -> Iterator[tuple[int, int]]:
+    """[begin, end) of at most `slice_numel` elements, in which no dtype changes."""
+    if stream.fate == "carry":
+        slice_numel *= 4  # bytes
+    begin = task.begin
+    for stop in [*stream.breaks[(stream.breaks > task.begin) & (stream.breaks < task.end)].tolist(), task.end]:
+        while begin < stop:
+            end = min(begin + slice_numel, stop)
+            yield begin, end
+            begin = end
+
+
+def most_sources(plan: Plan) -> int:
+    """The most sources that a stream of the plan has: what a worker's memory depends on."""
+    return max((len(stream.sources) for stream in plan.streams), default=1)
+

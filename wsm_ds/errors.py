@@ -9,9 +9,13 @@ from collections.abc import Iterable
 
 
 class WsmError(Exception):
-    """Base of every error raised by wsm_ds."""
+    """Base of every error raised by wsm_ds.
+
+    `exit_code`: of the command. `may_pass`: whether the same request may succeed when it is made again.
+    """
 
     exit_code = 2
+    may_pass = False
 
 
 class CurveError(WsmError, ValueError):
@@ -74,6 +78,29 @@ class NonFiniteValue(WsmError, ValueError):
 
 class VerificationFailed(WsmError, ValueError):
     """A merged output is not what its manifest says."""
+
+    exit_code = 3
+
+
+class PeerFailed(WsmError, RuntimeError):
+    """Another rank of the same merge failed; the message is its own."""
+
+    may_pass = True
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Interrupted(WsmError, InterruptedError):
+    """A signal asked the merge to end; what was staged stays for the next attempt."""
+
+    exit_code = 130
+    may_pass = True
+
+
+class NoRoom(WsmError, OSError):
+    """The disk has not enough bytes or inodes free, or the machine not enough memory."""
 
     exit_code = 3
 

@@ -5,15 +5,14 @@ Format: 8 bytes of header length, a JSON header padded with spaces, then the ten
 
 import json
 import re
-from collections import defaultdict
 from dataclasses import dataclass
 
 from wsm_ds.dtypes import CODES, DType
 from wsm_ds.errors import RecipeError, UnsupportedLayout
 from wsm_ds.layouts.layout import TensorInfo
-from wsm_ds.plan import Bytes, OutputFile, Template, Zeros
-from wsm_ds.plan_zero import finished
-from wsm_ds.runs import FileRuns, WindowTables, add_window_runs, whole_tensors
+from wsm_ds.plan import Bytes, Template, Zeros
+from wsm_ds.plan_zero import PartFiles, PartWindow, finished
+from wsm_ds.streams import SourceTables, whole_tensors
 
 KIND_OF_ROLE = {"parameter": "master", "frozen": "frozen", "buffer": "buffer"}
 
@@ -26,9 +25,9 @@ class _Shard:
     nbytes: int
 
 
-def safetensors_outputs(
-    tables: WindowTables, dtype: DType | None, max_shard_bytes: int, rename: dict[str, str]
-) -> tuple[tuple[OutputFile, ...], dict[str, str]]:
+def safetensors_part(
+    tables: SourceTables, window: PartWindow, dtype: DType | None, max_shard_bytes: int, rename: dict[str, str]
+) -> tuple[PartFiles, dict[str, str]]:
     """The shards, and the index as a text file if there is more than one.
 
     Args:
@@ -41,34 +40,33 @@ def safetensors_outputs(
         RecipeError: two tensors would get one name.
         UnsupportedLayout: the checkpoints are model-parallel.
     """
-    if tables.newest.model_parallel_size > 1:
+    newest = window.newest(tables)
+    if newest.model_parallel_size > 1:
         raise UnsupportedLayout(
-            f"{tables.newest.path} is held by {tables.newest.model_parallel_size} model-parallel ranks together, and "
+            f"{newest.path} is held by {newest.model_parallel_size} model-parallel ranks together, and "
             "its files do not say how each tensor is split; merge into a zero checkpoint, and export that with the "
             "training code's own converter."
         )
-    names = _renamed(tables.newest.tensors, rename)
-    dtypes = {
-        n: info.dtype if info.role == "buffer" or dtype is None else dtype for n, info in tables.newest.tensors.items()
-    }
-    shards = _shards(tables.newest.tensors, dtypes, max_shard_bytes, names)
-    files: defaultdict[int, FileRuns] = defaultdict(FileRuns)
+    names = _renamed(newest.tensors, rename)
+    dtypes = {n: info.dtype if info.role == "buffer" or dtype is None else dtype for n, info in newest.tensors.items()}
+    shards = _shards(newest.tensors, dtypes, max_shard_bytes, names)
+    wanted = []
     for role, kind in KIND_OF_ROLE.items():
         placed = [
             (number, info.numel, file, shard.offsets[name], CODES[dtypes[name].name])
             for file, shard in enumerate(shards)
-            for number, (name, info) in enumerate(tables.newest.tensors.items())
+            for number, (name, info) in enumerate(newest.tensors.items())
             if info.role == role and name in shard.offsets
         ]
-        out = whole_tensors(placed)
-        if len(out):
-            add_window_runs(files, tables, kind, out)
-    outputs = []
-    for file, shard in enumerate(shards):
+        table = whole_tensors(placed)
+        if len(table):
+            wanted.append(window.wanted(kind, tables.renumbered(table, newest)))
+    templates = []
+    for shard in shards:
         room = Zeros(len(shard.header), shard.nbytes - len(shard.header))
-        template = Template(shard.name, shard.nbytes, [Bytes(0, shard.header), room], ())
-        outputs.append(finished(shard.name, template, files[file]))
-    return tuple(outputs), _index(tables.newest.tensors, dtypes, shards, names)
+        templates.append(Template(shard.name, shard.nbytes, [Bytes(0, shard.header), room], ()))
+    outputs = finished(window, templates, wanted)
+    return PartFiles(outputs, tuple(wanted)), _index(newest.tensors, dtypes, shards, names)
 
 
 def _renamed(tensors: dict[str, TensorInfo], rename: dict[str, str]) -> dict[str, str]:

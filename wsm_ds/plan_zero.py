@@ -1,7 +1,6 @@
-"""Output as a ZeRO checkpoint in the newest source's layout: its rank files with some byte ranges replaced."""
+"""A part as a ZeRO checkpoint: the newest source's rank files, or another form's, with some byte ranges replaced."""
 
-from collections import defaultdict
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,98 +9,124 @@ from wsm_ds.errors import UnsupportedLayout
 from wsm_ds.forms.form import WantedForm, open_origin, target_form
 from wsm_ds.forms.universal import universal_templates
 from wsm_ds.forms.zero import zero_templates
-from wsm_ds.layouts.layout import Table
-from wsm_ds.plan import Bytes, Copy, CrcField, InputFile, OutputFile, Template, overlay
+from wsm_ds.intersect import ITEMSIZES
+from wsm_ds.layouts import Layout
+from wsm_ds.layouts.layout import FRAGMENT, Table
+from wsm_ds.plan import Bytes, Copy, CrcField, OutputFile, Template, around
 from wsm_ds.rewrite import Inputs, inputs_of, rewritten
-from wsm_ds.runs import FileRuns, WindowTables, add_copied_runs, add_window_runs
+from wsm_ds.streams import SourceTables, Wanted
 from wsm_ds.torchfile import Archive, open_torch_file
 
 
-def zero_outputs(
-    tables: WindowTables, tag: str, optimizer_states: str, allowed_globals: frozenset[str], wanted: WantedForm
-) -> tuple[tuple[OutputFile, ...], tuple[InputFile, ...]]:
-    """The output files of a ZeRO checkpoint `tag`, and all inputs (the staged masters are the last ones).
+@dataclass(frozen=True)
+class PartWindow:
+    """The part that is planned: its number, its checkpoints among all (oldest first) and their coefficients."""
+
+    part: int
+    members: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    first_output: int
+
+    def newest(self, tables: SourceTables) -> Layout:
+        """The checkpoint that everything carried comes from."""
+        return tables.layouts[self.members[-1]]
+
+    def wanted(self, kind: str, table: Table, *, of_newest: bool = False, is_cast: bool = False) -> Wanted:
+        """`kind` at the places of `table`, whose files count those of the part: merged, or the newest's alone."""
+        table = table.copy()
+        table["file"] += self.first_output
+        if of_newest:
+            return Wanted(self.part, kind, table, self.members[-1:], (1.0,), is_cast)
+        return Wanted(self.part, kind, table, self.members, self.coefficients, is_cast)
+
+
+@dataclass(frozen=True)
+class PartFiles:
+    """What a part is made of: its files, and the elements to be put into them."""
+
+    outputs: tuple[OutputFile, ...]
+    wanted: tuple[Wanted, ...]
+
+
+def zero_part(
+    tables: SourceTables,
+    window: PartWindow,
+    tag: str,
+    optimizer_states: str,
+    allowed_globals: frozenset[str],
+    form: WantedForm,
+) -> PartFiles:
+    """The files of a ZeRO checkpoint `tag`.
 
     Args:
         optimizer_states: "carry" (those of the newest), "merge" (same coefficients) or "drop" (left out).
-        wanted: the form of the output; that of the newest, if nothing is wanted.
+        form: the form of the output; that of the newest, if nothing is wanted.
 
     Raises:
         UnsupportedLayout, LayoutMismatch, RecipeError: see `open_origin` and `target_form`.
     """
-    newest, drop = tables.newest, optimizer_states == "drop"
-    if optimizer_states == "merge" and any(layout.has_nameless_states for layout in tables.layouts):
+    newest, drop = window.newest(tables), optimizer_states == "drop"
+    if optimizer_states == "merge" and any(tables.layouts[number].has_nameless_states for number in window.members):
         raise UnsupportedLayout(
             f"{newest.path}: a stage 0 checkpoint in fp32 does not say which optimizer state belongs to which "
             "parameter, if there are several parameter groups. Carry or drop the states."
         )
-    is_changed = newest.is_universal or wanted != WantedForm()
+    is_changed = newest.is_universal or form != WantedForm()
     origin = open_origin(newest, allowed_globals) if is_changed else None
-    form = target_form(origin, wanted, allowed_globals) if origin else None
-    is_reformed = origin is not None and (form != origin.form or newest.is_universal)
-    first = tables.first_input[-1]
+    target = target_form(origin, form, allowed_globals) if origin else None
+    is_reformed = origin is not None and (target != origin.form or newest.is_universal)
+    first = tables.first_input[window.members[-1]]
     if origin is None or not is_reformed:
-        templates, places = _same_layout(tables, drop, allowed_globals)
-    elif form is None:
+        templates, places = _same_layout(newest, first, drop, allowed_globals)
+    elif target is None:
         templates, places = universal_templates(origin, first, allowed_globals)
     else:
-        templates, places = zero_templates(origin, form, first, not drop, allowed_globals)
-    files: defaultdict[int, FileRuns] = defaultdict(FileRuns)
-    for kind in ("master", "frozen", "buffer"):
-        if kind in places:
-            add_window_runs(files, tables, kind, places[kind])
+        templates, places = zero_templates(origin, target, first, not drop, allowed_globals)
+    places = {kind: tables.renumbered(table, newest) for kind, table in places.items()}
+    wanted = [window.wanted(kind, places[kind]) for kind in ("master", "frozen", "buffer") if kind in places]
+    if "module" in places:
+        wanted.append(window.wanted("master", places["module"], is_cast=True))
     for kind in newest.state_names:
         if optimizer_states == "merge":
-            add_window_runs(files, tables, kind, places[kind])
+            wanted.append(window.wanted(kind, places[kind]))
         elif is_reformed and not drop:
-            add_copied_runs(files, tables, places[kind], tables.table(len(tables.layouts) - 1, kind))
-    phases = dict.fromkeys(range(len(templates)), 0)
-    if newest.stage == 0 and "module" in places:
-        add_window_runs(files, tables, "master", places["module"])  # the masters lie in the same file
-    elif "module" in places:
-        masters = places["master"].copy()
-        masters["file"] += len(tables.inputs)
-        add_copied_runs(files, tables, places["module"], masters)
-        phases.update(dict.fromkeys((int(file) for file in np.unique(places["module"]["file"])), 1))
-    outputs = tuple(
-        finished(f"{tag}/{template.name}", template, files[index], phases[index])
-        for index, template in enumerate(templates)
-    )
-    staged = tuple(InputFile(Path(tag) / t.name, t.nbytes, 0, is_staged=True) for t in templates)
-    return outputs, tables.inputs + staged
+            wanted.append(window.wanted(kind, places[kind], of_newest=True))
+    return PartFiles(finished(window, templates, wanted, prefix=f"{tag}/"), tuple(wanted))
 
 
 def _same_layout(
-    tables: WindowTables, drop: bool, allowed_globals: frozenset[str]
+    newest: Layout, first_input: int, drop: bool, allowed_globals: frozenset[str]
 ) -> tuple[list[Template], dict[str, Table]]:
     """The newest's own files, and where each kind's elements lie in them; `file` counts output files."""
-    newest, first = tables.newest, tables.first_input[-1]
-    inputs = inputs_of(newest, first)
+    inputs = inputs_of(newest, first_input)
     built = [_template(archive, inputs, drop, allowed_globals) for archive in newest.archives]
-    places = {}
-    for kind in newest.fragments:
-        if drop and kind in newest.state_names:
-            continue
-        table = tables.table(len(tables.layouts) - 1, kind)
-        table["file"] -= first
-        places[kind] = _moved(table, [moved for _, moved in built])
-    return [template for template, _ in built], places
+    moves = [moved for _, moved in built]
+    kept = {kind: table for kind, table in newest.fragments.items() if not (drop and kind in newest.state_names)}
+    return [template for template, _ in built], {kind: _moved(table.copy(), moves) for kind, table in kept.items()}
 
 
-def finished(name: str, template: Template, runs: FileRuns, phase: int = 0) -> OutputFile:
-    """An output file: the template with its runs put in, and only those CRC-32 fields that can have changed."""
-    base, crcs = template.base, template.crcs
-    sums = sorted(runs.sums, key=lambda run: run.offset)
-    starts = np.array([run.offset for run in sums], dtype=np.int64)
-    ends = np.array([run.offset + run.nbytes for run in sums], dtype=np.int64)
-    touched = tuple(
-        crc
-        for crc in crcs
-        if np.searchsorted(ends, crc.offset, "right") < np.searchsorted(starts, crc.offset + crc.nbytes, "left")
-        or any(isinstance(piece, Bytes) for piece in base)
-    )
-    labels = np.array(sorted(runs.labels), dtype=np.int64).reshape(-1, 2)
-    return OutputFile(name, template.nbytes, overlay(base, sums), touched, phase, labels[:, 0], labels[:, 1])
+def finished(
+    window: PartWindow, templates: list[Template], wanted: list[Wanted], prefix: str = ""
+) -> tuple[OutputFile, ...]:
+    """The output files: templates without the ranges that elements are put in, and with only those CRC-32 fields that
+    can have changed."""
+    rows = np.concatenate([want.table for want in wanted]) if wanted else np.zeros(0, FRAGMENT)
+    rows = rows[np.lexsort((rows["offset"], rows["file"]))]
+    begins = rows["offset"]
+    ends = begins + rows["numel"] * ITEMSIZES[rows["dtype"].astype(np.int64)]
+    outputs = []
+    for index, template in enumerate(templates):
+        low, high = np.searchsorted(rows["file"], [window.first_output + index, window.first_output + index + 1])
+        begin, end = begins[low:high], ends[low:high]
+        is_new = any(isinstance(piece, Bytes) for piece in template.base)
+        touched = tuple(
+            crc
+            for crc in template.crcs
+            if is_new or np.searchsorted(end, crc.offset, "right") < np.searchsorted(begin, crc.offset + crc.nbytes)
+        )
+        pieces = around(template.base, begin, end)
+        outputs.append(OutputFile(window.part, prefix + template.name, template.nbytes, pieces, touched))
+    return tuple(outputs)
 
 
 def _template(

@@ -1,6 +1,11 @@
 """All or nothing: an output is staged beside its place, synced, and appears by one rename.
 
-The manifest is the last file written into the staging folder, so a folder with a manifest is whole.
+Beside OUT lies, while it is being made, `.OUT.wsm-staging` with
+
+    output/       what will be renamed to OUT; the manifest is the last file written into it
+    plan.json     what is being made, so that the same merge goes on here after a kill, and no other
+    journal.*     the blocks that are finished (`journal`)
+    lock          held by the process that makes it
 """
 
 import errno
@@ -11,15 +16,36 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.errors import OutputExists
+from wsm_ds.errors import OutputExists, WsmError, few
+from wsm_ds.journal import journals_to_claims
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "wsm_merge.json"
-LOCK = ".lock"
+PLAN = "plan.json"
+LOCK = "lock"
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class Staging:
+    """Where an output is made."""
+
+    out: Path
+
+    @property
+    def folder(self) -> Path:
+        """Everything that belongs to the merge until it is done."""
+        return self.out.parent / f".{self.out.name}.wsm-staging"
+
+    @property
+    def content(self) -> Path:
+        """What becomes the output."""
+        return self.folder / "output"
 
 
 def require_absent(out: Path) -> None:
@@ -28,32 +54,77 @@ def require_absent(out: Path) -> None:
         raise OutputExists(f"{out} exists; nothing is ever overwritten. Remove it or choose another --out.")
 
 
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A staging folder for `out`, exclusively ours; what a killed merge left there is removed.
+def begun(out: Path) -> dict[str, Any] | None:
+    """What a merge that did not end was making at `out`."""
+    try:
+        described = json.loads((Staging(out).folder / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return described if isinstance(described, dict) else None
 
-    On an error it is removed again; `commit` has to be called to publish it.
+
+@contextmanager
+def staged(out: Path, described: dict[str, Any], *, restart: bool = False) -> Iterator[Staging]:
+    """A staging folder for `out`, exclusively ours.
+
+    After an error that the same merge would meet again, or a full disk, it is removed; after any other it stays for the
+    next attempt. `commit` has to be called to publish it.
+
+    Args:
+        out: the folder to be.
+        described: the merge, plain data; `described["identity"]` tells it from any other.
+        restart: whether to throw away what another merge has left.
 
     Raises:
-        OutputExists: `out` exists, or another process is staging it.
+        OutputExists: `out` exists, another process is staging it, or has begun another merge there.
     """
     require_absent(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    staging = out.parent / f".{out.name}.wsm-staging"
-    staging.mkdir(exist_ok=True)
-    lock = os.open(staging / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    staging = Staging(out)
+    staging.folder.mkdir(exist_ok=True)
+    lock = os.open(staging.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _hold(lock, out)
-        for left in staging.iterdir():
-            if left.name != LOCK:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        _take_over(staging, described, restart)
         try:
             yield staging
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
+        except BaseException as error:
+            if not _is_worth_going_on(error):
+                shutil.rmtree(staging.folder, ignore_errors=True)
             raise
     finally:
         os.close(lock)
+
+
+def _take_over(staging: Staging, described: dict[str, Any], restart: bool) -> None:
+    """Goes on with what the same merge has left, or begins anew."""
+    left = begun(staging.out)
+    if left is not None and not restart:
+        if left.get("identity") == described["identity"]:
+            journals_to_claims(staging.folder)
+            log.warning("%s: going on with the merge that was begun there", staging.out)
+            return
+        unlike = [key for key in described if key != "identity" and left.get(key) != described[key]]
+        raise OutputExists(
+            f"{staging.folder} holds a merge that was begun with other arguments or sources ({few(unlike)} differ). Run "
+            "that one again to finish it, or pass --restart to throw it away."
+        )
+    for path in staging.folder.iterdir():
+        if path.name != LOCK:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    staging.content.mkdir()
+    fresh = staging.folder / (PLAN + ".new")
+    fresh.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    fresh.rename(staging.folder / PLAN)
+
+
+def _is_worth_going_on(error: BaseException) -> bool:
+    """Whether the same merge, started again, may get further: not after a wrong input or a full disk."""
+    if isinstance(error, WsmError):
+        return error.may_pass
+    if isinstance(error, OSError):
+        return error.errno not in OUT_OF_SPACE
+    return isinstance(error, KeyboardInterrupt | SystemExit)
 
 
 def _hold(lock: int, out: Path) -> None:
@@ -74,21 +145,26 @@ def _hold(lock: int, out: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes and syncs a small file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("x", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
-def commit(staging: Path, out: Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest, syncs the folders and renames `staging` to `out`."""
-    write_text(staging / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    (staging / LOCK).unlink()
-    for folder in [path for path in staging.rglob("*") if path.is_dir()] + [staging]:
+def commit(staging: Staging, manifest: dict[str, Any]) -> None:
+    """Writes the manifest, syncs the folders, renames the content to its place and removes the rest."""
+    write_text(staging.content / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    for folder in [path for path in staging.content.rglob("*") if path.is_dir()] + [staging.content]:
         _sync_folder(folder)
-    require_absent(out)
-    staging.rename(out)
-    _sync_folder(out.parent)
+    require_absent(staging.out)
+    staging.content.rename(staging.out)
+    _sync_folder(staging.out.parent)
+    discard(staging.out)
+
+
+def discard(out: Path) -> None:
+    """Removes what a merge has left beside its finished output."""
+    shutil.rmtree(Staging(out).folder, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:
