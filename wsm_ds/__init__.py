@@ -15,7 +15,10 @@ _HOMES = {
     "WSDLR": "lr_schedules",
     "MergeRecipe": "recipe",
     "load_recipe": "recipe",
+    "load_recipes": "recipe",
+    "make_recipes": "recipe",
     "merge": "merging",
+    "merge_all": "merging",
     "plan_merge": "merging",
     "run_plan": "merging",
     "export": "merging",
@@ -46,8 +49,8 @@ if TYPE_CHECKING:
     from wsm_ds.errors import WsmError
     from wsm_ds.inspect import inspect_run
     from wsm_ds.lr_schedules import WSDLR, WSMLR
-    from wsm_ds.merging import export, merge, plan_merge, reshard, run_plan
-    from wsm_ds.recipe import MergeRecipe, load_recipe
+    from wsm_ds.merging import export, merge, merge_all, plan_merge, reshard, run_plan
+    from wsm_ds.recipe import MergeRecipe, load_recipe, load_recipes, make_recipes
     from wsm_ds.verification import verify
 
 

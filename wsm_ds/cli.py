@@ -3,33 +3,41 @@
 import argparse
 import json
 import logging
+import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from wsm_ds import __version__
 from wsm_ds.errors import RecipeError, WsmError
 
-EXIT_CODES = "exit codes: 0 done; 2 a wrong request; 3 a broken or unsupported checkpoint or output; 130 interrupted"
+EXIT_CODES = (
+    "exit codes: 0 done; 2 a wrong request; 3 a broken or unsupported checkpoint, a full disk or an I/O error; "
+    "130 interrupted by SIGINT or SIGTERM (run the same command again to go on)"
+)
 
 
 FORM = ("world_size", "stage", "sub_group_size", "like")
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from wsm_ds.merging import plan_merge
-    from wsm_ds.recipe import load_recipe, make_recipe
+    from wsm_ds.recipe import load_recipes, make_recipes
 
-    names = ("run", "out", "last", "from_step", "to_step", "curve", "floor", "oldest_interval", "format", "dtype",
+    names = ("run", "out", "from_step", "oldest_interval", "dtype",
              "optimizer_states", *FORM, "memory_budget", "threads", "max_shard_size")  # fmt: skip
     values = {name: getattr(options, name) for name in names}
+    values |= {name: _several(getattr(options, name)) for name in ("last", "to_step", "floor", "format")}
+    values["curve"] = _several(options.curve, separator=CURVE_SEPARATOR)
     values["tags"] = _split(options.tags)
     values["coefficients"] = _split(options.coefficients)
     values["allow"] = tuple(options.allow) or None
     values |= _naming(options)
-    recipe = load_recipe(options.recipe, **values) if options.recipe else make_recipe(**_with_default_curve(values))
-    return _carry_out(plan_merge(recipe), options)
+    if options.recipe:
+        return _carry_out(load_recipes(options.recipe, **values), options)
+    return _carry_out(make_recipes(**_with_default_curve(values)), options)
 
 
 def _with_default_curve(values: dict[str, Any]) -> dict[str, Any]:
@@ -38,21 +46,61 @@ def _with_default_curve(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _carry_out(plan: Any, options: argparse.Namespace) -> int:
-    from wsm_ds.merging import run_plan
-    from wsm_ds.progress import Progress
-    from wsm_ds.report import plan_report
+def _carry_out(recipes: Sequence[Any], options: argparse.Namespace) -> int:
+    """Plans and runs the merge: all ranks of a launcher do, rank 0 speaks."""
+    from wsm_ds.manifest import read_manifest
+    from wsm_ds.merging import plan_merge, run_plan
+    from wsm_ds.progress import Progress, event
+    from wsm_ds.ranks import launched_ranks
+    from wsm_ds.report import plan_report, summary_report
 
-    if not options.json:
-        print(plan_report(plan), flush=True)
+    plan = plan_merge(recipes)
     if options.dry_run:
-        if options.json:
-            print(json.dumps(plan.to_json(), indent=2))
+        print(json.dumps(plan.to_json(), indent=2) if options.json else plan_report(plan))
         return 0
-    with Progress(plan.bytes_to_write, quiet=options.json) as progress:
-        manifest = run_plan(plan, progress.add)
-    print(json.dumps(manifest, indent=2) if options.json else f"done {plan.out}")
+    ranks = launched_ranks()
+    is_first = ranks.rank == 0
+    if is_first and plan.parts:
+        if options.json:
+            event("plan", **plan.to_json())
+        else:
+            print(plan_report(plan), flush=True)
+    style: Any = "quiet" if not is_first else "json" if options.json else "people"
+    moved = (plan.bytes_to_read + plan.bytes_to_write) // ranks.world_size
+    with Progress(moved, style) as progress, _signals_interrupt():
+        if plan.parts:
+            done = run_plan(plan, progress.add, ranks=ranks, restart=options.restart)
+    if not is_first:
+        return 0
+    made = {part.out for part in plan.parts}
+    if options.json:
+        for recipe in recipes:
+            event("done", out=str(recipe.out), is_new=recipe.out in made, manifest=read_manifest(recipe.out))
+        if plan.parts:
+            event("summary", wall_s=round(progress.wall_s, 3), bytes_read=plan.bytes_to_read,
+                  bytes_written=plan.bytes_to_write, **{k: round(v, 3) for k, v in vars(done.spent).items()})  # fmt: skip
+        return 0
+    for recipe in recipes:
+        print(f"done {recipe.out}" if recipe.out in made else f"done {recipe.out} (by this same merge, before)")
+    if plan.parts:
+        print(summary_report(plan, done.spent, progress.wall_s, ranks.world_size))
     return 0
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGINT end the merge at once, and leave what is staged for the next attempt."""
+    from wsm_ds.errors import Interrupted
+
+    def stop(number: int, _: object) -> None:
+        raise Interrupted(f"{signal.Signals(number).name}; nothing was published. Run the same command again to go on.")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -67,22 +115,20 @@ def _reshard(options: argparse.Namespace) -> int:
 
 
 def _one_checkpoint(options: argparse.Namespace, **values: Any) -> int:
-    from wsm_ds.merging import plan_one
+    from wsm_ds.merging import one_recipe
 
-    return _carry_out(
-        plan_one(
-            options.run,
-            options.tag,
-            options.out,
-            dtype=options.dtype,
-            max_shard_size=options.max_shard_size,
-            memory_budget=options.memory_budget,
-            threads=options.threads,
-            **_naming(options),
-            **values,
-        ),
-        options,
+    recipe = one_recipe(
+        options.run,
+        options.tag,
+        options.out,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        memory_budget=options.memory_budget,
+        threads=options.threads,
+        **_naming(options),
+        **values,
     )
+    return _carry_out([recipe], options)
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -151,6 +197,16 @@ def _naming(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+CURVE_SEPARATOR = r",(?=\s*(?:1-sqrt|[A-Za-z]))"
+"""A comma before the name of a curve; others separate the numbers of a table."""
+
+
+def _several(text: str | None, separator: str = ",") -> Any:
+    """One value, or a list of them."""
+    parts = [part.strip() for part in re.split(separator, text)] if text else []
+    return parts if len(parts) > 1 else parts[0] if parts else None
+
+
 def _split(text: str | None) -> tuple[str, ...] | None:
     return tuple(part.strip() for part in text.split(",")) if text else None
 
@@ -165,22 +221,25 @@ def _number(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="wsm-ds", description="Merge ZeRO checkpoints instead of decaying the "
                                      "learning rate.", epilog=EXIT_CODES)  # fmt: skip
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("--version", action="version", version=f"wsm-ds {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     merge = _command(commands, "merge", _merge, "merge a window of checkpoints")
     merge.add_argument("run", nargs="?", type=Path, help="the run's folder (save_dir, or HF Trainer's output_dir)")
     merge.add_argument("--recipe", type=Path, metavar="FILE.yaml", help="a recipe; other options count before its own")
-    merge.add_argument("--last", type=int, metavar="N", help="the newest N complete checkpoints")
+    merge.add_argument(
+        "--last", metavar="N[,N…]", help="the newest N complete checkpoints; several make several outputs"
+    )
     merge.add_argument("--from", dest="from_step", type=int, metavar="STEP", help="first step of the window")
-    merge.add_argument("--to", dest="to_step", type=int, metavar="STEP", help="last step of the window")
+    merge.add_argument("--to", dest="to_step", metavar="STEP[,…]", help="last step of the window (also with --last)")
     merge.add_argument("--tags", metavar="A,B,…", help="checkpoints by name")
-    merge.add_argument("--curve", help="linear (default), cosine, 1-sqrt, power:P, ema:R, …")
-    merge.add_argument("--floor", type=float, metavar="M", help="final rate as a fraction of the peak (default 0)")
+    merge.add_argument("--curve", help="linear (default), cosine, 1-sqrt, power:P, ema:R, …; several, with commas, too")
+    merge.add_argument("--floor", metavar="M", help="final rate as a fraction of the peak (default 0)")
     merge.add_argument("--coefficients", metavar="C,C,…", help="instead of a curve: oldest first, summing to 1")
     merge.add_argument("--oldest-interval", type=int, metavar="STEPS", help="steps the oldest checkpoint stands for")
-    merge.add_argument("--format", choices=("zero", "universal", "safetensors"),
-                       help="zero (default): DeepSpeed loads it")  # fmt: skip
+    merge.add_argument("--format", metavar="F[,F…]",
+                       help="zero (default: DeepSpeed loads it), universal, safetensors, or several of them")  # fmt: skip
     _form_options(merge)
     merge.add_argument("--optimizer-states", choices=("carry", "merge", "drop"), help="default carry")
     merge.add_argument(
@@ -222,7 +281,7 @@ def _command(
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
     parser.set_defaults(function=function)
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON (a merge: one event a line)")
     return parser
 
 
@@ -246,6 +305,7 @@ def _writing_options(parser: argparse.ArgumentParser) -> None:
                         help="copy FILE into the output: config.json, tokenizer files")  # fmt: skip
     parser.add_argument("--memory-budget", metavar="SIZE", help="of all buffers (default 512MiB)")
     parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
+    parser.add_argument("--restart", action="store_true", help="throw away what another merge left there")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
     _allow_global(parser)
 

@@ -333,4 +333,3 @@ def _slices(stream: Stream, task: Task, slice_numel: int) -> Iterator[tuple[int,
 def most_sources(plan: Plan) -> int:
     """The most sources that a stream of the plan has: what a worker's memory depends on."""
     return max((len(stream.sources) for stream in plan.streams), default=1)
-

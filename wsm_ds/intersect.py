@@ -169,9 +169,7 @@ def _cut(order: Order, bounds: Ints) -> tuple[Ints, Ints, Ints]:
     within = np.arange(len(piece)) - np.concatenate([[0], np.cumsum(counts)[:-1]])[piece]
     padded = np.concatenate([bounds, [0]])
     cut_begin = np.where(within == 0, begin[piece], padded[np.minimum(low[piece] + within - 1, len(bounds))])
-    cut_end = np.where(
-        within == counts[piece] - 1, end[piece], padded[np.minimum(low[piece] + within, len(bounds))]
-    )
+    cut_end = np.where(within == counts[piece] - 1, end[piece], padded[np.minimum(low[piece] + within, len(bounds))])
     return piece, cut_begin, cut_end
 
 

@@ -3,33 +3,57 @@
 import datetime
 import hashlib
 import json
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.engine import BLOCK_BYTES, Written
 from wsm_ds.errors import VerificationFailed
-from wsm_ds.plan import Plan
+from wsm_ds.plan import Plan, described
 from wsm_ds.publish import MANIFEST
+from wsm_ds.staging import Written
+from wsm_ds.tasks import BLOCK_BYTES
 
 FORMAT = 1
+NOT_OF_THE_RESULT = ("out", "memory_budget", "threads")
 
 
-def make_manifest(plan: Plan, written: tuple[Written, ...]) -> dict[str, Any]:
+def description(plan: Plan, part: int) -> dict[str, Any]:
+    """What a part is made of, and an `identity` that is the same exactly if the output's bytes must be."""
+    chosen = plan.parts[part]
+    streams = [s for s in plan.streams if any(target.part == part for target in s.targets)]
+    read = sorted({int(file) for stream in streams for source in stream.sources for file in source.files} - {-1})
+    inputs = [plan.inputs[number] for number in read if _is_of(plan, part, plan.inputs[number].path)]
+    known = {
+        "recipe": {name: value for name, value in chosen.recipe.items() if name not in NOT_OF_THE_RESULT},
+        "sources": described(chosen)["sources"],
+        "inputs": [[str(source.path), source.nbytes, source.mtime_ns] for source in inputs],
+        "files": [[output.name, output.nbytes] for _, output in plan.files_of(part)],
+        "block_bytes": BLOCK_BYTES,
+    }
+    return {"identity": hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()} | known
+
+
+def _is_of(plan: Plan, part: int, path: Path) -> bool:
+    """Whether an input belongs to the part's own window, or to none (a file copied beside it)."""
+    own = {str(source.path) for source in plan.parts[part].sources}
+    others = {str(source.path) for other in plan.parts for source in other.sources} - own
+    return not any(path.is_relative_to(other) for other in others)
+
+
+def make_manifest(plan: Plan, part: int, written: Sequence[Written]) -> dict[str, Any]:
     """Plain data: recipe, sources with steps and coefficients, files with checksums, versions."""
-    described = plan.to_json()
+    chosen = plan.parts[part]
     return {
         "format": FORMAT,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {name: _version(name) for name in ("wsm_ds", "numpy")},
-        "recipe": plan.recipe,
-        "curve": plan.curve,
-        "sources": described["sources"],
-        "effective_sample_size": plan.ess,
-        "lag_steps": plan.lag_steps,
+        "identity": description(plan, part)["identity"],
+        "recipe": chosen.recipe,
+        **{name: value for name, value in described(chosen).items() if name != "out"},
         "block_bytes": BLOCK_BYTES,
         "files": {w.name: {"bytes": w.nbytes, "sha256_of_blocks": w.sha256_of_blocks} for w in written}
-        | {name: text_entry(text) for name, text in plan.texts.items()},
+        | {name: text_entry(text) for name, text in chosen.texts.items()},
     }
 
 

@@ -1,84 +1,156 @@
-"""The merge: recipe → plan → bytes → published output. One call from Python, one command from a shell."""
+"""The merge: recipes → plan → bytes → published outputs. One call from Python, one command from a shell."""
 
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wsm_ds.beside import files_beside
 from wsm_ds.coefficients import effective_sample_size, lag
 from wsm_ds.dtypes import BY_NAME
-from wsm_ds.engine import execute, workers_for
-from wsm_ds.errors import RecipeError
+from wsm_ds.engine import most_sources, run_tasks, workers_for
+from wsm_ds.errors import OutputExists, PeerFailed, RecipeError, VerificationFailed
 from wsm_ds.forms.form import WantedForm
 from wsm_ds.layouts import Layout
-from wsm_ds.manifest import make_manifest
-from wsm_ds.plan import Copy, InputFile, OutputFile, Plan, Source
-from wsm_ds.plan_safetensors import safetensors_outputs
-from wsm_ds.plan_zero import zero_outputs
-from wsm_ds.publish import MANIFEST, commit, require_absent, staged, write_text
+from wsm_ds.manifest import description, make_manifest, read_manifest
+from wsm_ds.plan import Copy, InputFile, OutputFile, Part, Plan, Source
+from wsm_ds.plan_safetensors import safetensors_part
+from wsm_ds.plan_zero import PartFiles, PartWindow, zero_part
+from wsm_ds.publish import MANIFEST, Staging, begun, commit, discard, require_absent, staged, write_text
+from wsm_ds.ranks import Ranks
+from wsm_ds.reading import check_unchanged
 from wsm_ds.recipe import MergeRecipe, make_recipe
-from wsm_ds.runs import window_tables
-from wsm_ds.sizes import format_size
-from wsm_ds.window import Window, select_window
+from wsm_ds.room import bytes_held, require_disk, require_memory
+from wsm_ds.staging import Spent, StagedFiles
+from wsm_ds.streams import SourceTables, Wanted, carry_streams, element_streams, source_tables
+from wsm_ds.tasks import share, tasks_of
+from wsm_ds.window import Window, recorded_window, select_window, union_of
 
 Progress = Callable[[int], None]
 
 
-def plan_merge(recipe: MergeRecipe) -> Plan:
+def plan_merge(recipes: MergeRecipe | Sequence[MergeRecipe]) -> Plan:
     """What `merge` would do. Reads metadata only, writes nothing.
+
+    Outputs that the very same merge has made already are left out; the plan has no parts if that is all of them.
+    A merge that was begun and killed goes on with the window that it began with.
 
     Raises:
         WsmError: the window, the checkpoints or the budget are not right; see `select_window`, `workers_for`.
-        OutputExists: `recipe.out` is there already.
+        OutputExists: the recipe's `out` is there already, and is not this merge.
     """
-    require_absent(recipe.out)
-    return plan_for_window(recipe, select_window(recipe))
+    chosen = [recipes] if isinstance(recipes, MergeRecipe) else list(recipes)
+    if len({recipe.out.absolute() for recipe in chosen}) < len(chosen):
+        raise RecipeError("two outputs have the same folder.")
+    windows = [_window(recipe) for recipe in chosen]
+    plan = plan_windows(chosen, windows)
+    left = [part for part, recipe in enumerate(chosen) if not _is_made(plan, part, recipe.out)]
+    if len(left) < len(chosen):
+        return plan_windows([chosen[part] for part in left], [windows[part] for part in left])
+    return plan
 
 
-def plan_for_window(recipe: MergeRecipe, window: Window, carried: frozenset[str] | None = None) -> Plan:
-    """The plan of a recipe whose window is known; of the files beside it those named in `carried`, if given."""
-    budget = int(recipe.memory_budget)
-    workers = workers_for(budget, recipe.threads)
-    tables, newest = window_tables(window.layouts), window.layouts[-1]
-    texts: dict[str, str] = {}
-    inputs = tables.inputs
-    if recipe.format != "safetensors":
-        is_universal = recipe.format == "universal"
-        wanted = WantedForm(is_universal, recipe.stage, recipe.world_size, recipe.sub_group_size, recipe.like)
-        tag = f"global_step{newest.step}" + ("_universal" if is_universal else "")
-        allowed = frozenset(recipe.allow_globals)
-        outputs, inputs = zero_outputs(tables, tag, recipe.optimizer_states, allowed, wanted)
-        texts["latest_universal" if is_universal else "latest"] = tag
-    else:
+def _window(recipe: MergeRecipe) -> Window:
+    described = begun(recipe.out)
+    if described is not None:
+        wanted = recipe.model_dump(mode="json")
+        recorded = described.get("recipe")
+        if isinstance(recorded, dict) and all(wanted.get(name) == value for name, value in recorded.items()):
+            return recorded_window(described["sources"], recipe)
+    elif not (recipe.out / MANIFEST).is_file():
+        require_absent(recipe.out)
+    return select_window(recipe)
+
+
+def _is_made(plan: Plan, part: int, out: Path) -> bool:
+    """Whether `out` is this merge, made before."""
+    if not (out / MANIFEST).is_file():
+        require_absent(out)
+        return False
+    try:
+        identity = read_manifest(out).get("identity")
+    except VerificationFailed:
+        identity = None
+    if identity != description(plan, part)["identity"]:
+        raise OutputExists(f"{out} exists and is another merge; nothing is ever overwritten. Choose another --out.")
+    discard(out)
+    return True
+
+
+def plan_windows(
+    recipes: Sequence[MergeRecipe], windows: Sequence[Window], carried: frozenset[str] | None = None
+) -> Plan:
+    """The plan of recipes whose windows are known; of the files beside them those named in `carried`, if given."""
+    if not recipes:
+        return Plan((), (), (), (), (), 0, 1)
+    layouts = union_of(windows)
+    tables = source_tables(layouts)
+    numbers = {layout.path: number for number, layout in enumerate(layouts)}
+    inputs, outputs, wanted, parts = tables.inputs, list[OutputFile](), list[Wanted](), list[Part]()
+    for part, (recipe, window) in enumerate(zip(recipes, windows, strict=True)):
+        members = tuple(numbers[layout.path] for layout in window.layouts)
+        own = PartWindow(part, members, tuple(window.coefficients.tolist()), len(outputs))
+        files, texts = _files(tables, own, recipe)
+        copies, copied = _beside(recipe, window.layouts[-1], own, files, texts, carried, len(inputs))
+        outputs += [*files.outputs, *copies]
+        inputs += copied
+        wanted += files.wanted
+        parts.append(_part(recipe, window, texts))
+    streams = element_streams(tables, wanted) + carry_streams(inputs, outputs)
+    budget = int(recipes[0].memory_budget)
+    plan = Plan(tuple(parts), inputs, tuple(outputs), tuple(streams), tables.names, budget, recipes[0].threads)
+    workers_for(most_sources(plan), budget, recipes[0].threads)
+    return plan
+
+
+def _files(tables: SourceTables, window: PartWindow, recipe: MergeRecipe) -> tuple[PartFiles, dict[str, str]]:
+    """A part's files, those of its texts included."""
+    if recipe.format == "safetensors":
         dtype = BY_NAME[recipe.dtype] if recipe.dtype else None
-        outputs, texts = safetensors_outputs(tables, dtype, int(recipe.max_shard_size), recipe.rename)
-    chosen, taken = {path.name for path in recipe.include}, {output.name for output in outputs} | set(texts)
-    beside = tuple(
-        path
-        for path in files_beside(newest, recipe.format)
-        if path.name not in chosen and (carried is None or path.name in carried)
-    )
-    copies, copied = _included(recipe.include + beside, len(inputs), taken)
+        return safetensors_part(tables, window, dtype, int(recipe.max_shard_size), recipe.rename)
+    is_universal = recipe.format == "universal"
+    form = WantedForm(is_universal, recipe.stage, recipe.world_size, recipe.sub_group_size, recipe.like)
+    tag = f"global_step{window.newest(tables).step}" + ("_universal" if is_universal else "")
+    allowed = frozenset(recipe.allow_globals)
+    files = zero_part(tables, window, tag, recipe.optimizer_states, allowed, form)
+    return files, {"latest_universal" if is_universal else "latest": tag}
+
+
+def _part(recipe: MergeRecipe, window: Window, texts: dict[str, str]) -> Part:
     steps = [layout.step for layout in window.layouts]
-    return Plan(
+    return Part(
         out=recipe.out,
         sources=_sources(window.layouts, window.coefficients.tolist()),
         curve=recipe.curve or "given coefficients",
         ess=effective_sample_size(window.coefficients),
         lag_steps=lag(window.coefficients, steps),
-        inputs=inputs + copied,
-        outputs=outputs + copies,
-        names=tables.names,
         texts=texts,
         recipe=recipe.model_dump(mode="json"),
-        memory_bytes=budget,
-        threads=workers.threads,
     )
 
 
+def _beside(
+    recipe: MergeRecipe,
+    newest: Layout,
+    window: PartWindow,
+    files: PartFiles,
+    texts: dict[str, str],
+    carried: frozenset[str] | None,
+    first_input: int,
+) -> tuple[tuple[OutputFile, ...], tuple[InputFile, ...]]:
+    """Files to be copied into the output's root: those that are asked for, and what HF Trainer keeps."""
+    chosen, taken = {path.name for path in recipe.include}, {output.name for output in files.outputs} | set(texts)
+    beside = tuple(
+        path
+        for path in files_beside(newest, recipe.format)
+        if path.name not in chosen and (carried is None or path.name in carried)
+    )
+    return _included(window.part, recipe.include + beside, first_input, taken)
+
+
 def _included(
-    paths: tuple[Path, ...], first_input: int, taken: set[str]
+    part: int, paths: tuple[Path, ...], first_input: int, taken: set[str]
 ) -> tuple[tuple[OutputFile, ...], tuple[InputFile, ...]]:
     """Files to be copied into the output's root, as outputs and as inputs."""
     outputs, inputs = [], []
@@ -89,7 +161,7 @@ def _included(
         status = path.stat()
         inputs.append(InputFile(path.resolve(), status.st_size, status.st_mtime_ns))
         pieces = (Copy(0, status.st_size, first_input + number, 0),) if status.st_size else ()
-        outputs.append(OutputFile(path.name, status.st_size, pieces))
+        outputs.append(OutputFile(part, path.name, status.st_size, pieces, ()))
     return tuple(outputs), tuple(inputs)
 
 
@@ -100,27 +172,94 @@ def _sources(layouts: tuple[Layout, ...], coefficients: list[float]) -> tuple[So
     )
 
 
-def run_plan(plan: Plan, on_bytes: Progress = lambda nbytes: None) -> dict[str, Any]:
-    """Writes and publishes a plan's outputs; returns the manifest.
+@dataclass(frozen=True)
+class Done:
+    """What a run of a plan has made: manifests in the plan's order (on rank 0), and where this process's time went."""
 
-    Nothing appears at `plan.out` unless all of it is there. Sources are opened read-only.
+    manifests: tuple[dict[str, Any], ...]
+    spent: Spent
+
+
+def run_plan(
+    plan: Plan, on_bytes: Progress = lambda nbytes: None, *, ranks: Ranks | None = None, restart: bool = False
+) -> Done:
+    """Writes and publishes a plan's outputs.
+
+    Nothing appears at a part's `out` unless all of it is there. Sources are opened read-only. Killed and called again
+    with the same plan, it goes on where it stopped.
+
+    Ranks: all; each runs its share of the plan, rank 0 publishes.
+
+    Args:
+        plan: the same on every rank.
+        on_bytes: gets the bytes that were read and written since the last call.
+        ranks: those of a launcher; one process alone, if not given.
+        restart: whether to throw away what another merge, begun and not ended, has left at the same place.
 
     Raises:
-        OutputExists, NonFiniteValue, LayoutMismatch, BrokenCheckpoint: see `execute`.
+        OutputExists, NonFiniteValue, LayoutMismatch, BrokenCheckpoint, NoRoom: see `staged`, `run_tasks`.
+        PeerFailed: another rank failed.
         OSError: the disk is full or fails.
     """
-    with staged(plan.out) as staging:
-        free = shutil.disk_usage(staging).free
-        if free < plan.bytes_to_write:
-            raise RecipeError(
-                f"{plan.out.parent} has {format_size(free)} free, the output needs {format_size(plan.bytes_to_write)}."
-            )
-        written = execute(plan, staging, workers_for(plan.memory_bytes, plan.threads), on_bytes)
-        for name, text in plan.texts.items():
-            write_text(staging / name, text)
-        manifest = make_manifest(plan, written)
-        commit(staging, plan.out, manifest)
-    return manifest
+    ranks = ranks or Ranks()
+    stagings = [Staging(part.out) for part in plan.parts]
+    descriptions = [description(plan, number) for number in range(len(plan.parts))]
+    workers = workers_for(most_sources(plan), plan.memory_bytes, plan.threads)
+    with ranks.together(), ExitStack() as stack:
+        require_memory(plan.memory_bytes)
+        files = StagedFiles(plan, [s.content for s in stagings], [s.folder for s in stagings], ranks.rank)
+        if ranks.rank == 0:
+            for part, described in zip(plan.parts, descriptions, strict=True):
+                stack.enter_context(staged(part.out, described, restart=restart))
+            _require_disk(plan, stagings)
+            files.create()
+        ranks.barrier("start")
+        _require_same_plan(stagings, descriptions)
+        files.open()
+        stack.callback(files.close)
+        tasks = share(tasks_of(plan), ranks.rank, ranks.world_size)
+        spent = run_tasks(plan, tasks, files, workers, on_bytes, ranks.check)
+        ranks.barrier("written")
+        files.seal_rest(ranks.rank, ranks.world_size)
+        files.sync()
+        check_unchanged(plan.inputs)
+        ranks.barrier("synced")
+        manifests = _publish(plan, files, stagings) if ranks.rank == 0 else ()
+        ranks.barrier("published")
+    return Done(manifests, spent)
+
+
+def _publish(plan: Plan, files: StagedFiles, stagings: Sequence[Staging]) -> tuple[dict[str, Any], ...]:
+    """Every part is finished before the first appears."""
+    manifests = []
+    for number, (part, staging) in enumerate(zip(plan.parts, stagings, strict=True)):
+        written = files.finish(number)
+        for name, text in part.texts.items():
+            write_text(staging.content / name, text)
+        manifests.append(make_manifest(plan, number, written))
+    for staging, manifest in zip(stagings, manifests, strict=True):
+        commit(staging, manifest)
+    return tuple(manifests)
+
+
+def _require_disk(plan: Plan, stagings: Sequence[Staging]) -> None:
+    """Parts may lie on different file systems; those on one share its room."""
+    needs: dict[int, tuple[Path, int, int]] = {}
+    for number, staging in enumerate(stagings):
+        files = [output for _, output in plan.files_of(number)]
+        device = staging.folder.stat().st_dev
+        folder, nbytes, count = needs.get(device, (staging.folder.parent, 0, 0))
+        missing = max(0, sum(output.nbytes for output in files) - bytes_held(staging.content))
+        needs[device] = (folder, nbytes + missing, count + len(files))
+    for folder, nbytes, count in needs.values():
+        require_disk(folder, nbytes, count, "the merge")
+
+
+def _require_same_plan(stagings: Sequence[Staging], descriptions: Sequence[dict[str, Any]]) -> None:
+    """Every rank has made its plan by itself; a checkpoint that came meanwhile must not split them."""
+    for staging, described in zip(stagings, descriptions, strict=True):
+        if (begun(staging.out) or {}).get("identity") != described["identity"]:
+            raise PeerFailed(f"the ranks have planned {staging.out} differently; start the merge again.", 2)
 
 
 def merge(recipe: MergeRecipe | None = None, /, **values: Any) -> dict[str, Any]:
@@ -129,20 +268,27 @@ def merge(recipe: MergeRecipe | None = None, /, **values: Any) -> dict[str, Any]
     Example:
         merge(run=Path("run"), last=8, curve="1-sqrt", out=Path("merged"))
     """
-    return run_plan(plan_merge(recipe if recipe is not None else make_recipe(**values)))
+    (manifest,) = merge_all([recipe if recipe is not None else make_recipe(**values)])
+    return manifest
 
 
-def plan_one(run: Path, tag: str | None, out: Path | None, **values: Any) -> Plan:
-    """The plan of one checkpoint (the newest complete one, if `tag` is None) in another form."""
+def merge_all(recipes: Sequence[MergeRecipe]) -> tuple[dict[str, Any], ...]:
+    """Makes several outputs in one pass, every source read once; returns their manifests."""
+    run_plan(plan_merge(recipes))
+    return tuple(read_manifest(recipe.out) for recipe in recipes)
+
+
+def one_recipe(run: Path, tag: str | None, out: Path | None, **values: Any) -> MergeRecipe:
+    """The recipe that puts one checkpoint (the newest complete one, if `tag` is None) into another form."""
     chosen: dict[str, Any] = {"tags": (tag,)} if tag else {"last": 1}
-    return plan_merge(make_recipe(run=run, out=out, coefficients=(1.0,), **chosen, **values))
+    return make_recipe(run=run, out=out, coefficients=(1.0,), **chosen, **values)
 
 
 def export(run: Path, tag: str | None, out: Path, **values: Any) -> dict[str, Any]:
     """Writes one checkpoint's fp32 masters, rounded to `dtype`, as safetensors; returns the manifest."""
-    return run_plan(plan_one(run, tag, out, format="safetensors", **values))
+    return merge(one_recipe(run, tag, out, format="safetensors", **values))
 
 
 def reshard(run: Path, tag: str | None, out: Path, **values: Any) -> dict[str, Any]:
     """Writes one checkpoint for another `world_size` or ZeRO `stage`, or `like` another; returns the manifest."""
-    return run_plan(plan_one(run, tag, out, **values))
+    return merge(one_recipe(run, tag, out, **values))

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from wsm_ds.intersect import Ints, Order, Places, element_of
 
 Fate = Literal["merge", "equal", "newest", "carry"]
@@ -208,8 +206,7 @@ class Plan:
             "memory_bytes": self.memory_bytes,
             "threads": self.threads,
             "outputs": [
-                described(part)
-                | {"files": [{"name": o.name, "bytes": o.nbytes} for _, o in self.files_of(number)]}
+                described(part) | {"files": [{"name": o.name, "bytes": o.nbytes} for _, o in self.files_of(number)]}
                 for number, part in enumerate(self.parts)
             ],
         }
@@ -229,7 +226,7 @@ def described(part: Part) -> dict[str, Any]:
 
 
 def around(base: Sequence[Base], begins: Ints, ends: Ints) -> tuple[Base, ...]:
-    """What of `base`, which tiles a file, lies outside the ranges [begins, ends). Both are ordered; Bytes stay whole."""
+    """What of `base`, which tiles a file, lies outside the ranges [begins, ends). Both ordered; Bytes stay whole."""
     pieces: list[Base] = []
     at = 0
     for piece in base:
@@ -254,5 +251,3 @@ def _append_part(pieces: list[Base], whole: Base, begin: int, end: int) -> None:
         pieces.append(Zeros(begin, end - begin))
     else:
         pieces.append(whole)
-
-

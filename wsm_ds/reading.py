@@ -1,4 +1,4 @@
-"""Reads input files: whole ranges, again after the passing faults of network file systems, and never less than asked."""
+"""Reads input files: whole ranges, never less than asked, and again after passing faults of network file systems."""
 
 import errno
 import logging

@@ -2,23 +2,27 @@
 
 import os
 import re
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from wsm_ds.errors import RecipeError
+from wsm_ds.ranks import local_world_size
 from wsm_ds.sizes import parse_size
 
 Allowance = Literal["warmup", "lr-change"]
 
 
 class MergeRecipe(BaseModel):
-    """One merge. Exactly one of `last`, `from_step` with `to_step`, and `tags` chooses the window.
+    """One merge. Exactly one of `last` (up to `to_step`, if given), `from_step` with `to_step`, and `tags` chooses the
+    window.
 
     Attributes:
         run: the run's folder (DeepSpeed's save_dir, or HF Trainer's output_dir).
-        last: the newest N complete checkpoints.
+        last: the newest N complete checkpoints, up to `to_step` if that is given.
         from_step, to_step: all checkpoints with steps in this closed range.
         tags: checkpoints by name; their steps give the order.
         curve: the decay curve to emulate ("linear", "cosine", "1-sqrt", "power:2", "ema:0.1", …).
@@ -31,8 +35,8 @@ class MergeRecipe(BaseModel):
         optimizer_states: "carry" those of the newest, "merge" them alike, or "drop" them (zero only).
         world_size, stage, sub_group_size: of a zero output; those of the newest checkpoint if not given.
         like: the folder of a checkpoint, RUN/TAG, whose form a zero output takes.
-        memory_budget: bytes, or "512MiB"; holds all buffers of the merge.
-        threads: workers; all cores if not given.
+        memory_budget: bytes, or "512MiB"; holds all buffers of the merge, in each process.
+        threads: workers of each process; all cores, shared with the other ranks of the machine, if not given.
         max_shard_size: of a safetensors file.
         rename: for safetensors: regular expressions and what replaces them in every name, applied in order.
         include: files to copy beside the output (config.json, tokenizer files); what HF Trainer keeps beside the
@@ -61,7 +65,7 @@ class MergeRecipe(BaseModel):
     sub_group_size: int | None = Field(default=None, ge=1)
     like: Path | None = None
     memory_budget: int | str = "512MiB"
-    threads: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1)
+    threads: int = Field(default_factory=lambda: max(1, len(os.sched_getaffinity(0)) // local_world_size()), ge=1)
     max_shard_size: int | str = "5GB"
     rename: dict[str, str] = Field(default_factory=dict)
     include: tuple[Path, ...] = ()
@@ -89,9 +93,9 @@ class MergeRecipe(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "MergeRecipe":
-        by_range = self.from_step is not None or self.to_step is not None
+        by_range = self.from_step is not None or (self.to_step is not None and self.last is None)
         if [self.last is not None, by_range, self.tags is not None].count(True) != 1:
-            raise ValueError("choose the window by exactly one of: last, from_step with to_step, tags")
+            raise ValueError("choose the window by exactly one of: last (and to_step), from_step with to_step, tags")
         if by_range and (self.from_step is None or self.to_step is None or self.from_step > self.to_step):
             raise ValueError("from_step and to_step go together, from_step <= to_step")
         if (self.curve is None) == (self.coefficients is None):
@@ -127,8 +131,49 @@ def make_recipe(**values: Any) -> MergeRecipe:
         raise RecipeError("the recipe is not valid: " + "; ".join(faults)) from error
 
 
-def load_recipe(path: Path, **overrides: Any) -> MergeRecipe:
-    """A recipe from a YAML file; `overrides` that are not None count instead of the file's values.
+SWEPT = {"last": "last{}", "to_step": "to{}", "curve": "{}", "floor": "floor{}", "format": "{}"}
+"""What may be a list of values, one output each, and what the output's folder is then called."""
+
+
+def make_recipes(**values: Any) -> tuple[MergeRecipe, ...]:
+    """The recipes of several outputs of one pass: every combination of the lists, for every entry of `outputs`.
+
+    An entry of `outputs` counts before the common values; its `out` lies below the common one. Where a list has more
+    than one value, outputs are folders below `out`, called after their values (`last8-1-sqrt`).
+
+    Raises:
+        RecipeError: with every fault that was found.
+    """
+    common = {key: value for key, value in values.items() if value is not None and key != "outputs"}
+    entries = values.get("outputs")
+    if entries is None:
+        return tuple(make_recipe(**chosen) for chosen in _combinations(common))
+    if not isinstance(entries, list | tuple) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise RecipeError("the recipe is not valid: outputs: a list of mappings is needed")
+    recipes: list[MergeRecipe] = []
+    for entry in entries:
+        own = common | entry
+        if "out" in entry and "out" in common:
+            own["out"] = Path(common["out"]) / entry["out"]
+        recipes += [make_recipe(**chosen) for chosen in _combinations(own)]
+    return tuple(recipes)
+
+
+def _combinations(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    lists = {name: list(values[name]) for name in SWEPT if isinstance(values.get(name), list | tuple)}
+    for name, found in lists.items():
+        if not found or len(set(map(str, found))) < len(found):
+            raise RecipeError(f"the recipe is not valid: {name}: an empty list, or a value twice")
+    for combination in product(*lists.values()):
+        chosen = dict(zip(lists, combination, strict=True))
+        words = [SWEPT[name].format(value) for name, value in chosen.items() if len(lists[name]) > 1]
+        folder = re.sub(r"[^\w.=-]+", "-", "-".join(words))
+        out = values.get("out")
+        yield values | chosen | ({"out": Path(out) / folder} if out is not None and folder else {})
+
+
+def load_recipes(path: Path, **overrides: Any) -> tuple[MergeRecipe, ...]:
+    """Recipes from a YAML file, see `make_recipes`; `overrides` that are not None count instead of the file's values.
 
     Raises:
         RecipeError: the file is missing, not a mapping, or not a valid recipe.
@@ -137,13 +182,26 @@ def load_recipe(path: Path, **overrides: Any) -> MergeRecipe:
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"the recipe {path} is not a mapping of names to values.")
-    unknown = [str(key) for key in values if str(key) not in MergeRecipe.model_fields]
+    known = {*MergeRecipe.model_fields, "outputs"}
+    entries = values.get("outputs")
+    given = (
+        [values, *(entry for entry in entries or () if isinstance(entry, dict))]
+        if isinstance(entries, list)
+        else [values]
+    )
+    unknown = sorted({str(key) for mapping in given for key in mapping} - known)
     if unknown:
-        raise RecipeError(
-            f"the recipe {path} has unknown names {unknown}; known are {sorted(MergeRecipe.model_fields)}."
-        )
-    return make_recipe(**(values | {key: value for key, value in overrides.items() if value is not None}))
+        raise RecipeError(f"the recipe {path} has unknown names {unknown}; known are {sorted(known)}.")
+    return make_recipes(**(values | {key: value for key, value in overrides.items() if value is not None}))
+
+
+def load_recipe(path: Path, **overrides: Any) -> MergeRecipe:
+    """The recipe of a YAML file that has one output; see `load_recipes`."""
+    recipes = load_recipes(path, **overrides)
+    if len(recipes) > 1:
+        raise RecipeError(f"the recipe {path} has {len(recipes)} outputs; one is wanted here.")
+    return recipes[0]

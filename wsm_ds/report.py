@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from wsm_ds.inspect import Inspected
 from wsm_ds.plan import Plan
 from wsm_ds.sizes import format_size
+from wsm_ds.staging import Spent
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -20,15 +21,30 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def plan_report(plan: Plan) -> str:
     """The plan as it is shown before anything is written."""
-    rows = [[source.tag, str(source.step), f"{source.coefficient:.6f}"] for source in plan.sources]
-    figures = [
-        f"curve {plan.curve}  effective sample size {plan.ess:.2f} of {len(plan.sources)}  "
-        f"lag {plan.lag_steps:g} steps",
+    lines = []
+    for part in plan.parts:
+        rows = [[source.tag, str(source.step), f"{source.coefficient:.6f}"] for source in part.sources]
+        lines += [
+            table(["checkpoint", "step", "coefficient"], rows),
+            f"curve {part.curve}  effective sample size {part.ess:.2f} of {len(part.sources)}  lag {part.lag_steps:g} steps",
+            f"out  {part.out}",
+        ]
+    lines.append(
         f"read {format_size(plan.bytes_to_read)}  write {format_size(plan.bytes_to_write)} in {len(plan.outputs)} files"
-        f"   memory {format_size(plan.memory_bytes)}   threads {plan.threads}",
-        f"out  {plan.out}",
-    ]
-    return "\n".join([table(["checkpoint", "step", "coefficient"], rows), *figures])
+        f"   memory {format_size(plan.memory_bytes)}   threads {plan.threads}"
+    )
+    return "\n".join(lines)
+
+
+def summary_report(plan: Plan, spent: Spent, wall_s: float, world_size: int) -> str:
+    """Where the time went, after the merge."""
+    moved = plan.bytes_to_read + plan.bytes_to_write
+    ranks = f", rank 0 of {world_size}" if world_size > 1 else ""
+    return (
+        f"{format_size(moved)} in {wall_s:.1f} s, {format_size(moved / max(wall_s, 1e-9))}/s; seconds of "
+        f"{plan.threads} threads{ranks}: "
+        f"read {spent.read_s:.1f}, arithmetic {spent.arithmetic_s:.1f}, hash {spent.hash_s:.1f}, write {spent.write_s:.1f}"
+    )
 
 
 def inspection_report(found: Sequence[Inspected]) -> str:

@@ -31,8 +31,8 @@ def require_memory(nbytes: int) -> None:
     available = available_memory()
     if available is not None and available < nbytes:
         raise NoRoom(
-            f"{format_size(available)} of memory are available, the merge would use up to {format_size(nbytes)}. Give it a "
-            "smaller --memory-budget."
+            f"{format_size(available)} of memory are available, the merge would use {format_size(nbytes)}. Give it "
+            "a smaller --memory-budget."
         )
 
 

@@ -161,7 +161,9 @@ class StagedFiles:
             places = target.places
             for element, numel, file, offset in places.parts(task.begin, task.end):
                 last = offset + numel * places.dtype(element).itemsize - 1
-                if not all(self._is_sealed(file, index) for index in range(offset // BLOCK_BYTES, last // BLOCK_BYTES + 1)):
+                if not all(
+                    self._is_sealed(file, index) for index in range(offset // BLOCK_BYTES, last // BLOCK_BYTES + 1)
+                ):
                     return False
         return True
 
@@ -288,9 +290,9 @@ class StagedFiles:
                 begin, end = max(fields.begins[number], shape.position), min(fields.ends[number], shape.end)
                 totals[number] = crc32.combine(totals[number], crc, end - begin)
         values = {crc: totals[number] for number, crc in enumerate(fields.crcs)}
-        for crc in output.crcs:
-            for place in crc.places:
-                write_all(descriptor, memoryview(values.get(crc, 0).to_bytes(4, "little")), place)
+        for field in output.crcs:
+            for place in field.places:
+                write_all(descriptor, memoryview(values.get(field, 0).to_bytes(4, "little")), place)
 
     def _blocks(self) -> set[tuple[int, int]]:
         return {

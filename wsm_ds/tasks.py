@@ -1,6 +1,7 @@
 """A plan cut into tasks, and tasks dealt out to ranks by bytes. Every rank that has the plan gets the same answer."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -27,10 +28,7 @@ def tasks_of(plan: Plan) -> list[Task]:
     for number, stream in enumerate(plan.streams):
         cost = bytes_per_element(stream)
         cuts = _cuts(stream).tolist()
-        tasks += [
-            Task(number, begin, end, max(1, int((end - begin) * cost)))
-            for begin, end in zip(cuts[:-1], cuts[1:], strict=True)
-        ]
+        tasks += [Task(number, begin, end, max(1, int((end - begin) * cost))) for begin, end in pairwise(cuts)]
     return tasks
 
 

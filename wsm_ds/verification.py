@@ -2,25 +2,26 @@
 
 import hashlib
 import random
-from collections.abc import Iterator
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from wsm_ds.engine import BlockComputer, block_count, block_range, workers_for
+from wsm_ds.engine import Worker, most_sources, workers_for
 from wsm_ds.errors import VerificationFailed, WsmError, few
-from wsm_ds.layouts.run import Checkpoint
-from wsm_ds.layouts.zero import read_layout
 from wsm_ds.manifest import read_manifest
-from wsm_ds.merging import plan_for_window
-from wsm_ds.plan import OutputFile, Plan
+from wsm_ds.merging import plan_windows
+from wsm_ds.plan import Bytes, Plan
 from wsm_ds.publish import MANIFEST
+from wsm_ds.reading import Reader
 from wsm_ds.recipe import make_recipe
-from wsm_ds.window import Window
+from wsm_ds.staging import Spent
+from wsm_ds.tasks import Task, tasks_of
+from wsm_ds.window import recorded_window
 
-SAMPLED_BLOCKS_PER_FILE = 4
+SAMPLED_TASKS_PER_FILE = 2
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Verified:
 
 
 def verify(out: Path, *, full: bool = False) -> Verified:
-    """Reads all of an output again, and recomputes sampled blocks (`full`: all) from the sources.
+    """Reads all of an output again, and recomputes sampled stretches (`full`: all) from the sources.
 
     Raises:
         VerificationFailed: a file is missing, superfluous or differs; it and the place are named.
@@ -52,7 +53,7 @@ def verify(out: Path, *, full: bool = False) -> Verified:
             raise VerificationFailed(f"{out / name} is not what was written: its checksum differs.")
     total = sum(int(entry["bytes"]) for entry in expected.values())
     try:
-        plan = _replan(out, manifest)
+        plan = _replan(manifest)
     except (WsmError, OSError) as error:
         return Verified(len(names), total, 0, f"checksums only; the sources cannot be read any more: {error}")
     return Verified(len(names), total, _recompute(plan, out, full), "")
@@ -67,43 +68,64 @@ def file_digest(path: Path, block_bytes: int) -> str:
     return outer.hexdigest()
 
 
-def _replan(out: Path, manifest: dict[str, Any]) -> Plan:
+def _replan(manifest: dict[str, Any]) -> Plan:
     recipe = make_recipe(**manifest["recipe"])
-    allowed = frozenset(recipe.allow_globals)
-    layouts = tuple(
-        read_layout(Checkpoint(source["step"], source["tag"], Path(source["path"])), allowed)
-        for source in manifest["sources"]
-    )
-    coefficients = np.array([source["coefficient"] for source in manifest["sources"]])
-    return plan_for_window(recipe, Window(layouts, coefficients), frozenset(manifest["files"]))
+    window = recorded_window(manifest["sources"], recipe)
+    return plan_windows([recipe], [window], frozenset(manifest["files"]))
+
+
+class _Comparison:
+    """A sink that compares what a worker makes with what the output holds."""
+
+    def __init__(self, plan: Plan, out: Path) -> None:
+        self.paths = [out / output.name for output in plan.outputs]
+        self.filled_in = [
+            sorted(place + byte for crc in output.crcs for place in crc.places for byte in range(4))
+            for output in plan.outputs
+        ]
+        self.nbytes = 0
+
+    def write(self, number: int, offset: int, data: memoryview) -> None:
+        """Raises VerificationFailed at the first byte that differs; a zip's CRC-32s the checksums cover."""
+        with self.paths[number].open("rb") as file:
+            file.seek(offset)
+            held = np.frombuffer(file.read(len(data)), np.uint8)
+        made = np.frombuffer(data, np.uint8)
+        if len(held) < len(made):
+            raise VerificationFailed(
+                f"{self.paths[number]} ends at byte {offset + len(held)}; have the sources changed?"
+            )
+        places = self.filled_in[number]
+        filled_in = [p - offset for p in places[bisect_left(places, offset) : bisect_left(places, offset + len(data))]]
+        unlike = np.setdiff1d(np.flatnonzero(made != held), filled_in)
+        if len(unlike):
+            raise VerificationFailed(f"{self.paths[number]}: byte {offset + unlike[0]} is not what the sources make.")
+        self.nbytes += len(data)
 
 
 def _recompute(plan: Plan, out: Path, full: bool) -> int:
-    workers = workers_for(plan.memory_bytes, 1)
-    done = 0
-    with BlockComputer(plan, out, workers.slice_numel, set(plan.names)) as computer:
-        for output in plan.outputs:
-            path = out / output.name
-            if path.stat().st_size != output.nbytes:
-                raise VerificationFailed(f"{path}: the sources make {output.nbytes} bytes; have they changed?")
-            filled_in = [place + byte for crc in output.crcs for place in crc.places for byte in range(4)]
-            with path.open("rb") as file:
-                for index in _chosen_blocks(output, full):
-                    begin, end = block_range(output, index)
-                    made = np.frombuffer(computer.block(output, begin, end), np.uint8).copy()
-                    file.seek(begin)
-                    held = np.frombuffer(file.read(end - begin), np.uint8)
-                    places = [place - begin for place in filled_in if begin <= place < end]
-                    made[places] = held[places]  # the zip's CRC-32 fields, which the checksums cover
-                    if not np.array_equal(made, held):
-                        at = begin + int(np.flatnonzero(made != held)[0])
-                        raise VerificationFailed(f"{path}: byte {at} is not what the sources make.")
-                    done += end - begin
-    return done
+    comparison = _Comparison(plan, out)
+    for number, output in enumerate(plan.outputs):
+        if comparison.paths[number].stat().st_size != output.nbytes:
+            raise VerificationFailed(
+                f"{comparison.paths[number]}: the sources make {output.nbytes} bytes; have they changed?"
+            )
+        for piece in output.pieces:
+            if isinstance(piece, Bytes):
+                comparison.write(number, piece.offset, memoryview(piece.data))
+    workers = workers_for(most_sources(plan), plan.memory_bytes, 1)
+    with Reader(plan.inputs) as reader:
+        worker = Worker(plan, reader, comparison, workers.slice_numel, set(plan.names), Spent())
+        for task in tasks_of(plan) if full else _sampled(plan):
+            worker.run(task)
+    return comparison.nbytes
 
 
-def _chosen_blocks(output: OutputFile, full: bool) -> Iterator[int]:
-    count = block_count(output)
-    if full or count <= SAMPLED_BLOCKS_PER_FILE:
-        return iter(range(count))
-    return iter(sorted(random.Random(output.name).sample(range(count), SAMPLED_BLOCKS_PER_FILE)))
+def _sampled(plan: Plan) -> list[Task]:
+    """Of every stream some tasks, the same ones every time."""
+    chosen, tasks = [], tasks_of(plan)
+    for number in range(len(plan.streams)):
+        own = [task for task in tasks if task.stream == number]
+        count = min(len(own), SAMPLED_TASKS_PER_FILE * max(1, len(plan.outputs)))
+        chosen += random.Random(number).sample(own, count)
+    return chosen

@@ -1,7 +1,10 @@
 """From a recipe's words to the window: which checkpoints, with which coefficients, and whether they belong together."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,13 +55,40 @@ def select_window(recipe: MergeRecipe) -> Window:
     return Window(tuple(layouts), coefficients)
 
 
+def recorded_window(sources: Sequence[Mapping[str, Any]], recipe: MergeRecipe) -> Window:
+    """The window that a manifest or a plan has recorded, read again.
+
+    Raises:
+        CheckpointNotFound, BrokenCheckpoint, UnsupportedLayout, UnsafePickle: see `read_layout`.
+    """
+    allowed = frozenset(recipe.allow_globals)
+    layouts = tuple(
+        read_layout(Checkpoint(source["step"], source["tag"], Path(source["path"])), allowed) for source in sources
+    )
+    return Window(layouts, np.array([source["coefficient"] for source in sources]))
+
+
+def union_of(windows: Sequence[Window]) -> tuple[Layout, ...]:
+    """All checkpoints of several windows, by rising step.
+
+    Raises:
+        LayoutMismatch: they do not hold the same model.
+    """
+    layouts = {layout.path: layout for window in windows for layout in window.layouts}
+    ordered = sorted(layouts.values(), key=lambda layout: (layout.step, str(layout.path)))
+    for layout in ordered[:-1] if len(windows) > 1 else ():
+        check_same_model(layout, ordered[-1])
+    return tuple(ordered)
+
+
 def _chosen(recipe: MergeRecipe) -> list[Layout]:
     allowed = frozenset(recipe.allow_globals)
     if recipe.tags is not None:
         return [read_layout(find_tag(recipe.run, tag), allowed) for tag in recipe.tags]
     found = find_checkpoints(recipe.run)
     if recipe.last is not None:
-        return _newest_complete(found, recipe.last, allowed)
+        until = recipe.to_step
+        return _newest_complete([c for c in found if until is None or c.named_step <= until], recipe, allowed)
     low, high = recipe.from_step or 0, recipe.to_step or 0
     layouts = [read_layout(c, allowed) for c in found if c.named_step < 0 or low <= c.named_step <= high]
     layouts = [layout for layout in layouts if low <= layout.step <= high]
@@ -71,20 +101,26 @@ def _held(found: list[Checkpoint]) -> str:
     return f"it holds {few(checkpoint.tag for checkpoint in found)}."
 
 
-def _newest_complete(found: list[Checkpoint], count: int, allowed: frozenset[str]) -> list[Layout]:
-    """The newest `count`; a broken one at the very end is still being written and is passed over."""
+def _newest_complete(found: list[Checkpoint], recipe: MergeRecipe, allowed: frozenset[str]) -> list[Layout]:
+    """The newest ones, up to a step if there is one; a broken one at the very end is still being written."""
     layouts: list[Layout] = []
     for checkpoint in reversed(found):
-        if len(layouts) == count:
+        if len(layouts) == recipe.last:
             break
         try:
-            layouts.append(read_layout(checkpoint, allowed))
+            layout = read_layout(checkpoint, allowed)
         except BrokenCheckpoint as error:
             if layouts:
                 raise
             log.warning("%s is passed over: %s", checkpoint.tag, error)
-    if len(layouts) < count:
-        raise WindowError(f"{count} complete checkpoints were asked for, {len(layouts)} are there; {_held(found)}")
+            continue
+        if recipe.to_step is None or layout.step <= recipe.to_step:
+            layouts.append(layout)
+    if len(layouts) < (recipe.last or 0):
+        until = "" if recipe.to_step is None else f" up to step {recipe.to_step}"
+        raise WindowError(
+            f"{recipe.last} complete checkpoints{until} were asked for, {len(layouts)} are there; {_held(found)}"
+        )
     return layouts
 
 
@@ -120,7 +156,7 @@ def _check_rates(layouts: list[Layout], allow: tuple[str, ...]) -> None:
             f"{oldest.tag} (step {oldest.step}) lies inside the warmup of {warmup} steps; a merge emulates a decay "
             "from a constant rate. Start the window later, or pass --allow warmup."
         )
-    changed = [layout for layout in layouts if layout.learning_rates != oldest.learning_rates]
+    changed = [layout for layout in layouts if set(layout.learning_rates) != set(oldest.learning_rates)]
     if changed and "lr-change" not in allow:
         raise WindowError(
             f"the learning rate changes inside the window: {list(oldest.learning_rates)} at {oldest.tag}, "
