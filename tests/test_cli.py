@@ -51,9 +51,12 @@ def test_the_plan_is_shown_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
     assert main([*arguments, "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["bytes_to_write"] == sum(file["bytes"] for file in plan["files"])
+    assert plan["bytes_to_write"] == sum(file["bytes"] for file in plan["outputs"][0]["files"])
     assert main([*arguments, "--json"]) == 0
-    manifest = json.loads(capsys.readouterr().out)
+    events = {event.pop("event"): event for event in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert list(events) == ["plan", "done", "summary"]
+    assert events["summary"]["bytes_written"] == plan["bytes_to_write"]
+    manifest = events["done"]["manifest"]
     assert manifest == json.loads((tmp_path / "out/wsm_merge.json").read_text())
     assert [source["step"] for source in manifest["sources"]] == [2, 4, 6]
     assert main(["verify", str(tmp_path / "out"), "--full"]) == 0

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wsm_ds.errors import LayoutMismatch
-from wsm_ds.intersect import intersect
+from wsm_ds.intersect import NOWHERE, Places, line_of, order_of, places, require_all, without_repeats
 from wsm_ds.layouts.layout import FRAGMENT, Table
 
 FP32 = 1
@@ -50,35 +50,64 @@ def addresses(table: Table) -> dict[tuple[int, int], tuple[int, int]]:
 LAYOUT = st.tuples(st.sampled_from([flat_table, cut_table]), st.integers(1, 5))
 
 
-@given(st.lists(st.integers(1, 23), min_size=1, max_size=6), LAYOUT, st.lists(LAYOUT, min_size=1, max_size=3))
-def test_every_output_byte_gets_the_same_element_of_every_source(numels, out_layout, source_layouts) -> None:  # type: ignore[no-untyped-def]
-    out = out_layout[0](numels, out_layout[1])
+def elements(where: Places) -> list[tuple[int, int]]:
+    """(file, byte) of every element of a stream."""
+    found = [(NOWHERE, 0)] * int(where.starts[-1])
+    for element, numel, file, offset in where.parts(0, len(found)):
+        for i in range(numel):
+            found[element + i] = (file, offset + 4 * i)
+    return found
+
+
+@given(
+    st.lists(st.integers(1, 23), min_size=1, max_size=6),
+    st.lists(LAYOUT, min_size=1, max_size=3),
+    st.lists(LAYOUT, min_size=1, max_size=3),
+    st.randoms(use_true_random=False),
+)
+def test_a_stream_finds_the_same_element_in_every_source_and_every_output(  # type: ignore[no-untyped-def]
+    numels, out_layouts, source_layouts, random
+) -> None:
+    outs = [make(numels, world_size) for make, world_size in out_layouts]
+    outs = [out[sorted(random.sample(range(len(out)), random.randint(1, len(out))))] for out in outs]
     sources = [make(numels, world_size) for make, world_size in source_layouts]
-    names = tuple(map(str, range(len(numels))))
-    runs = intersect(out, sources, np.array(numels, dtype=np.int64), names)
-    wanted = addresses(out)
-    by_place = {place: element for element, place in wanted.items()}
-    seen = set()
-    maps = [addresses(source) for source in sources]
-    for n in range(len(runs.file)):
-        for i in range(int(runs.numel[n])):
-            element = by_place[(int(runs.file[n]), int(runs.offset[n]) + 4 * i)]
-            seen.add(element)
-            for k, where in enumerate(maps):
-                assert where[element] == (int(runs.source_file[k, n]), int(runs.source_offset[k, n]) + 4 * i)
-    assert seen == set(wanted)
+    base = line_of(np.array(numels, dtype=np.int64))
+    order = order_of(outs, base)
+    names = [
+        (tensor, int(position - base[tensor]))
+        for begin, end in zip(order.begin, order.end, strict=True)
+        for position in range(begin, end)
+        for tensor in [int(np.searchsorted(base, position, "right")) - 1]
+    ]
+    assert sorted(names) == sorted({element for out in outs for element in addresses(out)})
+    for table in [*outs, *sources]:
+        wanted = addresses(table)
+        assert elements(places(order, table, base)) == [wanted.get(name, (NOWHERE, 0)) for name in names]
+    first = [place for place in elements(places(order, outs[0], base)) if place[0] != NOWHERE]
+    assert first == sorted(first)
 
 
 def test_equal_layouts_are_one_run_a_partition() -> None:
     numels = [7, 30, 11, 100]
-    table = flat_table(numels, 4)
-    runs = intersect(table, [table, table], np.array(numels, dtype=np.int64), tuple("abcd"))
-    assert len(runs.file) == 4
-    assert runs.numel.tolist() == [37, 37, 37, 37]
+    table, base = flat_table(numels, 4), line_of(np.array(numels, dtype=np.int64))
+    found = places(order_of([table], base), table, base)
+    assert found.starts.tolist() == [0, 37, 74, 111, 148]
+
+
+def test_elements_that_are_stored_twice_make_two_tables() -> None:
+    numels = [7, 30]
+    base = line_of(np.array(numels, dtype=np.int64))
+    once, twice = flat_table(numels, 2), np.concatenate([flat_table(numels, 2), cut_table(numels, 3)])
+    assert len(without_repeats(once, base)) == 1
+    layers = without_repeats(twice, base)
+    assert sorted(row.tobytes() for layer in layers for row in layer) == sorted(row.tobytes() for row in twice)
+    for layer in layers:
+        assert len(addresses(layer)) == layer["numel"].sum()
 
 
 def test_a_source_without_some_elements_is_named() -> None:
     numels = [7, 30]
-    table = flat_table(numels, 2)
-    with pytest.raises(LayoutMismatch, match="source 1 lacks elements 12 to 30 of weight"):
-        intersect(table, [table, table[:-1]], np.array(numels, dtype=np.int64), ("bias", "weight"))
+    table, base = flat_table(numels, 2), line_of(np.array([7, 30], dtype=np.int64))
+    order = order_of([table], base)
+    with pytest.raises(LayoutMismatch, match="step 4 lacks elements 12 to 30 of weight"):
+        require_all(places(order, table[:-1], base), order, "step 4", base, ("bias", "weight"))

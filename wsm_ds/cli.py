@@ -77,8 +77,10 @@ def _carry_out(recipes: Sequence[Any], options: argparse.Namespace) -> int:
         for recipe in recipes:
             event("done", out=str(recipe.out), is_new=recipe.out in made, manifest=read_manifest(recipe.out))
         if plan.parts:
-            event("summary", wall_s=round(progress.wall_s, 3), bytes_read=plan.bytes_to_read,
-                  bytes_written=plan.bytes_to_write, **{k: round(v, 3) for k, v in vars(done.spent).items()})  # fmt: skip
+            seconds = {name: round(value, 3) for name, value in vars(done.spent).items()} | {
+                "wall_s": round(progress.wall_s, 3)
+            }
+            event("summary", bytes_read=plan.bytes_to_read, bytes_written=plan.bytes_to_write, **seconds)
         return 0
     for recipe in recipes:
         print(f"done {recipe.out}" if recipe.out in made else f"done {recipe.out} (by this same merge, before)")
@@ -281,7 +283,7 @@ def _command(
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
     parser.set_defaults(function=function)
-    parser.add_argument("--json", action="store_true", help="print JSON (a merge: one event a line)")
+    parser.add_argument("--json", action="store_true", help="print JSON, a merge one event a line")
     return parser
 
 
@@ -305,7 +307,7 @@ def _writing_options(parser: argparse.ArgumentParser) -> None:
                         help="copy FILE into the output: config.json, tokenizer files")  # fmt: skip
     parser.add_argument("--memory-budget", metavar="SIZE", help="of all buffers (default 512MiB)")
     parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
-    parser.add_argument("--restart", action="store_true", help="throw away what another merge left there")
+    parser.add_argument("--restart", action="store_true", help="throw away what another merge left")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
     _allow_global(parser)
 

@@ -308,8 +308,8 @@ class Worker:
                     "checkpoint out of the window."
                 )
         return NonFiniteValue(
-            f"the merge of {stream.name(begin, self.plan.names)} overflows {self._where(target, begin)}, although every "
-            "source is finite."
+            f"the merge of {stream.name(begin, self.plan.names)} overflows {self._where(target, begin)}, although "
+            "every source is finite."
         )
 
     def _where(self, target: Target, element: int) -> str:

@@ -106,8 +106,8 @@ def _take_over(staging: Staging, described: dict[str, Any], restart: bool) -> No
             return
         unlike = [key for key in described if key != "identity" and left.get(key) != described[key]]
         raise OutputExists(
-            f"{staging.folder} holds a merge that was begun with other arguments or sources ({few(unlike)} differ). Run "
-            "that one again to finish it, or pass --restart to throw it away."
+            f"{staging.folder} holds a merge that was begun with other arguments or sources ({few(unlike)} differ). "
+            "Run that one again to finish it, or pass --restart to throw it away."
         )
     for path in staging.folder.iterdir():
         if path.name != LOCK:

@@ -144,8 +144,9 @@ def launched_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
         return Ranks()
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in found]
     if missing:
-        raise RecipeError(f"WORLD_SIZE is {found['WORLD_SIZE']}, but {', '.join(missing)} is not set; unset it, or use a "
-                          "launcher.")  # fmt: skip
+        raise RecipeError(
+            f"WORLD_SIZE is {found['WORLD_SIZE']}, but {', '.join(missing)} is not set; unset it, or use a launcher."
+        )
     os.environ.update({name: found[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")})
     return _meet()
 

@@ -26,7 +26,8 @@ def plan_report(plan: Plan) -> str:
         rows = [[source.tag, str(source.step), f"{source.coefficient:.6f}"] for source in part.sources]
         lines += [
             table(["checkpoint", "step", "coefficient"], rows),
-            f"curve {part.curve}  effective sample size {part.ess:.2f} of {len(part.sources)}  lag {part.lag_steps:g} steps",
+            f"curve {part.curve}  effective sample size {part.ess:.2f} of {len(part.sources)}  "
+            f"lag {part.lag_steps:g} steps",
             f"out  {part.out}",
         ]
     lines.append(
@@ -43,7 +44,8 @@ def summary_report(plan: Plan, spent: Spent, wall_s: float, world_size: int) -> 
     return (
         f"{format_size(moved)} in {wall_s:.1f} s, {format_size(moved / max(wall_s, 1e-9))}/s; seconds of "
         f"{plan.threads} threads{ranks}: "
-        f"read {spent.read_s:.1f}, arithmetic {spent.arithmetic_s:.1f}, hash {spent.hash_s:.1f}, write {spent.write_s:.1f}"
+        f"read {spent.read_s:.1f}, arithmetic {spent.arithmetic_s:.1f}, hash {spent.hash_s:.1f}, "
+        f"write {spent.write_s:.1f}"
     )
 
 

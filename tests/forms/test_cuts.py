@@ -11,7 +11,7 @@ from wsm_ds.dtypes import BY_NAME, CODES
 from wsm_ds.forms.form import Form
 from wsm_ds.forms.groups import in_partition_order, subgroups
 from wsm_ds.forms.optimizer_file import alignment_paddings, partition_size
-from wsm_ds.intersect import intersect
+from wsm_ds.intersect import line_of, order_of, places
 from wsm_ds.layouts import zero3, zero12
 from wsm_ds.layouts.layout import Table, TableBuilder, TensorInfo
 
@@ -116,13 +116,16 @@ def test_every_rank_of_every_form_gets_its_elements_from_every_other_form(
     tables = [table(groups, source)[0] for source in sources]
     held = [literally(groups, source) for source in sources]
     numels = np.array([numel for group in groups for numel in group], dtype=np.int64)
-    runs = intersect(out_table, tables, numels, tuple(map(str, range(len(numels)))))
+    base = line_of(numels)
+    order = order_of([out_table], base)
+    targets = list(places(order, out_table, base).parts(0, int(order.starts[-1])))
     for k, flats in enumerate(held):
         made = [np.full(length, PADDING) for length in lengths]
-        for n in range(len(runs.file)):
-            at, count = int(runs.offset[n]) // 4, int(runs.numel[n])
-            source_at = int(runs.source_offset[k, n]) // 4
-            made[int(runs.file[n])][at : at + count] = flats[int(runs.source_file[k, n])][source_at : source_at + count]
+        line = np.empty(int(order.starts[-1]))
+        for element, numel, file, offset in places(order, tables[k], base).parts(0, len(line)):
+            line[element : element + numel] = flats[file][offset // 4 : offset // 4 + numel]
+        for element, numel, file, offset in targets:
+            made[file][offset // 4 : offset // 4 + numel] = line[element : element + numel]
         for got, rank in zip(made, wanted, strict=True):
             assert np.array_equal(got, rank)
 
