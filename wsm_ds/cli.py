@@ -240,8 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--floor", metavar="M", help="final rate as a fraction of the peak (default 0)")
     merge.add_argument("--coefficients", metavar="C,C,…", help="instead of a curve: oldest first, summing to 1")
     merge.add_argument("--oldest-interval", type=int, metavar="STEPS", help="steps the oldest checkpoint stands for")
-    merge.add_argument("--format", metavar="F[,F…]",
-                       help="zero (default: DeepSpeed loads it), universal, safetensors, or several of them")  # fmt: skip
+    merge.add_argument("--format", metavar="F[,F…]", help="zero (default: DeepSpeed loads it), universal, safetensors")
     _form_options(merge)
     merge.add_argument("--optimizer-states", choices=("carry", "merge", "drop"), help="default carry")
     merge.add_argument(

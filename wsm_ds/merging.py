@@ -91,7 +91,7 @@ def plan_windows(
     for part, (recipe, window) in enumerate(zip(recipes, windows, strict=True)):
         members = tuple(numbers[layout.path] for layout in window.layouts)
         own = PartWindow(part, members, tuple(window.coefficients.tolist()), len(outputs))
-        files, texts = _files(tables, own, recipe)
+        files, texts = _files(tables, own, recipe, any(map(_reads_states, recipes)))
         copies, copied = _beside(recipe, window.layouts[-1], own, files, texts, carried, len(inputs))
         outputs += [*files.outputs, *copies]
         inputs += copied
@@ -104,7 +104,16 @@ def plan_windows(
     return plan
 
 
-def _files(tables: SourceTables, window: PartWindow, recipe: MergeRecipe) -> tuple[PartFiles, dict[str, str]]:
+def _reads_states(recipe: MergeRecipe) -> bool:
+    """Whether an output takes optimizer states element by element, not with the bytes of whole files."""
+    is_reformed = recipe.format == "universal" or recipe.like is not None
+    is_reformed |= any(value is not None for value in (recipe.world_size, recipe.stage, recipe.sub_group_size))
+    return recipe.optimizer_states == "merge" or (is_reformed and recipe.optimizer_states == "carry")
+
+
+def _files(
+    tables: SourceTables, window: PartWindow, recipe: MergeRecipe, reads_states: bool
+) -> tuple[PartFiles, dict[str, str]]:
     """A part's files, those of its texts included."""
     if recipe.format == "safetensors":
         dtype = BY_NAME[recipe.dtype] if recipe.dtype else None
@@ -113,7 +122,7 @@ def _files(tables: SourceTables, window: PartWindow, recipe: MergeRecipe) -> tup
     form = WantedForm(is_universal, recipe.stage, recipe.world_size, recipe.sub_group_size, recipe.like)
     tag = f"global_step{window.newest(tables).step}" + ("_universal" if is_universal else "")
     allowed = frozenset(recipe.allow_globals)
-    files = zero_part(tables, window, tag, recipe.optimizer_states, allowed, form)
+    files = zero_part(tables, window, tag, recipe.optimizer_states, allowed, form, reads_states=reads_states)
     return files, {"latest_universal" if is_universal else "latest": tag}
 
 
@@ -202,6 +211,8 @@ def run_plan(
         OSError: the disk is full or fails.
     """
     ranks = ranks or Ranks()
+    if not plan.parts:
+        return Done((), Spent())
     stagings = [Staging(part.out) for part in plan.parts]
     descriptions = [description(plan, number) for number in range(len(plan.parts))]
     workers = workers_for(most_sources(plan), plan.memory_bytes, plan.threads)

@@ -55,12 +55,16 @@ def zero_part(
     optimizer_states: str,
     allowed_globals: frozenset[str],
     form: WantedForm,
+    *,
+    reads_states: bool = False,
 ) -> PartFiles:
     """The files of a ZeRO checkpoint `tag`.
 
     Args:
         optimizer_states: "carry" (those of the newest), "merge" (same coefficients) or "drop" (left out).
         form: the form of the output; that of the newest, if nothing is wanted.
+        reads_states: whether another part reads the states element by element: then this one does, too, so that they
+            are read once.
 
     Raises:
         UnsupportedLayout, LayoutMismatch, RecipeError: see `open_origin` and `target_form`.
@@ -89,7 +93,7 @@ def zero_part(
     for kind in newest.state_names:
         if optimizer_states == "merge":
             wanted.append(window.wanted(kind, places[kind]))
-        elif is_reformed and not drop:
+        elif (is_reformed or reads_states) and not drop:
             wanted.append(window.wanted(kind, places[kind], of_newest=True))
     return PartFiles(finished(window, templates, wanted, prefix=f"{tag}/"), tuple(wanted))
 

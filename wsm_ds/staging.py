@@ -248,8 +248,8 @@ class StagedFiles:
 
     def seal_rest(self, rank: int, world_size: int) -> None:
         """Seals what no rank has: blocks without elements, and those of which several ranks wrote a part."""
-        missing = sorted(self._blocks() - self._sealed_by_all())
-        for number, index in missing[rank::world_size]:
+        own = {block for block in self._blocks() if sum(block) % world_size == rank}  # whatever others seal meanwhile
+        for number, index in sorted(own - self._sealed_by_all()):
             seal = self._reread(number, index)
             with self.lock:
                 self._seal(number, index, seal)
