@@ -1,21 +1,28 @@
-"""How long a merge takes, side by side in one run: ours, DeepSpeed's own way, and the limit of the disk.
+"""How long a merge takes, side by side in one run: ours, DeepSpeed's own way, and the limit of the machine.
 
-    python benchmarks/merge.py --width 3000 --checkpoints 4 --rounds 3 --folder /tmp/bench
+    python benchmarks/merge.py --folder /tmp/bench
 
-DeepSpeed trains a model of about 6·width² parameters for a few updates and writes the checkpoints (kept in --folder for
-another time). Then each of three processes makes the mean of them as fp32 safetensors, in turn, --rounds times:
+DeepSpeed trains a model of 5·width² parameters (4·width² trained, the others frozen) on 2 CPU ranks for a few updates
+and writes a checkpoint after each; they are kept in --folder for another time. Then processes take turns, --rounds
+times, to make fp32 safetensors of the newest checkpoints:
 
-    ours    wsm-ds merge --format safetensors --dtype fp32
-    peer    zero_to_fp32 on every checkpoint, then an average with torch
-    limit   reads the bytes that ours reads and writes the bytes that ours writes, and does nothing else
+    ours      wsm-ds merge --format safetensors --dtype fp32: the mean of the newest 4, or 16
+    limit     reads the bytes that ours reads and writes and syncs the bytes that ours writes, with as many threads and
+              nothing in between
+    peer      zero_to_fp32 on each of 4 checkpoints, then an average with torch
+    sweep     wsm-ds merge of 10 windows (newest 7 to 16), 10 outputs of one pass
+    writing   writes and syncs what the sweep writes beyond one output, and nothing else
+    two       ours of 16 by two processes of one thread, against one process of one thread (one)
 
-Shown are medians of wall seconds, their ratio, and the peak resident memory of each process.
+Shown are medians of wall seconds, whole commands with the interpreter's start, and the peak resident memory of each
+process. --sizes measures the time per byte of several widths instead.
 """
 
 import argparse
 import json
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -24,6 +31,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
+
+from wsm_ds.plan import Plan  # noqa: E402
+from wsm_ds.tasks import Task, tasks_of  # noqa: E402
 
 
 def make_run(folder: Path, stage: int, width: int, checkpoints: int) -> Path:
@@ -57,102 +67,178 @@ def peer(run: Path, out: Path, tags: list[str]) -> None:
     save_file({name: tensor.div_(len(tags)) for name, tensor in total.items()}, out / "model.safetensors")
 
 
+def plan_of(run: Path, out: Path, count: int) -> Plan:
+    """What ours does."""
+    from wsm_ds.merging import plan_merge
+    from wsm_ds.recipe import make_recipe
+
+    return plan_merge(make_recipe(run=run, last=count, curve="linear", out=out, format="safetensors", dtype="fp32"))
+
+
 def limit(run: Path, out: Path, count: int) -> None:
     """The same bytes read and written (and synced), by the same number of threads, with nothing in between."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from wsm_ds.merging import plan_merge
-    from wsm_ds.plan import Sum
-    from wsm_ds.recipe import make_recipe
-
-    recipe = make_recipe(run=run, last=count, curve="linear", out=out, format="safetensors", dtype="fp32")
-    plan = plan_merge(recipe)
+    plan = plan_of(run, out, count)
     out.mkdir()
+    descriptors = [os.open(out / output.name, os.O_RDWR | os.O_CREAT) for output in plan.outputs]
+    for descriptor, output in zip(descriptors, plan.outputs, strict=True):
+        os.ftruncate(descriptor, output.nbytes)
 
-    def move(job: tuple[int, Sum]) -> None:
-        descriptor, run = job
-        buffer = memoryview(bytearray(4 << 20))
-        for source in run.sources:
-            with plan.inputs[source.file].path.open("rb", buffering=0) as file:
-                file.seek(source.offset)
-                remaining = run.numel * source.dtype.itemsize
-                while remaining:
-                    remaining -= file.readinto(buffer[: min(remaining, len(buffer))]) or 0
-        for at in range(0, run.nbytes, len(buffer)):
-            os.pwrite(descriptor, buffer[: min(len(buffer), run.nbytes - at)], run.offset + at)
+    def move(task: Task) -> None:
+        buffer = memoryview(bytearray(1 << 18))
+        stream = plan.streams[task.stream]
+        for source in stream.sources:
+            for element, numel, file, offset in source.parts(task.begin, task.end):
+                with plan.inputs[file].path.open("rb", buffering=0) as opened:
+                    opened.seek(offset)
+                    remaining = numel * source.dtype(element).itemsize
+                    while remaining:
+                        remaining -= opened.readinto(buffer[: min(remaining, len(buffer))]) or 0
+        places = stream.targets[0].places
+        for element, numel, file, offset in places.parts(task.begin, task.end):
+            nbytes = numel * places.dtype(element).itemsize
+            for at in range(0, nbytes, len(buffer)):
+                os.pwrite(descriptors[file], buffer[: min(len(buffer), nbytes - at)], offset + at)
 
-    for output in plan.outputs:
-        descriptor = os.open(out / output.name, os.O_RDWR | os.O_CREAT)
-        with ThreadPoolExecutor(plan.threads) as pool:
-            list(pool.map(move, [(descriptor, piece) for piece in output.pieces if isinstance(piece, Sum)]))
+    with ThreadPoolExecutor(plan.threads) as pool:
+        list(pool.map(move, tasks_of(plan)))
+    for descriptor in descriptors:
         os.fsync(descriptor)
-        os.close(descriptor)
 
 
-def measure(command: list[str]) -> tuple[float, int]:
-    """(wall seconds, peak resident bytes) of a command."""
+def writing(run: Path, out: Path, outputs: int) -> None:
+    """What so many outputs cost to be written."""
+    out.mkdir()
+    plan = plan_of(run, out / "none", 1)
+    buffer = memoryview(bytearray(1 << 22))
+    for number in range(outputs):
+        with (out / f"{number}").open("wb", buffering=0) as file:
+            for at in range(0, plan.bytes_to_write, len(buffer)):
+                file.write(buffer[: min(len(buffer), plan.bytes_to_write - at)])
+            os.fsync(file.fileno())
+
+
+def measure(commands: list[list[str]], environments: list[dict[str, str]]) -> tuple[float, int]:
+    """(wall seconds, peak resident bytes of the largest) of commands that run at the same time."""
     begun = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{command} failed")
-    return time.monotonic() - begun, usage.ru_maxrss * 1024
+    processes = [
+        subprocess.Popen(command, env=os.environ | own, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for command, own in zip(commands, environments, strict=True)
+    ]
+    peak = 0
+    for process in processes:
+        _, status, usage = os.wait4(process.pid, 0)
+        peak = max(peak, usage.ru_maxrss * 1024)
+        if status:
+            raise SystemExit(f"{process.args} failed")
+    return time.monotonic() - begun, peak
+
+
+def turns(rounds: int, out: Path, contenders: dict[str, list[list[str]]]) -> dict[str, tuple[float, int]]:
+    """Median seconds and highest peak of each contender; they take turns, after one that does not count."""
+    found: dict[str, list[tuple[float, int]]] = {name: [] for name in contenders}
+    for round_number in range(rounds + 1):
+        for name, commands in contenders.items():
+            shutil.rmtree(out, ignore_errors=True)
+            os.sync()
+            took = measure(commands, environments(len(commands)))
+            if round_number:
+                found[name].append(took)
+    shutil.rmtree(out, ignore_errors=True)
+    return {
+        name: (statistics.median(seconds for seconds, _ in values), max(peak for _, peak in values))
+        for name, values in found.items()
+    }
+
+
+def environments(world_size: int) -> list[dict[str, str]]:
+    """What a launcher sets for each of so many processes."""
+    if world_size == 1:
+        return [{}]
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port = str(held.getsockname()[1])
+    return [
+        {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for rank in range(world_size)
+    ]
+
+
+def ours(run: Path, out: Path, last: str, *more: str) -> list[str]:
+    """Our command."""
+    return [sys.executable, "-m", "wsm_ds", "merge", str(run), "--last", last, "--out", str(out),
+            "--format", "safetensors", "--dtype", "fp32", *more]  # fmt: skip
 
 
 def main() -> None:
     """Measures one stage after the other and prints a table and JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--width", type=int, default=3000)
-    parser.add_argument("--checkpoints", type=int, default=4)
+    parser.add_argument("--width", type=int, default=7100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 3])
-    parser.add_argument("--only", choices=("peer", "limit"), help=argparse.SUPPRESS)
+    parser.add_argument("--sizes", type=int, nargs="+", metavar="WIDTH", help="time per byte of these widths")
+    parser.add_argument("--without", nargs="+", default=[], help="contenders to leave out")
+    parser.add_argument("--only", choices=("peer", "limit", "writing"), help=argparse.SUPPRESS)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     out = options.folder / "out"
-    if options.only:
+    if options.only == "peer":
         tags = sorted((path.name for path in options.run.glob("global_step*")), key=lambda tag: int(tag[11:]))
-        return peer(options.run, out, tags) if options.only == "peer" else limit(options.run, out, len(tags))
+        return peer(options.run, out, tags[-options.count :])
+    if options.only:
+        return {"limit": limit, "writing": writing}[options.only](options.run, out, options.count)
     options.folder.mkdir(parents=True, exist_ok=True)
     for stage in options.stages:
-        run = make_run(options.folder, stage, options.width, options.checkpoints)
-        ours = [
-            sys.executable,
-            "-m",
-            "wsm_ds",
-            "merge",
-            str(run),
-            "--last",
-            str(options.checkpoints),
-            "--out",
-            str(out),
-        ]
-        again = [sys.executable, __file__, "--folder", str(options.folder), "--run", str(run), "--only"]
-        commands = {
-            "ours": [*ours, "--format", "safetensors", "--dtype", "fp32"],
-            "limit": [*again, "limit"],
-            "peer": [*again, "peer"],
-        }
-        found: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
-        for _ in range(options.rounds):
-            for name, command in commands.items():
-                shutil.rmtree(out, ignore_errors=True)
-                found[name].append(measure(command))
-        shutil.rmtree(out, ignore_errors=True)
-        report(stage, options.checkpoints, found)
+        if options.sizes:
+            measure_sizes(stage, options, out)
+        else:
+            measure_stage(stage, options, out)
     return None
 
 
-def report(stage: int, checkpoints: int, found: dict[str, list[tuple[float, int]]]) -> None:
-    """Medians and ratios of one stage."""
-    seconds = {name: statistics.median(value for value, _ in values) for name, values in found.items()}
-    peaks = {name: max(peak for _, peak in values) for name, values in found.items()}
-    print(f"ZeRO-{stage}, {checkpoints} checkpoints")
-    for name in found:
-        ratio = seconds[name] / seconds["ours"]
-        print(f"  {name:6} {seconds[name]:8.2f} s   {ratio:6.2f} × ours   peak {peaks[name] / 2**20:7.0f} MiB")
-    print(json.dumps({"stage": stage, "seconds": seconds, "peak_bytes": peaks}), flush=True)
+def again(options: argparse.Namespace, run: Path, only: str, count: int) -> list[str]:
+    """This script as a contender."""
+    return [sys.executable, __file__, "--folder", str(options.folder), "--run", str(run), "--only", only,
+            "--count", str(count)]  # fmt: skip
+
+
+def measure_stage(stage: int, options: argparse.Namespace, out: Path) -> None:
+    """All contenders on one run of 16 checkpoints."""
+    run = make_run(options.folder, stage, options.width, 16)
+    sweep = ",".join(map(str, range(7, 17)))
+    alone = ours(run, out, "16", "--threads", "1")
+    contenders = {
+        "ours 4": [ours(run, out, "4")],
+        "limit 4": [again(options, run, "limit", 4)],
+        "peer 4": [again(options, run, "peer", 4)],
+        "ours 16": [ours(run, out, "16")],
+        "limit 16": [again(options, run, "limit", 16)],
+        "sweep": [ours(run, out, sweep)],
+        "writing": [again(options, run, "writing", 9)],
+        "one": [alone],
+        "two": [alone, alone],
+    }
+    found = turns(options.rounds, out, {n: c for n, c in contenders.items() if n not in options.without})
+    print(f"ZeRO-{stage}, {4 * options.width**2 / 1e6:.0f} M trained parameters")
+    for name, (seconds, peak) in found.items():
+        print(f"  {name:9} {seconds:8.2f} s   peak {peak / 2**20:7.0f} MiB")
+    print(json.dumps({"stage": stage, "width": options.width, "found": found}), flush=True)
+
+
+def measure_sizes(stage: int, options: argparse.Namespace, out: Path) -> None:
+    """Seconds per byte of models of several sizes, 4 checkpoints each."""
+    runs = {width: make_run(options.folder, stage, width, 4) for width in options.sizes}
+    found = turns(options.rounds, out, {str(width): [ours(run, out, "4")] for width, run in runs.items()})
+    for width, run in runs.items():
+        plan = plan_of(run, out, 4)
+        moved = plan.bytes_to_read + plan.bytes_to_write
+        seconds = found[str(width)][0]
+        print(
+            f"ZeRO-{stage}, {4 * width**2 / 1e6:5.0f} M: {seconds:6.2f} s, {seconds / moved * 1e9:.3f} s/GB", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def test_an_included_file_wins_and_later_arrivals_beside_the_source_do_not_distu
     own.write_text('{"mine": true}')
     common = {"run": run, "last": 1, "coefficients": (1.0,)}
     plan = plan_merge(make_recipe(out=tmp_path / "out", include=(own,), **common))
-    described = {entry["name"]: entry["bytes"] for entry in plan.to_json()["files"]}
+    described = {entry["name"]: entry["bytes"] for entry in plan.to_json()["outputs"][0]["files"]}
     assert described["config.json"] == own.stat().st_size
     assert "trainer_state.json" in described
     merge(out=tmp_path / "out", include=(own,), **common)

@@ -1,7 +1,7 @@
 """Which sources make the elements that the parts of a plan want: streams, each over the union of the windows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,13 +85,21 @@ def element_streams(tables: SourceTables, wanted: Sequence[Wanted]) -> list[Stre
     base = line_of(tables.numels)
     streams = []
     for kind in dict.fromkeys(want.kind for want in wanted):
-        wants = [want for want in wanted if want.kind == kind]
+        wants = [_own_or_first(tables, want) for want in wanted if want.kind == kind]
         for replica in np.unique(np.concatenate([want.table["replica"] for want in wants])):
             for floating in (True, False):
                 chosen = [(want, table) for want in wants for table in _chosen(want.table, replica, floating, base)]
                 if chosen:
                     streams.append(_stream(tables, kind, int(replica), _fate(kind, floating), chosen, base))
     return streams
+
+
+def _own_or_first(tables: SourceTables, want: Wanted) -> Wanted:
+    """Copies that no source keeps (more ranks than before) are made of the first one."""
+    kept = np.unique(np.concatenate([tables.table(number, want.kind)["replica"] for number in want.members]))
+    table = want.table.copy()
+    table["replica"][~np.isin(table["replica"], kept)] = 0
+    return replace(want, table=table)
 
 
 def _chosen(table: Table, replica: int, floating: bool, base: Ints) -> list[Table]:
