@@ -121,13 +121,11 @@ def test_a_merge_killed_again_and_again_comes_to_its_end(runs: Path, tmp_path: P
 def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by what is read of the sources."""
     count = [0]
-    read = reading.Reader.read
 
-    def counting(self: reading.Reader, file: int, offset: int, into: memoryview) -> None:
-        count[0] += len(into)
-        read(self, file, offset, into)
+    def counting(self: reading.Reader, file: int, offset: int, nbytes: int) -> None:
+        count[0] += nbytes
 
-    monkeypatch.setattr(reading.Reader, "read", counting)
+    monkeypatch.setattr(reading.Reader, "note", counting)
     return count
 
 
@@ -227,7 +225,8 @@ def test_passing_read_errors_are_tried_again(
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, number: int, every: int) -> None:
-    """Every so manieth read of a source fails."""
+    """Every so manieth read of a source fails, and all of those that the kernel makes."""
+    monkeypatch.setattr(reading.Reader, "descriptor", lambda *_: -1)
     read, calls = reading.Reader._read, [0]
 
     def sometimes(self: reading.Reader, file: int, offset: int, into: memoryview) -> None:
@@ -264,6 +263,7 @@ def test_a_source_that_vanishes_is_named(runs: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(reading.Reader, "_read", vanishing)
     monkeypatch.setattr(reading.Reader, "will_read", lambda *_: None)
+    monkeypatch.setattr(reading.Reader, "descriptor", lambda *_: -1)
     with pytest.raises(BrokenCheckpoint, match=f"{victim.name} vanished"):
         merge(make_recipe(run=run, last=3, curve="linear", out=tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -6,6 +6,7 @@ Both give the same bits. The compiled kernel takes fp32 and bf16 sources; everyt
 import ctypes
 import importlib.machinery
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from wsm_ds.dtypes import DType, narrow, widen
 
 Array = NDArray[Any]
 SCRATCH_BYTES_PER_ELEMENT = 32
-"""Upper bound of the temporary arrays of either function, with what it returns."""
+"""Upper bound of the temporary arrays of one sum, with what it returns."""
+PIECE_NUMEL = 8192
+"""`PIECE` of `kernel.c`."""
+MOST_SUMS = 64
 
 
 @lru_cache(maxsize=1)
@@ -30,6 +34,8 @@ def kernel() -> ctypes.CDLL | None:
             pointer, size = ctypes.c_void_p, ctypes.c_size_t
             library.wsm_weighted_sum.argtypes = [pointer, pointer, pointer, pointer, size, size]
             library.wsm_weighted_sum.restype = ctypes.c_int
+            library.wsm_read_and_sum.argtypes = [pointer] * 6 + [size] * 3 + [pointer] * 2
+            library.wsm_read_and_sum.restype = ctypes.c_int
             library.wsm_round_to_bf16.argtypes = [pointer, pointer, size]
             library.wsm_round_to_bf16.restype = None
             return library
@@ -64,6 +70,53 @@ def weighted_sum(
             total += np.multiply(widen(values, dtype), coefficient, dtype=np.float64)
         summed: Array = total if keeps_fp64 else total.astype(np.float32)
     return summed, bool(np.isfinite(summed).all())
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where a source's elements begin: an open file, a byte offset, and what they are."""
+
+    descriptor: int
+    offset: int
+    dtype: DType
+
+
+def read_and_sum(
+    ranges: Sequence[Range], sums: Sequence[tuple[tuple[int, ...], tuple[float, ...]]], numel: int
+) -> tuple[list[Array], bool, float] | None:
+    """Several weighted sums of the same elements, which are read on the way, piece by piece, in the processor's cache.
+
+    Args:
+        ranges: of each source.
+        sums: for each sum, which of the sources it is made of, in order, and their coefficients.
+        numel: elements of each source.
+
+    Returns:
+        The sums (float32 [numel] each), whether all are finite, and the seconds spent in reading; None if there is no
+        kernel for this, or a source could not be read: `weighted_sum` of what is read otherwise is the same.
+    """
+    library = kernel()
+    is_known = all(range_.dtype.name in ("fp32", "bf16") for range_ in ranges)
+    in_order = all(list(members) == sorted(set(members)) for members, _ in sums)
+    if library is None or not is_known or not in_order or not 0 < len(sums) <= MOST_SUMS:
+        return None
+    outs = [np.empty(numel, dtype=np.float32) for _ in sums]
+    coefficients = np.zeros((len(sums), len(ranges)))
+    is_member = np.zeros((len(sums), len(ranges)), dtype=np.uint8)
+    for row, (members, own) in enumerate(sums):
+        coefficients[row, list(members)] = own
+        is_member[row, list(members)] = 1
+    descriptors = np.array([range_.descriptor for range_ in ranges], dtype=np.int32)
+    offsets = np.array([range_.offset for range_ in ranges], dtype=np.int64)
+    is_bf16 = np.array([range_.dtype.name == "bf16" for range_ in ranges], dtype=np.uint8)
+    places = (ctypes.c_void_p * len(outs))(*(out.ctypes.data for out in outs))
+    scratch = np.empty(PIECE_NUMEL * (len(sums) + 1), dtype=np.float64)
+    spent_s = ctypes.c_double(0.0)
+    answer = library.wsm_read_and_sum(
+        places, descriptors.ctypes.data, offsets.ctypes.data, is_bf16.ctypes.data, coefficients.ctypes.data,
+        is_member.ctypes.data, len(ranges), len(sums), numel, scratch.ctypes.data, ctypes.byref(spent_s),
+    )  # fmt: skip
+    return None if answer < 0 else (outs, bool(answer), spent_s.value)
 
 
 def rounded(values: Array, dtype: DType) -> Array:

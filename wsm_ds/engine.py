@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,13 +23,13 @@ from wsm_ds import arithmetic
 from wsm_ds.dtypes import DType, widen
 from wsm_ds.errors import BudgetTooSmall, LayoutMismatch, NonFiniteValue
 from wsm_ds.plan import Plan, Stream, Target
-from wsm_ds.reading import Reader
+from wsm_ds.reading import OPEN_FILES, Reader
 from wsm_ds.staging import Spent, StagedFiles, Writer
 from wsm_ds.tasks import Task
 
 log = logging.getLogger(__name__)
 
-MIN_SLICE_NUMEL, MAX_SLICE_NUMEL = 4096, 1 << 16
+MIN_SLICE_NUMEL, MAX_SLICE_NUMEL = 4096, 1 << 17
 WORKER_BYTES = 1 << 20
 """What a worker needs besides its slices: buffers for reading blocks again, open files."""
 READ_AHEAD_PARTS = 16
@@ -42,23 +43,26 @@ class Workers:
     slice_numel: int
 
 
-def workers_for(sources: int, memory_bytes: int, threads: int) -> Workers:
+def workers_for(plan: Plan, memory_bytes: int, threads: int) -> Workers:
     """As many threads as asked for and as the budget holds.
 
     Args:
-        sources: the most sources that a stream has.
+        plan: what matters of it is how many sources and targets a stream has at most.
         memory_bytes: of all threads together.
         threads: wanted.
 
     Raises:
         BudgetTooSmall: the budget does not hold one worker; the message has the least that does.
     """
-    per_element = 8 * sources + 2 * arithmetic.SCRATCH_BYTES_PER_ELEMENT
-    least = WORKER_BYTES + MIN_SLICE_NUMEL * per_element
+    sources = max((len(stream.sources) for stream in plan.streams), default=1)
+    targets = max((len(stream.targets) for stream in plan.streams), default=1)
+    per_element = 8 * sources + 12 * targets + 2 * arithmetic.SCRATCH_BYTES_PER_ELEMENT
+    own = WORKER_BYTES + 8 * arithmetic.PIECE_NUMEL * (targets + 1)
+    least = own + MIN_SLICE_NUMEL * per_element
     if memory_bytes < least:
         raise BudgetTooSmall(f"a memory budget of {memory_bytes} bytes is too small; the least is {least} bytes.")
     count = max(1, min(threads, memory_bytes // least))
-    numel = (memory_bytes // count - WORKER_BYTES) // per_element
+    numel = (memory_bytes // count - own) // per_element
     return Workers(count, int(min(numel, MAX_SLICE_NUMEL)))
 
 
@@ -157,8 +161,10 @@ class Worker:
             if is_stopped():
                 return
             targets = [(t, parts) for t in stream.targets if (parts := list(t.places.parts(begin, end)))]
-            slices = self._read_sources(stream, {m for t, _ in targets for m in t.members}, begin, end)
-            made: dict[Any, NDArray[Any]] = {}
+            made = self._read_and_sum(stream, [target for target, _ in targets], begin, end)
+            slices = {}
+            if not made:
+                slices = self._read_sources(stream, {m for t, _ in targets for m in t.members}, begin, end)
             for target, parts in targets:
                 begun = time.perf_counter()
                 stored = self._stored(stream, target, slices, begin, end, made)
@@ -174,6 +180,34 @@ class Worker:
                 range(READ_AHEAD_PARTS), source.parts(task.begin, task.end), strict=False
             ):
                 self.reader.will_read(file, offset, numel * source.dtype(element).itemsize)
+
+    def _read_and_sum(self, stream: Stream, targets: Sequence[Target], begin: int, end: int) -> dict[Any, NDArray[Any]]:
+        """All sums of a slice in one go, by the keys of `_summed`; empty where that cannot be done."""
+        members = sorted({member for target in targets for member in target.members})
+        is_plain = stream.fate == "merge" and len(members) <= OPEN_FILES
+        if not is_plain or any(target.places.dtype(begin).name == "fp64" for target in targets):
+            return {}
+        ranges, read = [], []
+        for member in members:
+            source = stream.sources[member]
+            parts = list(islice(source.parts(begin, end), 2))
+            if len(parts) != 1 or parts[0][1] < end - begin:
+                return {}
+            _, _, file, offset = parts[0]
+            ranges.append(arithmetic.Range(self.reader.descriptor(file), offset, source.dtype(begin)))
+            read.append((file, offset, (end - begin) * ranges[-1].dtype.itemsize))
+        wanted = dict.fromkeys((target.members, target.coefficients) for target in targets)
+        sums = [(tuple(members.index(m) for m in own), coefficients) for own, coefficients in wanted]
+        begun = time.perf_counter()
+        answer = arithmetic.read_and_sum(ranges, sums, end - begin)
+        if answer is None or not answer[1]:
+            return {}
+        outs, _, read_s = answer
+        for file, offset, nbytes in read:
+            self.reader.note(file, offset, nbytes)
+        self.spent.read_s += read_s
+        self.spent.arithmetic_s += time.perf_counter() - begun - read_s
+        return {(*key, False): out for key, out in zip(wanted, outs, strict=True)}
 
     def _read_sources(self, stream: Stream, members: set[int], begin: int, end: int) -> dict[int, NDArray[Any]]:
         """The stored elements of each member's source; what it has not is zeros."""
@@ -328,8 +362,3 @@ def _slices(stream: Stream, task: Task, slice_numel: int) -> Iterator[tuple[int,
             end = min(begin + slice_numel, stop)
             yield begin, end
             begin = end
-
-
-def most_sources(plan: Plan) -> int:
-    """The most sources that a stream of the plan has: what a worker's memory depends on."""
-    return max((len(stream.sources) for stream in plan.streams), default=1)

@@ -9,7 +9,7 @@ from typing import Any
 from wsm_ds.beside import files_beside
 from wsm_ds.coefficients import effective_sample_size, lag
 from wsm_ds.dtypes import BY_NAME
-from wsm_ds.engine import most_sources, run_tasks, workers_for
+from wsm_ds.engine import run_tasks, workers_for
 from wsm_ds.errors import OutputExists, PeerFailed, RecipeError, VerificationFailed
 from wsm_ds.forms.form import WantedForm
 from wsm_ds.layouts import Layout
@@ -100,7 +100,7 @@ def plan_windows(
     streams = element_streams(tables, wanted) + carry_streams(inputs, outputs)
     budget = int(recipes[0].memory_budget)
     plan = Plan(tuple(parts), inputs, tuple(outputs), tuple(streams), tables.names, budget, recipes[0].threads)
-    workers_for(most_sources(plan), budget, recipes[0].threads)
+    workers_for(plan, budget, recipes[0].threads)
     return plan
 
 
@@ -215,7 +215,7 @@ def run_plan(
         return Done((), Spent())
     stagings = [Staging(part.out) for part in plan.parts]
     descriptions = [description(plan, number) for number in range(len(plan.parts))]
-    workers = workers_for(most_sources(plan), plan.memory_bytes, plan.threads)
+    workers = workers_for(plan, plan.memory_bytes, plan.threads)
     with ranks.together(), ExitStack() as stack:
         require_memory(plan.memory_bytes)
         files = StagedFiles(plan, [s.content for s in stagings], [s.folder for s in stagings], ranks.rank)

@@ -12,7 +12,7 @@ from wsm_ds.plan import InputFile
 
 log = logging.getLogger(__name__)
 
-OPEN_FILES = 32
+OPEN_FILES = 64
 TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
 """What NFS, Lustre and GPFS answer while a server fails over."""
 PAUSES_S = (0.1, 0.5, 2.0, 8.0)
@@ -23,6 +23,7 @@ class Reader:
 
     def __init__(self, inputs: Sequence[InputFile]) -> None:
         self.inputs = inputs
+        self.nbytes = 0
         self.descriptors: OrderedDict[int, int] = OrderedDict()
 
     def __enter__(self) -> "Reader":
@@ -42,7 +43,8 @@ class Reader:
         """
         for pause_s in (*PAUSES_S, None):
             try:
-                return self._read(file, offset, into)
+                self._read(file, offset, into)
+                return self.note(file, offset, len(into))
             except FileNotFoundError as error:
                 raise BrokenCheckpoint(f"{self.inputs[file].path} vanished while it was read.") from error
             except OSError as error:
@@ -52,6 +54,14 @@ class Reader:
                 self._close(file)
                 time.sleep(pause_s)
         raise AssertionError
+
+    def descriptor(self, file: int) -> int:
+        """The open file, for others to read from; valid until so many other files were opened."""
+        return self._descriptor(file)
+
+    def note(self, file: int, offset: int, nbytes: int) -> None:
+        """Counts bytes at `offset` of an input that were read, here or through `descriptor`."""
+        self.nbytes += nbytes
 
     def will_read(self, file: int, offset: int, nbytes: int) -> None:
         """Tells the kernel to fetch a range ahead."""

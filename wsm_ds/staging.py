@@ -1,6 +1,5 @@
 """The staged files of a merge: bytes come in any order, blocks are hashed as soon as they are whole, and journaled."""
 
-import ctypes
 import hashlib
 import os
 import threading
@@ -22,7 +21,6 @@ from wsm_ds.tasks import BLOCK_BYTES, Task
 
 OPEN_FILES = 32
 READ_BYTES = 1 << 18
-START_WRITING = 2  # SYNC_FILE_RANGE_WRITE of <fcntl.h>
 
 
 def block_count(output: OutputFile) -> int:
@@ -212,16 +210,16 @@ class StagedFiles:
         self.fingerprints[key] = None
         return None
 
-    def wrote(self, number: int, index: int, nbytes: int, spent: Spent) -> bool:
-        """Counts bytes that have been written; seals the block with its last one, and says whether it was that."""
+    def wrote(self, number: int, index: int, nbytes: int, spent: Spent) -> None:
+        """Counts bytes that have been written, and seals the block with its last one."""
         key = (number, index)
         with self.lock:
             self.touched.add(number)
             if key in self.sealed:
-                return False
+                return
             self.remaining[number][index] -= nbytes
             if self.remaining[number][index]:
-                return False
+                return
             found = self.fingerprints.pop(key, None)
         _, end = block_range(self.plan.outputs[number], index)
         begun = time.perf_counter()
@@ -229,7 +227,6 @@ class StagedFiles:
         spent.hash_s += time.perf_counter() - begun
         with self.lock:
             self._seal(number, index, seal)
-        return True
 
     def _seal(self, number: int, index: int, seal: Seal) -> None:
         if (number, index) not in self.sealed:
@@ -347,9 +344,7 @@ class Writer:
         write_all(descriptor, data, offset)
         self.spent.write_s += time.perf_counter() - begun
         for index, nbytes in blocks:
-            if self.files.wrote(number, index, nbytes, self.spent):
-                begin, end = block_range(self.files.plan.outputs[number], index)
-                start_writeback(descriptor, begin, end - begin)
+            self.files.wrote(number, index, nbytes, self.spent)
 
     def _descriptor(self, number: int) -> int:
         if number in self.descriptors:
@@ -375,17 +370,6 @@ def sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
-if _sync_file_range is not None:
-    _sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-
-
-def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
-    """Lets the kernel begin to write a range to the disk, so that the sync at the end finds little to do."""
-    if _sync_file_range is not None:
-        _sync_file_range(descriptor, offset, nbytes, START_WRITING)
 
 
 def _chunks(descriptor: int, begin: int, end: int) -> Iterator[memoryview]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from wsm_ds.engine import Worker, most_sources, workers_for
+from wsm_ds.engine import Worker, workers_for
 from wsm_ds.errors import VerificationFailed, WsmError, few
 from wsm_ds.manifest import read_manifest
 from wsm_ds.merging import plan_windows
@@ -113,7 +113,7 @@ def _recompute(plan: Plan, out: Path, full: bool) -> int:
         for piece in output.pieces:
             if isinstance(piece, Bytes):
                 comparison.write(number, piece.offset, memoryview(piece.data))
-    workers = workers_for(most_sources(plan), plan.memory_bytes, 1)
+    workers = workers_for(plan, plan.memory_bytes, 1)
     with Reader(plan.inputs) as reader:
         worker = Worker(plan, reader, comparison, workers.slice_numel, set(plan.names), Spent())
         for task in tasks_of(plan) if full else _sampled(plan):
