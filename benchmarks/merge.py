@@ -210,22 +210,32 @@ def measure_stage(stage: int, options: argparse.Namespace, out: Path) -> None:
     run = make_run(options.folder, stage, options.width, 16)
     sweep = ",".join(map(str, range(7, 17)))
     alone = ours(run, out, "16", "--threads", "1")
-    contenders = {
-        "ours 4": [ours(run, out, "4")],
-        "limit 4": [again(options, run, "limit", 4)],
-        "peer 4": [again(options, run, "peer", 4)],
-        "ours 16": [ours(run, out, "16")],
-        "limit 16": [again(options, run, "limit", 16)],
-        "sweep": [ours(run, out, sweep)],
-        "writing": [again(options, run, "writing", 9)],
-        "one": [alone],
-        "two": [alone, alone],
+    groups = {  # those that would push each other's files out of the page cache are kept apart
+        "4 checkpoints": {
+            "ours": [ours(run, out, "4")],
+            "limit": [again(options, run, "limit", 4)],
+            "peer": [again(options, run, "peer", 4)],
+        },
+        "16 checkpoints": {
+            "ours": [ours(run, out, "16")],
+            "limit": [again(options, run, "limit", 16)],
+            "one": [alone],
+            "two": [alone, alone],
+        },
+        "10 outputs of 16 checkpoints": {
+            "ours": [ours(run, out, "16")],
+            "sweep": [ours(run, out, sweep)],
+            "writing": [again(options, run, "writing", 9)],
+        },
     }
-    found = turns(options.rounds, out, {n: c for n, c in contenders.items() if n not in options.without})
     print(f"ZeRO-{stage}, {4 * options.width**2 / 1e6:.0f} M trained parameters")
-    for name, (seconds, peak) in found.items():
-        print(f"  {name:9} {seconds:8.2f} s   peak {peak / 2**20:7.0f} MiB")
-    print(json.dumps({"stage": stage, "width": options.width, "found": found}), flush=True)
+    for title, contenders in groups.items():
+        found = turns(options.rounds, out, {n: c for n, c in contenders.items() if n not in options.without})
+        print(title)
+        for name, (seconds, peak) in found.items():
+            ratio = seconds / found["ours"][0]
+            print(f"  {name:8} {seconds:8.2f} s  {ratio:6.2f} × ours   peak {peak / 2**20:7.0f} MiB")
+        print(json.dumps({"stage": stage, "width": options.width, "group": title, "found": found}), flush=True)
 
 
 def measure_sizes(stage: int, options: argparse.Namespace, out: Path) -> None:
