@@ -339,3 +339,22 @@ def test_a_signal_ends_the_merge_at_once_and_the_same_command_finishes_it(
 def test_an_output_folder_that_cannot_be_written_to_is_an_error(runs: Path) -> None:
     with pytest.raises(OSError, match="proc"):
         merge(make_recipe(run=runs / "w2_s2_bf16", last=3, curve="linear", out=Path("/proc/out")))
+
+
+def test_a_put_off_write_that_fails_when_it_is_synced_early_stops_the_merge(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "SYNC_BYTES", 1)
+    monkeypatch.setattr(staging, "SYNC_POLL_S", 0.0)
+    fsync, calls = os.fsync, [0]
+
+    def once(descriptor: int) -> None:  # the kernel tells of a lost write once, and not again
+        calls[0] += 1
+        if calls[0] == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", once)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        merge(make_recipe(run=runs / "w2_s2_bf16", last=3, curve="linear", out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -123,8 +123,16 @@ def run_tasks(
         with lock:
             total.add(spent)
 
+    def sync() -> None:
+        try:
+            files.sync_early(stop)
+        except BaseException as error:  # a write that the kernel had put off has failed: told once, and only here
+            errors.append(error)
+            stop.set()
+
     threads = [threading.Thread(target=work, name=f"merge-{n}") for n in range(workers.threads)]
-    for thread in threads:
+    syncing = threading.Thread(target=sync, name="sync")
+    for thread in [*threads, syncing]:
         thread.start()
     try:
         for thread in threads:
@@ -133,7 +141,7 @@ def run_tasks(
                 check()
     finally:
         stop.set()
-        for thread in threads:
+        for thread in [*threads, syncing]:
             thread.join()
     if errors:
         raise errors[0]
