@@ -99,11 +99,8 @@ def test_a_source_that_ends_early_or_cannot_be_read_is_left_to_the_caller() -> N
 
 
 def test_a_merge_without_the_kernel_makes_the_same_bytes(runs: Path, tmp_path: Path) -> None:
-    code = "import sys; from wsm_ds import arithmetic, cli; arithmetic.kernel = lambda: None; sys.exit(cli.main(sys.argv[1:]))"
-    for name, script in (
-        ("numpy", code),
-        ("kernel", "import sys; from wsm_ds import cli; sys.exit(cli.main(sys.argv[1:]))"),
-    ):
+    start, end = "import sys; from wsm_ds import arithmetic, cli; ", "sys.exit(cli.main(sys.argv[1:]))"
+    for name, script in (("numpy", start + "arithmetic.kernel = lambda: None; " + end), ("kernel", start + end)):
         command = ["merge", str(runs / "w2_s2_bf16"), "--last", "3", "--curve", "1-sqrt", "--out", str(tmp_path / name)]
         subprocess.run([sys.executable, "-c", script, *command], check=True, capture_output=True)
     for path in (tmp_path / "numpy/global_step6").iterdir():
