@@ -178,3 +178,15 @@ def test_what_a_launcher_has_not_set_is_named() -> None:
     assert type(launched_ranks({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"})) is Ranks  # a batch script, not a step
     with pytest.raises(RecipeError, match="WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT is not set"):
         launched_ranks({"WORLD_SIZE": "2", "RANK": "0"})
+
+
+def test_ranks_that_planned_different_merges_stop(runs: Path, tmp_path: Path) -> None:
+    port, out = free_port(), str(tmp_path / "out")
+    processes = [
+        started(CLI, rank, 2, port, ["merge", str(runs / "w2_s2_bf16"), "--last", str(2 + rank), "--out", out])
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert all("the ranks have planned different merges" in error for error in errors)
+    assert not (tmp_path / "out").exists()

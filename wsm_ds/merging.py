@@ -10,7 +10,7 @@ from wsm_ds.beside import files_beside
 from wsm_ds.coefficients import effective_sample_size, lag
 from wsm_ds.dtypes import BY_NAME
 from wsm_ds.engine import run_tasks, workers_for
-from wsm_ds.errors import OutputExists, PeerFailed, RecipeError, VerificationFailed
+from wsm_ds.errors import OutputExists, RecipeError, VerificationFailed
 from wsm_ds.forms.form import WantedForm
 from wsm_ds.layouts import Layout
 from wsm_ds.manifest import description, make_manifest, read_manifest
@@ -225,7 +225,8 @@ def run_plan(
             _require_disk(plan, stagings)
             files.create()
         ranks.barrier("start")
-        _require_same_plan(stagings, descriptions)
+        for part, described in zip(plan.parts, descriptions, strict=True):
+            ranks.agree(str(part.out), described["identity"])  # each rank has made its plan by itself
         files.open()
         stack.callback(files.close)
         tasks = share(tasks_of(plan), ranks.rank, ranks.world_size)
@@ -264,13 +265,6 @@ def _require_disk(plan: Plan, stagings: Sequence[Staging]) -> None:
         needs[device] = (folder, nbytes + missing, count + len(files))
     for folder, nbytes, count in needs.values():
         require_disk(folder, nbytes, count, "the merge")
-
-
-def _require_same_plan(stagings: Sequence[Staging], descriptions: Sequence[dict[str, Any]]) -> None:
-    """Every rank has made its plan by itself; a checkpoint that came meanwhile must not split them."""
-    for staging, described in zip(stagings, descriptions, strict=True):
-        if (begun(staging.out) or {}).get("identity") != described["identity"]:
-            raise PeerFailed(f"the ranks have planned {staging.out} differently; start the merge again.", 2)
 
 
 def merge(recipe: MergeRecipe | None = None, /, **values: Any) -> dict[str, Any]:

@@ -42,6 +42,9 @@ class Ranks:
     def check(self) -> None:
         """Raises PeerFailed if another rank failed."""
 
+    def agree(self, name: str, value: str) -> None:
+        """Raises PeerFailed if rank 0 has called it with another value."""
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """An error inside is told to the other ranks."""
@@ -81,6 +84,16 @@ class StoreRanks(Ranks):
                 self.last_beats[rank] = (beat, now)
             elif now - self.last_beats[rank][1] > SILENT_S:
                 raise PeerFailed(f"rank {rank} ({self._host(rank)}) has not answered for {SILENT_S:g} s.", 3)
+
+    def agree(self, name: str, value: str) -> None:
+        key = f"wsm/agree/{name}"
+        if self.rank == 0:
+            self._ask(self.store.set, key, value)
+        while not self._ask(self.store.check, [key]):
+            self.check()
+            time.sleep(POLL_S)
+        if self._ask(self.store.get, key).decode() != value:
+            raise PeerFailed(f"the ranks have planned different merges ({name}); start the merge again.", 2)
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -21,6 +21,7 @@ from wsm_ds.tasks import BLOCK_BYTES, Task
 
 OPEN_FILES = 32
 READ_BYTES = 1 << 18
+SEEN_WITHIN_S = 120.0
 SYNC_BYTES, SYNC_POLL_S = 1 << 27, 0.02
 
 
@@ -141,6 +142,7 @@ class StagedFiles:
     def open(self) -> None:
         """Begins to write: after `create`, on every rank."""
         for part, folder in enumerate(self.records):
+            _wait_until_seen(folder)
             for (name, index), seal in read_claims(folder).items():
                 if name in self.numbers[part]:
                     self.claims[self.numbers[part][name], index] = seal
@@ -314,6 +316,14 @@ class StagedFiles:
             for part, folder in enumerate(self.records)
             for name, index in read_journals(folder)
         }
+
+
+def _wait_until_seen(folder: Path) -> None:
+    """A network file system may go on answering for a while that a folder is not there, once it was asked too early."""
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while not folder.is_dir() and time.monotonic() < deadline:
+        list(folder.parent.iterdir())
+        time.sleep(0.2)
 
 
 def _bytes_of_streams(output: OutputFile) -> Ints:
