@@ -43,7 +43,7 @@ class Ranks:
         """Raises PeerFailed if another rank failed."""
 
     def agree(self, name: str, value: str) -> None:
-        """Raises PeerFailed if rank 0 has called it with another value."""
+        """Raises RecipeError if rank 0 has called it with another value."""
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -93,7 +93,7 @@ class StoreRanks(Ranks):
             self.check()
             time.sleep(POLL_S)
         if self._ask(self.store.get, key).decode() != value:
-            raise PeerFailed(f"the ranks have planned different merges ({name}); start the merge again.", 2)
+            raise RecipeError(f"the ranks have planned different merges ({name}); start the merge again.")
 
     @contextmanager
     def together(self) -> Iterator[None]:
