@@ -190,3 +190,16 @@ def test_ranks_that_planned_different_merges_stop(runs: Path, tmp_path: Path) ->
     assert [process.returncode for process in processes] == [2, 2]
     assert all("the ranks have planned different merges" in error for error in errors)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_that_cannot_plan_stops_the_others_at_once(runs: Path, tmp_path: Path) -> None:
+    port, out = free_port(), str(tmp_path / "out")
+    processes = [
+        started(CLI, rank, 2, port, ["merge", str(runs / name), "--last", "2", "--out", out])
+        for rank, name in enumerate(("w2_s2_bf16", "no such run"))
+    ]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert "rank 1 (" in errors[0]
+    assert "no such run" in errors[0]
+    assert not (tmp_path / "out").exists()

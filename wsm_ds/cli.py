@@ -47,18 +47,29 @@ def _with_default_curve(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _carry_out(recipes: Sequence[Any], options: argparse.Namespace) -> int:
-    """Plans and runs the merge: all ranks of a launcher do, rank 0 speaks."""
+    """Plans and runs the merge: all ranks of a launcher do."""
+    from wsm_ds.merging import plan_merge
+    from wsm_ds.ranks import launched_ranks
+    from wsm_ds.report import plan_report
+
+    if options.dry_run:
+        plan = plan_merge(recipes)
+        print(json.dumps(plan.to_json(), indent=2) if options.json else plan_report(plan))
+        return 0
+    with _signals_interrupt():
+        ranks = launched_ranks()
+        with ranks.together():
+            return _run(recipes, ranks, options)
+
+
+def _run(recipes: Sequence[Any], ranks: Any, options: argparse.Namespace) -> int:
+    """One rank's part of a merge; rank 0 speaks."""
     from wsm_ds.manifest import read_manifest
     from wsm_ds.merging import plan_merge, run_plan
     from wsm_ds.progress import Progress, event
-    from wsm_ds.ranks import launched_ranks
     from wsm_ds.report import plan_report, summary_report
 
     plan = plan_merge(recipes)
-    if options.dry_run:
-        print(json.dumps(plan.to_json(), indent=2) if options.json else plan_report(plan))
-        return 0
-    ranks = launched_ranks()
     is_first = ranks.rank == 0
     if is_first and plan.parts:
         if options.json:
@@ -67,20 +78,16 @@ def _carry_out(recipes: Sequence[Any], options: argparse.Namespace) -> int:
             print(plan_report(plan), flush=True)
     style: Any = "quiet" if not is_first else "json" if options.json else "people"
     moved = (plan.bytes_to_read + plan.bytes_to_write) // ranks.world_size
-    with Progress(moved, style) as progress, _signals_interrupt():
-        if plan.parts:
-            done = run_plan(plan, progress.add, ranks=ranks, restart=options.restart)
+    with Progress(moved, style) as progress:
+        done = run_plan(plan, progress.add, ranks=ranks, restart=options.restart)
     if not is_first:
         return 0
     made = {part.out for part in plan.parts}
     if options.json:
         for recipe in recipes:
             event("done", out=str(recipe.out), is_new=recipe.out in made, manifest=read_manifest(recipe.out))
-        if plan.parts:
-            seconds = {name: round(value, 3) for name, value in vars(done.spent).items()} | {
-                "wall_s": round(progress.wall_s, 3)
-            }
-            event("summary", bytes_read=plan.bytes_to_read, bytes_written=plan.bytes_to_write, **seconds)
+        seconds = {name: round(value, 3) for name, value in vars(done.spent).items()} | {"wall_s": progress.wall_s}
+        event("summary", bytes_read=plan.bytes_to_read, bytes_written=plan.bytes_to_write, **seconds)
         return 0
     for recipe in recipes:
         print(f"done {recipe.out}" if recipe.out in made else f"done {recipe.out} (by this same merge, before)")

@@ -197,7 +197,7 @@ def run_plan(
     Nothing appears at a part's `out` unless all of it is there. Sources are opened read-only. Killed and called again
     with the same plan, it goes on where it stopped.
 
-    Ranks: all; each runs its share of the plan, rank 0 publishes.
+    Ranks: all, inside `ranks.together()`; each runs its share of the plan, rank 0 publishes.
 
     Args:
         plan: the same on every rank.
@@ -216,7 +216,7 @@ def run_plan(
     stagings = [Staging(part.out) for part in plan.parts]
     descriptions = [description(plan, number) for number in range(len(plan.parts))]
     workers = workers_for(plan, plan.memory_bytes, plan.threads)
-    with ranks.together(), ExitStack() as stack:
+    with ExitStack() as stack:
         require_memory(plan.memory_bytes)
         files = StagedFiles(plan, [s.content for s in stagings], [s.folder for s in stagings], ranks.rank)
         if ranks.rank == 0:

@@ -38,7 +38,7 @@ class Progress:
     @property
     def wall_s(self) -> float:
         """Seconds since the start."""
-        return time.monotonic() - self.started_s
+        return round(time.monotonic() - self.started_s, 3)
 
     def add(self, nbytes: int) -> None:
         """Notes `nbytes` more."""
