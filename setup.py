@@ -21,7 +21,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["wsm_ds", "wsm_ds.*"]),
     package_data={"wsm_ds": ["py.typed"]},
-    install_requires=["numpy>=1.24", "pydantic>=2", "PyYAML>=6", "tqdm>=4"],
+    install_requires=["numpy>=1.24", "pydantic>=2", "PyYAML>=6", "tqdm>=4", "xxhash>=3"],
     extras_require={"train": TRAIN, "test": TEST, "check": CHECK},
     # optional: without a compiler the installation succeeds, and numpy does the same sums, more slowly
     ext_modules=[

@@ -1,22 +1,26 @@
 """The compiled sums and those of numpy are equal bit for bit, and to sums taken element by element."""
 
+import ctypes
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from wsm_ds import arithmetic
-from wsm_ds.arithmetic import PIECE_NUMEL, Range, kernel, read_and_sum, rounded, weighted_sum
+from wsm_ds.arithmetic import Elements, kernel, rounded, sums_of, weighted_sum
 from wsm_ds.dtypes import BY_NAME, DType, narrow, widen
 
 FP32, BF16 = BY_NAME["fp32"], BY_NAME["bf16"]
-NUMELS = st.sampled_from([1, 2, 7, 31, PIECE_NUMEL - 1, PIECE_NUMEL, PIECE_NUMEL + 1, 2 * PIECE_NUMEL + 13])
+PIECE_NUMEL = 8192
+"""Of `kernel.c`, for few sources."""
+NUMELS = st.sampled_from([1, 2, 7, 31, 32, 33, PIECE_NUMEL - 1, PIECE_NUMEL, PIECE_NUMEL + 1, 2 * PIECE_NUMEL + 13])
 
 
 def stored(random: np.random.Generator, dtype: DType, numel: int) -> np.ndarray:
@@ -32,11 +36,27 @@ def in_numpy(slices: list[np.ndarray], dtypes: list[DType], coefficients: list[f
         return weighted_sum(slices, dtypes, coefficients)[0]
 
 
+@pytest.fixture(params=[1, 0], ids=["avx2", "portable"])
+def loops(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each of the kernel's two versions of its loop; where there is no AVX2, one of them twice."""
+    library = kernel()
+    if library is None:
+        yield
+        return
+    flag = ctypes.c_int.in_dll(library, "wsm_has_avx2")
+    found = flag.value
+    flag.value = found and request.param
+    yield
+    flag.value = found
+
+
 def test_the_kernel_is_there_where_a_compiler_is() -> None:
     if shutil.which("gcc") or shutil.which("cc"):
         assert kernel() is not None
 
 
+@pytest.mark.usefixtures("loops")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**32 - 1), NUMELS, st.lists(st.sampled_from([FP32, BF16]), min_size=1, max_size=6))
 def test_the_kernel_sums_as_numpy_does(seed: int, numel: int, dtypes: list[DType]) -> None:
     random = np.random.default_rng(seed)
@@ -52,7 +72,9 @@ def test_the_kernel_sums_as_numpy_does(seed: int, numel: int, dtypes: list[DType
     assert rounded(summed, BF16).tobytes() == narrow(summed, BF16).tobytes()
 
 
-@given(st.integers(0, 2**32 - 1), NUMELS, st.integers(1, 5), st.integers(1, 4))
+@pytest.mark.usefixtures("loops")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 2**32 - 1), NUMELS, st.sampled_from([1, 2, 5, 11, 40]), st.integers(1, 4))
 def test_sums_that_are_read_by_the_kernel_are_those_of_what_is_read(
     seed: int, numel: int, source_count: int, sum_count: int
 ) -> None:
@@ -66,7 +88,7 @@ def test_sums_that_are_read_by_the_kernel_are_those_of_what_is_read(
     read, write = os.memfd_create("sources"), b"".join(values.tobytes() for values in slices)
     os.write(read, b"xyz!" + write)
     offsets = 4 + np.concatenate([[0], np.cumsum([values.nbytes for values in slices])])
-    answer = read_and_sum([Range(read, int(o), d) for o, d in zip(offsets[:-1], dtypes, strict=True)], sums, numel)
+    answer = sums_of([Elements(read, int(o), d) for o, d in zip(offsets[:-1], dtypes, strict=True)], sums, numel)
     os.close(read)
     if kernel() is None:
         assert answer is None
@@ -79,6 +101,7 @@ def test_sums_that_are_read_by_the_kernel_are_those_of_what_is_read(
         assert out.tobytes() == in_numpy(*own, list(coefficients)).tobytes()
 
 
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_value_that_is_not_finite_is_noticed_wherever_it_is(bad: float) -> None:
     for numel in (1, 100, PIECE_NUMEL + 5):
@@ -92,9 +115,9 @@ def test_a_value_that_is_not_finite_is_noticed_wherever_it_is(bad: float) -> Non
 def test_a_source_that_ends_early_or_cannot_be_read_is_left_to_the_caller() -> None:
     file = os.memfd_create("short")
     os.write(file, bytes(40))
-    assert read_and_sum([Range(file, 0, FP32)], [((0,), (1.0,))], 11) is None
-    assert read_and_sum([Range(-1, 0, FP32)], [((0,), (1.0,))], 10) is None
-    assert read_and_sum([Range(file, 0, BY_NAME["fp16"])], [((0,), (1.0,))], 10) is None
+    assert sums_of([Elements(file, 0, FP32)], [((0,), (1.0,))], 11) is None
+    assert sums_of([Elements(-1, 0, FP32)], [((0,), (1.0,))], 10) is None
+    assert sums_of([Elements(file, 0, BY_NAME["fp16"])], [((0,), (1.0,))], 10) is None
     os.close(file)
 
 

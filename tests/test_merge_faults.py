@@ -233,7 +233,7 @@ def test_verify_notices_every_kind_of_damage(run: Path) -> None:
 
 
 def test_verify_notices_a_manifest_that_was_made_to_fit_wrong_bytes(run: Path) -> None:
-    from wsm_ds.verification import file_digest
+    from wsm_ds import checksum
 
     out = run.parent / "out"
     merge(run=run, last=3, curve="1-sqrt", out=out)
@@ -243,7 +243,9 @@ def test_verify_notices_a_manifest_that_was_made_to_fit_wrong_bytes(run: Path) -
     content[edit_at] ^= 1
     victim.write_bytes(content)
     manifest = json.loads((out / MANIFEST).read_text())
-    manifest["files"][f"global_step6/{victim.name}"]["sha256_of_blocks"] = file_digest(victim, manifest["block_bytes"])
+    manifest["files"][f"global_step6/{victim.name}"]["xxh3_128_of_blocks"] = checksum.of_file(
+        victim, manifest["block_bytes"]
+    )
     (out / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(VerificationFailed, match=f"byte {edit_at} is not what the sources make"):
         verify(out)

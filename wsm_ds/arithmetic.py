@@ -19,9 +19,11 @@ from wsm_ds.dtypes import DType, narrow, widen
 Array = NDArray[Any]
 SCRATCH_BYTES_PER_ELEMENT = 32
 """Upper bound of the temporary arrays of one sum, with what it returns."""
-PIECE_NUMEL = 8192
-"""`PIECE` of `kernel.c`."""
-MOST_SUMS = 64
+SCRATCH_BYTES = 1 << 20
+"""Upper bound of what the compiled kernel needs besides, however many elements it sums."""
+PADDED_NUMEL = 32
+"""`BLOCK` of `kernel.c`."""
+IN_MEMORY = -(1 << 31)
 
 
 @lru_cache(maxsize=1)
@@ -32,10 +34,9 @@ def kernel() -> ctypes.CDLL | None:
         if path.is_file():
             library = ctypes.CDLL(str(path))
             pointer, size = ctypes.c_void_p, ctypes.c_size_t
-            library.wsm_weighted_sum.argtypes = [pointer, pointer, pointer, pointer, size, size]
-            library.wsm_weighted_sum.restype = ctypes.c_int
-            library.wsm_read_and_sum.argtypes = [pointer] * 6 + [size] * 3 + [pointer] * 2
-            library.wsm_read_and_sum.restype = ctypes.c_int
+            library.wsm_scratch_bytes.argtypes, library.wsm_scratch_bytes.restype = [size], size
+            library.wsm_sums.argtypes = [pointer] * 6 + [size] * 3 + [pointer] * 2
+            library.wsm_sums.restype = ctypes.c_int
             library.wsm_round_to_bf16.argtypes = [pointer, pointer, size]
             library.wsm_round_to_bf16.restype = None
             return library
@@ -56,14 +57,11 @@ def weighted_sum(
     Returns:
         [n], summed in float64 in the given order and rounded once to float32, unless `keeps_fp64`.
     """
-    library = None if keeps_fp64 else kernel()
-    if library is not None and {dtype.name for dtype in dtypes} <= {"fp32", "bf16"}:
-        out = np.empty(len(slices[0]), dtype=np.float32)
-        sources = (ctypes.c_void_p * len(slices))(*(values.ctypes.data for values in slices))
-        is_bf16 = (ctypes.c_uint8 * len(slices))(*(dtype.name == "bf16" for dtype in dtypes))
-        factors = (ctypes.c_double * len(slices))(*coefficients)
-        finite = library.wsm_weighted_sum(out.ctypes.data, sources, is_bf16, factors, len(slices), len(out))
-        return out, bool(finite)
+    if not keeps_fp64:
+        held = [Elements(IN_MEMORY, values.ctypes.data, dtype) for values, dtype in zip(slices, dtypes, strict=True)]
+        answer = sums_of(held, [(tuple(range(len(held))), tuple(coefficients))], len(slices[0]))
+        if answer is not None:
+            return answer[0][0], answer[1]
     with np.errstate(all="ignore"):
         total = np.multiply(widen(slices[0], dtypes[0]), coefficients[0], dtype=np.float64)
         for values, dtype, coefficient in zip(slices[1:], dtypes[1:], coefficients[1:], strict=True):
@@ -73,21 +71,22 @@ def weighted_sum(
 
 
 @dataclass(frozen=True)
-class Range:
-    """Where a source's elements begin: an open file, a byte offset, and what they are."""
+class Elements:
+    """Where a source's elements begin, and what they are: at a byte of an open file, or, if `descriptor` is
+    IN_MEMORY, at an address."""
 
     descriptor: int
-    offset: int
+    place: int
     dtype: DType
 
 
-def read_and_sum(
-    ranges: Sequence[Range], sums: Sequence[tuple[tuple[int, ...], tuple[float, ...]]], numel: int
+def sums_of(
+    sources: Sequence[Elements], sums: Sequence[tuple[tuple[int, ...], tuple[float, ...]]], numel: int
 ) -> tuple[list[Array], bool, float] | None:
-    """Several weighted sums of the same elements, which are read on the way, piece by piece, in the processor's cache.
+    """Several weighted sums of the same elements, read on the way, piece by piece, while they are in the cache.
 
     Args:
-        ranges: of each source.
+        sources: all that any sum wants.
         sums: for each sum, which of the sources it is made of, in order, and their coefficients.
         numel: elements of each source.
 
@@ -96,27 +95,27 @@ def read_and_sum(
         kernel for this, or a source could not be read: `weighted_sum` of what is read otherwise is the same.
     """
     library = kernel()
-    is_known = all(range_.dtype.name in ("fp32", "bf16") for range_ in ranges)
+    is_known = all(source.dtype.name in ("fp32", "bf16") for source in sources)
     in_order = all(list(members) == sorted(set(members)) for members, _ in sums)
-    if library is None or not is_known or not in_order or not 0 < len(sums) <= MOST_SUMS:
+    if library is None or not is_known or not in_order or not sums:
         return None
-    outs = [np.empty(numel, dtype=np.float32) for _ in sums]
-    coefficients = np.zeros((len(sums), len(ranges)))
-    is_member = np.zeros((len(sums), len(ranges)), dtype=np.uint8)
+    outs = [np.empty(-(-numel // PADDED_NUMEL) * PADDED_NUMEL, dtype=np.float32) for _ in sums]
+    coefficients = np.zeros((len(sums), len(sources)))
+    is_member = np.zeros((len(sums), len(sources)), dtype=np.uint8)
     for row, (members, own) in enumerate(sums):
         coefficients[row, list(members)] = own
         is_member[row, list(members)] = 1
-    descriptors = np.array([range_.descriptor for range_ in ranges], dtype=np.int32)
-    offsets = np.array([range_.offset for range_ in ranges], dtype=np.int64)
-    is_bf16 = np.array([range_.dtype.name == "bf16" for range_ in ranges], dtype=np.uint8)
-    places = (ctypes.c_void_p * len(outs))(*(out.ctypes.data for out in outs))
-    scratch = np.empty(PIECE_NUMEL * (len(sums) + 1), dtype=np.float64)
+    descriptors = np.array([source.descriptor for source in sources], dtype=np.int32)
+    places = np.array([source.place for source in sources], dtype=np.int64)
+    is_bf16 = np.array([source.dtype.name == "bf16" for source in sources], dtype=np.uint8)
+    addresses = (ctypes.c_void_p * len(outs))(*(out.ctypes.data for out in outs))
+    scratch = np.empty(library.wsm_scratch_bytes(len(sources)), dtype=np.uint8)
     spent_s = ctypes.c_double(0.0)
-    answer = library.wsm_read_and_sum(
-        places, descriptors.ctypes.data, offsets.ctypes.data, is_bf16.ctypes.data, coefficients.ctypes.data,
-        is_member.ctypes.data, len(ranges), len(sums), numel, scratch.ctypes.data, ctypes.byref(spent_s),
+    answer = library.wsm_sums(
+        addresses, descriptors.ctypes.data, places.ctypes.data, is_bf16.ctypes.data, coefficients.ctypes.data,
+        is_member.ctypes.data, len(sources), len(sums), numel, scratch.ctypes.data, ctypes.byref(spent_s),
     )  # fmt: skip
-    return None if answer < 0 else (outs, bool(answer), spent_s.value)
+    return None if answer < 0 else ([out[:numel] for out in outs], bool(answer), spent_s.value)
 
 
 def rounded(values: Array, dtype: DType) -> Array:

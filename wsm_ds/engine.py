@@ -29,7 +29,7 @@ from wsm_ds.tasks import Task
 
 log = logging.getLogger(__name__)
 
-MIN_SLICE_NUMEL, MAX_SLICE_NUMEL = 4096, 1 << 17
+MIN_SLICE_NUMEL, MAX_SLICE_NUMEL = 4096, 1 << 18
 WORKER_BYTES = 1 << 20
 """What a worker needs besides its slices: buffers for reading blocks again, open files."""
 READ_AHEAD_PARTS = 16
@@ -57,7 +57,7 @@ def workers_for(plan: Plan, memory_bytes: int, threads: int) -> Workers:
     sources = max((len(stream.sources) for stream in plan.streams), default=1)
     targets = max((len(stream.targets) for stream in plan.streams), default=1)
     per_element = 8 * sources + 12 * targets + 2 * arithmetic.SCRATCH_BYTES_PER_ELEMENT
-    own = WORKER_BYTES + 8 * arithmetic.PIECE_NUMEL * (targets + 1)
+    own = WORKER_BYTES + arithmetic.SCRATCH_BYTES
     least = own + MIN_SLICE_NUMEL * per_element
     if memory_bytes < least:
         raise BudgetTooSmall(f"a memory budget of {memory_bytes} bytes is too small; the least is {least} bytes.")
@@ -71,6 +71,9 @@ class Sink(Protocol):
 
     def write(self, number: int, offset: int, data: memoryview) -> None:
         """Takes bytes of output file `number`."""
+
+    def carry(self, number: int, offset: int, data: memoryview, source: int, source_offset: int) -> None:
+        """The same of bytes that lie at `source_offset` of the open file `source`, too."""
 
 
 def run_tasks(
@@ -180,7 +183,11 @@ class Worker:
                 data = memoryview(stored.view(np.uint8))  # type: ignore[arg-type]
                 size = stored.itemsize
                 for element, numel, file, offset in parts:
-                    self.sink.write(file, offset, data[(element - begin) * size : (element - begin + numel) * size])
+                    part = data[(element - begin) * size : (element - begin + numel) * size]
+                    if stream.fate == "carry":
+                        self._carry(stream, element, file, offset, part)
+                    else:
+                        self.sink.write(file, offset, part)
 
     def _read_ahead(self, stream: Stream, task: Task) -> None:
         for source in stream.sources:
@@ -189,25 +196,31 @@ class Worker:
             ):
                 self.reader.will_read(file, offset, numel * source.dtype(element).itemsize)
 
+    def _carry(self, stream: Stream, element: int, file: int, offset: int, data: memoryview) -> None:
+        for begin, nbytes, source, source_offset in stream.sources[0].parts(element, element + len(data)):
+            at = begin - element
+            held = self.reader.descriptor(source)
+            self.sink.carry(file, offset + at, data[at : at + nbytes], held, source_offset)
+
     def _read_and_sum(self, stream: Stream, targets: Sequence[Target], begin: int, end: int) -> dict[Any, NDArray[Any]]:
         """All sums of a slice in one go, by the keys of `_summed`; empty where that cannot be done."""
         members = sorted({member for target in targets for member in target.members})
         is_plain = stream.fate == "merge" and len(members) <= OPEN_FILES
         if not is_plain or any(target.places.dtype(begin).name == "fp64" for target in targets):
             return {}
-        ranges, read = [], []
+        held, read = [], []
         for member in members:
             source = stream.sources[member]
             parts = list(islice(source.parts(begin, end), 2))
             if len(parts) != 1 or parts[0][1] < end - begin:
                 return {}
             _, _, file, offset = parts[0]
-            ranges.append(arithmetic.Range(self.reader.descriptor(file), offset, source.dtype(begin)))
-            read.append((file, offset, (end - begin) * ranges[-1].dtype.itemsize))
+            held.append(arithmetic.Elements(self.reader.descriptor(file), offset, source.dtype(begin)))
+            read.append((file, offset, (end - begin) * held[-1].dtype.itemsize))
         wanted = dict.fromkeys((target.members, target.coefficients) for target in targets)
         sums = [(tuple(members.index(m) for m in own), coefficients) for own, coefficients in wanted]
         begun = time.perf_counter()
-        answer = arithmetic.read_and_sum(ranges, sums, end - begin)
+        answer = arithmetic.sums_of(held, sums, end - begin)
         if answer is None or not answer[1]:
             return {}
         outs, _, read_s = answer

@@ -20,11 +20,11 @@ class Seal:
     """What a finished block is known by.
 
     Attributes:
-        sha256: of its bytes, those that hold a zip's CRC-32 taken as zeros, since they are filled in last.
+        digest: of its bytes (`checksum.Hasher`); those of a zip's CRC-32s count as zeros, they are filled in last.
         crcs: CRC-32 of what it has of each of the file's CRC fields, in their order.
     """
 
-    sha256: bytes
+    digest: bytes
     crcs: tuple[int, ...]
 
 
@@ -36,7 +36,7 @@ class Journal:
 
     def add(self, block: Block, seal: Seal) -> None:
         """Appends a line."""
-        line = json.dumps([*block, seal.sha256.hex(), seal.crcs]) + "\n"
+        line = json.dumps([*block, seal.digest.hex(), seal.crcs]) + "\n"
         os.write(self.descriptor, line.encode())
 
     def close(self) -> None:
@@ -60,7 +60,7 @@ def journals_to_claims(folder: Path) -> None:
     if not journals:
         return
     lines = [
-        json.dumps([*block, seal.sha256.hex(), seal.crcs]) + "\n"
+        json.dumps([*block, seal.digest.hex(), seal.crcs]) + "\n"
         for block, seal in {**read_claims(folder), **read_journals(folder)}.items()
     ]
     fresh = folder / (CLAIMS + ".new")
@@ -76,7 +76,7 @@ def _entries(path: Path) -> Iterator[tuple[Block, Seal]]:
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            name, index, sha256, crcs = json.loads(line)
-            yield (str(name), int(index)), Seal(bytes.fromhex(sha256), tuple(map(int, crcs)))
+            name, index, digest, crcs = json.loads(line)
+            yield (str(name), int(index)), Seal(bytes.fromhex(digest), tuple(map(int, crcs)))
         except (ValueError, TypeError):
             continue

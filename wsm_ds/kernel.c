@@ -6,76 +6,104 @@
  */
 #define _GNU_SOURCE
 #define _FILE_OFFSET_BITS 64
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
-
-#pragma STDC FP_CONTRACT OFF
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
-#define ON_ANY_MACHINE __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define ON_ANY_MACHINE
+#ifdef __x86_64__
+#include <immintrin.h>
 #endif
 
-enum { PIECE = 8192 }; /* elements read and summed at a time: what they need stays in the second-level cache */
+enum {
+    BLOCK = 32,             /* elements whose sums stay in registers, over all sources */
+    MAX_PIECE = 8192,       /* elements of each source that are read and summed at a time, */
+    STORED_BYTES = 1 << 18, /* so that all of them stay in the second-level cache */
+    IN_MEMORY = INT32_MIN,  /* instead of a descriptor; no failed call returns it */
+};
 
-static inline float widened(uint16_t bf16) {
-    uint32_t bits = (uint32_t)bf16 << 16;
+/* One source in a sum: its elements, what they are, and its coefficient. */
+typedef struct {
+    const char *stored;
+    int64_t is_bf16;
+    double coefficient;
+} Term;
+
+static inline float widened(const Term *term, size_t at) {
     float value;
-    memcpy(&value, &bits, sizeof value);
+    if (term->is_bf16) {
+        uint16_t bf16;
+        memcpy(&bf16, term->stored + 2 * at, sizeof bf16);
+        uint32_t bits = (uint32_t)bf16 << 16;
+        memcpy(&value, &bits, sizeof value);
+    } else {
+        memcpy(&value, term->stored + 4 * at, sizeof value);
+    }
     return value;
 }
 
-/* sums = values * c, or sums += values * c: multiplied and added in float64, each rounded. */
-ON_ANY_MACHINE
-static void accumulate(double *restrict sums, const void *restrict stored, int is_bf16, double c, int is_first,
-                       size_t count) {
-    if (is_bf16) {
-        const uint16_t *values = stored;
-        if (is_first)
-            for (size_t i = 0; i < count; i++) sums[i] = (double)widened(values[i]) * c;
-        else
-            for (size_t i = 0; i < count; i++) sums[i] += (double)widened(values[i]) * c;
-    } else {
-        const float *values = stored;
-        if (is_first)
-            for (size_t i = 0; i < count; i++) sums[i] = (double)values[i] * c;
-        else
-            for (size_t i = 0; i < count; i++) sums[i] += (double)values[i] * c;
-    }
-}
-
-/* out = float32(sums); whether all of it is finite. */
-ON_ANY_MACHINE
-static int rounded(float *restrict out, const double *restrict sums, size_t count) {
-    uint32_t not_finite = 0;
-    for (size_t i = 0; i < count; i++) {
-        float value = (float)sums[i];
-        uint32_t bits;
-        memcpy(&bits, &value, sizeof bits);
-        not_finite |= (bits & 0x7f800000u) == 0x7f800000u;
-        out[i] = value;
-    }
-    return !not_finite;
-}
-
-/* out[i] = float32(sum over k, in order, of coefficients[k] * sources[k][i]), summed in float64, rounded once.
- * Returns whether every out[i] is finite. */
-int wsm_weighted_sum(float *out, const void *const *sources, const uint8_t *is_bf16, const double *coefficients,
-                     size_t source_count, size_t numel) {
-    double sums[PIECE];
+/* out = float32(sum of the terms, in order): multiplied and added in float64, each rounded. Takes whole blocks.
+ * Returns whether every sum is finite. */
+static int summed_anywhere(float *out, const Term *terms, size_t term_count, size_t count) {
     int is_finite = 1;
-    for (size_t begin = 0; begin < numel; begin += PIECE) {
-        size_t count = numel - begin < PIECE ? numel - begin : PIECE;
-        for (size_t k = 0; k < source_count; k++)
-            accumulate(sums, (const char *)sources[k] + begin * (is_bf16[k] ? 2 : 4), is_bf16[k], coefficients[k],
-                       k == 0, count);
-        is_finite &= rounded(out + begin, sums, count);
+    for (size_t at = 0; at < count; at += BLOCK) {
+        double sums[BLOCK];
+        for (size_t i = 0; i < BLOCK; i++) sums[i] = (double)widened(terms, at + i) * terms->coefficient;
+        for (size_t k = 1; k < term_count; k++)
+            for (size_t i = 0; i < BLOCK; i++) sums[i] += (double)widened(terms + k, at + i) * terms[k].coefficient;
+        for (size_t i = 0; i < BLOCK; i++) {
+            out[at + i] = (float)sums[i];
+            is_finite &= isfinite(out[at + i]) != 0;
+        }
     }
     return is_finite;
+}
+
+int wsm_has_avx2 = 0; /* set when the library is loaded; a test sets it to 0 */
+
+#ifdef __x86_64__
+__attribute__((constructor)) static void find_out(void) { wsm_has_avx2 = __builtin_cpu_supports("avx2"); }
+
+/* Four elements of a term, scaled. */
+__attribute__((target("avx2"), always_inline)) static inline __m256d scaled(const Term *term, size_t at, __m256d c) {
+    __m128 values;
+    if (term->is_bf16) {
+        __m128i bf16 = _mm_loadl_epi64((const __m128i *)(term->stored + 2 * at));
+        values = _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(bf16), 16));
+    } else {
+        values = _mm_loadu_ps((const float *)(const void *)(term->stored + 4 * at));
+    }
+    return _mm256_mul_pd(_mm256_cvtps_pd(values), c);
+}
+
+/* The same, half as long: the compiler would not keep the sums in registers by itself. */
+__attribute__((target("avx2"))) static int summed_avx2(float *out, const Term *terms, size_t term_count,
+                                                       size_t count) {
+    const __m128i exponent = _mm_set1_epi32(0x7f800000);
+    __m128i not_finite = _mm_setzero_si128();
+    for (size_t at = 0; at < count; at += BLOCK) {
+        __m256d sums[BLOCK / 4], c = _mm256_set1_pd(terms->coefficient);
+        for (size_t u = 0; u < BLOCK / 4; u++) sums[u] = scaled(terms, at + 4 * u, c);
+        for (size_t k = 1; k < term_count; k++) {
+            c = _mm256_set1_pd(terms[k].coefficient);
+            for (size_t u = 0; u < BLOCK / 4; u++) sums[u] = _mm256_add_pd(sums[u], scaled(terms + k, at + 4 * u, c));
+        }
+        for (size_t u = 0; u < BLOCK / 4; u++) {
+            __m128 rounded = _mm256_cvtpd_ps(sums[u]);
+            __m128i bits = _mm_and_si128(_mm_castps_si128(rounded), exponent);
+            not_finite = _mm_or_si128(not_finite, _mm_cmpeq_epi32(bits, exponent));
+            _mm_storeu_ps(out + at + 4 * u, rounded);
+        }
+    }
+    return _mm_testz_si128(not_finite, not_finite);
+}
+#else
+#define summed_avx2 summed_anywhere
+#endif
+
+static int summed(float *out, const Term *terms, size_t term_count, size_t count) {
+    return (wsm_has_avx2 ? summed_avx2 : summed_anywhere)(out, terms, term_count, count);
 }
 
 static double seconds(void) {
@@ -84,50 +112,70 @@ static double seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-/* The same for several sums of the same sources, which are read here, piece by piece, while they are hot.
+static int read_all(int descriptor, char *into, size_t nbytes, int64_t offset) {
+    while (nbytes) {
+        ssize_t got = pread(descriptor, into, nbytes, (off_t)offset);
+        if (got <= 0) return 0;
+        into += got, offset += got, nbytes -= (size_t)got;
+    }
+    return 1;
+}
+
+static size_t piece_numel(size_t source_count) {
+    size_t numel = STORED_BYTES / (4 * source_count) / BLOCK * BLOCK;
+    return numel > MAX_PIECE ? MAX_PIECE : numel < BLOCK ? BLOCK : numel;
+}
+
+/* Bytes of scratch that wsm_sums needs. */
+size_t wsm_scratch_bytes(size_t source_count) {
+    return source_count * (sizeof(Term) + 4 * piece_numel(source_count));
+}
+
+/* Several weighted sums of the same elements, which are read here, piece by piece, and summed while they are hot.
  *
- *   outs           sum_count arrays of numel floats
- *   descriptors, offsets, is_bf16
- *                  where each source's elements begin, and what they are
+ *   outs           sum_count arrays of numel floats, with room up to the next multiple of BLOCK
+ *   descriptors, places, is_bf16
+ *                  where each source's elements begin: at a byte of an open file, or, if the descriptor is IN_MEMORY,
+ *                  at an address; and what they are
  *   coefficients   [sum_count][source_count]; is_member says which of them count
- *   scratch        8 * PIECE * (sum_count + 1) bytes
+ *   scratch        see wsm_scratch_bytes
  *   spent_s        gets the seconds spent in reading
  *
- * Returns 1 if every out is finite, 0 if not, -1 if a source could not be read in full: the caller then reads again in
+ * Returns 1 if every sum is finite, 0 if not, -1 if a source could not be read in full: the caller then reads again in
  * its own, slower way, which tells why. */
-int wsm_read_and_sum(float *const *outs, const int *descriptors, const int64_t *offsets, const uint8_t *is_bf16,
-                     const double *coefficients, const uint8_t *is_member, size_t source_count, size_t sum_count,
-                     size_t numel, void *scratch, double *spent_s) {
-    double *sums = scratch;
-    void *stored = sums + PIECE * sum_count;
+int wsm_sums(float *const *outs, const int *descriptors, const int64_t *places, const uint8_t *is_bf16,
+             const double *coefficients, const uint8_t *is_member, size_t source_count, size_t sum_count, size_t numel,
+             void *scratch, double *spent_s) {
+    Term *terms = scratch;
+    char *stored = (char *)(terms + source_count);
+    size_t piece = piece_numel(source_count);
     int is_finite = 1;
-    for (size_t begin = 0; begin < numel; begin += PIECE) {
-        size_t count = numel - begin < PIECE ? numel - begin : PIECE;
-        uint64_t begun = 0; /* a bit for each sum that has its first source */
+    for (size_t begin = 0; begin < numel; begin += piece) {
+        size_t count = numel - begin < piece ? numel - begin : piece, padded = (count + BLOCK - 1) / BLOCK * BLOCK;
+        double started_s = seconds();
         for (size_t k = 0; k < source_count; k++) {
-            size_t size = is_bf16[k] ? 2 : 4, done = 0;
-            double started_s = seconds();
-            while (done < count * size) {
-                ssize_t got = pread(descriptors[k], (char *)stored + done, count * size - done,
-                                    (off_t)(offsets[k] + (int64_t)(begin * size + done)));
-                if (got <= 0) return -1;
-                done += (size_t)got;
-            }
-            *spent_s += seconds() - started_s;
-            for (size_t s = 0; s < sum_count; s++) {
-                if (!is_member[s * source_count + k]) continue;
-                accumulate(sums + s * PIECE, stored, is_bf16[k], coefficients[s * source_count + k],
-                           !(begun >> s & 1), count);
-                begun |= (uint64_t)1 << s;
-            }
+            size_t size = is_bf16[k] ? 2 : 4;
+            char *own = stored + 4 * piece * k;
+            int64_t place = places[k] + (int64_t)(begin * size);
+            if (descriptors[k] == IN_MEMORY)
+                memcpy(own, (const char *)(intptr_t)place, count * size);
+            else if (!read_all(descriptors[k], own, count * size, place))
+                return -1;
+            memset(own + count * size, 0, (padded - count) * size);
         }
-        for (size_t s = 0; s < sum_count; s++) is_finite &= rounded(outs[s] + begin, sums + s * PIECE, count);
+        *spent_s += seconds() - started_s;
+        for (size_t s = 0; s < sum_count; s++) {
+            size_t term_count = 0;
+            for (size_t k = 0; k < source_count; k++)
+                if (is_member[s * source_count + k])
+                    terms[term_count++] = (Term){stored + 4 * piece * k, is_bf16[k], coefficients[s * source_count + k]};
+            is_finite &= summed(outs[s] + begin, terms, term_count, padded);
+        }
     }
     return is_finite;
 }
 
 /* out[i] = bfloat16(values[i]), rounded to nearest even. The values are finite. */
-ON_ANY_MACHINE
 void wsm_round_to_bf16(uint16_t *restrict out, const float *restrict values, size_t numel) {
     for (size_t i = 0; i < numel; i++) {
         uint32_t bits;

@@ -8,13 +8,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from wsm_ds import checksum
 from wsm_ds.errors import VerificationFailed
 from wsm_ds.plan import Plan, described
 from wsm_ds.publish import MANIFEST
 from wsm_ds.staging import Written
 from wsm_ds.tasks import BLOCK_BYTES
 
-FORMAT = 1
+FORMAT = 2
 NOT_OF_THE_RESULT = ("out", "memory_budget", "threads")
 
 
@@ -52,7 +53,7 @@ def make_manifest(plan: Plan, part: int, written: Sequence[Written]) -> dict[str
         "recipe": chosen.recipe,
         **{name: value for name, value in described(chosen).items() if name != "out"},
         "block_bytes": BLOCK_BYTES,
-        "files": {w.name: {"bytes": w.nbytes, "sha256_of_blocks": w.sha256_of_blocks} for w in written}
+        "files": {w.name: {"bytes": w.nbytes, "xxh3_128_of_blocks": w.checksum} for w in written}
         | {name: text_entry(text) for name, text in chosen.texts.items()},
     }
 
@@ -60,7 +61,7 @@ def make_manifest(plan: Plan, part: int, written: Sequence[Written]) -> dict[str
 def text_entry(text: str) -> dict[str, Any]:
     """The manifest's entry of a small text file."""
     data = text.encode()
-    return {"bytes": len(data), "sha256_of_blocks": hashlib.sha256(hashlib.sha256(data).digest()).hexdigest()}
+    return {"bytes": len(data), "xxh3_128_of_blocks": checksum.of_bytes(data)}
 
 
 def read_manifest(out: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The staged files of a merge: bytes come in any order, blocks are hashed as soon as they are whole, and journaled."""
 
-import hashlib
 import os
 import threading
 import time
@@ -13,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from wsm_ds import crc32
+from wsm_ds import checksum, crc32
 from wsm_ds.intersect import Ints
 from wsm_ds.journal import Block, Journal, Seal, read_claims, read_journals
 from wsm_ds.plan import Bytes, OutputFile, Plan, Zeros
+from wsm_ds.reflink import clone_range
 from wsm_ds.tasks import BLOCK_BYTES, Task
 
 OPEN_FILES = 32
@@ -37,11 +37,11 @@ def block_range(output: OutputFile, index: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Written:
-    """A finished output file: its length, and the SHA-256 of its blocks' SHA-256 digests."""
+    """A finished output file: its length, and its `checksum`."""
 
     name: str
     nbytes: int
-    sha256_of_blocks: str
+    checksum: str
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Fingerprint:
     def __init__(self, file: "_Fields", output: OutputFile, index: int) -> None:
         self.file = file
         self.position, self.end = block_range(output, index)
-        self.sha256 = hashlib.sha256()
+        self.hasher = checksum.Hasher()
         first = bisect_right(file.ends, self.position)
         last = bisect_left(file.begins, self.end)
         self.fields = range(first, last)
@@ -85,12 +85,12 @@ class Fingerprint:
             for place in places[first:last]:
                 masked[place - begin] = 0
             data = memoryview(masked)
-        self.sha256.update(data)
+        self.hasher.update(data)
         self.position = end
 
     def seal(self) -> Seal:
         """What the block is known by."""
-        return Seal(self.sha256.digest(), tuple(self.crcs))
+        return Seal(self.hasher.digest(), tuple(self.crcs))
 
 
 class _Fields:
@@ -277,21 +277,21 @@ class StagedFiles:
 
     def _finish(self, number: int, output: OutputFile, seals: dict[Block, Seal]) -> Written:
         own = [seals[output.name, index] for index in range(block_count(output))]
-        digests = [seal.sha256 for seal in own]
+        digests = [seal.digest for seal in own]
         fields = self.fields[number]
         if fields.places:
             descriptor = os.open(self.paths[number], os.O_RDWR)
             try:
                 self._fill_in(descriptor, output, fields, own)
                 for index in sorted({place // BLOCK_BYTES for place in fields.places}):
-                    held = hashlib.sha256()
+                    held = checksum.Hasher()
                     for data in _chunks(descriptor, *block_range(output, index)):
                         held.update(data)
                     digests[index] = held.digest()
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        return Written(output.name, output.nbytes, hashlib.sha256(b"".join(digests)).hexdigest())
+        return Written(output.name, output.nbytes, checksum.of_blocks(digests))
 
     def _fill_in(self, descriptor: int, output: OutputFile, fields: _Fields, seals: Sequence[Seal]) -> None:
         totals = dict.fromkeys(range(len(fields.crcs)), 0)
@@ -360,10 +360,22 @@ class Writer:
 
     def write(self, number: int, offset: int, data: memoryview) -> None:
         """Writes bytes of an output file, hashes them on the way, and seals the blocks that they complete."""
+        self._put(number, offset, data, (offset, offset))
+
+    def carry(self, number: int, offset: int, data: memoryview, source: int, source_offset: int) -> None:
+        """The same; blocks of the file system that can be shared with the open `source` are, instead of written."""
+        begun = time.perf_counter()
+        shared = clone_range(source, source_offset, self._descriptor(number), offset, len(data))
+        self.spent.write_s += time.perf_counter() - begun
+        self._put(number, offset, data, shared or (offset, offset))
+
+    def _put(self, number: int, offset: int, data: memoryview, there: tuple[int, int]) -> None:
+        """Writes what of `data` is not in the range `there`, and counts all of it."""
         descriptor = self._descriptor(number)
         blocks = list(self.files.note(number, offset, data, self.spent))
         begun = time.perf_counter()
-        write_all(descriptor, data, offset)
+        write_all(descriptor, data[: there[0] - offset], offset)
+        write_all(descriptor, data[there[1] - offset :], there[1])
         self.spent.write_s += time.perf_counter() - begun
         for index, nbytes in blocks:
             self.files.wrote(number, index, nbytes, self.spent)

@@ -1,6 +1,5 @@
 """Proof that an output is right: its bytes are those of the manifest, and the sources make those bytes."""
 
-import hashlib
 import random
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from wsm_ds import checksum
 from wsm_ds.engine import Worker, workers_for
 from wsm_ds.errors import VerificationFailed, WsmError, few
 from wsm_ds.manifest import read_manifest
@@ -49,7 +49,7 @@ def verify(out: Path, *, full: bool = False) -> Verified:
             f"not of this merge {few(sorted(names - set(expected))) or 'nothing'}."
         )
     for name, entry in expected.items():
-        if file_digest(out / name, int(manifest["block_bytes"])) != entry["sha256_of_blocks"]:
+        if checksum.of_file(out / name, int(manifest["block_bytes"])) != entry["xxh3_128_of_blocks"]:
             raise VerificationFailed(f"{out / name} is not what was written: its checksum differs.")
     total = sum(int(entry["bytes"]) for entry in expected.values())
     try:
@@ -57,15 +57,6 @@ def verify(out: Path, *, full: bool = False) -> Verified:
     except (WsmError, OSError) as error:
         return Verified(len(names), total, 0, f"checksums only; the sources cannot be read any more: {error}")
     return Verified(len(names), total, _recompute(plan, out, full), "")
-
-
-def file_digest(path: Path, block_bytes: int) -> str:
-    """SHA-256 of the SHA-256 digests of the file's blocks."""
-    outer = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(block_bytes):
-            outer.update(hashlib.sha256(block).digest())
-    return outer.hexdigest()
 
 
 def _replan(manifest: dict[str, Any]) -> Plan:
@@ -101,6 +92,10 @@ class _Comparison:
         if len(unlike):
             raise VerificationFailed(f"{self.paths[number]}: byte {offset + unlike[0]} is not what the sources make.")
         self.nbytes += len(data)
+
+    def carry(self, number: int, offset: int, data: memoryview, source: int, source_offset: int) -> None:
+        """The same of bytes that are carried."""
+        self.write(number, offset, data)
 
 
 def _recompute(plan: Plan, out: Path, full: bool) -> int:
