@@ -9,7 +9,8 @@ times, to make fp32 safetensors of the newest checkpoints:
     ours      wsm-ds merge --format safetensors --dtype fp32: the mean of the newest 4, or 16
     limit     reads the bytes that ours reads and writes and syncs the bytes that ours writes, with as many threads and
               nothing in between
-    peer      zero_to_fp32 on each of 4 checkpoints, then an average with torch
+    peer      zero_to_fp32 on each of 4 checkpoints, then an average with torch; as they leave it, in the page cache
+    synced    the same, until it is on the disk, as ours is
     sweep     wsm-ds merge of 10 windows (newest 7 to 16), 10 outputs of one pass
     writing   writes and syncs what the sweep writes beyond one output, and nothing else
     two       ours of 16 by two processes of one thread, against one process of one thread (one)
@@ -180,14 +181,15 @@ def main() -> None:
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--sizes", type=int, nargs="+", metavar="WIDTH", help="time per byte of these widths")
     parser.add_argument("--without", nargs="+", default=[], help="contenders to leave out")
-    parser.add_argument("--only", choices=("peer", "limit", "writing"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=("peer", "synced", "limit", "writing"), help=argparse.SUPPRESS)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     out = options.folder / "out"
-    if options.only == "peer":
+    if options.only in ("peer", "synced"):
         tags = sorted((path.name for path in options.run.glob("global_step*")), key=lambda tag: int(tag[11:]))
-        return peer(options.run, out, tags[-options.count :])
+        peer(options.run, out, tags[-options.count :])
+        return os.sync() if options.only == "synced" else None
     if options.only:
         return {"limit": limit, "writing": writing}[options.only](options.run, out, options.count)
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -215,6 +217,7 @@ def measure_stage(stage: int, options: argparse.Namespace, out: Path) -> None:
             "ours": [ours(run, out, "4")],
             "limit": [again(options, run, "limit", 4)],
             "peer": [again(options, run, "peer", 4)],
+            "synced": [again(options, run, "synced", 4)],
         },
         "16 checkpoints": {
             "ours": [ours(run, out, "16")],
