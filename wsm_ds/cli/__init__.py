@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from wsm_ds import __version__
-from wsm_ds.cli import look, merge
+from wsm_ds.cli import look, merge, watch
 from wsm_ds.cli.options import EXIT_CODES
 from wsm_ds.errors import WsmError
 
@@ -18,6 +18,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"wsm-ds {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     merge.add_commands(commands)
+    watch.add_commands(commands)
     look.add_commands(commands)
     return parser
 

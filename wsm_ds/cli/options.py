@@ -3,6 +3,7 @@
 import argparse
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,17 +124,34 @@ def split(text: str | None) -> tuple[str, ...] | None:
     return tuple(part.strip() for part in text.split(",")) if text else None
 
 
+REPEAT_S = 15.0
+"""Launchers send a signal more than once; one that comes so soon after another is the same."""
+
+
 @contextmanager
-def signals_interrupt(what_remains: str) -> Iterator[None]:
-    """SIGTERM and SIGINT end the work at once, and leave what is staged for the next attempt."""
+def signals_interrupt(what_remains: str) -> Iterator[Callable[[], None]]:
+    """SIGTERM and SIGINT end the work at once, and leave what is staged for the next attempt.
+
+    Yields a check that raises the interruption again, if code that passes over errors has swallowed it.
+    """
     from wsm_ds.errors import Interrupted
 
+    received: list[tuple[int, float]] = []
+
+    def check() -> None:
+        if received:
+            name = signal.Signals(received[-1][0]).name
+            raise Interrupted(f"{name}; {what_remains} Run the same command again to go on.")
+
     def stop(number: int, _: object) -> None:
-        raise Interrupted(f"{signal.Signals(number).name}; {what_remains} Run the same command again to go on.")
+        is_repeated = bool(received) and time.monotonic() - received[-1][1] < REPEAT_S
+        if not is_repeated:
+            received.append((number, time.monotonic()))
+            check()
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield check
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
