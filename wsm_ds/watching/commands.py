@@ -173,6 +173,5 @@ class Commands:
         write_text(fresh, json.dumps(result, indent=2) + "\n")
         fresh.replace(merged.beside("json"))
         text = f"step {merged.step} {merged.window}: the command ended with code {code} after {seconds:.1f} s"
-        return Happened(
-            "command", text, {"step": merged.step, "window": merged.window, "out": str(merged.out)} | result
-        )
+        values = {"step": merged.step, "window": merged.window, "out": str(merged.out)}
+        return Happened("command", text, values | result)

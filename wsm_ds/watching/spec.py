@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wsm_ds.errors import RecipeError, few
+from wsm_ds.manifest import read_manifest
 from wsm_ds.publish import MANIFEST
 from wsm_ds.recipe import MergeRecipe, make_recipe, make_recipes
 from wsm_ds.watching.windows import EndPoints
@@ -114,6 +115,12 @@ def read_spec(out: Path) -> WatchSpec | None:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RecipeError(f"{path} is not what a watch has written: {error}") from error
+
+
+def source_steps(run: Path, out: Path) -> set[int]:
+    """The steps of the run's checkpoints that a merge was made of."""
+    paths = {int(source["step"]): Path(source["path"]) for source in read_manifest(out)["sources"]}
+    return {step for step, path in paths.items() if path.is_relative_to(run.resolve())}
 
 
 def merged_outputs(spec: WatchSpec) -> Sequence[tuple[int, str]]:

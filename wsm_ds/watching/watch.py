@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from wsm_ds.errors import (
@@ -26,7 +25,6 @@ from wsm_ds.errors import (
     few,
 )
 from wsm_ds.layouts.run import deleted_steps
-from wsm_ds.manifest import read_manifest
 from wsm_ds.merging import plan_merge, run_plan
 from wsm_ds.plan import Plan
 from wsm_ds.progress import Progress, Style
@@ -36,7 +34,7 @@ from wsm_ds.sizes import format_size
 from wsm_ds.watching.commands import Commands, Merged
 from wsm_ds.watching.complete import Checkpoints
 from wsm_ds.watching.happened import Happened
-from wsm_ds.watching.spec import LOCK, WatchSpec, merged_outputs, write_spec
+from wsm_ds.watching.spec import LOCK, WatchSpec, merged_outputs, source_steps, write_spec
 from wsm_ds.watching.windows import OpenWindow, open_windows
 
 log = logging.getLogger(__name__)
@@ -256,9 +254,7 @@ class _Watcher:
         """The sources of what is merged have been there, though they be gone; and its command is due."""
         out = self.spec.place(end, name)
         self.resolved.add((end, name))
-        for source in read_manifest(out)["sources"]:
-            if Path(source["path"]).is_relative_to(self.spec.run.resolve()):
-                self.recorded.add(int(source["step"]))
+        self.recorded |= source_steps(self.spec.run, out)
         self.commands.add(Merged(self.spec.run, end, name, out))
 
     def _refuse(self, window: OpenWindow, error: WsmError) -> Happened:
