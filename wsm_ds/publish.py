@@ -71,8 +71,9 @@ def begun_below(folder: Path) -> Iterator[dict[str, Any]]:
             folders.clear()  # a finished output: nothing is staged inside
         for name in [name for name in folders if name.endswith(STAGING)]:
             folders.remove(name)
-            described = begun(Path(root) / name.removeprefix(".").removesuffix(STAGING))
-            if described is not None:
+            out = Path(root) / name.removeprefix(".").removesuffix(STAGING)
+            described = begun(out)
+            if described is not None and not (out / MANIFEST).is_file():
                 yield described
 
 

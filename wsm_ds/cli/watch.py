@@ -49,7 +49,7 @@ def add_commands(commands: Any) -> None:
     prune.description = PRUNE
     prune.add_argument("run", type=Path, help="the run's folder")
     prune.add_argument("--out", action="append", default=[], type=Path, metavar="DIR",
-                       help="a watch's folder: keep what its windows want, and merges that have begun in it")  # fmt: skip
+                       help="a watch's folder: keep what its windows and its merges want")  # fmt: skip
     prune.add_argument("--recipe", type=Path, metavar="FILE.yaml", help="of a watch that will merge into --out DIR")
     prune.add_argument("--last", metavar="N[,N…]", help="the same, by its windows' lengths")
     prune.add_argument("--curve", help="their curves, if not linear")

@@ -2,7 +2,7 @@
 
 from wsm_ds.watching.happened import Happened
 from wsm_ds.watching.spec import WatchSpec, make_spec
-from wsm_ds.watching.watch import WatchOptions, watch
+from wsm_ds.watching.watcher import WatchOptions, watch
 from wsm_ds.watching.windows import EndPoints
 
 __all__ = ["EndPoints", "Happened", "WatchOptions", "WatchSpec", "make_spec", "watch"]

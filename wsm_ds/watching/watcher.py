@@ -28,7 +28,7 @@ from wsm_ds.layouts.run import deleted_steps
 from wsm_ds.merging import plan_merge, run_plan
 from wsm_ds.plan import Plan
 from wsm_ds.progress import Progress, Style
-from wsm_ds.publish import held, write_text
+from wsm_ds.publish import discard, held, write_text
 from wsm_ds.recipe import MergeRecipe
 from wsm_ds.sizes import format_size
 from wsm_ds.watching.commands import Commands, Merged
@@ -253,6 +253,7 @@ class _Watcher:
     def _note_merged(self, end: int, name: str) -> None:
         """The sources of what is merged have been there, though they be gone; and its command is due."""
         out = self.spec.place(end, name)
+        discard(out)
         self.resolved.add((end, name))
         self.recorded |= source_steps(self.spec.run, out)
         self.commands.add(Merged(self.spec.run, end, name, out))
