@@ -39,7 +39,11 @@ class WindowError(WsmError, ValueError):
 
 
 class OutputExists(WsmError, FileExistsError):
-    """The output is already there, or another process is writing it."""
+    """The output is already there, or another merge has begun there."""
+
+
+class OutputHeld(OutputExists):
+    """Another process is writing the output now."""
 
 
 class BudgetTooSmall(WsmError, ValueError):

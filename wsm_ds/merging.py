@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from wsm_ds.dtypes import BY_NAME
 from wsm_ds.engine import run_tasks, workers_for
 from wsm_ds.errors import OutputExists, RecipeError, VerificationFailed
 from wsm_ds.forms.form import WantedForm
-from wsm_ds.layouts import Layout
+from wsm_ds.layouts import Layout, read_layout
 from wsm_ds.manifest import description, make_manifest, read_manifest
 from wsm_ds.plan import Copy, InputFile, OutputFile, Part, Plan, Source
 from wsm_ds.plan_safetensors import safetensors_part
@@ -25,7 +26,7 @@ from wsm_ds.room import bytes_held, require_disk, require_memory
 from wsm_ds.staging import Spent, StagedFiles
 from wsm_ds.streams import SourceTables, Wanted, carry_streams, element_streams, source_tables
 from wsm_ds.tasks import share, tasks_of
-from wsm_ds.window import Window, recorded_window, select_window, union_of
+from wsm_ds.window import ReadLayout, Window, recorded_window, select_window, union_of
 
 Progress = Callable[[int], None]
 
@@ -43,7 +44,8 @@ def plan_merge(recipes: MergeRecipe | Sequence[MergeRecipe]) -> Plan:
     chosen = [recipes] if isinstance(recipes, MergeRecipe) else list(recipes)
     if len({recipe.out.absolute() for recipe in chosen}) < len(chosen):
         raise RecipeError("two outputs have the same folder.")
-    windows = [_window(recipe) for recipe in chosen]
+    read = cache(read_layout)
+    windows = [_window(recipe, read) for recipe in chosen]
     plan = plan_windows(chosen, windows)
     left = [part for part, recipe in enumerate(chosen) if not _is_made(plan, part, recipe.out)]
     if len(left) < len(chosen):
@@ -51,16 +53,16 @@ def plan_merge(recipes: MergeRecipe | Sequence[MergeRecipe]) -> Plan:
     return plan
 
 
-def _window(recipe: MergeRecipe) -> Window:
+def _window(recipe: MergeRecipe, read: ReadLayout) -> Window:
     described = begun(recipe.out)
     if described is not None:
         wanted = recipe.model_dump(mode="json")
         recorded = described.get("recipe")
         if isinstance(recorded, dict) and all(wanted.get(name) == value for name, value in recorded.items()):
-            return recorded_window(described["sources"], recipe)
+            return recorded_window(described["sources"], recipe, read)
     elif not (recipe.out / MANIFEST).is_file():
         require_absent(recipe.out)
-    return select_window(recipe)
+    return select_window(recipe, read)
 
 
 def _is_made(plan: Plan, part: int, out: Path) -> bool:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.errors import OutputExists, WsmError, few
+from wsm_ds.errors import OutputExists, OutputHeld, WsmError, few
 from wsm_ds.journal import journals_to_claims
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "wsm_merge.json"
 PLAN = "plan.json"
 LOCK = "lock"
+STAGING = ".wsm-staging"
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -40,7 +41,7 @@ class Staging:
     @property
     def folder(self) -> Path:
         """Everything that belongs to the merge until it is done."""
-        return self.out.parent / f".{self.out.name}.wsm-staging"
+        return self.out.parent / f".{self.out.name}{STAGING}"
 
     @property
     def content(self) -> Path:
@@ -63,6 +64,19 @@ def begun(out: Path) -> dict[str, Any] | None:
     return described if isinstance(described, dict) else None
 
 
+def begun_below(folder: Path) -> Iterator[dict[str, Any]]:
+    """What all merges that have begun and not ended are making, at any depth below `folder`."""
+    for root, folders, files in os.walk(folder):
+        if MANIFEST in files:
+            folders.clear()  # a finished output: nothing is staged inside
+        for name in [name for name in folders if name.endswith(STAGING)]:
+            folders.remove(name)
+            out = Path(root) / name.removeprefix(".").removesuffix(STAGING)
+            described = begun(out)
+            if described is not None and not (out / MANIFEST).is_file():
+                yield described
+
+
 @contextmanager
 def staged(out: Path, described: dict[str, Any], *, restart: bool = False) -> Iterator[Staging]:
     """A staging folder for `out`, exclusively ours.
@@ -76,15 +90,14 @@ def staged(out: Path, described: dict[str, Any], *, restart: bool = False) -> It
         restart: whether to throw away what another merge has left.
 
     Raises:
-        OutputExists: `out` exists, another process is staging it, or has begun another merge there.
+        OutputExists: `out` exists, or another merge has begun there.
+        OutputHeld: another process is making it.
     """
     require_absent(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Staging(out)
     staging.folder.mkdir(exist_ok=True)
-    lock = os.open(staging.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        _hold(lock, out)
+    with held(staging.folder / LOCK, f"another merge is writing {out}"):
         _take_over(staging, described, restart)
         try:
             yield staging
@@ -92,8 +105,6 @@ def staged(out: Path, described: dict[str, Any], *, restart: bool = False) -> It
             if not _is_worth_going_on(error):
                 shutil.rmtree(staging.folder, ignore_errors=True)
             raise
-    finally:
-        os.close(lock)
 
 
 def _take_over(staging: Staging, described: dict[str, Any], restart: bool) -> None:
@@ -127,19 +138,41 @@ def _is_worth_going_on(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt | SystemExit)
 
 
-def _hold(lock: int, out: Path) -> None:
+@contextmanager
+def held(lock: Path, what: str) -> Iterator[None]:
+    """Holds a lock as long as this process lives, whatever ends it; the file says who we are.
+
+    Raises:
+        OutputHeld: another process holds it: `what` is said, and which process.
+    """
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if try_lock(descriptor, lock.parent):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+        else:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            raise OutputHeld(f"{what} ({holder or 'holder unknown'}).")
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def try_lock(descriptor: int, folder: Path) -> bool:
+    """Whether an open file is now locked by us: not if another process has locked it.
+
+    On a file system without locks, which is warned of, everybody gets it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-            log.warning("%s is on a file system without locks: start no second merge into it", out.parent)
-            return
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            log.warning("%s is on a file system without locks: start no second process that writes there", folder)
+        elif error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        else:
             raise
-        holder = os.pread(lock, 200, 0).decode(errors="replace").strip()
-        raise OutputExists(f"another merge is writing {out} ({holder or 'holder unknown'}).") from error
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -135,11 +135,15 @@ SWEPT = {"last": "last{}", "to_step": "to{}", "curve": "{}", "floor": "floor{}",
 """What may be a list of values, one output each, and what the output's folder is then called."""
 
 
-def make_recipes(**values: Any) -> tuple[MergeRecipe, ...]:
+def make_recipes(*, named: Collection[str] = (), **values: Any) -> tuple[MergeRecipe, ...]:
     """The recipes of several outputs of one pass: every combination of the lists, for every entry of `outputs`.
 
     An entry of `outputs` counts before the common values; its `out` lies below the common one. Where a list has more
     than one value, outputs are folders below `out`, called after their values (`last8-1-sqrt`).
+
+    Args:
+        named: of SWEPT, what a folder is called after even if it has one value, unless the entry has an `out`.
+        values: those of a recipe file.
 
     Raises:
         RecipeError: with every fault that was found.
@@ -147,7 +151,7 @@ def make_recipes(**values: Any) -> tuple[MergeRecipe, ...]:
     common = {key: value for key, value in values.items() if value is not None and key != "outputs"}
     entries = values.get("outputs")
     if entries is None:
-        return tuple(make_recipe(**chosen) for chosen in _combinations(common))
+        return tuple(make_recipe(**chosen) for chosen in _combinations(common, named))
     if not isinstance(entries, list | tuple) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise RecipeError("the recipe is not valid: outputs: a list of mappings is needed")
     recipes: list[MergeRecipe] = []
@@ -155,18 +159,20 @@ def make_recipes(**values: Any) -> tuple[MergeRecipe, ...]:
         own = common | entry
         if "out" in entry and "out" in common:
             own["out"] = Path(common["out"]) / entry["out"]
-        recipes += [make_recipe(**chosen) for chosen in _combinations(own)]
+        recipes += [make_recipe(**chosen) for chosen in _combinations(own, () if "out" in entry else named)]
     return tuple(recipes)
 
 
-def _combinations(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _combinations(values: dict[str, Any], named: Collection[str]) -> Iterator[dict[str, Any]]:
     lists = {name: list(values[name]) for name in SWEPT if isinstance(values.get(name), list | tuple)}
+    lists |= {name: [values[name]] for name in SWEPT if name in named and name in values and name not in lists}
     for name, found in lists.items():
         if not found or len(set(map(str, found))) < len(found):
             raise RecipeError(f"the recipe is not valid: {name}: an empty list, or a value twice")
     for combination in product(*lists.values()):
         chosen = dict(zip(lists, combination, strict=True))
-        words = [SWEPT[name].format(value) for name, value in chosen.items() if len(lists[name]) > 1]
+        is_named = {name: name in named or len(found) > 1 for name, found in lists.items()}
+        words = [SWEPT[name].format(chosen[name]) for name in SWEPT if is_named.get(name)]
         folder = re.sub(r"[^\w.=-]+", "-", "-".join(words))
         out = values.get("out")
         yield values | chosen | ({"out": Path(out) / folder} if out is not None and folder else {})
@@ -177,6 +183,15 @@ def load_recipes(path: Path, **overrides: Any) -> tuple[MergeRecipe, ...]:
 
     Raises:
         RecipeError: the file is missing, not a mapping, or not a valid recipe.
+    """
+    return make_recipes(**load_values(path, **overrides))
+
+
+def load_values(path: Path, **overrides: Any) -> dict[str, Any]:
+    """The values for `make_recipes` of a YAML file.
+
+    Raises:
+        RecipeError: the file is missing, not a mapping, or names what a recipe does not have.
     """
     import yaml
 
@@ -196,7 +211,7 @@ def load_recipes(path: Path, **overrides: Any) -> tuple[MergeRecipe, ...]:
     unknown = sorted({str(key) for mapping in given for key in mapping} - known)
     if unknown:
         raise RecipeError(f"the recipe {path} has unknown names {unknown}; known are {sorted(known)}.")
-    return make_recipes(**(values | {key: value for key, value in overrides.items() if value is not None}))
+    return values | {key: value for key, value in overrides.items() if value is not None}
 
 
 def load_recipe(path: Path, **overrides: Any) -> MergeRecipe:

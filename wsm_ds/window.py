@@ -1,7 +1,7 @@
 """From a recipe's words to the window: which checkpoints, with which coefficients, and whether they belong together."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,13 @@ from wsm_ds.coefficients import check_coefficients, merge_coefficients
 from wsm_ds.curves import parse_curve
 from wsm_ds.errors import BrokenCheckpoint, LayoutMismatch, WindowError, few
 from wsm_ds.layouts import Checkpoint, Layout, find_checkpoints, read_layout
-from wsm_ds.layouts.run import find_tag
+from wsm_ds.layouts.run import deleted_steps, find_tag
 from wsm_ds.recipe import MergeRecipe
 
 log = logging.getLogger(__name__)
+
+ReadLayout = Callable[[Checkpoint, frozenset[str]], Layout]
+"""`read_layout`, or one that remembers what it has read."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Window:
     coefficients: NDArray[np.float64]
 
 
-def select_window(recipe: MergeRecipe) -> Window:
+def select_window(recipe: MergeRecipe, read: ReadLayout = read_layout) -> Window:
     """Finds, reads and checks the checkpoints of a recipe. Reads metadata only.
 
     Raises:
@@ -35,7 +38,7 @@ def select_window(recipe: MergeRecipe) -> Window:
         WindowError: no checkpoint in range, a step twice, inside the warmup, across a change of rate.
         LayoutMismatch: the checkpoints do not hold the same model (the differences are named).
     """
-    layouts = sorted(_chosen(recipe), key=lambda layout: layout.step)
+    layouts = sorted(_chosen(recipe, read), key=lambda layout: layout.step)
     steps = [layout.step for layout in layouts]
     twice = sorted({step for step in steps if steps.count(step) > 1})
     if twice:
@@ -55,7 +58,9 @@ def select_window(recipe: MergeRecipe) -> Window:
     return Window(tuple(layouts), coefficients)
 
 
-def recorded_window(sources: Sequence[Mapping[str, Any]], recipe: MergeRecipe) -> Window:
+def recorded_window(
+    sources: Sequence[Mapping[str, Any]], recipe: MergeRecipe, read: ReadLayout = read_layout
+) -> Window:
     """The window that a manifest or a plan has recorded, read again.
 
     Raises:
@@ -63,7 +68,7 @@ def recorded_window(sources: Sequence[Mapping[str, Any]], recipe: MergeRecipe) -
     """
     allowed = frozenset(recipe.allow_globals)
     layouts = tuple(
-        read_layout(Checkpoint(source["step"], source["tag"], Path(source["path"])), allowed) for source in sources
+        read(Checkpoint(source["step"], source["tag"], Path(source["path"])), allowed) for source in sources
     )
     return Window(layouts, np.array([source["coefficient"] for source in sources]))
 
@@ -81,16 +86,18 @@ def union_of(windows: Sequence[Window]) -> tuple[Layout, ...]:
     return tuple(ordered)
 
 
-def _chosen(recipe: MergeRecipe) -> list[Layout]:
+def _chosen(recipe: MergeRecipe, read: ReadLayout) -> list[Layout]:
     allowed = frozenset(recipe.allow_globals)
     if recipe.tags is not None:
-        return [read_layout(find_tag(recipe.run, tag), allowed) for tag in recipe.tags]
+        return [read(find_tag(recipe.run, tag), allowed) for tag in recipe.tags]
     found = find_checkpoints(recipe.run)
     if recipe.last is not None:
         until = recipe.to_step
-        return _newest_complete([c for c in found if until is None or c.named_step <= until], recipe, allowed)
+        tags = {checkpoint.tag for checkpoint in found}
+        once = [c for c in found if c.tag.removesuffix("_universal") not in tags - {c.tag}]  # a copy does not count
+        return _newest_complete([c for c in once if until is None or c.named_step <= until], recipe, read)
     low, high = recipe.from_step or 0, recipe.to_step or 0
-    layouts = [read_layout(c, allowed) for c in found if c.named_step < 0 or low <= c.named_step <= high]
+    layouts = [read(c, allowed) for c in found if c.named_step < 0 or low <= c.named_step <= high]
     layouts = [layout for layout in layouts if low <= layout.step <= high]
     if not layouts:
         raise WindowError(f"{recipe.run} holds no checkpoint from step {low} to {high}; {_held(found)}")
@@ -101,14 +108,14 @@ def _held(found: list[Checkpoint]) -> str:
     return f"it holds {few(checkpoint.tag for checkpoint in found)}."
 
 
-def _newest_complete(found: list[Checkpoint], recipe: MergeRecipe, allowed: frozenset[str]) -> list[Layout]:
+def _newest_complete(found: list[Checkpoint], recipe: MergeRecipe, read: ReadLayout) -> list[Layout]:
     """The newest ones, up to a step if there is one; a broken one at the very end is still being written."""
     layouts: list[Layout] = []
     for checkpoint in reversed(found):
         if len(layouts) == recipe.last:
             break
         try:
-            layout = read_layout(checkpoint, allowed)
+            layout = read(checkpoint, frozenset(recipe.allow_globals))
         except BrokenCheckpoint as error:
             if layouts:
                 raise
@@ -120,6 +127,13 @@ def _newest_complete(found: list[Checkpoint], recipe: MergeRecipe, allowed: froz
         until = "" if recipe.to_step is None else f" up to step {recipe.to_step}"
         raise WindowError(
             f"{recipe.last} complete checkpoints{until} were asked for, {len(layouts)} are there; {_held(found)}"
+        )
+    steps = [layout.step for layout in layouts]
+    deleted = sorted(step for step in deleted_steps(recipe.run) - set(steps) if min(steps) < step < max(steps))
+    if deleted:
+        raise WindowError(
+            f"the newest {recipe.last} checkpoints{until} of {recipe.run} are not all there any more: `wsm-ds prune` "
+            f"has deleted step {few(deleted)}. Choose the window by its steps, or by tags."
         )
     return layouts
 

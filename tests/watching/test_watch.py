@@ -1,0 +1,439 @@
+"""A watch beside a run that saves: every window once, the bytes of a plain merge, and the run untouched."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from played_run import PlayedRun, contents, outputs
+
+from wsm_ds.cli import main
+from wsm_ds.errors import BrokenCheckpoint, CheckpointNotFound, OutputExists, OutputHeld, RecipeError
+from wsm_ds.merging import merge
+from wsm_ds.publish import Staging
+from wsm_ds.recipe import make_recipe
+from wsm_ds.watching import EndPoints, Happened, WatchOptions, WatchSpec, make_spec, watch, watcher
+from wsm_ds.watching.complete import Checkpoints
+
+POLL_S = 0.2
+PATIENCE_S = 60.0
+
+
+@pytest.fixture
+def run(runs: Path, tmp_path: Path) -> PlayedRun:
+    return PlayedRun(runs / "w2_s2_bf16", tmp_path / "a run" / "it's here")
+
+
+def spec_for(run: PlayedRun, out: Path, ends: EndPoints | None = None, **values: Any) -> WatchSpec:
+    return make_spec({"curve": "linear", "run": run.folder, "out": out} | values, ends or EndPoints())
+
+
+def once(spec: WatchSpec, **options: Any) -> list[Happened]:
+    return list(watch(spec, WatchOptions(poll_s=0.05, is_once=True, **options)))
+
+
+def named(name: str, events: list[Happened]) -> list[Happened]:
+    return [event for event in events if event.name == name]
+
+
+class Watching:
+    """A watch in a process of its own, and the events that it prints."""
+
+    def __init__(self, *arguments: object, code: str = "") -> None:
+        program = f"import sys\n{code}\nfrom wsm_ds.cli import main\nsys.exit(main(sys.argv[1:]))"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program, "watch", *map(str, arguments), "--json", "--poll-s", str(POLL_S)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.events: list[dict[str, Any]] = []
+
+    def until(self, name: str, **values: Any) -> dict[str, Any]:
+        """Waits for an event; those before it are in `events`."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.events.append(json.loads(line))
+            if self.events[-1]["event"] == name and values.items() <= self.events[-1].items():
+                return self.events[-1]
+        raise AssertionError(
+            f"no {name} {values} in {self.events}: {self.process.stderr and self.process.stderr.read()}"
+        )
+
+    def end(self) -> tuple[int, str]:
+        """Waits for its end; exit code and what it said."""
+        out, errors = self.process.communicate(timeout=PATIENCE_S)
+        self.events += [json.loads(line) for line in out.splitlines()]
+        return self.process.returncode, errors
+
+
+@pytest.fixture
+def start() -> Iterator[Any]:
+    """Starts watches, and leaves none behind."""
+    started: list[Watching] = []
+
+    def starting(*arguments: object, code: str = "") -> Watching:
+        started.append(Watching(*arguments, code=code))
+        return started[-1]
+
+    yield starting
+    for one in started:
+        one.process.kill()
+        one.process.communicate()
+
+
+def test_windows_appear_as_the_run_saves_and_none_of_a_checkpoint_that_is_not_whole(
+    run: PlayedRun, tmp_path: Path, start: Any
+) -> None:
+    out = tmp_path / "merges"
+    beside = start(run.folder, "--last", "1,2", "--curve", "linear,1-sqrt", "--out", out, "--until-step", "4")
+    beside.until("waiting")
+    run.save(2)
+    assert beside.until("merged")["step"] == 2
+    model, rank0, rank1 = sorted(run.files(4), key=lambda file: "model" not in file.name)
+    for file, nbytes in ((rank0, None), (model, None), (rank1, 0), (rank1, 3000), (rank1, rank1.stat().st_size - 1)):
+        run.write(file, nbytes)
+        time.sleep(3 * POLL_S)
+        assert outputs(out) == ["step2/last1-1-sqrt", "step2/last1-linear"], file.name
+    run.write(rank1)
+    assert beside.until("merged")["step"] == 4  # `latest` has not moved, but nothing changes any more
+    before = run.fingerprint()
+    assert beside.end()[0] == 0
+    assert [event["event"] for event in beside.events] == ["watching", "waiting", "merged", "merged", "done"]
+    assert run.fingerprint() == before
+    for last in (1, 2):
+        for curve in ("linear", "1-sqrt"):
+            plain = tmp_path / f"plain{last}{curve}"
+            merge(make_recipe(run=run.folder, last=last, to_step=4, curve=curve, out=plain))
+            assert contents(out / f"step4/last{last}-{curve}") == contents(plain)
+
+
+def test_the_same_merge_typed_by_hand_is_known_to_be_done(
+    run: PlayedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    once(spec_for(run.save(2, 4), tmp_path / "out", last=2))
+    place = tmp_path / "out/step4/last2-linear"
+    assert main(["merge", str(run.folder), "--last", "2", "--to", "4", "--out", str(place)]) == 0
+    assert "by this same merge, before" in capsys.readouterr().out
+
+
+def test_a_recipe_names_its_outputs_below_each_end_point(run: PlayedRun, tmp_path: Path) -> None:
+    recipe = {
+        "run": str(run.save(2, 4, 6).folder),
+        "curve": "linear",
+        "out": str(tmp_path / "not here"),
+        "outputs": [
+            {"out": "eval", "last": [1, 2], "format": "safetensors"},
+            {"out": "resume", "last": 2},
+            {"last": 3, "curve": "1-sqrt"},
+        ],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["watch", "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out"), "--once"]) == 0
+    assert outputs(tmp_path / "out") == [
+        "step2/eval/last1",
+        "step4/eval/last1", "step4/eval/last2", "step4/resume",
+        "step6/eval/last1", "step6/eval/last2", "step6/last3-1-sqrt", "step6/resume",
+    ]  # fmt: skip
+    assert not (tmp_path / "not here").exists()
+
+
+def test_windows_end_only_where_they_are_asked_to(run: PlayedRun, tmp_path: Path) -> None:
+    run.save(2, 4, 6)
+    command = ["watch", str(run.folder), "--last", "1", "--once", "--out"]
+    assert main([*command, str(tmp_path / "a"), "--every", "4"]) == 0
+    assert main([*command, str(tmp_path / "b"), "--since", "3", "--until-step", "5"]) == 0
+    assert outputs(tmp_path / "a") == ["step4/last1-linear"]
+    assert outputs(tmp_path / "b") == ["step4/last1-linear"]
+
+
+def test_a_watch_killed_at_any_operation_and_started_again_ends_in_the_same_bytes(
+    run: PlayedRun, tmp_path: Path
+) -> None:
+    run.save(2, 4)
+    values = {"last": [1, 2], "threads": 1, "memory_budget": "64MiB"}
+    once(spec_for(run, tmp_path / "right", **values))
+    right = contents(tmp_path / "right" / "step4")
+    count = deaths = 0
+    while True:
+        count += 13
+        out = tmp_path / f"n{count}"
+        if not _killed_at(count, spec_for(run, out, **values)):
+            break
+        deaths += 1
+        made = {path: (out / path).stat().st_mtime_ns for path in outputs(out)}
+        once(spec_for(run, out, **values))
+        assert outputs(out) == ["step2/last1-linear", "step4/last1-linear", "step4/last2-linear"], count
+        assert contents(out / "step4") == right, count
+        assert {path: (out / path).stat().st_mtime_ns for path in made} == made, count
+        assert [path.name for path in out.rglob("*") if path.name.endswith((".wsm-staging", ".new"))] == [], count
+        shutil.rmtree(out)
+    assert deaths > 10
+
+
+OPERATIONS = ("pwrite", "write", "fsync", "rename", "replace", "ftruncate", "mkdir", "unlink", "rmdir")
+
+
+def _killed_at(count: int, spec: WatchSpec) -> bool:
+    """Watches once in a process that kills itself before its operation number `count`; whether it came so far."""
+    pid = os.fork()
+    if pid == 0:
+        left = [count]
+
+        def dying(operation: Any) -> Any:
+            def perform(*arguments: Any, **keywords: Any) -> Any:
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return operation(*arguments, **keywords)
+
+            return perform
+
+        for name in OPERATIONS:
+            setattr(os, name, dying(getattr(os, name)))
+        code = 1
+        try:
+            once(spec)
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.WEXITSTATUS(status) == 0
+    return False
+
+
+SLOW = """
+import os, time
+from wsm_ds import engine, staging, tasks, manifest
+for module in (staging, tasks, manifest):
+    module.BLOCK_BYTES = 2048
+run = engine.Worker.run
+def slow(*arguments):
+    run(*arguments)
+    time.sleep(0.15)
+engine.Worker.run = slow
+"""
+SMALL_BLOCKS = "\n".join(SLOW.splitlines()[:5])
+
+
+def test_a_watch_killed_in_a_merge_goes_on_with_it_although_the_run_went_on(
+    run: PlayedRun, tmp_path: Path, start: Any
+) -> None:
+    run.save(2, 4)
+    arguments = (run.folder, "--last", "2", "--threads", "1", "--out", tmp_path / "out", "--until-step", "6")
+    first = start(*arguments, code=SLOW)
+    journal = Staging(tmp_path / "out/step4/last2-linear").folder / "journal.0"
+    deadline = time.monotonic() + PATIENCE_S
+    while not (journal.exists() and len(journal.read_text().splitlines()) > 2) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    first.process.kill()
+    first.end()
+    assert outputs(tmp_path / "out") == []
+    run.save(6)
+    second = start(*arguments, code=SMALL_BLOCKS)
+    code, errors = second.end()
+    assert code == 0, errors
+    assert "step4/last2-linear: going on with the merge that was begun there" in errors
+    for step in (4, 6):
+        merge(make_recipe(run=run.folder, last=2, to_step=step, curve="linear", out=tmp_path / f"plain{step}"))
+        assert contents(tmp_path / f"out/step{step}/last2-linear") == contents(tmp_path / f"plain{step}")
+
+
+def test_a_second_watch_of_one_folder_says_who_holds_it(run: PlayedRun, tmp_path: Path, start: Any) -> None:
+    spec = spec_for(run.save(2), tmp_path / "out", last=1)
+    first = start(run.folder, "--last", "1", "--out", tmp_path / "out")
+    first.until("merged")
+    with pytest.raises(OutputHeld, match=rf"another watch merges into .*process {first.process.pid} on"):
+        once(spec)
+    first.process.kill()
+    first.end()
+    assert [event.name for event in once(spec)] == ["watching", "done"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_watch_within_seconds_and_keeps_what_it_merged(
+    run: PlayedRun, tmp_path: Path, start: Any, number: signal.Signals
+) -> None:
+    run.save(2)
+    command = "sh -c 'echo $$; sleep 100'"
+    beside = start(run.folder, "--last", "1", "--out", tmp_path / "out", "--exec", command)
+    beside.until("merged")
+    printed = tmp_path / "out/step2/last1-linear.exec.out"
+    while not (printed.exists() and printed.read_text().endswith("\n")):
+        time.sleep(0.02)
+    began = time.monotonic()
+    beside.process.send_signal(number)
+    beside.process.send_signal(number)  # launchers send it twice
+    code, errors = beside.end()
+    assert code == 130
+    assert time.monotonic() - began < 5
+    assert f"{number.name}; what was merged stays. Run the same command again to go on." in errors
+    assert outputs(tmp_path / "out") == ["step2/last1-linear"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(printed.read_text()), 0)
+    assert not printed.with_suffix(".json").exists()
+
+
+def test_windows_in_the_warmup_are_refused_once_and_stop_nothing(run: PlayedRun, tmp_path: Path) -> None:
+    _set_warmup(run.save(2, 4, 6), 3)
+    spec = spec_for(run, tmp_path / "out", last=[1, 2])
+    events = once(spec)
+    assert [(event.values["step"], event.values["window"]) for event in named("refused", events)] == [
+        (4, "last2-linear")
+    ]
+    assert outputs(spec.out) == ["step2/last1-linear", "step4/last1-linear", "step6/last1-linear", "step6/last2-linear"]
+    recorded = json.loads((spec.out / "step4/last2-linear.refused.json").read_text())
+    assert recorded["error"] == "WindowError"
+    assert "inside the warmup of 3 steps" in recorded["message"]
+    assert recorded["sources"] == [2, 4]
+    assert [event.name for event in once(spec)] == ["watching", "done"]
+    (spec.out / "step4/last2-linear.refused.json").unlink()
+    assert [event.name for event in once(spec_for(run, spec.out, last=[1, 2], allow=["warmup"]))] == [
+        "watching", "merged", "done"
+    ]  # fmt: skip
+
+
+def _set_warmup(run: PlayedRun, steps: int) -> None:
+    for path in run.folder.glob("*/*model_states.pt"):
+        model = torch.load(path, weights_only=False)
+        model["lr_scheduler"]["warmup_num_steps"] = steps
+        torch.save(model, path)
+
+
+def test_a_nan_is_refused_and_the_windows_without_it_are_merged(run: PlayedRun, tmp_path: Path) -> None:
+    run.save(2, 4, 6)
+    path = next(run.checkpoint(4).glob("*rank_1*optim_states.pt"))
+    optim = torch.load(path, weights_only=False)
+    optim["optimizer_state_dict"]["single_partition_of_fp32_groups"][0].detach()[3] = float("nan")
+    torch.save(optim, path)
+    events = once(spec_for(run, tmp_path / "out", last=[1, 2]))
+    assert [event.values["error"] for event in named("refused", events)] == ["NonFiniteValue"] * 3
+    assert outputs(tmp_path / "out") == ["step2/last1-linear", "step6/last1-linear"]
+    assert named("done", events)[0].values == {"merged": 2, "refused": 3, "passed_over": 0}
+
+
+def test_a_window_waits_for_a_broken_checkpoint_until_it_is_mended(run: PlayedRun, tmp_path: Path) -> None:
+    run.save(2, 4, 6)
+    victim = next(run.checkpoint(4).glob("*rank_1*"))
+    victim.rename(tmp_path / "aside")
+    spec = spec_for(run, tmp_path / "out", last=2)
+    with pytest.raises(BrokenCheckpoint, match=r"1 of 2 ranks' optimizer files are missing.*rank_1"):
+        once(spec)
+    assert outputs(spec.out) == []
+    (tmp_path / "aside").rename(victim)
+    assert len(named("merged", once(spec))) == 2
+
+
+def test_a_newest_checkpoint_that_is_being_written_is_no_error(run: PlayedRun, tmp_path: Path) -> None:
+    run.save(2)
+    run.write(run.files(4)[0])
+    events = once(spec_for(run, tmp_path / "out", last=1))
+    assert [event.name for event in events] == ["watching", "merged", "done"]
+    assert outputs(tmp_path / "out") == ["step2/last1-linear"]
+
+
+def test_the_end_is_not_waited_for_for_ever_if_a_checkpoint_stays_broken(run: PlayedRun, tmp_path: Path) -> None:
+    run.save(2, 4, 6)
+    next(run.checkpoint(4).glob("*rank_1*")).unlink()
+    events = watch(spec_for(run, tmp_path / "out", EndPoints(until=6), last=1), WatchOptions(poll_s=0.05))
+    seen = []
+    with pytest.raises(BrokenCheckpoint):
+        seen += [next(events) for _ in range(100)]
+    assert outputs(tmp_path / "out") == ["step2/last1-linear", "step6/last1-linear"]
+
+
+def test_a_checkpoint_that_latest_has_not_reached_settles_before_it_is_merged(run: PlayedRun, tmp_path: Path) -> None:
+    run.save(2, 4)
+    run.move_latest(2)
+    spec, seen = spec_for(run, tmp_path / "out", EndPoints(until=4), last=1), []
+    began = time.monotonic()
+    for event in watch(spec, WatchOptions(poll_s=0.5)):
+        seen.append((event.name, event.values.get("step")))
+    assert seen == [("watching", None), ("merged", 2), ("merged", 4), ("done", None)]
+    assert time.monotonic() - began > 0.5
+
+
+def test_without_latest_an_older_checkpoint_is_complete_and_the_newest_settles(run: PlayedRun, tmp_path: Path) -> None:
+    run.save(2, 4)
+    (run.folder / "latest").unlink()
+    checkpoints = Checkpoints(run.folder, frozenset(), float("inf"))
+    checkpoints.look()
+    assert [step for step in checkpoints.held if checkpoints.is_complete(step)] == [2]
+    assert checkpoints.unsettled == {4}
+
+
+def test_a_window_whose_sources_are_gone_is_passed_over(run: PlayedRun, tmp_path: Path) -> None:
+    run.save(2, 4)
+    spec = spec_for(run, tmp_path / "out", last=2)
+    once(spec)
+    shutil.rmtree(run.checkpoint(4))  # whoever did it: the merge's manifest knows that it was there
+    run.save(6)
+    events = once(spec)
+    assert [event.values for event in named("passed_over", events)] == [
+        {"step": 6, "window": "last2-linear", "gone": (4,)}
+    ]
+    assert outputs(spec.out) == ["step4/last2-linear"]
+
+
+def test_errors_that_may_pass_are_tried_again_and_others_end_the_watch(
+    run: PlayedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.save(2)
+    spec = spec_for(run, tmp_path / "out", EndPoints(until=2), last=1)
+    run_plan, failures = watcher.run_plan, [2]
+
+    def failing(*arguments: Any, **keywords: Any) -> Any:
+        failures[0] -= 1
+        if failures[0] >= 0:
+            raise OSError(errno.EIO, "the network is down")
+        return run_plan(*arguments, **keywords)
+
+    monkeypatch.setattr(watcher, "run_plan", failing)
+    events = list(watch(spec, WatchOptions(poll_s=0.05)))
+    assert [event.name for event in events] == ["watching", "failed", "failed", "merged", "done"]
+    failures[0] = 1
+    with pytest.raises(OSError, match="the network is down"):
+        once(spec_for(run, tmp_path / "other", last=1))
+    monkeypatch.undo()
+    (tmp_path / "third/step2/last1-linear").mkdir(parents=True)
+    with pytest.raises(OutputExists):
+        once(spec_for(run, tmp_path / "third", last=1))
+
+
+def test_a_run_that_is_not_there_is_waited_for_but_not_by_one_look(run: PlayedRun, tmp_path: Path) -> None:
+    spec = make_spec({"run": tmp_path / "nowhere", "out": tmp_path / "out", "last": 1, "curve": "linear"}, EndPoints())
+    events = watch(spec, WatchOptions(poll_s=0.05))
+    assert [next(events).name, next(events).text] == ["watching", f"{tmp_path / 'nowhere'} holds no checkpoint yet"]
+    events.close()
+    with pytest.raises(CheckpointNotFound):
+        once(spec)
+    assert [event.name for event in once(spec_for(run, tmp_path / "out", last=1))] == ["watching", "waiting", "done"]
+
+
+def test_wrong_requests_are_refused_before_anything_is_written(run: PlayedRun, tmp_path: Path) -> None:
+    for values, words in (
+        ({"last": 1, "to_step": 4}, "chosen by last, not by to_step"),
+        ({"tags": ["global_step2"]}, "chosen by last, not by tags"),
+        ({"last": 2, "curve": None, "coefficients": [1.0]}, "1 coefficients for a window of 2"),
+        ({"last": 1, "out": None}, "out must be given"),
+        ({"outputs": [{"last": 1}, {"last": 1, "format": "safetensors"}]}, "same name"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            make_spec({"run": run.folder, "out": tmp_path / "out", "curve": "linear"} | values, EndPoints())
+    command = ["watch", str(run.folder), "--last", "1", "--out", str(tmp_path / "out"), "--once"]
+    for wrong in (["--every", "0"], ["--poll-s", "0"], ["--exec", "'"], ["--exec", "no-such-program {}"]):
+        assert main([*command, *wrong]) == 2
+    assert not (tmp_path / "out").exists()

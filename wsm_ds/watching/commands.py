@@ -1,0 +1,177 @@
+"""A command of the user's for every merge (an evaluation), one at a time, beside the merging.
+
+Beside the merge NAME lie, of its command,
+
+    NAME.exec.out, NAME.exec.err    what it printed
+    NAME.exec.json                  how it ended; written when it has ended, so that without it the command is run again
+"""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wsm_ds.errors import Interrupted, RecipeError
+from wsm_ds.publish import try_lock, write_text
+from wsm_ds.watching.happened import Happened
+
+PLACE = "{}"
+STOP_S = 5.0
+NOT_STARTED = 127
+"""The exit code of a shell for a command that cannot be started."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merge that the command is for."""
+
+    run: Path
+    step: int
+    window: str
+    out: Path
+
+    def beside(self, suffix: str) -> Path:
+        """A file of the command's, beside the merge."""
+        return self.out.with_name(f"{self.out.name}.exec.{suffix}")
+
+    def environment(self) -> dict[str, str]:
+        """What the command finds in its environment."""
+        return {
+            "WSM_RUN": str(self.run),
+            "WSM_STEP": str(self.step),
+            "WSM_WINDOW": self.window,
+            "WSM_MERGE": str(self.out),
+        }
+
+
+def parse_command(text: str) -> tuple[str, ...]:
+    """The words of a command line, as a shell would cut it; no shell runs it.
+
+    Raises:
+        RecipeError: a quote is not closed, or the program is not there.
+    """
+    try:
+        words = tuple(shlex.split(text))
+    except ValueError as error:
+        raise RecipeError(f"the command {text!r} cannot be cut into words: {error}.") from error
+    if not words or (PLACE not in words[0] and shutil.which(words[0]) is None):
+        raise RecipeError(f"the command {text!r} names no program that is there; give its path, or set PATH.")
+    return words
+
+
+class Commands:
+    """Runs the command for one merge after the other. Used as a context: at its end, what still runs is stopped.
+
+    Args:
+        words: of the command; `{}` in them stands for the merge's folder. Empty: there is no command.
+    """
+
+    def __init__(self, words: tuple[str, ...]) -> None:
+        self.words = words
+        self.waiting: deque[Merged] = deque()
+        self.running: tuple[Merged, subprocess.Popen[bytes], float] | None = None
+
+    def __enter__(self) -> "Commands":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def add(self, merged: Merged) -> None:
+        """Notes a merge, unless its command has ended already."""
+        if self.words and not merged.beside("json").is_file():
+            self.waiting.append(merged)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every command has ended."""
+        return self.running is None and not self.waiting
+
+    def step(self) -> Iterator[Happened]:
+        """Looks after what runs, and starts what waits."""
+        if self.running is not None:
+            merged, process, begun = self.running
+            if process.poll() is None:
+                return
+            self.running = None
+            yield self._ended(merged, process.returncode, begun)
+        if self.waiting:
+            yield from self._start(self.waiting[0])
+
+    def pause(self, seconds: float) -> None:
+        """Sleeps, but not beyond the end of the command that runs."""
+        if self.running is None:
+            time.sleep(seconds)
+        else:
+            with suppress(subprocess.TimeoutExpired):
+                self.running[1].wait(seconds)
+
+    def stop(self) -> None:
+        """Ends the command that runs, with all of its processes. It is run again by the next watch."""
+        if self.running is None:
+            return
+        _, process, _ = self.running
+        self.running = None
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(process.pid, number)
+                process.wait(STOP_S)
+            except ProcessLookupError:
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        process.wait()
+
+    def _start(self, merged: Merged) -> Iterator[Happened]:
+        """Starts the command, unless one that a killed watch has started for the same merge still runs."""
+        begun = time.time()
+        out = os.open(merged.beside("out"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            if not try_lock(out, merged.out.parent):  # the lock lives as long as anybody has this file open
+                return
+            self.waiting.popleft()
+            os.ftruncate(out, 0)
+            with merged.beside("err").open("wb") as err:
+                process = subprocess.Popen(
+                    self._words_for(merged),
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=err,
+                    env=os.environ | merged.environment(),
+                    start_new_session=True,
+                )
+            self.running = (merged, process, begun)
+        except Interrupted:
+            raise
+        except OSError as error:
+            merged.beside("err").write_text(f"{error}\n")
+            yield self._ended(merged, NOT_STARTED, begun)
+        finally:
+            os.close(out)
+
+    def _words_for(self, merged: Merged) -> list[str]:
+        return [word.replace(PLACE, str(merged.out)) for word in self.words]
+
+    def _ended(self, merged: Merged, code: int, begun: float) -> Happened:
+        seconds = round(time.time() - begun, 3)
+        result: dict[str, Any] = {
+            "command": self._words_for(merged),
+            "exit_code": code,
+            "started": begun,
+            "seconds": seconds,
+        }
+        fresh = merged.out.with_name(f".{merged.out.name}.exec.new")
+        write_text(fresh, json.dumps(result, indent=2) + "\n")
+        fresh.replace(merged.beside("json"))
+        text = f"step {merged.step} {merged.window}: the command ended with code {code} after {seconds:.1f} s"
+        values = {"step": merged.step, "window": merged.window, "out": str(merged.out)}
+        return Happened("command", text, values | result)

@@ -1,0 +1,117 @@
+"""Which of a run's checkpoints are complete. They are only looked at: nothing of the run is locked or touched.
+
+A checkpoint is written by many ranks, one file after another, on a file system that shows another machine's files
+late and in any order. It is complete when all of this holds:
+
+- its layout can be read: every rank's file is there and is a whole torch file, whose directory is written last;
+- it has settled: `latest`, which DeepSpeed moves after all ranks' files, has come to it; or, where there is no
+  `latest`, a newer checkpoint is there; or else its files have not changed for some time.
+"""
+
+import time
+from pathlib import Path
+
+from wsm_ds.errors import BrokenCheckpoint, CheckpointNotFound, Interrupted, UnsupportedLayout
+from wsm_ds.layouts import Checkpoint, find_checkpoints, read_layout
+from wsm_ds.layouts.run import latest_step
+
+Fingerprint = tuple[tuple[str, int, int], ...]
+
+
+def fingerprint(folder: Path) -> Fingerprint:
+    """Name, size and time of change of every file of a checkpoint."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = [(path, path.stat()) for path in files]
+    return tuple((str(path), status.st_size, status.st_mtime_ns) for path, status in found)
+
+
+class Checkpoints:
+    """The checkpoints of a run, look by look. A checkpoint that was complete once is not read again.
+
+    Args:
+        run: the run's folder; it may be empty yet, or not even there.
+        allowed_globals: see `read_layout`.
+        settle_s: how long files must not have changed.
+    """
+
+    def __init__(self, run: Path, allowed_globals: frozenset[str], settle_s: float) -> None:
+        self.run, self.allowed_globals, self.settle_s = run, allowed_globals, settle_s
+        self.held: dict[int, Checkpoint] = {}
+        self.seen: set[int] = set()
+        self.unsettled: set[int] = set()
+        self.problems: dict[int, str] = {}
+        self._complete: set[str] = set()
+        self._since: dict[str, tuple[Fingerprint, float]] = {}
+        self._broken: dict[str, tuple[Fingerprint, str]] = {}
+
+    def look(self) -> None:
+        """Lists the run again: `held` has what is there by the step in its name, a native one before its copy."""
+        try:
+            found = find_checkpoints(self.run)
+        except CheckpointNotFound:
+            found = []
+        named = [checkpoint for checkpoint in found if checkpoint.named_step >= 0]
+        self.held = {}
+        for checkpoint in sorted(named, key=lambda c: c.tag.endswith("_universal")):
+            self.held.setdefault(checkpoint.named_step, checkpoint)
+        self._complete &= {checkpoint.tag for checkpoint in self.held.values()}
+        self.unsettled, self.problems = set(), {}
+
+    def is_complete(self, step: int) -> bool:
+        """Whether the checkpoint of a step is whole; if not, it is in `unsettled` or has an entry in `problems`.
+
+        Raises:
+            UnsupportedLayout, UnsafePickle: see `read_layout`.
+        """
+        checkpoint = self.held[step]
+        if checkpoint.tag in self._complete:
+            return True
+        try:
+            if not self._is_whole(checkpoint):
+                return False
+            if not self._has_settled(checkpoint):
+                self.unsettled.add(step)
+                return False
+        except Interrupted:
+            raise
+        except OSError as error:  # it is being renamed or removed under our eyes, or the file system fails
+            self.problems[step] = str(error)
+            return False
+        self._complete.add(checkpoint.tag)
+        self.seen.add(step)
+        return True
+
+    def _is_whole(self, checkpoint: Checkpoint) -> bool:
+        """Whether the layout can be read; a broken one is read again only when a file of it has changed."""
+        before = fingerprint(checkpoint.path)
+        known = self._broken.get(checkpoint.tag)
+        problem = known[1] if known is not None and known[0] == before else self._problem(checkpoint)
+        if problem:
+            self._broken[checkpoint.tag] = (before, problem)
+            self.problems[checkpoint.named_step] = problem
+        return not problem
+
+    def _problem(self, checkpoint: Checkpoint) -> str:
+        try:
+            layout = read_layout(checkpoint, self.allowed_globals)
+        except BrokenCheckpoint as error:
+            return str(error)
+        if layout.step != checkpoint.named_step:
+            raise UnsupportedLayout(
+                f"{checkpoint.path} was saved at step {layout.step}, its name says {checkpoint.named_step}; beside a "
+                "run only checkpoints whose names end with their step are understood."
+            )
+        return ""
+
+    def _has_settled(self, checkpoint: Checkpoint) -> bool:
+        latest = latest_step(checkpoint.path.parent)
+        if latest is not None and latest >= checkpoint.named_step:
+            return True
+        if latest is None and checkpoint.named_step < max(self.held):
+            return True
+        now, found = time.monotonic(), fingerprint(checkpoint.path)
+        before, since = self._since.setdefault(checkpoint.tag, (found, now))
+        if before != found:
+            self._since[checkpoint.tag] = (found, now)
+            return False
+        return now - since >= self.settle_s

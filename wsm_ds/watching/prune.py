@@ -1,0 +1,231 @@
+"""Deleting the checkpoints that no window can want any more; everything that is in doubt is kept.
+
+In RUN/.wsm-prune lie, of all prunes of a run,
+
+    deleted.jsonl   what was deleted, a line a checkpoint: a window over one of them is not made of others instead
+    trash/          checkpoints on their way out: each leaves the run by one rename, so that nobody sees half of one
+    lock            held by the prune that deletes
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from wsm_ds.errors import RecipeError, UnsupportedLayout, few
+from wsm_ds.layouts import Checkpoint, find_checkpoints
+from wsm_ds.layouts.run import DELETED, deleted_steps, latest_step
+from wsm_ds.publish import MANIFEST, begun_below, held
+from wsm_ds.report import table
+from wsm_ds.sizes import format_size
+from wsm_ds.watching.complete import Checkpoints
+from wsm_ds.watching.spec import WatchSpec, merged_outputs, source_steps
+from wsm_ds.watching.windows import needed_steps
+
+NEVER_SETTLES_S = float("inf")
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What is kept, beside what always is (see `plan_prune`).
+
+    Attributes:
+        specs: watches whose windows must still be possible.
+        folders: where merges of the run are made; what one that was begun needs is kept.
+        keep_window: the newest complete checkpoints that windows to come need.
+        keep_every: checkpoints at multiples of so many steps.
+        keep_last: the newest complete checkpoints, for a run that has to start again from one.
+    """
+
+    specs: tuple[WatchSpec, ...] = ()
+    folders: tuple[Path, ...] = ()
+    keep_window: int | None = None
+    keep_every: int | None = None
+    keep_last: int = 2
+
+
+@dataclass(frozen=True)
+class Fate:
+    """One checkpoint: `kept_because` is empty if it can go."""
+
+    checkpoint: Checkpoint
+    nbytes: int
+    is_complete: bool
+    kept_because: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "tag": self.checkpoint.tag,
+            "step": self.checkpoint.named_step,
+            "bytes": self.nbytes,
+            "is_complete": self.is_complete,
+            "kept_because": self.kept_because or None,
+        }
+
+
+def plan_prune(run: Path, retention: Retention, allowed_globals: frozenset[str] = frozenset()) -> tuple[Fate, ...]:
+    """What becomes of every checkpoint of a run, oldest first. Deletes nothing.
+
+    Always kept: the newest complete checkpoint and what is newer, the one that `latest` names, universal copies, links,
+    and folders whose names end with no step.
+
+    Raises:
+        CheckpointNotFound: there is none.
+        RecipeError: nothing says what windows need, or a watch is of another run.
+        UnsupportedLayout: the folder is HF Trainer's, or a merge's output.
+    """
+    found = _checkpoints_of(run, retention)
+    checkpoints = Checkpoints(run.absolute(), allowed_globals, NEVER_SETTLES_S)
+    checkpoints.look()
+    complete = {step for step in checkpoints.held if checkpoints.is_complete(step)}
+    reasons = _reasons(run, retention, set(checkpoints.held), complete)
+    return tuple(_fate(checkpoint, complete, reasons) for checkpoint in found)
+
+
+def _checkpoints_of(run: Path, retention: Retention) -> list[Checkpoint]:
+    """What is in the run's folder, if it is one that can be pruned so."""
+    if not retention.specs and retention.keep_window is None:
+        raise RecipeError(
+            "nothing says which checkpoints windows need: give --keep-window N, or the --out DIR of a watch."
+        )
+    for spec in retention.specs:
+        if spec.run.resolve() != run.resolve():
+            raise RecipeError(f"{spec.out} has the merges of {spec.run}, not of {run}.")
+    if (run / MANIFEST).is_file():
+        raise UnsupportedLayout(f"{run} is a merge's output, not a run.")
+    found = find_checkpoints(run)
+    if any("/" in checkpoint.tag for checkpoint in found):
+        raise UnsupportedLayout(f"{run} is HF Trainer's folder; let Trainer delete, by its save_total_limit.")
+    return found
+
+
+def _reasons(run: Path, retention: Retention, steps: set[int], complete: set[int]) -> dict[int, str]:
+    """Why a step is kept; the first reason of several counts."""
+    newest = max(complete, default=-1)
+    ordered = sorted(complete)
+    reasons = {step: "newer than the newest complete one" for step in steps if step > newest}
+    latest = latest_step(run)
+    named = [
+        ("latest names it", {latest} if latest is not None else set()),
+        ("newest complete", {newest}),
+        (f"newest {retention.keep_last} complete", _from(ordered, retention.keep_last, steps)),
+    ]
+    if retention.keep_window:
+        named.append((f"window of {retention.keep_window}", _from(ordered, retention.keep_window, steps)))
+    if retention.keep_every:
+        named.append((f"every {retention.keep_every}", {step for step in steps if step % retention.keep_every == 0}))
+    for reason, kept in named:
+        for step in kept:
+            reasons.setdefault(step, reason)
+    for spec in retention.specs:
+        for step, reason in _of_spec(spec, {step for step in steps if step <= newest}, complete).items():
+            reasons.setdefault(step, reason)
+    for step in _of_begun(run, retention.folders):
+        reasons.setdefault(step, "a merge that was begun needs it")
+    return reasons
+
+
+def _from(complete: Sequence[int], count: int, steps: set[int]) -> set[int]:
+    """The newest `count` complete steps, and what lies between them."""
+    oldest = complete[-count:][:1]
+    return {step for step in steps if oldest and step >= oldest[0]} if count else set()
+
+
+def _of_spec(spec: WatchSpec, steps: set[int], complete: set[int]) -> dict[int, str]:
+    """What windows of a watch need, be a broken checkpoint between mended or removed."""
+    gone = deleted_steps(spec.run)
+    for end, name in merged_outputs(spec):
+        gone |= source_steps(spec.run, spec.place(end, name))
+    needed = partial(needed_steps, counts=spec.counts, ends=spec.ends, is_resolved=spec.is_resolved)
+    return needed(steps & complete, gone - steps) | needed(steps, gone - steps)
+
+
+def _of_begun(run: Path, folders: Iterable[Path]) -> set[int]:
+    """Steps of the run's checkpoints that merges need which have begun and not ended."""
+    sources = [source for folder in folders for described in begun_below(folder) for source in described["sources"]]
+    return {int(source["step"]) for source in sources if Path(source["path"]).is_relative_to(run.resolve())}
+
+
+def _fate(checkpoint: Checkpoint, complete: set[int], reasons: dict[int, str]) -> Fate:
+    nbytes = sum(path.stat().st_size for path in checkpoint.path.rglob("*") if path.is_file())
+    step = checkpoint.named_step
+    reason = reasons.get(step, "")
+    if step < 0:
+        reason = "its name has no step"
+    elif checkpoint.tag.endswith("_universal"):
+        reason = "a universal copy"
+    elif checkpoint.path.is_symlink():
+        reason = "a link"
+    return Fate(checkpoint, nbytes, step in complete, reason)
+
+
+def trash_of(run: Path) -> Path:
+    """Where checkpoints on their way out lie."""
+    return (run / DELETED).parent / "trash"
+
+
+def left_in_trash(run: Path) -> list[Path]:
+    """What a prune that was killed has left to be removed."""
+    return sorted(trash_of(run).iterdir()) if trash_of(run).is_dir() else []
+
+
+def prune(
+    run: Path,
+    retention: Retention,
+    allowed_globals: frozenset[str] = frozenset(),
+    on_plan: Callable[[tuple[Fate, ...]], None] = lambda fates: None,
+) -> tuple[Fate, ...]:
+    """Deletes what `plan_prune` lets go, and what a prune that was killed has left; returns the plan.
+
+    Raises:
+        OutputHeld: another prune of the run deletes now.
+        OSError: something cannot be removed; the next prune tries again.
+    """
+    _checkpoints_of(run, retention)
+    trash = trash_of(run)
+    trash.mkdir(parents=True, exist_ok=True)
+    with held(trash.parent / "lock", f"another prune deletes in {run}"):
+        for path in left_in_trash(run):
+            shutil.rmtree(path)
+        fates = plan_prune(run, retention, allowed_globals)
+        on_plan(fates)
+        going = [fate for fate in fates if not fate.kept_because]
+        for fate in going:
+            _record(run / DELETED, fate)
+            fate.checkpoint.path.rename(trash / fate.checkpoint.tag)
+        for fate in going:
+            shutil.rmtree(trash / fate.checkpoint.tag)
+    return fates
+
+
+def _record(path: Path, fate: Fate) -> None:
+    """Says that a checkpoint is deleted, before it is."""
+    line = json.dumps(fate.to_json() | {"time": time.time()}) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        os.write(descriptor, line.encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def prune_report(fates: Sequence[Fate], left: Sequence[Path], *, is_deleting: bool) -> str:
+    """One line a checkpoint, and what is gained."""
+    rows = [
+        [fate.checkpoint.tag, str(fate.checkpoint.named_step), format_size(fate.nbytes),
+         "yes" if fate.is_complete else "no", f"kept: {fate.kept_because}" if fate.kept_because else "deleted"]
+        for fate in fates
+    ]  # fmt: skip
+    going = [fate for fate in fates if not fate.kept_because]
+    freed = format_size(sum(fate.nbytes for fate in going))
+    text = f"{len(going)} of {len(fates)} checkpoints, {freed}"
+    lines = [table(["checkpoint", "step", "size", "complete", "fate"], rows)]
+    lines += [f"left by an earlier prune, and removed with --delete: {few(path.name for path in left)}"] if left else []
+    lines.append(f"deleting {text}" if is_deleting else f"nothing was deleted; --delete would delete {text}")
+    return "\n".join(lines)

@@ -1,0 +1,326 @@
+"""Merging beside a run: every window that a new checkpoint completes, once.
+
+What is done is known from DIR alone: an output's manifest says that it is merged, `NAME.refused.json` beside its place
+that it cannot be, a staging folder that it was begun. So a watch may be killed at any moment and started again.
+"""
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from wsm_ds.errors import (
+    BrokenCheckpoint,
+    CheckpointNotFound,
+    Interrupted,
+    LayoutMismatch,
+    NonFiniteValue,
+    OutputExists,
+    OutputHeld,
+    WindowError,
+    WsmError,
+    few,
+)
+from wsm_ds.layouts.run import deleted_steps
+from wsm_ds.merging import plan_merge, run_plan
+from wsm_ds.plan import Plan
+from wsm_ds.progress import Progress, Style
+from wsm_ds.publish import discard, held, write_text
+from wsm_ds.recipe import MergeRecipe
+from wsm_ds.sizes import format_size
+from wsm_ds.watching.commands import Commands, Merged
+from wsm_ds.watching.complete import Checkpoints
+from wsm_ds.watching.happened import Happened
+from wsm_ds.watching.spec import LOCK, WatchSpec, merged_outputs, source_steps, write_spec
+from wsm_ds.watching.windows import OpenWindow, open_windows
+
+log = logging.getLogger(__name__)
+
+REFUSALS = (WindowError, LayoutMismatch, NonFiniteValue)
+"""What a window meets every time it is tried."""
+TICK_S = 0.5
+LONGEST_PAUSE_S = 3600.0
+PATIENCE_LOOKS = 3
+"""Looks after the last end point, before a window that waits for a broken checkpoint is given up."""
+
+
+@dataclass(frozen=True)
+class WatchOptions:
+    """How a watch works.
+
+    Attributes:
+        poll_s: seconds between two looks, and for which files must not change, see `complete`.
+        is_once: whether to merge what is complete now, and to end.
+        command: its words; see `commands`.
+        restart: whether to throw away what another merge, begun and not ended, has left at an output's place.
+        style: how the progress of a merge is shown.
+    """
+
+    poll_s: float = 30.0
+    is_once: bool = False
+    command: tuple[str, ...] = ()
+    restart: bool = False
+    style: Style = "quiet"
+
+
+def watch(
+    spec: WatchSpec, options: WatchOptions, check: Callable[[], None] = lambda: None
+) -> Generator[Happened, None, None]:
+    """Merges every window that is complete or becomes so, and yields what happens; ends as `options` and `spec` say.
+
+    Args:
+        spec: what is merged, and where to.
+        options: how.
+        check: called every now and then; an error it raises ends the watch.
+
+    Raises:
+        OutputHeld: another watch has `spec.out`.
+        BrokenCheckpoint: at the end, some windows could not be made because a checkpoint between is not whole.
+        UnsupportedLayout, UnsafePickle, RecipeError, BudgetTooSmall, OutputExists: no window can be merged so.
+        OSError: with `is_once`, what another look might get over.
+    """
+    spec.out.mkdir(parents=True, exist_ok=True)
+    with held(spec.out / LOCK, f"another watch merges into {spec.out}"), Commands(options.command) as commands:
+        write_spec(spec)
+        watcher = _Watcher(spec, options, commands)
+        yield Happened(
+            "watching",
+            f"watching {spec.run}: {few(spec.recipes)} into {spec.out}",
+            {"run": str(spec.run), "out": str(spec.out), "windows": list(spec.recipes), "ends": asdict(spec.ends)},
+        )
+        looks = 0
+        while True:
+            yield from watcher.look()
+            looks = looks + 1 if watcher.is_at_end() else 0
+            if looks and watcher.is_content_after(looks):
+                break
+            yield from _wait(commands, options.poll_s, check)
+        while not commands.is_idle:
+            yield from _wait(commands, TICK_S, check)
+        yield watcher.summary()
+        watcher.raise_what_is_left()
+
+
+def _wait(commands: Commands, seconds: float, check: Callable[[], None]) -> Iterator[Happened]:
+    """Sleeps, and looks after the commands meanwhile."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        check()
+        yield from commands.step()
+        commands.pause(min(left, TICK_S))
+
+
+class _Watcher:
+    """What a watch knows from one look to the next. All but the pauses could be found out again from the folders."""
+
+    def __init__(self, spec: WatchSpec, options: WatchOptions, commands: Commands) -> None:
+        self.spec, self.options, self.commands = spec, options, commands
+        allowed = frozenset(name for recipe in spec.recipes.values() for name in recipe.allow_globals)
+        self.checkpoints = Checkpoints(spec.run, allowed, options.poll_s)
+        self.resolved: set[tuple[int, str]] = set()
+        self.recorded: set[int] = set()
+        self.told: set[str] = set()
+        self.counts: Counter[str] = Counter()
+        self.pauses: dict[int, tuple[int, float]] = {}
+        self.blocked: dict[int, str] = {}
+        self.failure: Exception | None = None
+        for end, name in merged_outputs(spec):
+            self._note_merged(end, name)
+
+    def look(self) -> Iterator[Happened]:
+        """Merges every window that is complete; one pass for each end point, oldest first."""
+        self.checkpoints.look()
+        self.blocked, self.failure = {}, None
+        yield from self._tell_if_empty()
+        windows: dict[int, list[OpenWindow]] = {}
+        for window in self._open_windows():
+            windows.setdefault(window.end, []).append(window)
+        for end, own in windows.items():
+            yield from self._look_at(end, own)
+            yield from self.commands.step()
+
+    def is_at_end(self) -> bool:
+        """Whether nothing more can come: one look was asked for, or the run has passed the last end point."""
+        until = self.spec.ends.until
+        if self.options.is_once:
+            return True
+        if until is None or self.pauses:
+            return False
+        return any(self.checkpoints.is_complete(step) for step in self.checkpoints.held if step >= until)
+
+    def is_content_after(self, looks: int) -> bool:
+        """Whether so many looks at the end were enough: a checkpoint that may settle is looked at again, and one that
+        is broken some times more, unless once was asked for."""
+        if self.options.is_once:
+            return looks > 1 or not self.checkpoints.unsettled
+        return not self.checkpoints.unsettled and (not self.blocked or looks > PATIENCE_LOOKS)
+
+    def summary(self) -> Happened:
+        """How much was done."""
+        counts = {name: self.counts[name] for name in ("merged", "refused", "passed_over")}
+        text = f"done: {counts['merged']} merged, {counts['refused']} refused, {counts['passed_over']} passed over"
+        return Happened("done", text, counts)
+
+    def raise_what_is_left(self) -> None:
+        """Raises what has kept windows from being made, if anything has."""
+        if self.failure is not None:
+            raise self.failure
+        if self.blocked:
+            raise BrokenCheckpoint(f"windows were not made: {few(self.blocked.values(), 2)}")
+
+    def _open_windows(self) -> list[OpenWindow]:
+        held = self.checkpoints.held
+        gone = (self.recorded | self.checkpoints.seen | deleted_steps(self.spec.run)) - set(held)
+        return list(open_windows(held, gone, self.spec.counts, self.spec.ends, self._is_resolved))
+
+    def _is_resolved(self, end: int, name: str) -> bool:
+        if (end, name) not in self.resolved and self.spec.is_resolved(end, name):
+            self.resolved.add((end, name))
+        return (end, name) in self.resolved
+
+    def _look_at(self, end: int, windows: list[OpenWindow]) -> Iterator[Happened]:
+        """Merges those windows of one end point that can be merged."""
+        if self.pauses.get(end, (0, 0.0))[1] > time.monotonic():
+            return
+        if not self.checkpoints.is_complete(end):
+            if end < max(self.checkpoints.held):  # the newest one is still being written, and is not spoken of
+                yield from self._tell_of_broken((end,))
+            return
+        ready = []
+        for window in windows:
+            if window.gone:
+                yield from self._pass_over(window)
+            elif all(map(self.checkpoints.is_complete, window.steps)):
+                ready.append(window)
+            else:
+                yield from self._tell_of_broken(window.steps)
+        if not ready:
+            return
+        try:
+            yield from self._make(ready)
+            self.pauses.pop(end, None)
+        except OSError as error:
+            is_ours = isinstance(error, OutputExists) and not isinstance(error, OutputHeld)
+            if is_ours or isinstance(error, Interrupted):
+                raise
+            yield from self._pause(end, error)
+
+    def _make(self, windows: Sequence[OpenWindow]) -> Iterator[Happened]:
+        """Merges windows in one pass; where one is refused, each in a pass of its own."""
+        recipes = [self.spec.recipe_at(window.end, window.name) for window in windows]
+        began = time.monotonic()
+        try:
+            plan = plan_merge(recipes)
+            self._require_steps(plan, windows)
+            self._run(plan)
+        except REFUSALS as error:
+            if len(windows) > 1:
+                for window in windows:
+                    yield from self._make([window])
+                return
+            if not all(self.checkpoints.held[step].path.is_dir() for step in windows[0].steps):
+                raise CheckpointNotFound(str(error)) from error  # it was refused for what has just gone
+            yield self._refuse(windows[0], error)
+            return
+        for window in windows:
+            self._note_merged(window.end, window.name)
+        self.counts["merged"] += len(windows)
+        yield _merged(windows, recipes, plan, time.monotonic() - began)
+
+    def _require_steps(self, plan: Plan, windows: Sequence[OpenWindow]) -> None:
+        """Raises CheckpointNotFound unless the plan's windows are ours: the run has changed since we looked."""
+        expected = {self.spec.place(window.end, window.name): window.steps for window in windows}
+        for part in plan.parts:
+            steps = tuple(source.step for source in part.sources)
+            if steps != expected[part.out]:
+                raise CheckpointNotFound(
+                    f"{part.out} would be made of steps {few(steps)}, not {few(expected[part.out])}: checkpoints have "
+                    "come or gone meanwhile."
+                )
+
+    def _run(self, plan: Plan) -> None:
+        with Progress(plan.bytes_to_read + plan.bytes_to_write, self.options.style) as progress:
+            try:
+                run_plan(plan, progress.add)
+            except OutputExists as error:
+                if isinstance(error, OutputHeld) or not self.options.restart:
+                    raise
+                run_plan(plan, progress.add, restart=True)
+
+    def _note_merged(self, end: int, name: str) -> None:
+        """The sources of what is merged have been there, though they be gone; and its command is due."""
+        out = self.spec.place(end, name)
+        discard(out)
+        self.resolved.add((end, name))
+        self.recorded |= source_steps(self.spec.run, out)
+        self.commands.add(Merged(self.spec.run, end, name, out))
+
+    def _refuse(self, window: OpenWindow, error: WsmError) -> Happened:
+        """Records why a window cannot be merged."""
+        values: dict[str, Any] = {
+            "step": window.end,
+            "window": window.name,
+            "error": type(error).__name__,
+            "message": str(error),
+        }
+        path = self.spec.refusal(window.end, window.name)
+        fresh = path.with_name(f".{path.name}.new")
+        write_text(fresh, json.dumps(values | {"sources": window.steps, "time": time.time()}, indent=2) + "\n")
+        fresh.replace(path)
+        self.counts["refused"] += 1
+        self.resolved.add((window.end, window.name))
+        return Happened("refused", f"step {window.end} {window.name} is refused: {error}", values)
+
+    def _pass_over(self, window: OpenWindow) -> Iterator[Happened]:
+        self.resolved.add((window.end, window.name))
+        self.counts["passed_over"] += 1
+        text = f"step {window.end} {window.name} is passed over: step {few(window.gone)} is not there any more"
+        yield Happened("passed_over", text, {"step": window.end, "window": window.name, "gone": window.gone})
+
+    def _tell_of_broken(self, steps: Sequence[int]) -> Iterator[Happened]:
+        """What a window waits for, once."""
+        for step in steps:
+            problem = self.checkpoints.problems.get(step)
+            if problem is not None:
+                self.blocked[step] = problem
+                yield from self._tell_once("waiting", f"step {step} is needed and not whole: {problem}", step=step)
+
+    def _tell_if_empty(self) -> Iterator[Happened]:
+        if self.checkpoints.held:
+            return
+        if self.options.is_once and not self.spec.run.is_dir():
+            raise CheckpointNotFound(f"{self.spec.run} is not a folder.")
+        yield from self._tell_once("waiting", f"{self.spec.run} holds no checkpoint yet")
+
+    def _tell_once(self, name: str, text: str, **values: Any) -> Iterator[Happened]:
+        if text not in self.told:
+            self.told.add(text)
+            yield Happened(name, text, values)
+
+    def _pause(self, end: int, error: Exception) -> Iterator[Happened]:
+        """Tries an end point again after a pause that doubles with each failure."""
+        failures = self.pauses.get(end, (0, 0.0))[0] + 1
+        pause_s = min(self.options.poll_s * 2 ** (failures - 1), LONGEST_PAUSE_S)
+        self.pauses[end] = (failures, time.monotonic() + pause_s)
+        self.failure = error
+        text = f"step {end} failed, and is tried again in {pause_s:.0f} s: {type(error).__name__}: {error}"
+        yield Happened("failed", text, {"step": end, "error": type(error).__name__, "message": str(error)})
+
+
+def _merged(windows: Sequence[OpenWindow], recipes: Sequence[MergeRecipe], plan: Plan, seconds: float) -> Happened:
+    names = ", ".join(window.name for window in windows)
+    text = (
+        f"step {windows[0].end} merged: {names}; read {format_size(plan.bytes_to_read)}, "
+        f"wrote {format_size(plan.bytes_to_write)} in {seconds:.1f} s"
+    )
+    values = {
+        "step": windows[0].end,
+        "outs": [str(recipe.out) for recipe in recipes],
+        "bytes_read": plan.bytes_to_read,
+        "bytes_written": plan.bytes_to_write,
+        "seconds": round(seconds, 3),
+    }
+    return Happened("merged", text, values)
