@@ -1,6 +1,7 @@
 """The `wsm-ds` command: parse, one library call, print. The library is imported when a command needs it."""
 
 import argparse
+import io
 import json
 import logging
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from wsm_ds import __version__
-from wsm_ds.errors import RecipeError, WsmError
+from wsm_ds.errors import RecipeError, WsmError, one_line
 
 EXIT_CODES = (
     "exit codes: 0 done; 2 a wrong request; 3 a broken or unsupported checkpoint, a full disk or an I/O error; "
@@ -158,7 +159,7 @@ def _coefficients(options: argparse.Namespace) -> int:
 
     steps = [_number(step) for step in _split(options.steps) or ()] or None
     if steps is not None and options.n not in (None, len(steps)):
-        raise SystemExit(f"wsm-ds: -n {options.n} contradicts the {len(steps)} steps given")
+        raise RecipeError(f"-n {options.n} contradicts the {len(steps)} steps given")
     count = None if steps is not None else options.n
     c = merge_coefficients(
         options.curve,
@@ -224,7 +225,7 @@ def _number(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise SystemExit(f"wsm-ds: {text!r} is not a step") from None
+        raise RecipeError(f"{text!r} is not a step") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -326,14 +327,17 @@ def _allow_global(parser: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files and tensors may be no text
     options = _parser().parse_args(arguments)
     try:
         return int(options.function(options))
     except WsmError as error:
-        print(f"wsm-ds: {type(error).__name__}: {error}", file=sys.stderr)
+        print(one_line(f"wsm-ds: {type(error).__name__}: {error}"), file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"wsm-ds: {error}", file=sys.stderr)
+        print(one_line(f"wsm-ds: {error}"), file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         print("wsm-ds: interrupted; nothing was published", file=sys.stderr)

@@ -321,11 +321,13 @@ def _tensors(
     model = model_file.tree
     buffers = set(experts.of_all_ranks(model.get("buffer_names") or ()))
     tensors: dict[str, TensorInfo] = {}
+    named: set[str] = set()
     for group in model["param_shapes"]:
         for local, shape in group.items():
+            if local in named:
+                raise BrokenCheckpoint(f"{model_file.path}: param_shapes has {local} twice.")
+            named.add(local)
             for name in experts.of_all_ranks([local]):
-                if name in tensors:
-                    raise BrokenCheckpoint(f"{model_file.path}: param_shapes has {name} twice.")
                 tensors[name] = TensorInfo(tuple(shape), _dtype_of(model_file, module, name), "parameter")
     aliases = _tied(module, tensors) | {k: v for k, v in shared.items() if k in module and k not in tensors}
     frozen_shapes = model.get("frozen_param_shapes") or {}

@@ -98,6 +98,8 @@ def _central_tail(file: BinaryIO, position: int) -> int:
 
 def _read_record(path: Path, file: BinaryIO, info: zipfile.ZipInfo, central: int, directory: int) -> tuple[Record, int]:
     """A record, and where it ends with what follows its data."""
+    if not 0 <= info.header_offset < directory:
+        raise BrokenCheckpoint(f"{path}: record {info.filename} lies outside the file; it was cut off.")
     file.seek(info.header_offset)
     header = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
     signature, _, flags, method, *_, name_bytes, extra_bytes = header
