@@ -109,9 +109,27 @@ class NoRoom(WsmError, OSError):
     exit_code = 3
 
 
-def few(items: Iterable[object], limit: int = 5) -> str:
-    """The first `limit` items and how many more there are, for an error message."""
+def few(items: Iterable[object], limit: int = 5, total: int | None = None) -> str:
+    """The first `limit` items and how many there are (`total`, if `items` are not all), for an error message."""
     shown = [str(item) for item in items]
     if len(shown) <= limit:
         return ", ".join(shown)
-    return ", ".join(shown[:limit]) + f", … ({len(shown)} in all)"
+    return ", ".join(shown[:limit]) + f", … ({total or len(shown)} in all)"
+
+
+def brief(value: object) -> str:
+    """What a value is, for an error message: short whatever a file has put there, and without walking through it."""
+    if isinstance(value, str | bytes):
+        return repr(value[:40]) + ("…" if len(value) > 40 else "")
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    if value is None or isinstance(value, bool | int | float):
+        return repr(value)
+    if isinstance(value, list | tuple | dict | set | frozenset):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
+
+
+def one_line(text: str) -> str:
+    """`text` with everything that is not printable written as an escape: names may come from any file."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)

@@ -78,5 +78,5 @@ def _entries(path: Path) -> Iterator[tuple[Block, Seal]]:
         try:
             name, index, digest, crcs = json.loads(line)
             yield (str(name), int(index)), Seal(bytes.fromhex(digest), tuple(map(int, crcs)))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError, RecursionError):
             continue

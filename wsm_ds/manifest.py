@@ -6,17 +6,42 @@ import json
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from wsm_ds import checksum
-from wsm_ds.errors import VerificationFailed
+from wsm_ds.errors import VerificationFailed, few
 from wsm_ds.plan import Plan, described
 from wsm_ds.publish import MANIFEST
 from wsm_ds.staging import Written
 from wsm_ds.tasks import BLOCK_BYTES
 
 FORMAT = 2
+MOST_BLOCK_BYTES = 1 << 26
 NOT_OF_THE_RESULT = ("out", "memory_budget", "threads")
+
+
+class _File(TypedDict):
+    bytes: Annotated[int, Field(strict=True, ge=0)]
+    xxh3_128_of_blocks: str
+
+
+class _Source(TypedDict):
+    path: str
+    tag: str
+    step: Annotated[int, Field(strict=True, ge=0)]
+    coefficient: float
+
+
+class _Recorded(TypedDict):
+    """What a manifest must hold for its output to be verified."""
+
+    files: dict[str, _File]
+    block_bytes: Annotated[int, Field(strict=True, ge=1, le=MOST_BLOCK_BYTES)]
+    recipe: dict[str, Any]
+    sources: Annotated[list[_Source], Field(min_length=1)]
 
 
 def description(plan: Plan, part: int) -> dict[str, Any]:
@@ -75,10 +100,15 @@ def read_manifest(out: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise VerificationFailed(f"{out} has no {MANIFEST}: it is not a merge's output, or not whole.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise VerificationFailed(f"{path} cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise VerificationFailed(f"{path} is not a manifest of format {FORMAT}.")
+    try:
+        TypeAdapter(_Recorded).validate_python(manifest)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
+        raise VerificationFailed(f"{path} is not what a merge writes: {few(faults, 3)}.") from error
     return manifest
 
 

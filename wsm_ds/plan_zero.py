@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from wsm_ds.errors import UnsupportedLayout
+from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, few
 from wsm_ds.forms.form import WantedForm, open_origin, target_form
 from wsm_ds.forms.universal import universal_templates
 from wsm_ds.forms.zero import zero_templates
@@ -90,6 +90,9 @@ def zero_part(
     wanted = [window.wanted(kind, places[kind]) for kind in ("master", "frozen", "buffer") if kind in places]
     if "module" in places:
         wanted.append(window.wanted("master", places["module"], is_cast=True))
+    lost = [kind for kind in newest.state_names if kind not in places and not drop]
+    if lost:
+        raise BrokenCheckpoint(f"{newest.path}: rank 0 lacks the optimizer states {few(lost)}, which others have.")
     for kind in newest.state_names:
         if optimizer_states == "merge":
             wanted.append(window.wanted(kind, places[kind]))
@@ -123,6 +126,8 @@ def finished(
         low, high = np.searchsorted(rows["file"], [window.first_output + index, window.first_output + index + 1])
         begin, end = begins[low:high], ends[low:high]
         is_new = any(isinstance(piece, Bytes) for piece in template.base)
+        if np.any(begin[1:] < end[:-1]):
+            raise UnsupportedLayout(f"{prefix}{template.name}: two tensors to be merged share bytes of it.")
         touched = tuple(
             crc
             for crc in template.crcs

@@ -59,7 +59,7 @@ def begun(out: Path) -> dict[str, Any] | None:
     """What a merge that did not end was making at `out`."""
     try:
         described = json.loads((Staging(out).folder / PLAN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return described if isinstance(described, dict) else None
 

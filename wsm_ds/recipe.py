@@ -197,7 +197,7 @@ def load_values(path: Path, **overrides: Any) -> dict[str, Any]:
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except Exception as error:  # safe_load raises nearly anything for what its tags do not fit
         raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"the recipe {path} is not a mapping of names to values.")

@@ -7,7 +7,7 @@ from typing import Any
 
 from wsm_ds.layouts import Layout
 from wsm_ds.plan import Base, Bytes, Copy, CrcField, Template, Zeros
-from wsm_ds.torchfile import Archive, Record, TorchFile
+from wsm_ds.torchfile import Archive, Record, TorchFile, record_of
 from wsm_ds.torchfile.repickle import repickle
 from wsm_ds.torchfile.unpickle import unpickle
 from wsm_ds.torchfile.zip_format import frame
@@ -48,7 +48,7 @@ def rewritten(name: str, tree: Any, like: Archive, inputs: Inputs, allowed_globa
         if not storage.file:
             contents[f"data/{key}"] = Zeros(0, storage.nbytes)
             continue
-        record = inputs.archives[storage.file].records[f"data/{storage.key}"]
+        record = record_of(inputs.archives[storage.file], storage)
         contents[f"data/{key}"] = Copy(0, record.nbytes, numbers[storage.file], record.offset)
     for other, record in like.records.items():
         if other != "data.pkl" and not other.startswith("data/"):
@@ -69,6 +69,6 @@ def rewritten(name: str, tree: Any, like: Archive, inputs: Inputs, allowed_globa
     base = sorted((piece for piece in base if piece.nbytes), key=lambda piece: piece.offset)
     crcs = tuple(CrcField(put.offset, put.nbytes, put.crc_offsets) for put in placed.records)
     records = {put.name: Record(put.name, put.offset, put.nbytes, 0, put.crc_offsets) for put in placed.records}
-    archive = Archive(Path(name), placed.nbytes, Path(name).stem, records)
+    archive = Archive(Path(name), placed.nbytes, records)
     file = TorchFile(archive, unpickle(archive, data, allowed_globals))
     return Rewritten(Template(name, placed.nbytes, base, crcs), file, moved)

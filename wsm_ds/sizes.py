@@ -17,7 +17,10 @@ def parse_size(value: int | str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
     if not match or match[2].upper() not in UNITS:
         raise RecipeError(f"{value!r} is not a size; write for example 512MiB, 5GB or 1000000.")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    nbytes = float(match[1]) * UNITS[match[2].upper()]
+    if nbytes >= 1 << 63:
+        raise RecipeError(f"{match[0][:40]!r} is more than any machine has.")
+    return int(nbytes)
 
 
 def format_size(nbytes: float) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wsm_ds.cli.options import allow_global, command, split
+from wsm_ds.errors import RecipeError
 
 
 def add_commands(commands: Any) -> None:
@@ -45,7 +46,7 @@ def _coefficients(options: argparse.Namespace) -> int:
 
     steps = [_number(step) for step in split(options.steps) or ()] or None
     if steps is not None and options.n not in (None, len(steps)):
-        raise SystemExit(f"wsm-ds: -n {options.n} contradicts the {len(steps)} steps given")
+        raise RecipeError(f"-n {options.n} contradicts the {len(steps)} steps given")
     count = None if steps is not None else options.n
     c = merge_coefficients(
         options.curve,
@@ -87,4 +88,4 @@ def _number(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise SystemExit(f"wsm-ds: {text!r} is not a step") from None
+        raise RecipeError(f"{text!r} is not a step") from None

@@ -85,7 +85,10 @@ def open_origin(layout: Layout, allowed_globals: frozenset[str]) -> Origin:
         raise UnsupportedLayout(f"{layout.path} is an elastic checkpoint, which is not written in another form.")
     form = _form_of(layout, models[0], is_bf16_optimizer="zero_stage" not in states[0])
     groups = read_groups(models[0], states[0], form.world_size if form.round_robin else 1)
-    order = tuple([list(held) for held in state["param_slice_mappings"]] for state in states if layout.stage < 3)
+    mappings = [state.get("param_slice_mappings") for state in states if layout.stage < 3]
+    if any(held is None or len(held) != len(groups) for held in mappings):
+        raise UnsupportedLayout(f"{layout.path} has no param_slice_mappings of its {len(groups)} parameter groups.")
+    order = tuple([list(held) for held in mapping] for mapping in mappings if mapping is not None)
     origin = Origin(layout, form, groups, models, optims[0], states[0], order)
     _require_understood(origin)
     return origin

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from wsm_ds.dtypes import DType
+from wsm_ds.errors import BrokenCheckpoint
 from wsm_ds.layouts import zero12
 from wsm_ds.layouts.rank_files import element_wise
 from wsm_ds.layouts.universal import open_parameters, whole
@@ -46,6 +47,9 @@ def read_groups(model: TorchFile, state: dict[str, Any], dealt_to: int) -> tuple
     base = state["optimizer_state_dict" if is_stage3 else "base_optimizer_state"]
     flats = state["fp32_flat_groups" if is_stage3 else "single_partition_of_fp32_groups"]
     groups = []
+    numbers = sorted(n for entry in base["param_groups"] for n in entry["params"]) if is_stage3 else range(len(shapes))
+    if list(numbers) != list(range(len(flats))) or len(shapes) != len(flats):
+        raise BrokenCheckpoint(f"{model.path} names {len(shapes)} flat groups, the optimizer's groups are of others.")
     for number, entry in enumerate(base["param_groups"]):
         held = list(entry["params"]) if is_stage3 else [number]
         names = [name for index in held for name in shapes[index]]
@@ -76,7 +80,11 @@ def read_universal_groups(
     groups = []
     for number, entry in enumerate(entries):
         indices = [number] if len(shapes) == len(entries) else entry["params"]
-        names = tuple(name for index in indices for name in shapes[index])
+        names = tuple(name for index in indices if index < len(shapes) for name in shapes[index])
+        if not names:
+            raise BrokenCheckpoint(
+                f"{head.path}: param_groups.{number} holds no parameter that {model.path.name} names."
+            )
         kinds = open_parameters(path, [*names[:1]], allowed_globals)[names[0]]
         held = {kind: tensor for kind, file in kinds.items() if (tensor := whole(file.tree)) is not None}
         master, step = held.pop("fp32"), held.pop("step", counters.get("step"))

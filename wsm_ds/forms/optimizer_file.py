@@ -26,7 +26,7 @@ def optimizer_tree(origin: Origin, form: Form, rank: int, keeps_states: bool) ->
     model = origin.models[0].tree
     outer = dict(origin.optimizer.tree)
     if origin.layout.is_universal:
-        outer = {"ds_config": model.get("ds_config"), "ds_version": model["ds_version"]}
+        outer = {"ds_config": model.get("ds_config"), "ds_version": model.get("ds_version")}
     new = make(origin, form, rank, origin.state, keeps_states)
     return outer | {"optimizer_state_dict": new, "ds_config": with_form(outer.get("ds_config"), form)}
 
@@ -59,7 +59,7 @@ def _stage12(origin: Origin, form: Form, rank: int, old: dict[str, Any], keeps_s
         new["param_alignment_paddings"] = paddings
     new["group_paddings"] = missing
     new["partition_count"] = [form.world_size] * len(origin.groups)
-    new["ds_version"] = origin.models[0].tree["ds_version"]
+    new["ds_version"] = origin.models[0].tree.get("ds_version")
     new["param_slice_mappings"] = mappings
     return new
 

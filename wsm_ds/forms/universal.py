@@ -10,7 +10,7 @@ from collections import OrderedDict
 from dataclasses import replace
 from typing import Any
 
-from wsm_ds.errors import UnsupportedLayout, few
+from wsm_ds.errors import UnsupportedLayout, brief, few
 from wsm_ds.forms.form import Origin
 from wsm_ds.forms.groups import Group
 from wsm_ds.forms.model_file import model_tree
@@ -41,6 +41,9 @@ def universal_templates(
             f"{origin.layout.path} was trained with round_robin_gradients, under which DeepSpeed puts the parameters "
             "of a universal checkpoint into wrong places. Write --format zero with --world-size instead."
         )
+    strange = [name for name in origin.layout.tensors if {"", ".", ".."} & set(name.split("/")) or "\0" in name]
+    if strange:
+        raise UnsupportedLayout(f"{origin.layout.path}: {few(map(brief, strange))} cannot be names of files.")
     layout, inputs = origin.layout, inputs_of(origin.layout, first_input)
     lost = [name for name, info in layout.tensors.items() if info.role in ("frozen", "buffer")]
     if lost:
@@ -86,7 +89,7 @@ def _optimizer_state(origin: Origin) -> dict[str, Any]:
     state: dict[str, Any] = scaling(old)
     if "clip_grad" in old:
         state["clip_grad"] = old["clip_grad"]
-    state["ds_version"] = origin.models[0].tree["ds_version"]
+    state["ds_version"] = origin.models[0].tree.get("ds_version")
     state["param_groups"] = groups
     state["optimizer_state_dict"] = {"state": {0: _counters(origin.groups[0])}, "param_groups": groups}
     return state

@@ -8,13 +8,16 @@ the same expert-parallel rank only (`utils/groups.py`, `_create_expert_and_data_
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, few
+from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, brief, few
 from wsm_ds.torchfile import TorchFile
 
-EXPERT_FILE = re.compile(r"^layer_\d+_expert_\d+_mp_rank_(?P<mp>\d+)_model_states\.pt$")
-EXPERT_NAME = re.compile(r"^(?P<layer>.*\.deepspeed_moe\.experts\.deepspeed_experts\.)(?P<number>\d+)(?P<rest>\..*)$")
+EXPERT_FILE = re.compile(r"^layer_\d+_expert_\d+_mp_rank_\d+_model_states\.pt$")
+EXPERT_NAME = re.compile(
+    r"^(?P<layer>.*\.deepspeed_moe\.experts\.deepspeed_experts\.)(?P<number>\d{1,9})(?P<rest>\..*)$"
+)
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,14 @@ NO_EXPERTS = Experts({}, is_data_first=False)
 
 def require_expert_files(where: object, found: list[str], model: Any) -> None:
     """Raises BrokenCheckpoint unless each expert of each layer that `model` counts, and no other, has its file."""
-    counts = [int(count) for count in model.get("num_experts") or ()]
-    names = [f"layer_{n}_expert_{e}_mp_rank_00_model_states.pt" for n, count in enumerate(counts) for e in range(count)]
-    missing, foreign = sorted(set(names) - set(found)), sorted(set(found) - set(names))
+    counts, held = model.get("num_experts") or (), set(found)
+    named = (f"layer_{n}_expert_{e}_mp_rank_00_model_states.pt" for n, count in enumerate(counts) for e in range(count))
+    expected = list(islice(named, len(held) + 1))  # a broken file may count any number of them
+    missing, foreign = sorted(set(expected) - held), sorted(held - set(expected))
     if missing:
-        raise BrokenCheckpoint(f"{where} is incomplete: experts' files are missing: {few(missing)}.")
+        raise BrokenCheckpoint(
+            f"{where} is incomplete: it has {len(held)} of {sum(counts)} experts' files, not {few(missing)}."
+        )
     if foreign:
         raise BrokenCheckpoint(f"{where} holds experts that its model has not ({few(foreign)}): of another save?")
 
@@ -106,7 +112,7 @@ def _group_names(optim: TorchFile) -> list[str]:
     base = optim.tree["optimizer_state_dict"]["base_optimizer_state"]
     if isinstance(base, list):
         raise UnsupportedLayout(f"{optim.path} is an elastic checkpoint of MoE, which this version does not read.")
-    return [str(group.get("name")) for group in base["param_groups"]]
+    return [brief(group.get("name")) for group in base["param_groups"]]
 
 
 def read_experts(model: dict[str, Any], files: Iterable[TorchFile]) -> Experts:

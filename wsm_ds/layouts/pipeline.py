@@ -16,7 +16,7 @@ from wsm_ds.layouts.rank_files import Weights
 from wsm_ds.torchfile import Tensor, TorchFile
 
 LAYER_FILE = re.compile(r"^layer_(?P<layer>\d+)(?:-model_(?P<tp>\d+))?-model_states\.pt$")
-OWN = re.compile(r"^(\d+)\.")
+OWN = re.compile(r"^(\d{1,9})\.")
 TIED = re.compile(r"^tied_modules\.([^.]+)\.")
 
 
@@ -46,6 +46,8 @@ def weights_by_rank(path: Path, files: Iterable[TorchFile], models: list[Any]) -
     ranks = [_rank(model) for model in models]
     named = {_layer_and_tp(file): file for file in files}
     degree = max((tp for _, tp in named), default=0) + 1
+    if degree > len(ranks):
+        raise BrokenCheckpoint(f"{path} has layers' files of {degree} tensor-parallel ranks, of {len(ranks)} ranks.")
     _require_layers(path, named, ranks, degree)
     found: list[list[Weights]] = [[] for _ in ranks]
     for (layer, tp), file in named.items():

@@ -6,7 +6,7 @@
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout
+from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, brief
 from wsm_ds.layouts import zero3, zero12
 from wsm_ds.layouts.layout import TableBuilder
 from wsm_ds.layouts.rank_files import RankFiles
@@ -28,6 +28,8 @@ def open_parameters(path: Path, names: list[str], allowed_globals: frozenset[str
     """
     opened = {}
     for name in names:
+        if {"", ".", ".."} & set(name.split("/")) or "\0" in name:
+            raise BrokenCheckpoint(f"{path}: the parameter {brief(name)} cannot be the name of a folder in it.")
         files = sorted((path / "zero" / name).glob("*.pt"))
         opened[name] = {file.stem: open_torch_file(file, allowed_globals) for file in files}
         if "fp32" not in opened[name]:

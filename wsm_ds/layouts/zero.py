@@ -5,19 +5,28 @@
 """
 
 import re
+import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from wsm_ds.dtypes import BY_NAME, DType
-from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, few
+from wsm_ds.dtypes import BY_NAME, DType, widen
+from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, brief, few
 from wsm_ds.layouts import moe, pipeline, universal, zero0, zero3, zero12
 from wsm_ds.layouts.layout import Layout, TableBuilder, TensorInfo
 from wsm_ds.layouts.rank_files import RankFiles, Weights
 from wsm_ds.layouts.run import Checkpoint
-from wsm_ds.torchfile import Stub, Tensor, TorchFile, open_torch_file
+from wsm_ds.layouts.schema import (
+    is_stage0,
+    open_model,
+    open_optimizer,
+    open_universal_state,
+    open_weights,
+)
+from wsm_ds.torchfile import Stub, Tensor, TorchFile
 
 MODEL_FILE = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt$")
 OPTIM_FILE = re.compile(r"^(?:bf16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_?optim_states\.pt$")
@@ -27,10 +36,11 @@ UNSUPPORTED = (
     (re.compile(r"^offloaded_tensors$"), "NVMe-offloaded optimizer states"),
 )
 WARMUP_SCHEDULERS = ("WSMLR", "WSDLR", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+MOST_UPDATES = 1 << 53
 
 
 class Rank(NamedTuple):
-    """Whose file it is: a model-parallel and a data-parallel rank."""
+    """Whose file it is: a model-parallel and a data-parallel rank; or how many of them there are."""
 
     mp: int
     dp: int
@@ -52,26 +62,24 @@ def read_layout(checkpoint: Checkpoint, allowed_globals: frozenset[str] = frozen
         raise BrokenCheckpoint(f"{path} has no *_model_states.pt.")
     if universal.is_universal(path):
         return _read_universal(checkpoint, path, models, allowed_globals)
-    model = open_torch_file(path / next(iter(models.values())), allowed_globals)
-    world_size, model_parallel_size = _world_size(path, model.tree), _model_parallel_size(model.tree)
-    if not optims and zero0.is_stage0(model.tree):
+    model = open_model(path / next(iter(models.values())), allowed_globals)
+    world_size, model_parallel_size = int(model.tree["dp_world_size"]), _model_parallel_size(model.tree)
+    if not optims and is_stage0(model.tree):
         if model_parallel_size > 1:
             raise UnsupportedLayout(f"{path} is model-parallel at stage 0, which this version does not read.")
         return _read_stage0(checkpoint, model, world_size)
     if not optims:
         raise BrokenCheckpoint(f"{path} has no optimizer files: its save was cut off, or they lie elsewhere.")
-    ranks = [Rank(mp, dp) for mp in range(model_parallel_size) for dp in range(world_size)]
-    _require_files(path, "optimizer file", optims, {rank: f"{_rank_name(rank)}_optim_states.pt" for rank in ranks})
-    stage = _stage(path, open_torch_file(path / optims[Rank(0, 0)], allowed_globals))
-    if stage == 3:
-        names = {rank: f"{_rank_name(rank)}_model_states.pt" for rank in ranks}
-    else:
-        names = {rank: f"mp_rank_{rank.mp:02d}_model_states.pt" for rank in ranks if rank.dp == 0}
-    _require_files(path, "model file", models, names)
-    opened, opened_optims = (
-        {rank: open_torch_file(path / name, allowed_globals) for rank, name in found.items()}
-        for found in (models, optims)
-    )
+    all_ranks = Rank(model_parallel_size, world_size)
+    _require_files(path, "optimizer file", optims, all_ranks)
+    opened_optims = {rank: open_optimizer(path / name, allowed_globals) for rank, name in optims.items()}
+    stage = _stage(opened_optims)
+    _require_files(path, "model file", models, all_ranks if stage == 3 else Rank(model_parallel_size, 1))
+    opened = {rank: open_model(path / name, allowed_globals) for rank, name in models.items()}
+    for file in opened.values():
+        sizes = Rank(_model_parallel_size(file.tree), int(file.tree["dp_world_size"]))
+        if sizes != all_ranks or is_stage0(file.tree):
+            raise BrokenCheckpoint(f"{file.path} is of {sizes}, {model.path.name} of {all_ranks}: of another save?")
     wholes = [opened[Rank(mp, 0)].tree for mp in range(model_parallel_size)]
     beside = _open_beside(path, entries, stage, wholes, allowed_globals)
     parts: list[RankFiles] = []
@@ -126,7 +134,7 @@ def _open_beside(
             f"{path} holds pipeline layers' files ({few(layers, 2)}), but its model files hold the weights: files of "
             "another save remain."
         )
-    return pipeline.weights_by_rank(path, [open_torch_file(path / name, allowed_globals) for name in layers], models)
+    return pipeline.weights_by_rank(path, [open_weights(path / name, allowed_globals) for name in layers], models)
 
 
 def _open_experts(
@@ -140,7 +148,7 @@ def _open_experts(
     if names and _model_parallel_size(model) > 1:
         raise UnsupportedLayout(f"{path} holds experts of a model-parallel run, which this version does not read.")
     moe.require_expert_files(path, names, model)
-    opened = [open_torch_file(path / name, allowed_globals) for name in names]
+    opened = [open_weights(path / name, allowed_globals) for name in names]
     return tuple(Weights(file, file.tree) for file in opened)
 
 
@@ -160,8 +168,10 @@ def _read_universal(
     whole = "mp_rank_00_model_states.pt"
     if (path / whole).is_file():
         models = {Rank(0, 0): whole}  # a stage 3 engine's file beside it holds no weights
-    opened = {rank.dp: open_torch_file(path / name, allowed_globals) for rank, name in models.items()}
-    world_size = _world_size(path, opened[0].tree)
+    opened = {rank.dp: open_model(path / name, allowed_globals) for rank, name in models.items()}
+    if 0 not in opened or is_stage0(opened[0].tree):
+        raise BrokenCheckpoint(f"{path} has no model file of rank 0 with param_shapes; DeepSpeed writes one.")
+    world_size = int(opened[0].tree["dp_world_size"])
     config = opened[0].tree.get("ds_config")
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     zero = zero if isinstance(zero, dict) else {}
@@ -171,19 +181,21 @@ def _read_universal(
             "wrong places, so it is not read. Merge the run's own checkpoints."
         )
     if "zero_pp_rank_" in models[Rank(0, 0)]:
-        ranks = [Rank(0, dp) for dp in range(world_size)]
-        _require_files(path, "model file", models, {rank: f"{_rank_name(rank)}_model_states.pt" for rank in ranks})
+        _require_files(path, "model file", models, Rank(1, world_size))
     tensors, aliases = _tensors(opened[0], _module(opened[0], ()), opened[0].tree.get("shared_params") or {})
     names = [name for name, info in tensors.items() if info.role == "parameter"]
     parameters = universal.open_parameters(path, names, allowed_globals)
-    head = open_torch_file(path / universal.OPTIMIZER_STATE, allowed_globals)
+    head = open_universal_state(path / universal.OPTIMIZER_STATE, allowed_globals)
     parts = [head, *(file for kinds in parameters.values() for file in kinds.values())]
     indices = {file.path: index for index, file in enumerate([*opened.values(), *parts])}
     files = RankFiles(opened, dict(enumerate(parts)), indices, tensors, aliases, world_size)
     builder = TableBuilder()
     universal.place(builder, files, parameters)
     relative = tuple(file.relative_to(path).as_posix() for file in indices)
-    return _layout(checkpoint, [files], int(zero.get("stage", 1)), relative, builder, head.tree["param_groups"])
+    stage = zero.get("stage", 1)
+    if stage not in (1, 2, 3):
+        raise UnsupportedLayout(f"{path} was made of a run of ZeRO stage {brief(stage)}, expected 1, 2 or 3.")
+    return _layout(checkpoint, [files], stage, relative, builder, head.tree["param_groups"])
 
 
 def _read_stage0(checkpoint: Checkpoint, model: TorchFile, world_size: int) -> Layout:
@@ -251,42 +263,47 @@ def _rank_name(rank: Rank) -> str:
     return f"zero_pp_rank_{rank.dp}_mp_rank_{rank.mp:02d}"
 
 
-def _world_size(path: Path, model: Any) -> int:
-    if not isinstance(model, dict) or "dp_world_size" not in model or "param_shapes" not in model:
-        raise BrokenCheckpoint(f"{path}: its model file lacks dp_world_size or param_shapes; DeepSpeed writes both.")
-    return int(model["dp_world_size"])
-
-
 def _model_parallel_size(model: Any) -> int:
     """Ranks that hold a replica of the model together: tensor-parallel ones times pipeline stages."""
     return int(model.get("mp_world_size") or 1)
 
 
-def _require_files(path: Path, what: str, found: dict[Rank, str], names: dict[Rank, str]) -> None:
-    """Raises BrokenCheckpoint unless the ranks of `names`, and no others, have files."""
-    missing = [name for rank, name in names.items() if rank not in found]
+def _require_files(path: Path, what: str, found: dict[Rank, str], sizes: Rank) -> None:
+    """Raises BrokenCheckpoint unless all ranks of so many model-parallel and data-parallel ones, and no others, have
+    files. Walks only as far as there are files: a broken file may name any number of ranks."""
+    ranks = (Rank(mp, dp) for mp in range(sizes.mp) for dp in range(sizes.dp))
+    missing = list(islice((_rank_name(rank) for rank in ranks if rank not in found), 6))
+    count, held = sizes.mp * sizes.dp, sum(rank.mp < sizes.mp and rank.dp < sizes.dp for rank in found)
     if missing:
         raise BrokenCheckpoint(
-            f"{path} is incomplete: {len(missing)} of {len(names)} ranks' {what}s are missing: {few(missing)}."
+            f"{path} is incomplete: {count - held} of {count} ranks' {what}s are missing: "
+            f"{few(missing, total=count - held)}."
         )
-    if len(found) > len(names):
+    if len(found) > count:
         raise BrokenCheckpoint(
-            f"{path} holds {what}s of {len(found)} ranks, but was saved by {len(names)}: files of another save remain."
+            f"{path} holds {what}s of {len(found)} ranks, but was saved by {count}: files of another save remain."
         )
 
 
-def _stage(path: Path, optim: TorchFile) -> int:
-    state = optim.tree.get("optimizer_state_dict") if isinstance(optim.tree, dict) else None
-    if not isinstance(state, dict):
-        raise BrokenCheckpoint(f"{optim.path} holds no optimizer_state_dict; DeepSpeed writes one.")
+def _stage(optims: dict[Rank, TorchFile]) -> int:
+    """The ZeRO stage, which all ranks' files have."""
+    stages = {rank: _stage_of(optim) for rank, optim in optims.items()}
+    first = stages[Rank(0, 0)]
+    for rank, stage in stages.items():
+        if stage != first:
+            raise BrokenCheckpoint(f"{optims[rank].path} is of ZeRO stage {stage}, rank 0's of {first}: another save?")
+    return first
+
+
+def _stage_of(optim: TorchFile) -> int:
+    state = optim.tree["optimizer_state_dict"]
     if "fp32_flat_groups" in state:
         return 3
-    if "single_partition_of_fp32_groups" not in state:
-        raise UnsupportedLayout(f"{optim.path} holds neither ZeRO partitions nor sub-groups: {few(state)}.")
-    stage = state.get("zero_stage")
-    if isinstance(stage, Stub):
-        return int(stage.args[0])
-    return 1  # BF16_Optimizer, which writes no zero_stage
+    stage = state.get("zero_stage", 1)  # BF16_Optimizer writes none
+    number = stage.args[0] if isinstance(stage, Stub) and stage.args else stage
+    if number not in (1, 2):
+        raise BrokenCheckpoint(f"{optim.path} has partitions, but zero_stage {brief(number)}; expected 1 or 2.")
+    return int(number)
 
 
 def _module(model_file: TorchFile, beside: tuple[Weights, ...]) -> dict[str, Any]:
@@ -302,15 +319,21 @@ def _tensors(
 ) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Parameters in partition order, then frozen ones, then buffers; and the tied names of each."""
     model = model_file.tree
-    aliases = {str(k): str(v) for k, v in shared.items() if k in module}
     buffers = set(experts.of_all_ranks(model.get("buffer_names") or ()))
     tensors: dict[str, TensorInfo] = {}
+    named: set[str] = set()
     for group in model["param_shapes"]:
         for local, shape in group.items():
+            if local in named:
+                raise BrokenCheckpoint(f"{model_file.path}: param_shapes has {local} twice.")
+            named.add(local)
             for name in experts.of_all_ranks([local]):
                 tensors[name] = TensorInfo(tuple(shape), _dtype_of(model_file, module, name), "parameter")
-    aliases = _tied(module, tensors) | aliases
+    aliases = _tied(module, tensors) | {k: v for k, v in shared.items() if k in module and k not in tensors}
     frozen_shapes = model.get("frozen_param_shapes") or {}
+    lost = [name for name in frozen_shapes if name not in module]
+    if lost:
+        raise BrokenCheckpoint(f"{model_file.path} names the frozen {few(lost)}, but no file holds their weights.")
     for name, value in module.items():
         if name in tensors or name in aliases or not isinstance(value, Tensor):
             continue
@@ -350,26 +373,33 @@ def _parameter_groups(optim: TorchFile) -> Any:
 
 
 def _learning_rates(optim: TorchFile, groups: Any) -> tuple[float, ...]:
-    return tuple(_scalar(optim, group["lr"]) for group in groups if isinstance(group, dict) and "lr" in group)
+    return tuple(_rate(optim, group["lr"]) for group in groups if isinstance(group, dict) and "lr" in group)
 
 
-def _scalar(file: TorchFile, value: Any) -> float:
-    if not isinstance(value, Tensor):
-        return float(value)
-    stored = np.fromfile(file.path, value.dtype.storage, 1, offset=file.byte_offset(value))
-    return float(stored[0])
+def _rate(file: TorchFile, value: Any) -> float:
+    """A group's rate: a number, or a tensor of one element (`capturable` optimizers)."""
+    if isinstance(value, Tensor) and value.numel == 1 and value.dtype.is_floating:
+        stored = np.fromfile(file.path, value.dtype.storage, 1, offset=file.byte_offset(value))
+        return float(widen(stored, value.dtype)[0])
+    if not isinstance(value, int | float) or abs(value) > sys.float_info.max:
+        raise BrokenCheckpoint(f"{file.path}: a parameter group has the rate {brief(value)}, expected a number.")
+    return float(value)
 
 
 def _warmup(model: dict[str, Any]) -> int | None:
-    """Updates of the warmup, as the saved scheduler or else the saved ds_config says."""
+    """Updates of the warmup, as the saved scheduler or else the saved ds_config says; None if neither does."""
     saved = model.get("lr_scheduler") or {}
     if not isinstance(saved, dict):
         return None
-    config = model.get("ds_config")
-    named = (config.get("scheduler") if isinstance(config, dict) else None) or {}
     if "warmup_num_steps" in saved:
-        return int(saved["warmup_num_steps"])
-    if named.get("type") in WARMUP_SCHEDULERS and isinstance(named.get("params"), dict):
-        steps = named["params"].get("warmup_num_steps")
-        return int(steps) if isinstance(steps, int | float) else None
-    return None
+        return _updates(saved["warmup_num_steps"])
+    config = model.get("ds_config")
+    named = config.get("scheduler") if isinstance(config, dict) else None
+    if not isinstance(named, dict) or named.get("type") not in WARMUP_SCHEDULERS:
+        return None
+    params = named.get("params")
+    return _updates(params.get("warmup_num_steps")) if isinstance(params, dict) else None
+
+
+def _updates(value: Any) -> int | None:
+    return int(value) if isinstance(value, int | float) and abs(value) < MOST_UPDATES else None

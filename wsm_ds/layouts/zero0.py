@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from wsm_ds.dtypes import narrow, widen
 from wsm_ds.errors import UnsupportedLayout, few
+from wsm_ds.layouts import schema
 from wsm_ds.layouts.layout import TableBuilder, TensorInfo
 from wsm_ds.torchfile import Tensor, TorchFile
 
@@ -44,11 +45,6 @@ class Optimizer:
     has_nameless_states: bool
 
 
-def is_stage0(model: Any) -> bool:
-    """Whether a model file is of stage 0: it holds the optimizer and no shapes of partitions."""
-    return isinstance(model, dict) and isinstance(model.get("optimizer"), dict) and model.get("param_shapes") is None
-
-
 def read_optimizer(file: TorchFile) -> Optimizer:
     """Names the optimizer's tensors. Where the structure does not say, reads as many elements as tell weights apart.
 
@@ -56,8 +52,7 @@ def read_optimizer(file: TorchFile) -> Optimizer:
         UnsupportedLayout: a master is no parameter's, or may be any of several.
     """
     state, module = file.tree["optimizer"], file.tree["module"]
-    if not isinstance(module, dict):
-        raise UnsupportedLayout(f"{file.path} holds no module weights (pipeline parallel).")
+    schema.check(file, state, schema.Flats if "optimizer_state_dict" in state else schema.Base, "optimizer")
     buffers = set(file.tree.get("buffer_names") or ())
     weights, aliases = _owners({n: t for n, t in module.items() if isinstance(t, Tensor) and n not in buffers})
     base = state.get("optimizer_state_dict", state)

@@ -8,7 +8,7 @@ wrong under `round_robin_gradients` (`runtime/zero/stage_1_and_2.py:824-850`, `r
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from wsm_ds.errors import BrokenCheckpoint
+from wsm_ds.errors import BrokenCheckpoint, few
 from wsm_ds.layouts.layout import TableBuilder, TensorInfo
 from wsm_ds.layouts.rank_files import RankFiles, element_wise, require_numel
 from wsm_ds.torchfile import Tensor, TorchFile
@@ -34,6 +34,9 @@ def place(builder: TableBuilder, files: RankFiles) -> None:
                     f"{optim.path}: partition {number} holds {size} elements, that of rank 0 {sizes[number]}."
                 )
             alignment = (state.get("param_alignment_paddings") or [[]] * len(groups))[number]
+            strange = [name for name in part.names if name not in files.tensors]
+            if strange:
+                raise BrokenCheckpoint(f"{optim.path}: group {number} holds {few(strange)}, which no model file has.")
             needed = sum(files.tensors[name].numel for name in part.names) + sum(int(padding) for padding in alignment)
             require_numel(optim, f"parameter group {number}", size * part.count, needed)
             pieces = list(slices(part.names, alignment, files.tensors, part.index * size, size))
@@ -79,9 +82,16 @@ def whole_parameters(slices: list[Slice], tensors: dict[str, TensorInfo]) -> lis
 
 
 def _require_count(optim: TorchFile, state: dict[str, Any], groups: int) -> None:
-    held, counts = len(state["single_partition_of_fp32_groups"]), len(state["partition_count"])
-    if held != groups or counts != groups:
-        raise BrokenCheckpoint(f"{optim.path}: {held} partitions, but the model file names {groups} parameter groups.")
+    """Each list in an optimizer file that has an entry a group has as many as the model file names groups."""
+    base = state["base_optimizer_state"]
+    lists = {name: state[name] for name in ("single_partition_of_fp32_groups", "partition_count", "group_paddings")}
+    lists["base_optimizer_state"] = base if isinstance(base, list) else base["param_groups"]
+    lists["param_alignment_paddings"] = state.get("param_alignment_paddings") or [[]] * groups
+    for name, held in lists.items():
+        if len(held) != groups:
+            raise BrokenCheckpoint(
+                f"{optim.path}: {name} has {len(held)} entries, but the model file names {groups} parameter groups."
+            )
 
 
 def slices(

@@ -5,7 +5,7 @@ place (`runtime/zero/partition_parameters.py:1690-1702`, `runtime/zero/stage3.py
 placeholders; buffers are kept by every rank, frozen parameters as flat fragments.
 """
 
-from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout
+from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, few
 from wsm_ds.layouts.layout import TableBuilder
 from wsm_ds.layouts.rank_files import RankFiles, element_wise, require_numel
 from wsm_ds.torchfile import Tensor, TorchFile
@@ -26,7 +26,7 @@ def place_model(builder: TableBuilder, files: RankFiles, model: TorchFile, rank:
     for name, info in files.tensors.items():
         if info.role == "parameter" or info.numel == 0:
             continue
-        held = frozen.get(name) if info.role == "frozen" else model.tree["module"].get(name)
+        held = frozen.get(name) if info.role == "frozen" else (model.tree["module"] or {}).get(name)
         if not isinstance(held, Tensor):
             raise BrokenCheckpoint(f"{model.path} holds no {info.role} {name}, although rank 0's file does.")
         whole = info.role == "buffer"
@@ -46,7 +46,7 @@ def partition(numel: int, rank: int, world_size: int) -> tuple[int, int]:
 def _place_optimizer(builder: TableBuilder, files: RankFiles, optim: TorchFile, rank: int) -> None:
     state = optim.tree["optimizer_state_dict"]
     flats, subgroups = state["fp32_flat_groups"], files.models[0].tree["param_shapes"]
-    if len(flats) != len(subgroups) or int(state["partition_count"]) != files.world_size:
+    if len(flats) != len(subgroups) or state["partition_count"] != files.world_size:
         raise BrokenCheckpoint(
             f"{optim.path}: {len(flats)} sub-groups cut in {state['partition_count']}, but the model file names "
             f"{len(subgroups)} and {files.world_size} ranks."
@@ -60,14 +60,13 @@ def _place_optimizer(builder: TableBuilder, files: RankFiles, optim: TorchFile, 
 def _place_subgroup(
     builder: TableBuilder, files: RankFiles, optim: TorchFile, kind: str, flat: Tensor, names: list[str], rank: int
 ) -> None:
-    numbers, file = files.numbers, files.indices[optim.path]
+    numbers, file, what = files.numbers, files.indices[optim.path], f"{kind} of the sub-group of {few(names, 1)}"
     sizes = [-(-files.tensors[name].numel // files.world_size) for name in names]
     if flat.numel == 0 and any(sizes):
         raise UnsupportedLayout(
-            f"{optim.path}: {kind} of the sub-group of {names[0]} is empty: it was offloaded to NVMe, which this "
-            "version does not read."
+            f"{optim.path}: {what} is empty: it was offloaded to NVMe, which this version does not read."
         )
-    require_numel(optim, f"{kind} of the sub-group of {names[0]}", flat.numel, sum(sizes))
+    require_numel(optim, what, flat.numel, sum(sizes))
     offset = optim.byte_offset(flat)
     for name, size in zip(names, sizes, strict=True):
         start, numel = partition(files.tensors[name].numel, rank, files.world_size)

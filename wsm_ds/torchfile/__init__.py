@@ -5,7 +5,17 @@ anew where an output's metadata must change. Neither torch nor deepspeed is impo
 """
 
 from wsm_ds.torchfile.archive import Archive, Record, read_archive
-from wsm_ds.torchfile.torch_file import TorchFile, open_torch_file
+from wsm_ds.torchfile.torch_file import TorchFile, open_torch_file, record_of
 from wsm_ds.torchfile.unpickle import Global, Stub, Tensor
 
-__all__ = ["Archive", "Global", "Record", "Stub", "Tensor", "TorchFile", "open_torch_file", "read_archive"]
+__all__ = [
+    "Archive",
+    "Global",
+    "Record",
+    "Stub",
+    "Tensor",
+    "TorchFile",
+    "open_torch_file",
+    "read_archive",
+    "record_of",
+]

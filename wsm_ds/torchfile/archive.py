@@ -4,18 +4,21 @@ torch stores every record uncompressed (method 0) behind a padded local header, 
 data descriptor after the data and again in the central directory (`caffe2/serialize/inline_container.cc`).
 """
 
+import itertools
+import stat
 import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout
+from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, WsmError
 
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 CENTRAL_ENTRY_BYTES = 46
 DESCRIPTOR_SIGNATURE = b"PK\x07\x08"
-HAS_DESCRIPTOR = 0x08
+IS_ENCRYPTED, HAS_DESCRIPTOR = 0x01, 0x08
+LONGEST_NAME = 1000
 LEGACY_MAGIC = b"\x80\x02\x8a\x0a"
 
 
@@ -36,7 +39,6 @@ class Archive:
 
     path: Path
     nbytes: int
-    root: str
     records: dict[str, Record]
 
 
@@ -44,35 +46,48 @@ def read_archive(path: Path) -> Archive:
     """Reads the central directory and the local headers of `path`; no data is read.
 
     Raises:
-        BrokenCheckpoint: not a zip, truncated, or a record lies outside the file.
-        UnsupportedLayout: torch's legacy (non-zip) format, or a compressed record.
+        BrokenCheckpoint: not a zip, truncated, or records lie outside the file or upon each other.
+        UnsupportedLayout: torch's legacy (non-zip) format, or a compressed or encrypted record.
     """
-    try:
-        nbytes = path.stat().st_size
-        with path.open("rb") as file:
-            if file.read(4) == LEGACY_MAGIC:
-                raise UnsupportedLayout(
-                    f"{path} is in torch's legacy format, which has no byte addresses (ds_config has "
-                    '"checkpoint_serialization": false). Load it with torch and save it again.'
-                )
-            with zipfile.ZipFile(file) as archive:
-                infos, directory = archive.infolist(), archive.start_dir
-            records = {}
-            position = directory
-            for info in infos:
-                record = _read_record(path, file, info, position, directory)
-                records[record.name] = record
-                position += CENTRAL_ENTRY_BYTES + _central_tail(file, position)
-    except (zipfile.BadZipFile, struct.error, EOFError, NotImplementedError) as error:
-        if isinstance(error, UnsupportedLayout):
-            raise
-        raise BrokenCheckpoint(
-            f"{path} is not a whole torch file ({error}): it was cut off, or is still being written."
-        ) from error
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise BrokenCheckpoint(f"{path} is not a file (a folder, a pipe or a device has its name).")
+    with path.open("rb") as file:
+        if file.read(4) == LEGACY_MAGIC:
+            raise UnsupportedLayout(
+                f"{path} is in torch's legacy format, which has no byte addresses (ds_config has "
+                '"checkpoint_serialization": false). Load it with torch and save it again.'
+            )
+        try:
+            found = _read_records(path, file)
+        except (zipfile.BadZipFile, struct.error, EOFError, ValueError, OverflowError, NotImplementedError) as error:
+            if isinstance(error, WsmError):
+                raise
+            raise BrokenCheckpoint(
+                f"{path} is not a whole torch file ({error}): it was cut off, or is still being written."
+            ) from error
+    records = {record.name: record for record in found}
     if "data.pkl" not in records:
         raise BrokenCheckpoint(f"{path} is a zip without data.pkl, not a torch file.")
-    root = infos[0].filename.split("/", 1)[0]
-    return Archive(path, nbytes, root, records)
+    return Archive(path, status.st_size, records)
+
+
+def _read_records(path: Path, file: BinaryIO) -> list[Record]:
+    """All records, which share no byte and no name."""
+    with zipfile.ZipFile(file) as archive:
+        infos, directory = archive.infolist(), archive.start_dir
+    found, taken = [], []
+    position = directory
+    for info in infos:
+        record, end = _read_record(path, file, info, position, directory)
+        found.append(record)
+        taken.append((info.header_offset, end))
+        position += CENTRAL_ENTRY_BYTES + _central_tail(file, position)
+    taken.sort()
+    overlap = any(end > begin for (_, end), (begin, _) in itertools.pairwise(taken))
+    if overlap or len({record.name for record in found}) < len(found):
+        raise BrokenCheckpoint(f"{path} is not a file that torch wrote: two of its records share bytes, or a name.")
+    return found
 
 
 def _central_tail(file: BinaryIO, position: int) -> int:
@@ -81,7 +96,10 @@ def _central_tail(file: BinaryIO, position: int) -> int:
     return int(name + extra + comment)
 
 
-def _read_record(path: Path, file: BinaryIO, info: zipfile.ZipInfo, central: int, directory: int) -> Record:
+def _read_record(path: Path, file: BinaryIO, info: zipfile.ZipInfo, central: int, directory: int) -> tuple[Record, int]:
+    """A record, and where it ends with what follows its data."""
+    if not 0 <= info.header_offset < directory:
+        raise BrokenCheckpoint(f"{path}: record {info.filename} lies outside the file; it was cut off.")
     file.seek(info.header_offset)
     header = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
     signature, _, flags, method, *_, name_bytes, extra_bytes = header
@@ -89,14 +107,19 @@ def _read_record(path: Path, file: BinaryIO, info: zipfile.ZipInfo, central: int
     end = offset + info.file_size
     if signature != b"PK\x03\x04" or end > directory:
         raise BrokenCheckpoint(f"{path}: record {info.filename} lies outside the file; it was cut off.")
-    if method != zipfile.ZIP_STORED:
+    if {method, info.compress_type} != {zipfile.ZIP_STORED} or info.compress_size != info.file_size:
         raise UnsupportedLayout(f"{path}: record {info.filename} is compressed; torch never writes that.")
+    if (flags | info.flag_bits) & IS_ENCRYPTED:
+        raise UnsupportedLayout(f"{path}: record {info.filename} is encrypted; torch never writes that.")
     places = [central + 16]
     if flags & HAS_DESCRIPTOR:
         file.seek(end)
-        if file.read(4) == DESCRIPTOR_SIGNATURE:
+        if file.read(4) == DESCRIPTOR_SIGNATURE and end + 8 <= directory:
             places.append(end + 4)
+            end += 8
     else:
         places.append(info.header_offset + 14)
     name = info.filename.split("/", 1)[-1]
-    return Record(name, offset, info.file_size, info.CRC, tuple(sorted(places)))
+    if len(name) > LONGEST_NAME:
+        raise BrokenCheckpoint(f"{path} is not a file that torch wrote: a record's name has {len(name)} letters.")
+    return Record(name, offset, info.file_size, info.CRC, tuple(sorted(places))), end

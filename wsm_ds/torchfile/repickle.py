@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any, ClassVar
 
+from wsm_ds.errors import UnsupportedLayout
 from wsm_ds.torchfile.unpickle import STRUCTURAL_GLOBALS, Global, InertMeta, Storage, Stub, Tensor, TorchSize
 
 _Writer: Any = pickle._Pickler  # the C pickler insists on importing what it names
@@ -78,8 +79,14 @@ def repickle(tree: Any) -> tuple[bytes, dict[str, Storage]]:
     """`tree` (from `unpickle`, changed at will) as a protocol-2 pickle for a torch file's `data.pkl`.
 
     Returns the pickle, and by the new keys the storages that it refers to; the caller places their bytes.
+
+    Raises:
+        UnsupportedLayout: it is nested deeper than the interpreter's recursion goes.
     """
     buffer = io.BytesIO()
     pickler = _Repickler(buffer)
-    pickler.dump(tree)
+    try:
+        pickler.dump(tree)
+    except RecursionError as error:
+        raise UnsupportedLayout("a checkpoint's client state is nested too deeply to be written anew.") from error
     return buffer.getvalue(), {key: storage for storage, key in pickler.storages.items()}

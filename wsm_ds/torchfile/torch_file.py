@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.errors import BrokenCheckpoint
+from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout
+from wsm_ds.sizes import format_size
 from wsm_ds.torchfile.archive import Archive, Record, read_archive
-from wsm_ds.torchfile.unpickle import Tensor, unpickle
+from wsm_ds.torchfile.unpickle import Storage, Tensor, unpickle
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,7 @@ class TorchFile:
 
     def record(self, tensor: Tensor) -> Record:
         """The archive record that holds the tensor's storage."""
-        record = self.archive.records.get(f"data/{tensor.storage.key}")
-        if record is None:
-            raise BrokenCheckpoint(f"{self.path}: storage {tensor.storage.key} is missing.")
-        return record
+        return record_of(self.archive, tensor.storage)
 
     def byte_offset(self, tensor: Tensor) -> int:
         """Offset in the file of the tensor's first element.
@@ -36,7 +34,7 @@ class TorchFile:
         """
         record = self.record(tensor)
         start = tensor.offset * tensor.dtype.itemsize
-        if not tensor.is_contiguous or min(tensor.shape, default=0) < 0 or tensor.offset < 0:
+        if not tensor.is_contiguous:
             raise BrokenCheckpoint(
                 f"{self.path}: a tensor of shape {tensor.shape} and stride {tensor.stride} is not contiguous."
             )
@@ -48,6 +46,26 @@ class TorchFile:
         return record.offset + start
 
 
+def record_of(archive: Archive, storage: Storage) -> Record:
+    """The record that holds a storage.
+
+    Raises:
+        BrokenCheckpoint: there is none, or it has not the storage's length.
+    """
+    record = archive.records.get(f"data/{storage.key}")
+    if record is None:
+        raise BrokenCheckpoint(f"{archive.path}: storage {storage.key} is missing.")
+    if storage.nbytes > record.nbytes:
+        raise BrokenCheckpoint(
+            f"{archive.path}: storage {storage.key} has {record.nbytes} bytes, expected {storage.nbytes} for "
+            f"{storage.numel} elements."
+        )
+    return record
+
+
+MOST_PICKLE_BYTES = 1 << 27
+
+
 def open_torch_file(path: Path, allowed_globals: frozenset[str] = frozenset()) -> TorchFile:
     """Opens `path` without executing its pickle. Reads the zip directory and `data.pkl`, no tensor.
 
@@ -56,6 +74,11 @@ def open_torch_file(path: Path, allowed_globals: frozenset[str] = frozenset()) -
     """
     archive = read_archive(path)
     pickled = archive.records["data.pkl"]
+    if pickled.nbytes > MOST_PICKLE_BYTES:
+        raise UnsupportedLayout(
+            f"{path}: data.pkl has {format_size(pickled.nbytes)}, more than {format_size(MOST_PICKLE_BYTES)}: client "
+            "state as large as that belongs into tensors."
+        )
     with path.open("rb") as file:
         file.seek(pickled.offset)
         data = file.read(pickled.nbytes)

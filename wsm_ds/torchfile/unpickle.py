@@ -6,15 +6,16 @@ are refused, so that a crafted file is noticed rather than carried on into an ou
 """
 
 import collections
-import io
 import math
 import pickle
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 from wsm_ds.dtypes import BY_TORCH_NAME, DType
 from wsm_ds.errors import BrokenCheckpoint, UnsafePickle, UnsupportedLayout
 from wsm_ds.torchfile.archive import Archive
+from wsm_ds.torchfile.opcodes import InertMachine
 
 KNOWN_MODULES = (
     "torch",
@@ -93,9 +94,6 @@ class Stub:
     entries: list[tuple[Any, Any]] = field(default_factory=list)
     is_new: bool = False
 
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
     def append(self, item: Any) -> None:
         """Keeps what APPEND puts in."""
         self.items.append(item)
@@ -172,19 +170,42 @@ class Tensor:
 class TorchSize(tuple):  # type: ignore[type-arg]
     """`torch.Size`: a tuple that is written back under its own name."""
 
+    def __new__(cls, sizes: Any = ()) -> "TorchSize":
+        return super().__new__(cls, _sizes(sizes))
 
-class _InertUnpickler(pickle.Unpickler):
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    """A tensor's shape or stride."""
+    if not isinstance(values, tuple | list) or len(values) > MOST_DIMENSIONS:
+        raise pickle.UnpicklingError("a shape or a stride is not a short row of numbers")
+    if any(type(value) is not int or not 0 <= value <= MOST_ELEMENTS for value in values):
+        raise pickle.UnpicklingError("a shape or a stride is not made of whole numbers that may be sizes")
+    return tuple(values)
+
+
+MOST_DIMENSIONS = 64
+MOST_ELEMENTS = 1 << 58
+"""Of one tensor; its bytes are then counted in 64 bits."""
+MOST_GLOBALS = 10_000
+
+
+class _InertUnpickler(InertMachine):
     def __init__(self, data: bytes, where: str, allowed: frozenset[str]) -> None:
-        super().__init__(io.BytesIO(data), encoding="utf-8")
+        super().__init__(data)
         self.where, self.allowed = where, allowed
+        self.classes: dict[str, InertMeta] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         """Never imports: the few structural names get our own functions, the known ones a `Global`."""
         full = f"{module}.{name}"
         if full in _STRUCTURAL:
             return _STRUCTURAL[full]
+        if not all(part.isidentifier() for part in full.split(".")):  # it is to be one line of a pickle again
+            raise pickle.UnpicklingError("it names a global by what is not a name")
         if module.split(".")[0] in KNOWN_MODULES or full in KNOWN_NAMES or full in self.allowed:
-            return _inert_class(module, name)
+            if full not in self.classes and len(self.classes) >= MOST_GLOBALS:
+                raise pickle.UnpicklingError(f"it names more than {MOST_GLOBALS} globals")
+            return self.classes.setdefault(full, _inert_class(module, name))
         raise UnsafePickle(
             f"{self.where} asks for the global {full}, which no training checkpoint needs. It was not imported and "
             f"nothing was run. If the class is your own, allow it by name (--allow-global {full}): it is then "
@@ -193,11 +214,36 @@ class _InertUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Storage:
         """A storage reference: ('storage', type, key, location, numel)."""
+        if not isinstance(pid, tuple) or len(pid) != 5:
+            raise pickle.UnpicklingError("a persistent id is not a storage")
         tag, kind, key, location, numel = pid
         name = kind.global_.name if isinstance(kind, InertMeta) else ""
-        if tag != "storage" or name not in STORAGES or not isinstance(numel, int):
-            raise BrokenCheckpoint(f"{self.where} refers to {pid!r}, which is not a storage that torch writes.")
-        return Storage(str(key), BY_TORCH_NAME[STORAGES[name]], kind.global_, str(location), numel, self.where)
+        if not (type(tag) is type(key) is type(location) is str and tag == "storage" and name in STORAGES):
+            raise pickle.UnpicklingError("a persistent id is not a storage that torch writes")
+        if type(numel) is not int or not 0 <= numel <= MOST_ELEMENTS:
+            raise pickle.UnpicklingError(f"storage {key} does not say how many elements it has")
+        return Storage(key, BY_TORCH_NAME[STORAGES[name]], kind.global_, location, numel, self.where)
+
+    def make(self, callee: Any, args: Any, *, is_new: bool) -> Any:
+        """Inert classes make a `Stub`, structural names what they stand for."""
+        if not isinstance(args, tuple):
+            raise pickle.UnpicklingError("a call has no tuple of arguments")
+        if isinstance(callee, InertMeta):
+            return Stub(callee.global_, args, is_new=is_new)
+        if as_global(callee) is None or (is_new and not isinstance(callee, type)):
+            raise pickle.UnpicklingError("it calls what is not a global")
+        if callee is collections.OrderedDict and args:
+            raise pickle.UnpicklingError("an OrderedDict is not filled in the way that torch does")
+        return callee(*args)
+
+    def put_into(self, target: Any, state: Any) -> None:
+        """Objects keep their state as data; a state dict's `OrderedDict` has attributes (`_metadata`)."""
+        if isinstance(target, Stub):
+            target.state = state
+        elif isinstance(target, collections.OrderedDict) and isinstance(state, dict):
+            vars(target).update(state)
+        else:
+            raise pickle.UnpicklingError("it puts a state into what has none")
 
 
 class InertMeta(type):
@@ -223,17 +269,27 @@ def _inert_class(module: str, name: str) -> InertMeta:
 
 
 def _rebuild_tensor_v2(storage: Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> Tensor:
-    made_by = Stub(Global("torch._utils", "_rebuild_tensor_v2"), (storage, offset, tuple(shape), tuple(stride), *rest))
-    return Tensor(storage, int(offset), tuple(shape), tuple(stride), made_by)
+    return _rebuilt("_rebuild_tensor_v2", storage, offset, shape, stride, rest, None)
 
 
 def _rebuild_tensor_v3(storage: Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> Tensor:
-    made_by = Stub(Global("torch._utils", "_rebuild_tensor_v3"), (storage, offset, tuple(shape), tuple(stride), *rest))
     named = as_global(rest[2]) if len(rest) > 2 else None
     if named is not None and named.name not in BY_TORCH_NAME:
         raise UnsupportedLayout(f"a tensor has the dtype {named}, which this version does not read.")
     dtype = BY_TORCH_NAME[named.name] if named else None
-    return Tensor(storage, int(offset), tuple(shape), tuple(stride), made_by, dtype)
+    return _rebuilt("_rebuild_tensor_v3", storage, offset, shape, stride, rest, dtype)
+
+
+def _rebuilt(
+    name: str, storage: Any, offset: Any, shape: Any, stride: Any, rest: tuple[Any, ...], dtype: DType | None
+) -> Tensor:
+    shape, stride = _sizes(shape), _sizes(stride)
+    if not isinstance(storage, Storage) or len(shape) != len(stride):
+        raise pickle.UnpicklingError("a tensor has no storage, or a stride of another length than its shape")
+    if type(offset) is not int or not 0 <= offset <= MOST_ELEMENTS or math.prod(shape) > MOST_ELEMENTS:
+        raise pickle.UnpicklingError("a tensor's offset or number of elements is beyond any file")
+    made_by = Stub(Global("torch._utils", name), (storage, offset, shape, stride, *rest))
+    return Tensor(storage, offset, shape, stride, made_by, dtype)
 
 
 def _rebuild_parameter(data: Tensor, *rest: Any) -> Tensor:
@@ -242,9 +298,9 @@ def _rebuild_parameter(data: Tensor, *rest: Any) -> Tensor:
 
 def _rebuild_from_type_v2(function: Any, kind: Any, args: Any, state: Any) -> Any:
     """A tensor that carries Python attributes (stage 3's `ds_id`): the tensor counts, the rest is kept."""
-    inner = function(*args)
-    if not isinstance(inner, Tensor):
+    if function not in (_rebuild_tensor_v2, _rebuild_tensor_v3, _rebuild_parameter) or not isinstance(args, tuple):
         return Stub(Global("torch._tensor", "_rebuild_from_type_v2"), (function, kind, args, state))
+    inner = function(*args)
     return _rewrapped("torch._tensor", "_rebuild_from_type_v2", inner, (function, kind, args, state))
 
 
@@ -269,10 +325,7 @@ def as_global(value: Any) -> Global | None:
     """The global that a value of an unpickled tree stands for, if it is one."""
     if isinstance(value, InertMeta):
         return value.global_
-    try:
-        return STRUCTURAL_GLOBALS.get(value)
-    except TypeError:
-        return None
+    return STRUCTURAL_GLOBALS.get(value) if isinstance(value, type | FunctionType) else None
 
 
 def unpickle(archive: Archive, data: bytes, allowed_globals: frozenset[str] = frozenset()) -> Any:
@@ -288,4 +341,5 @@ def unpickle(archive: Archive, data: bytes, allowed_globals: frozenset[str] = fr
     except (UnsafePickle, BrokenCheckpoint, UnsupportedLayout):
         raise
     except Exception as error:  # any fault of a malformed pickle is the file's, not ours
-        raise BrokenCheckpoint(f"{where}: data.pkl cannot be read ({type(error).__name__}: {error}).") from error
+        fault = f"{type(error).__name__}: {error}"
+        raise BrokenCheckpoint(f"{where}: data.pkl cannot be read ({fault[:200]}).") from error

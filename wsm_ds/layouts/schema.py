@@ -1,0 +1,183 @@
+"""What the object trees of DeepSpeed's files must look like, checked once, where a file is opened.
+
+Only what is read here or written anew is described; everything else in a file (client state, a scheduler's state) may
+be anything. Formats: `runtime/engine.py`, `runtime/zero/stage_1_and_2.py`, `stage3.py`, `runtime/bf16_optimizer.py`.
+"""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, Field, InstanceOf, TypeAdapter, ValidationError
+from typing_extensions import NotRequired, TypedDict
+
+from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, brief, few
+from wsm_ds.torchfile import Tensor, TorchFile, open_torch_file
+
+MOST_ELEMENTS = 1 << 58
+Whole = Annotated[int, Field(strict=True, ge=0, le=MOST_ELEMENTS)]
+Positive = Annotated[int, Field(strict=True, ge=1, le=MOST_ELEMENTS)]
+
+
+def _utf8(name: str) -> str:
+    name.encode()  # UnicodeEncodeError is a ValueError
+    return name
+
+
+def _of_a_file(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if math.prod(shape) > MOST_ELEMENTS:
+        raise ValueError(f"A shape of at most {MOST_ELEMENTS} elements is expected")
+    return shape
+
+
+Name = Annotated[str, Field(strict=True, min_length=1), AfterValidator(_utf8)]
+Shape = Annotated[tuple[Whole, ...], Field(strict=True), AfterValidator(_of_a_file)]
+Tensors = list[InstanceOf[Tensor]]
+Named = dict[Name, Any]
+
+
+class _Described(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True, arbitrary_types_allowed=True)  # type: ignore[misc]
+
+
+class Group(_Described):
+    """An entry of `param_groups`; `params` are numbers of parameters, or of flat tensors."""
+
+    params: list[Whole]
+
+
+class Base(_Described):
+    """The state dict of a torch optimizer."""
+
+    state: dict[Whole, dict[Any, Any]]
+    param_groups: list[Group]
+
+
+class Partitions(_Described):
+    """`optimizer_state_dict` of stages 1 and 2, and of BF16_Optimizer."""
+
+    single_partition_of_fp32_groups: Tensors
+    partition_count: list[Positive]
+    base_optimizer_state: Base | list[dict[Any, Any]]
+    group_paddings: list[Whole]
+    param_alignment_paddings: NotRequired[list[list[Whole]] | None]
+    param_slice_mappings: NotRequired[list[Named]]
+
+
+class SubGroups(_Described):
+    """`optimizer_state_dict` of stage 3."""
+
+    fp32_flat_groups: Tensors
+    partition_count: Positive
+    optimizer_state_dict: Base
+
+
+class Flats(_Described):
+    """`optimizer` of stage 0 in 16 bits: masters beside the base optimizer."""
+
+    optimizer_state_dict: Base
+    fp32_groups_flat: NotRequired[Tensors]
+    fp32_groups: NotRequired[list[Tensors]]
+
+
+class Model(_Described):
+    """A model file of stages 1 to 3."""
+
+    dp_world_size: Positive
+    param_shapes: list[dict[Name, Shape]]
+    global_steps: Whole
+    module: Named | None
+    mp_world_size: NotRequired[Whole | None]
+    buffer_names: NotRequired[list[Name] | None]
+    shared_params: NotRequired[dict[Name, Name] | None]
+    frozen_param_shapes: NotRequired[dict[Name, Shape] | None]
+    frozen_param_fragments: NotRequired[Named | None]
+    num_experts: NotRequired[list[Whole] | None]
+    ds_version: NotRequired[Any]
+
+
+class Model0(_Described):
+    """The model file of stage 0."""
+
+    dp_world_size: Positive
+    global_steps: Whole
+    module: Named
+    mp_world_size: NotRequired[Whole | None]
+    buffer_names: NotRequired[list[Name] | None]
+
+
+class UniversalState(_Described):
+    """`zero/optimizer_state.pt` of a universal checkpoint."""
+
+    param_groups: list[Group]
+    optimizer_state_dict: NotRequired[dict[str, Any] | None]
+
+
+ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
+
+
+def check(file: TorchFile, tree: Any, kind: Any, where: str = "") -> None:
+    """Raises BrokenCheckpoint, naming the file, the key, what is expected and what is there, if `tree` is no `kind`.
+
+    Args:
+        where: keys that lead to `tree` in the file.
+    """
+    if kind not in ADAPTERS:
+        ADAPTERS[kind] = TypeAdapter(kind)
+    try:
+        ADAPTERS[kind].validate_python(tree)
+    except ValidationError as error:
+        faults = error.errors(include_url=False)
+        words = [f"{_place(where, f['loc'])}: {f['msg']}, found {brief(f['input'])}" for f in faults[:3]]
+        told = few(words, 3, total=len(faults))
+        raise BrokenCheckpoint(f"{file.path} is not what DeepSpeed writes: {told}.") from error
+
+
+def _place(where: str, keys: tuple[int | str, ...]) -> str:
+    return ".".join([*([where] if where else []), *(str(key)[:80] for key in keys)]) or "the file"
+
+
+def open_model(path: Path, allowed_globals: frozenset[str]) -> TorchFile:
+    """A model file.
+
+    Raises:
+        BrokenCheckpoint, UnsafePickle, UnsupportedLayout: it cannot be read, or is not what DeepSpeed writes.
+    """
+    file = open_torch_file(path, allowed_globals)
+    check(file, file.tree, Model0 if is_stage0(file.tree) else Model)
+    return file
+
+
+def is_stage0(model: Any) -> bool:
+    """Whether a model file is of stage 0: it holds the optimizer and no shapes of partitions."""
+    return isinstance(model, dict) and isinstance(model.get("optimizer"), dict) and model.get("param_shapes") is None
+
+
+def open_optimizer(path: Path, allowed_globals: frozenset[str]) -> TorchFile:
+    """A rank's optimizer file.
+
+    Raises:
+        BrokenCheckpoint, UnsafePickle, UnsupportedLayout: it cannot be read, or is not what DeepSpeed writes.
+    """
+    file = open_torch_file(path, allowed_globals)
+    state = file.tree.get("optimizer_state_dict") if isinstance(file.tree, dict) else None
+    if not isinstance(state, dict):
+        raise BrokenCheckpoint(f"{file.path} holds no optimizer_state_dict; DeepSpeed writes one.")
+    if "fp32_flat_groups" not in state and "single_partition_of_fp32_groups" not in state:
+        raise UnsupportedLayout(f"{file.path} holds neither ZeRO partitions nor sub-groups: {few(map(brief, state))}.")
+    check(file, state, SubGroups if "fp32_flat_groups" in state else Partitions, "optimizer_state_dict")
+    return file
+
+
+def open_universal_state(path: Path, allowed_globals: frozenset[str]) -> TorchFile:
+    """A universal checkpoint's `optimizer_state.pt`."""
+    file = open_torch_file(path, allowed_globals)
+    check(file, file.tree, UniversalState)
+    return file
+
+
+def open_weights(path: Path, allowed_globals: frozenset[str]) -> TorchFile:
+    """A file of named weights alone: an expert's, a pipeline layer's."""
+    file = open_torch_file(path, allowed_globals)
+    check(file, file.tree, Named)
+    return file
