@@ -2,9 +2,9 @@
 
     python benchmarks/merge.py --folder /tmp/bench
 
-DeepSpeed trains a model of 5·width² parameters (4·width² trained, the others frozen) on 2 CPU ranks for a few updates
-and writes a checkpoint after each; they are kept in --folder for another time. Then processes take turns, --rounds
-times, to make fp32 safetensors of the newest checkpoints:
+DeepSpeed trains a model of 5·width² parameters (4·width² trained, the others frozen) on 2 CPU ranks for two updates
+and writes a checkpoint after each; the others are copies with steps of their own. They are kept in --folder. Then
+processes take turns, --rounds times, to make fp32 safetensors of the newest checkpoints:
 
     ours      wsm-ds merge --format safetensors --dtype fp32: the mean of the newest 4, or 16
     limit     reads the bytes that ours reads and writes and syncs the bytes that ours writes, with as many threads and
@@ -21,6 +21,7 @@ process. --sizes measures the time per byte of several widths instead.
 
 import argparse
 import json
+import mmap
 import os
 import shutil
 import socket
@@ -32,21 +33,41 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
+WRITTEN = 2
 
 from wsm_ds.plan import Plan  # noqa: E402
 from wsm_ds.tasks import Task, tasks_of  # noqa: E402
 
 
 def make_run(folder: Path, stage: int, width: int, checkpoints: int) -> Path:
-    """A run of `checkpoints` checkpoints by two ranks, written by DeepSpeed."""
+    """A run of so many checkpoints of two ranks: WRITTEN by DeepSpeed, the others copies with a step of their own."""
     from deepspeed_runs import launch
 
-    run = folder / f"stage{stage}-width{width}-n{checkpoints}"
+    from wsm_ds.inspect import inspect_run
+
+    run = folder / f"stage{stage}-width{width}"
     if not run.exists():
-        job = {"do": "train", "stage": stage, "dtype": "bf16", "steps": checkpoints, "every": 1, "warmup": 1}
+        job = {"do": "train", "stage": stage, "dtype": "bf16", "steps": WRITTEN, "every": 1, "warmup": 1}
         job |= {"width": width, "run": str(run), "zero": {"sub_group_size": 10**9}}
         launch([job], world_size=2, folder=folder)
+    for step in range(WRITTEN + 1, checkpoints + 1):
+        copy = run / f"global_step{step}"
+        if not copy.exists():
+            shutil.copytree(run / f"global_step{1 + (step - 1) % WRITTEN}", copy)
+            for path in copy.glob("*_model_states.pt"):
+                set_step(path, step)
+    steps = [found.layout.step for found in inspect_run(run) if found.layout]
+    assert set(range(1, checkpoints + 1)) <= set(steps), f"{run} holds {steps}"
     return run
+
+
+def set_step(path: Path, step: int) -> None:
+    """Changes `global_steps` of a model file, whose pickle has it as one byte behind its name and a memo's number."""
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as data:
+        at = data.find(b"global_steps") + len(b"global_steps")
+        at += {b"q": 2, b"r": 5}[data[at : at + 1]]
+        assert data[at : at + 1] == b"K", f"{path}: no byte at {at}"
+        data[at + 1] = step
 
 
 def peer(run: Path, out: Path, tags: list[str]) -> None:
