@@ -11,7 +11,7 @@ ORDER = (
     "deepspeed_registration", "torchfile", "layouts", "intersect", "beside", "ranks", "recipe", "window", "plan",
     "streams", "rewrite", "forms", "plan_zero", "plan_safetensors", "tasks", "journal", "reading", "staging", "engine",
     "room", "publish", "manifest", "merging", "verification", "inspect", "report", "progress", "watching",
-    "cli", "__main__",
+    "storage", "cli", "__main__",
 )  # fmt: skip
 """Each may import what stands before it."""
 MAY_IMPORT = {"deepspeed": {"deepspeed_registration"}, "torch": {"lr_schedules", "ranks"}}
