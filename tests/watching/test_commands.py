@@ -55,7 +55,7 @@ def test_a_command_line_is_cut_as_a_shell_would_and_run_by_none(
     spec: WatchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    command = ["watch", str(spec.run), "--last", "1", "--out", str(spec.out), "--once", "--exec"]
+    command = ["watch", str(spec.run), "--last", "1", "--out", str(spec.out), "--once", "--nice", "0", "--exec"]
     assert main([*command, "echo 'two  words' {} $HOME `touch hacked`"]) == 0
     merge = spec.out / "step2/last1-linear"
     assert kept(spec, 2, "out") == f"two  words {merge} $HOME `touch hacked`\n"

@@ -1,14 +1,12 @@
 """A prune deletes what nobody can want any more, shows it first, and leaves no half of anything."""
 
 import json
-import os
 import shutil
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from dying import dies_at
 from played_run import PlayedRun, outputs
 
 from wsm_ds.cli import main
@@ -97,7 +95,7 @@ def test_a_plain_merge_does_not_reach_over_a_hole(run: PlayedRun, tmp_path: Path
 def test_what_a_begun_merge_needs_is_kept(run: PlayedRun, tmp_path: Path) -> None:
     run.save(2, 4, 6)
     recipe = make_recipe(run=run.folder, last=2, to_step=4, curve="linear", out=tmp_path / "merges/by hand/x")
-    assert _dies(40, lambda: merge(recipe))
+    assert dies_at(40, lambda: merge(recipe))
     assert Staging(recipe.out).folder.is_dir()
     retention = Retention(folders=(tmp_path / "merges",), keep_window=1, keep_last=1)
     assert kept(run, retention) == {
@@ -114,7 +112,7 @@ def test_a_prune_killed_at_any_operation_leaves_whole_checkpoints_and_the_next_e
     while True:
         count += 1
         run.save(2, 4, 6)
-        died = _dies(count, lambda: prune(run.folder, NEWEST))
+        died = dies_at(count, lambda: prune(run.folder, NEWEST))
         assert all(item.layout is not None for item in inspect_run(run.folder)), count
         prune(run.folder, NEWEST)
         assert [item.checkpoint.tag for item in inspect_run(run.folder)] == ["global_step6"]
@@ -123,32 +121,6 @@ def test_a_prune_killed_at_any_operation_leaves_whole_checkpoints_and_the_next_e
         if not died:
             break
     assert count > 10
-
-
-OPERATIONS = ("pwrite", "write", "fsync", "rename", "mkdir", "unlink", "rmdir")
-
-
-def _dies(count: int, action: Callable[[], Any]) -> bool:
-    """Whether `action`, in a process that kills itself before its operation number `count`, came so far."""
-    pid = os.fork()
-    if pid == 0:
-        left = [count]
-
-        def dying(operation: Any) -> Any:
-            def perform(*arguments: Any, **keywords: Any) -> Any:
-                left[0] -= 1
-                if left[0] == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return operation(*arguments, **keywords)
-
-            return perform
-
-        for name in OPERATIONS:
-            setattr(os, name, dying(getattr(os, name)))
-        action()
-        os._exit(0)
-    _, status = os.waitpid(pid, 0)
-    return os.WIFSIGNALED(status)
 
 
 def test_nothing_is_touched_unless_told_to(run: PlayedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,7 +153,7 @@ def test_the_folder_of_a_watch_says_what_it_wants(
     assert "no watch has begun in --out DIR" in capsys.readouterr().err
     assert main([*command, "--last", "2"]) == 0  # a watch to come wants everything
     assert len(list(run.folder.glob("global_step*"))) == 3
-    assert main(["watch", str(run.folder), "--last", "3", "--out", str(tmp_path / "out"), "--once"]) == 0
+    assert main(["watch", str(run.folder), "--last", "3", "--out", str(tmp_path / "out"), "--once", "--nice", "0"]) == 0
     assert main(command) == 0
     assert sorted(path.name for path in run.folder.glob("global_step*")) == ["global_step4", "global_step6"]
 
