@@ -24,7 +24,7 @@ from wsm_ds.cli import main
 from wsm_ds.errors import BrokenCheckpoint, CheckpointNotFound, OutputExists, OutputHeld, RecipeError
 from wsm_ds.merging import merge
 from wsm_ds.publish import Staging
-from wsm_ds.recipe import make_recipe
+from wsm_ds.recipe import load_values, make_recipe
 from wsm_ds.watching import EndPoints, Happened, WatchOptions, WatchSpec, make_spec, watch, watcher
 from wsm_ds.watching.complete import Checkpoints
 
@@ -414,3 +414,17 @@ def test_wrong_requests_are_refused_before_anything_is_written(run: PlayedRun, t
     for wrong in (["--every", "0"], ["--poll-s", "0"], ["--exec", "'"], ["--exec", "no-such-program {}"]):
         assert main([*command, *wrong]) == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_the_recipes_of_configs_are_recipes_of_a_watch_unless_their_windows_have_a_fixed_end(tmp_path: Path) -> None:
+    configs = Path(__file__).parents[2] / "configs"
+    names = {
+        name: list(make_spec(load_values(configs / f"merge_{name}.yaml", out=tmp_path), EndPoints()).recipes)
+        for name in ("mean", "sweep")
+    }
+    assert names == {
+        "mean": ["last8-linear"],
+        "sweep": [*(f"eval/last{n}-{curve}" for n in (2, 4, 8) for curve in ("linear", "1-sqrt")), "resume"],
+    }
+    with pytest.raises(RecipeError, match="chosen by last, not by from_step, to_step"):
+        make_spec(load_values(configs / "merge_1sqrt_safetensors.yaml", out=tmp_path), EndPoints())
