@@ -9,12 +9,13 @@ OPERATIONS = ("pwrite", "write", "fsync", "rename", "replace", "ftruncate", "mkd
 
 
 def dies_at(count: int, action: Callable[[], Any]) -> bool:
-    """Does `action` in a process that kills itself before its operation number `count`; whether it came so far."""
+    """Does `action` in a process that kills itself in the middle of its operation number `count`; whether it came so
+    far. Half of a write is then done, and nothing of the others."""
     pid = os.fork()
     if pid == 0:
         left = [count]
         for name in OPERATIONS:
-            setattr(os, name, _dying(getattr(os, name), left))
+            setattr(os, name, _dying(getattr(os, name), name, left))
         code = 1
         try:
             action()
@@ -29,10 +30,13 @@ def dies_at(count: int, action: Callable[[], Any]) -> bool:
     return False
 
 
-def _dying(operation: Any, left: list[int]) -> Any:
+def _dying(operation: Any, name: str, left: list[int]) -> Any:
     def perform(*arguments: Any, **keywords: Any) -> Any:
         left[0] -= 1
         if left[0] == 0:
+            if name in ("pwrite", "write"):
+                half = memoryview(arguments[1])[: len(arguments[1]) // 2]
+                operation(arguments[0], half, *arguments[2:])
             os.kill(os.getpid(), signal.SIGKILL)
         return operation(*arguments, **keywords)
 
