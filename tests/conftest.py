@@ -12,6 +12,7 @@ import pytest
 from deepspeed_runs import launch
 
 STAGES, DTYPES = (1, 2, 3), ("bf16", "fp16", "fp32")
+WIDE = ((2, "bf16"), (2, "fp32"), (3, "bf16"))
 
 
 def train(run: Path, *, stage: int, dtype: str, steps: int) -> dict[str, Any]:
@@ -21,13 +22,21 @@ def train(run: Path, *, stage: int, dtype: str, steps: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`RUNS/w2_s{stage}_{dtype}` with global_step2, 4, 6 from two ranks; one of them also in HF Trainer's folders."""
+    """`RUNS/w2_s{stage}_{dtype}` with global_step2, 4, 6 from two ranks; one of them also in HF Trainer's folders.
+
+    `RUNS/wide_s{stage}_{dtype}` have one checkpoint of 0.6 M trained parameters, whose files are mostly numbers.
+    """
     root = tmp_path_factory.mktemp("runs")
     jobs = [
         train(root / f"w2_s{stage}_{dtype}", stage=stage, dtype=dtype, steps=6) for stage in STAGES for dtype in DTYPES
     ]
     trainer = train(root / "hf", stage=2, dtype="bf16", steps=4) | {"hf": True}
-    reports = launch([*jobs, trainer], world_size=2, folder=tmp_path_factory.mktemp("train"))
+    wide = [
+        train(root / f"wide_s{stage}_{dtype}", stage=stage, dtype=dtype, steps=2)
+        | {"width": 400, "zero": {"sub_group_size": 10**9}}
+        for stage, dtype in WIDE
+    ]
+    reports = launch([*jobs, trainer, *wide], world_size=2, folder=tmp_path_factory.mktemp("train"))
     for rank, reported in enumerate(reports):
         for job, report in zip(jobs, reported, strict=False):
             Path(job["run"], f"losses.rank{rank}.json").write_text(json.dumps(report["losses"]))

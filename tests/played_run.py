@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from wsm_ds.publish import MANIFEST
+from wsm_ds.publish import MANIFEST, STAGING
 from wsm_ds.watching.complete import Fingerprint, fingerprint
 
 
@@ -53,4 +53,5 @@ def contents(out: Path) -> dict[str, bytes]:
 
 def outputs(folder: Path) -> list[str]:
     """All finished outputs below a folder."""
-    return sorted(path.parent.relative_to(folder).as_posix() for path in folder.rglob(MANIFEST))
+    found = [path.parent.relative_to(folder).as_posix() for path in folder.rglob(MANIFEST)]
+    return sorted(path for path in found if STAGING not in path)

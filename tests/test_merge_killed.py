@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dying import dies_at
 
 from wsm_ds import manifest, reading, staging, tasks
 from wsm_ds.cli import main
@@ -21,7 +22,6 @@ from wsm_ds.publish import MANIFEST, Staging
 from wsm_ds.recipe import make_recipe, make_recipes
 from wsm_ds.verification import verify
 
-OPERATIONS = ("pwrite", "write", "fsync", "rename", "ftruncate", "mkdir", "unlink", "rmdir")
 MODULES = (staging, tasks, manifest)
 
 
@@ -32,40 +32,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "BLOCK_BYTES", 2048)
 
 
-def killed_at(count: int, recipe: dict[str, Any], seed: int = 0) -> bool:
-    """Merges in a process that kills itself in the middle of its operation number `count`; whether it came so far."""
-    pid = os.fork()
-    if pid == 0:
-        left = [count]
-        for name in OPERATIONS:
-            setattr(os, name, dying(getattr(os, name), name, left))
-        code = 1
-        try:
-            merge_all(make_recipes(**recipe))
-            code = 0
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(pid, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return True
-    assert os.WEXITSTATUS(status) == 0
-    return False
-
-
-def dying(operation: Any, name: str, left: list[int]) -> Any:
-    """`operation`, the last of which is cut short: half of a write is done, and nothing of the others."""
-
-    def perform(*arguments: Any, **keywords: Any) -> Any:
-        left[0] -= 1
-        if left[0] == 0:
-            if name in ("pwrite", "write"):
-                half = memoryview(arguments[1])[: len(arguments[1]) // 2]
-                operation(arguments[0], half, *arguments[2:])
-            os.kill(os.getpid(), signal.SIGKILL)
-        return operation(*arguments, **keywords)
-
-    return perform
+def killed_at(count: int, recipe: dict[str, Any]) -> bool:
+    """Merges in a process that dies in its operation number `count`; whether it came so far."""
+    return dies_at(count, lambda: merge_all(make_recipes(**recipe)))
 
 
 def contents(out: Path) -> dict[str, bytes]:

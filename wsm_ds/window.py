@@ -123,8 +123,8 @@ def _newest_complete(found: list[Checkpoint], recipe: MergeRecipe, read: ReadLay
             continue
         if recipe.to_step is None or layout.step <= recipe.to_step:
             layouts.append(layout)
+    until = "" if recipe.to_step is None else f" up to step {recipe.to_step}"
     if len(layouts) < (recipe.last or 0):
-        until = "" if recipe.to_step is None else f" up to step {recipe.to_step}"
         raise WindowError(
             f"{recipe.last} complete checkpoints{until} were asked for, {len(layouts)} are there; {_held(found)}"
         )

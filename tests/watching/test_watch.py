@@ -7,21 +7,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from dying import dies_at
 from played_run import PlayedRun, contents, outputs
 
 from wsm_ds.cli import main
 from wsm_ds.errors import BrokenCheckpoint, CheckpointNotFound, OutputExists, OutputHeld, RecipeError
 from wsm_ds.merging import merge
 from wsm_ds.publish import Staging
-from wsm_ds.recipe import make_recipe
+from wsm_ds.recipe import load_values, make_recipe
 from wsm_ds.watching import EndPoints, Happened, WatchOptions, WatchSpec, make_spec, watch, watcher
 from wsm_ds.watching.complete import Checkpoints
 
@@ -57,12 +60,16 @@ class Watching:
             stderr=subprocess.PIPE,
             text=True,
         )
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        self.out, self.err = self.process.stdout, self.process.stderr
+        self.patience = threading.Timer(PATIENCE_S, self.process.kill)  # then whatever is read from it ends, too
+        self.patience.start()
         self.events: list[dict[str, Any]] = []
 
     def until(self, name: str, **values: Any) -> dict[str, Any]:
         """Waits for an event; those before it are in `events`."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+        for line in self.out:
             self.events.append(json.loads(line))
             if self.events[-1]["event"] == name and values.items() <= self.events[-1].items():
                 return self.events[-1]
@@ -72,9 +79,9 @@ class Watching:
 
     def end(self) -> tuple[int, str]:
         """Waits for its end; exit code and what it said."""
-        out, errors = self.process.communicate(timeout=PATIENCE_S)
-        self.events += [json.loads(line) for line in out.splitlines()]
-        return self.process.returncode, errors
+        self.events += [json.loads(line) for line in self.out]
+        errors = self.err.read()
+        return self.process.wait(), errors
 
 
 @pytest.fixture
@@ -89,7 +96,10 @@ def start() -> Iterator[Any]:
     yield starting
     for one in started:
         one.process.kill()
-        one.process.communicate()
+        one.patience.cancel()
+        one.process.wait()
+        one.out.close()
+        one.err.close()
 
 
 def test_windows_appear_as_the_run_saves_and_none_of_a_checkpoint_that_is_not_whole(
@@ -139,7 +149,8 @@ def test_a_recipe_names_its_outputs_below_each_end_point(run: PlayedRun, tmp_pat
         ],
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert main(["watch", "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out"), "--once"]) == 0
+    command = ["watch", "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out")]
+    assert main([*command, "--once", "--nice", "0"]) == 0
     assert outputs(tmp_path / "out") == [
         "step2/eval/last1",
         "step4/eval/last1", "step4/eval/last2", "step4/resume",
@@ -150,7 +161,7 @@ def test_a_recipe_names_its_outputs_below_each_end_point(run: PlayedRun, tmp_pat
 
 def test_windows_end_only_where_they_are_asked_to(run: PlayedRun, tmp_path: Path) -> None:
     run.save(2, 4, 6)
-    command = ["watch", str(run.folder), "--last", "1", "--once", "--out"]
+    command = ["watch", str(run.folder), "--last", "1", "--once", "--nice", "0", "--out"]
     assert main([*command, str(tmp_path / "a"), "--every", "4"]) == 0
     assert main([*command, str(tmp_path / "b"), "--since", "3", "--until-step", "5"]) == 0
     assert outputs(tmp_path / "a") == ["step4/last1-linear"]
@@ -166,9 +177,9 @@ def test_a_watch_killed_at_any_operation_and_started_again_ends_in_the_same_byte
     right = contents(tmp_path / "right" / "step4")
     count = deaths = 0
     while True:
-        count += 13
+        count += 31
         out = tmp_path / f"n{count}"
-        if not _killed_at(count, spec_for(run, out, **values)):
+        if not dies_at(count, partial(once, spec_for(run, out, **values))):
             break
         deaths += 1
         made = {path: (out / path).stat().st_mtime_ns for path in outputs(out)}
@@ -178,41 +189,7 @@ def test_a_watch_killed_at_any_operation_and_started_again_ends_in_the_same_byte
         assert {path: (out / path).stat().st_mtime_ns for path in made} == made, count
         assert [path.name for path in out.rglob("*") if path.name.endswith((".wsm-staging", ".new"))] == [], count
         shutil.rmtree(out)
-    assert deaths > 10
-
-
-OPERATIONS = ("pwrite", "write", "fsync", "rename", "replace", "ftruncate", "mkdir", "unlink", "rmdir")
-
-
-def _killed_at(count: int, spec: WatchSpec) -> bool:
-    """Watches once in a process that kills itself before its operation number `count`; whether it came so far."""
-    pid = os.fork()
-    if pid == 0:
-        left = [count]
-
-        def dying(operation: Any) -> Any:
-            def perform(*arguments: Any, **keywords: Any) -> Any:
-                left[0] -= 1
-                if left[0] == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return operation(*arguments, **keywords)
-
-            return perform
-
-        for name in OPERATIONS:
-            setattr(os, name, dying(getattr(os, name)))
-        code = 1
-        try:
-            once(spec)
-            code = 0
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(pid, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return True
-    assert os.WEXITSTATUS(status) == 0
-    return False
+    assert deaths > 5
 
 
 SLOW = """
@@ -433,7 +410,21 @@ def test_wrong_requests_are_refused_before_anything_is_written(run: PlayedRun, t
     ):
         with pytest.raises(RecipeError, match=words):
             make_spec({"run": run.folder, "out": tmp_path / "out", "curve": "linear"} | values, EndPoints())
-    command = ["watch", str(run.folder), "--last", "1", "--out", str(tmp_path / "out"), "--once"]
+    command = ["watch", str(run.folder), "--last", "1", "--out", str(tmp_path / "out"), "--once", "--nice", "0"]
     for wrong in (["--every", "0"], ["--poll-s", "0"], ["--exec", "'"], ["--exec", "no-such-program {}"]):
         assert main([*command, *wrong]) == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_the_recipes_of_configs_are_recipes_of_a_watch_unless_their_windows_have_a_fixed_end(tmp_path: Path) -> None:
+    configs = Path(__file__).parents[2] / "configs"
+    names = {
+        name: list(make_spec(load_values(configs / f"merge_{name}.yaml", out=tmp_path), EndPoints()).recipes)
+        for name in ("mean", "sweep")
+    }
+    assert names == {
+        "mean": ["last8-linear"],
+        "sweep": [*(f"eval/last{n}-{curve}" for n in (2, 4, 8) for curve in ("linear", "1-sqrt")), "resume"],
+    }
+    with pytest.raises(RecipeError, match="chosen by last, not by from_step, to_step"):
+        make_spec(load_values(configs / "merge_1sqrt_safetensors.yaml", out=tmp_path), EndPoints())

@@ -84,7 +84,7 @@ def _watch(options: argparse.Namespace) -> int:
         style="json" if options.json else "people",
     )
     spec = _spec(recipe_values(options), options)
-    os.nice(max(0, options.nice))
+    os.setpriority(os.PRIO_PROCESS, 0, max(options.nice, os.getpriority(os.PRIO_PROCESS, 0)))
     with signals_interrupt("what was merged stays.") as check, closing(watch(spec, how, check)) as happening:
         for happened in happening:
             if options.json:

@@ -104,6 +104,8 @@ class Commands:
                 return
             self.running = None
             yield self._ended(merged, process.returncode, begun)
+        while self.waiting and not self.waiting[0].out.is_dir():
+            self.waiting.popleft()  # it was removed before its turn came
         if self.waiting:
             yield from self._start(self.waiting[0])
 

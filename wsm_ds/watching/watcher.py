@@ -93,7 +93,7 @@ def watch(
         )
         looks = 0
         while True:
-            yield from watcher.look()
+            yield from watcher.look(check)
             looks = looks + 1 if watcher.is_at_end() else 0
             if looks and watcher.is_content_after(looks):
                 break
@@ -113,6 +113,15 @@ def _wait(commands: Commands, seconds: float, check: Callable[[], None]) -> Iter
         commands.pause(min(left, TICK_S))
 
 
+@dataclass(frozen=True)
+class _Pause:
+    """Why an end point waits, how long in all, and until when."""
+
+    error: Exception
+    pause_s: float
+    until_s: float
+
+
 class _Watcher:
     """What a watch knows from one look to the next. All but the pauses could be found out again from the folders."""
 
@@ -124,21 +133,22 @@ class _Watcher:
         self.recorded: set[int] = set()
         self.told: set[str] = set()
         self.counts: Counter[str] = Counter()
-        self.pauses: dict[int, tuple[int, float]] = {}
+        self.pauses: dict[int, _Pause] = {}
         self.blocked: dict[int, str] = {}
-        self.failure: Exception | None = None
         for end, name in merged_outputs(spec):
             self._note_merged(end, name)
 
-    def look(self) -> Iterator[Happened]:
+    def look(self, check: Callable[[], None]) -> Iterator[Happened]:
         """Merges every window that is complete; one pass for each end point, oldest first."""
         self.checkpoints.look()
-        self.blocked, self.failure = {}, None
+        self.blocked = {}
         yield from self._tell_if_empty()
         windows: dict[int, list[OpenWindow]] = {}
         for window in self._open_windows():
             windows.setdefault(window.end, []).append(window)
+        self.pauses = {end: pause for end, pause in self.pauses.items() if end in windows}
         for end, own in windows.items():
+            check()
             yield from self._look_at(end, own)
             yield from self.commands.step()
 
@@ -166,8 +176,8 @@ class _Watcher:
 
     def raise_what_is_left(self) -> None:
         """Raises what has kept windows from being made, if anything has."""
-        if self.failure is not None:
-            raise self.failure
+        for pause in self.pauses.values():
+            raise pause.error
         if self.blocked:
             raise BrokenCheckpoint(f"windows were not made: {few(self.blocked.values(), 2)}")
 
@@ -183,7 +193,7 @@ class _Watcher:
 
     def _look_at(self, end: int, windows: list[OpenWindow]) -> Iterator[Happened]:
         """Merges those windows of one end point that can be merged."""
-        if self.pauses.get(end, (0, 0.0))[1] > time.monotonic():
+        if end in self.pauses and self.pauses[end].until_s > time.monotonic():
             return
         if not self.checkpoints.is_complete(end):
             if end < max(self.checkpoints.held):  # the newest one is still being written, and is not spoken of
@@ -197,10 +207,9 @@ class _Watcher:
                 ready.append(window)
             else:
                 yield from self._tell_of_broken(window.steps)
-        if not ready:
-            return
         try:
-            yield from self._make(ready)
+            if ready:
+                yield from self._make(ready)
             self.pauses.pop(end, None)
         except OSError as error:
             is_ours = isinstance(error, OutputExists) and not isinstance(error, OutputHeld)
@@ -302,10 +311,9 @@ class _Watcher:
 
     def _pause(self, end: int, error: Exception) -> Iterator[Happened]:
         """Tries an end point again after a pause that doubles with each failure."""
-        failures = self.pauses.get(end, (0, 0.0))[0] + 1
-        pause_s = min(self.options.poll_s * 2 ** (failures - 1), LONGEST_PAUSE_S)
-        self.pauses[end] = (failures, time.monotonic() + pause_s)
-        self.failure = error
+        pause_s = self.options.poll_s if end not in self.pauses else 2 * self.pauses[end].pause_s
+        pause_s = min(pause_s, LONGEST_PAUSE_S)
+        self.pauses[end] = _Pause(error, pause_s, time.monotonic() + pause_s)
         text = f"step {end} failed, and is tried again in {pause_s:.0f} s: {type(error).__name__}: {error}"
         yield Happened("failed", text, {"step": end, "error": type(error).__name__, "message": str(error)})
 

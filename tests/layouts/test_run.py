@@ -1,0 +1,30 @@
+"""What of a run's folder counts as a checkpoint."""
+
+import shutil
+from pathlib import Path
+
+from wsm_ds.inspect import inspect_run
+from wsm_ds.layouts.run import DELETED, deleted_steps, find_checkpoints, latest_step
+
+
+def test_what_jobs_keep_in_a_run_is_passed_over(runs: Path, tmp_path: Path) -> None:
+    whole = runs / "w2_s2_bf16/global_step2"
+    run = tmp_path / "run"
+    for place in ("global_step2", "job", "job/global_step4", "job/attempt-3/global_step4", ".wsm-prune", ".hidden"):
+        shutil.copytree(whole, run / place, dirs_exist_ok=True)
+    assert [checkpoint.tag for checkpoint in find_checkpoints(run)] == ["global_step2"]
+    assert [item.checkpoint.tag for item in inspect_run(run)] == ["global_step2"]
+
+
+def test_the_record_of_what_was_deleted_survives_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    assert deleted_steps(tmp_path) == set()
+    (tmp_path / DELETED).parent.mkdir()
+    (tmp_path / DELETED).write_text('{"step": 200, "tag": "x"}\n[]\n{"step": 300}\n{"ste')
+    assert deleted_steps(tmp_path) == {200, 300}
+
+
+def test_latest_is_read_as_far_as_it_names_a_step(tmp_path: Path) -> None:
+    assert latest_step(tmp_path) is None
+    for text, step in (("global_step40\n", 40), ("best", None), ("global_step8_universal", 8)):
+        (tmp_path / "latest").write_text(text)
+        assert latest_step(tmp_path) == step
