@@ -79,9 +79,15 @@ def train(options: argparse.Namespace) -> int:
     return job.close()
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> int:
+    """The program: 0 done, 75 saved after a signal, 1 an error."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%F %T", level=logging.WARNING)
     try:
-        sys.exit(train(parse()))
+        return train(parse(arguments))
     except WsmError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

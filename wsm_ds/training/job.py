@@ -18,6 +18,9 @@ from pathlib import Path
 
 from wsm_ds.errors import Superseded
 
+ATTEMPT_VARIABLE = "WSM_ATTEMPT"
+"""Set by a job script that has raised the number of the newest attempt before it started the ranks."""
+
 
 @dataclass(frozen=True)
 class JobFolder:
@@ -104,10 +107,11 @@ def require_current(job: JobFolder, attempt: int) -> None:
         )
 
 
-def is_done(job: JobFolder, until_step: int) -> bool:
-    """Whether the run has reached `until_step`, and its checkpoint is published."""
+def is_done(job: JobFolder, until_step: int, *, attempt: int | None = None) -> bool:
+    """Whether the run has reached `until_step` (by this attempt, if one is given), and its checkpoint is published."""
     try:
-        return bool(json.loads(job.done.read_text(encoding="utf-8"))["step"] >= until_step)
+        done = json.loads(job.done.read_text(encoding="utf-8"))
+        return bool(done["step"] >= until_step and attempt in (None, done["attempt"]))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -1,5 +1,6 @@
 """One attempt of a training run: started, resumed, interrupted, extended."""
 
+import itertools
 import json
 import logging
 import os
@@ -13,13 +14,12 @@ from wsm_ds.training import checkpoints, interruption, resharding
 from wsm_ds.training.agreement import Agreement
 from wsm_ds.training.compilation import prepare_compilation
 from wsm_ds.training.heartbeat import Heartbeat
-from wsm_ds.training.job import JobFolder, begin_attempt, is_done, mark_done, require_current
+from wsm_ds.training.job import ATTEMPT_VARIABLE, JobFolder, begin_attempt, is_done, mark_done, require_current
 from wsm_ds.training.process_groups import find_ranks, start_process_groups
 from wsm_ds.training.random_states import load_random_states, seed_random_states
 
 log = logging.getLogger(__name__)
-
-ATTEMPT_VARIABLE = "WSM_ATTEMPT"
+_stores = itertools.count()
 
 
 class TrainingJob:
@@ -81,7 +81,7 @@ class TrainingJob:
         source = Path(chosen["path"])
         if chosen["reshard"]:
             out = resharding.resharded_folder(self.job, source.name, wanted)
-            store = _own_store("reshard")
+            store = _own_store()
             resharding.reshard_together(source, wanted, out, store=store, rank=self.rank, world_size=self.world_size)
             self._load(engine, out, None)
             self.agreement.decided(lambda: resharding.remove_resharded(self.job))
@@ -177,8 +177,8 @@ class TrainingJob:
                 file.write(json.dumps(line) + "\n")
 
 
-def _own_store(name: str = "decisions") -> Any:
-    """A part of the store at which the process group met."""
+def _own_store() -> Any:
+    """A part of its own of the store at which the process group met. Ranks: all, equally often."""
     from torch.distributed import PrefixStore, distributed_c10d
 
-    return PrefixStore(f"wsm_ds/{name}", distributed_c10d._get_default_store())
+    return PrefixStore(f"wsm_ds/{next(_stores)}", distributed_c10d._get_default_store())
