@@ -67,7 +67,10 @@ def train(options: argparse.Namespace) -> int:
         save_every=options.save_every,
         seed=options.seed,
         collective_timeout_s=options.collective_timeout_s,
+        constants={"context": options.context, "data": options.data.name},
     )
+    if job.is_done:
+        return job.close()
     size = GPTSize(**{name: getattr(options, name) for name in GPTSize.__dataclass_fields__})
     tokens = open_tokens(options.data, size.vocabulary)
     samples = Samples(tokens, context=size.context, vocabulary=size.vocabulary, seed=options.seed)

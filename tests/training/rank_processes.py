@@ -7,10 +7,12 @@ from it: a process of its own with a pid, signals and an exit code, started in a
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -22,18 +24,18 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "launch", Path(__file__).parent))),
 }
+PRETRAIN = ROOT / "launch/pretrain.py"
 PATIENCE_S = 180.0
 
 
-def run_rank(arguments: list[str], environment: dict[str, str], log: Path) -> None:
-    """A rank: what `python launch/pretrain.py ARGUMENTS` does, with its output in a file."""
+def run_rank(script: str, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    """A rank: what `python SCRIPT ARGUMENTS` does, with its output in a file."""
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    import pretrain
-
-    sys.exit(pretrain.main(arguments))
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
 
 
 def steps(run: Path) -> list[dict[str, Any]]:
@@ -88,6 +90,19 @@ class Started:
         return self
 
 
+Naming = Callable[[int, int], dict[str, str]]
+
+
+def as_torchrun(rank: int, world_size: int) -> dict[str, str]:
+    """What torchrun and deepspeed call a rank of one machine."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+
+
+def as_srun(rank: int, world_size: int) -> dict[str, str]:
+    """What a Slurm step of one task a rank calls it."""
+    return {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_NUM_TASKS": str(world_size)}
+
+
 class Launcher:
     """Starts jobs; ends whatever of them is left."""
 
@@ -96,22 +111,24 @@ class Launcher:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["pretrain", "torch._dynamo"])
 
-    def start(self, run: Path, *arguments: str, ranks: int = 2, environment: dict[str, str] | None = None) -> Started:
-        """Starts `launch/pretrain.py --run RUN ARGUMENTS` on so many ranks."""
+    def start(
+        self,
+        run: Path,
+        *arguments: str,
+        ranks: int = 2,
+        environment: dict[str, str] | None = None,
+        named: Naming = as_torchrun,
+        script: Path = PRETRAIN,
+    ) -> Started:
+        """Starts `SCRIPT --run RUN ARGUMENTS` on so many ranks; `named` tells a rank by a launcher's variables."""
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
         log = self.folder / f"job{len(self.started)}.log"
-        common = ENVIRONMENT | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        common = ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | (environment or {})
+        words = ["--run", str(run), *arguments]
         processes = [
-            self.context.Process(
-                target=run_rank,
-                args=(
-                    ["--run", str(run), *arguments],
-                    common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (environment or {}),
-                    log,
-                ),
-            )
+            self.context.Process(target=run_rank, args=(str(script), words, common | named(rank, ranks), log))
             for rank in range(ranks)
         ]
         for process in processes:

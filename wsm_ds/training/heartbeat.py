@@ -16,7 +16,7 @@ from wsm_ds.training.job import JobFolder, read_attempt, replace_text
 log = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
-UNCHANGED_S = 5.0
+UNCHANGED_S = 2.0
 """How often the file is replaced while the step stays the same."""
 
 

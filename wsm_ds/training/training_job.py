@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.errors import TrainingError
+from wsm_ds.errors import TrainingError, few
 from wsm_ds.training import checkpoints, interruption, resharding
 from wsm_ds.training.agreement import Agreement
 from wsm_ds.training.compilation import prepare_compilation
@@ -19,6 +19,8 @@ from wsm_ds.training.process_groups import find_ranks, start_process_groups
 from wsm_ds.training.random_states import load_random_states, seed_random_states
 
 log = logging.getLogger(__name__)
+CONSTANTS = "wsm_training"
+"""The key of the client state under which a run's constants are saved."""
 _stores = itertools.count()
 
 
@@ -32,6 +34,13 @@ class TrainingJob:
         seed: decides the random states of a new run, and of ranks that the resumed checkpoint did not have.
         collective_timeout_s: after which a collective whose other ranks do not come fails. It must be longer than a
             save takes.
+        constants: plain data that the run must be resumed with, such as what decides the order of the batches.
+
+    Attributes:
+        attempt: the number of this start.
+        is_done: whether an earlier attempt has reached `until_step`, so that nothing is left to do.
+        client_state: what was given to `steps` when the checkpoint that it resumed from was saved.
+        exit_code: of the program: 0 done, 75 saved after a signal and to be started again, else 1.
 
     Ranks: all.
 
@@ -41,42 +50,46 @@ class TrainingJob:
     """
 
     def __init__(
-        self, run: Path, *, until_step: int, save_every: int, seed: int = 0, collective_timeout_s: float = 600.0
+        self,
+        run: Path,
+        *,
+        until_step: int,
+        save_every: int,
+        seed: int = 0,
+        collective_timeout_s: float = 600.0,
+        constants: dict[str, Any] | None = None,
     ) -> None:
-        self.job, self.until_step, self.save_every, self.seed = JobFolder(run), until_step, save_every, seed
+        self.job, self.until_step, self.save_every = JobFolder(run), until_step, save_every
+        self.constants = {"seed": seed} | (constants or {})
         find_ranks()
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         prepare_compilation()
         start_process_groups(collective_timeout_s)
         self.store = _own_store()
         self.agreement = Agreement(self.store, self.rank, collective_timeout_s)
-        self.attempt = int(self.agreement.decided(self._begin))
+        self.attempt, self.is_done = self.agreement.decided(self._begin)
         self.client_state: dict[str, Any] = {}
-        self.exit_code = 1
+        self.exit_code = 0 if self.is_done else 1
         self.values: dict[str, Any] = {}
-
-    @property
-    def is_done(self) -> bool:
-        """Whether there is nothing to do: `until_step` was reached by this attempt or an earlier one."""
-        return is_done(self.job, self.until_step)
 
     def resume(self, engine: Any) -> int:
         """Loads the newest complete checkpoint, if there is one; returns the number of updates made so far.
 
         The checkpoint is rewritten first where it is of another number of ranks or another stage. The scheduler and
         the count of samples come back with it, and random states of each rank; with another number of ranks, and for a
-        new run, those follow from seed, step and rank. `client_state` is then what was given to `steps`.
+        new run, those follow from seed, step and rank.
 
         Ranks: all; rank 0 chooses.
 
         Raises:
             BrokenCheckpoint: there are checkpoints, and none is complete.
             UnsupportedLayout, NoRoom: it is of another form and cannot be rewritten.
+            TrainingError: the checkpoint was saved with other `constants`.
         """
         wanted = resharding.shape_of_engine(engine)
         chosen = self.agreement.decided(lambda: self._choose(wanted))
         if chosen is None:
-            seed_random_states(self.seed, 0, self.rank)
+            seed_random_states(self.constants["seed"], 0, self.rank)
             return 0
         source = Path(chosen["path"])
         if chosen["reshard"]:
@@ -89,7 +102,7 @@ class TrainingJob:
             self._load(engine, source.parent, source.name)
         has_states = chosen["world_size"] == wanted.world_size and load_random_states(source, self.rank)
         if not has_states:
-            seed_random_states(self.seed, engine.global_steps, self.rank)
+            seed_random_states(self.constants["seed"], engine.global_steps, self.rank)
         return int(engine.global_steps)
 
     def steps(self, engine: Any, client_state: dict[str, Any] | None = None) -> Iterator[int]:
@@ -112,6 +125,7 @@ class TrainingJob:
         heartbeat = Heartbeat(
             self.job, attempt=self.attempt, rank=self.rank, world_size=self.world_size, step=first - 1
         )
+        saved = {**(client_state or {}), CONSTANTS: self.constants}
         # only now: while it starts up, a process is to be ended by a signal at once
         interrupted = interruption.Interruption()
         try:
@@ -124,7 +138,7 @@ class TrainingJob:
                 is_interrupted = interrupted.agreed()
                 self._write_line(step, time.monotonic() - began_s)
                 if step % self.save_every == 0 or step == self.until_step or is_interrupted:
-                    checkpoints.save_checkpoint(engine, self.job, self.attempt, self.agreement, client_state or {})
+                    checkpoints.save_checkpoint(engine, self.job, self.attempt, self.agreement, saved)
                 if is_interrupted and step < self.until_step:
                     log.warning("saved at step %d and stopping: %s", step, interrupted.received or "a signal elsewhere")
                     self.exit_code = interruption.EXIT_CODE
@@ -139,18 +153,18 @@ class TrainingJob:
         self.values = values
 
     def close(self) -> int:
-        """Ends the process groups; returns the program's exit code: 0 done, 75 saved after a signal, else 1."""
+        """Ends the process groups; returns `exit_code`. Ranks: all."""
         import torch.distributed
 
         torch.distributed.destroy_process_group()
         return self.exit_code
 
-    def _begin(self) -> int:
+    def _begin(self) -> tuple[int, bool]:
         given = os.environ.get(ATTEMPT_VARIABLE)
         attempt = int(given) if given else begin_attempt(self.job)
         require_current(self.job, attempt)
         checkpoints.remove_older_attempts(self.job, attempt)
-        return attempt
+        return attempt, is_done(self.job, self.until_step)
 
     def _choose(self, wanted: resharding.Shape) -> dict[str, Any] | None:
         layout = checkpoints.newest_complete(self.job.run)
@@ -168,6 +182,14 @@ class TrainingJob:
         path, self.client_state = engine.load_checkpoint(str(root), tag=tag)
         if path is None:
             raise TrainingError(f"DeepSpeed loaded nothing from {root}.")
+        saved = self.client_state.get(CONSTANTS, {})
+        unlike = [
+            f"{name} {saved[name]!r}, now {self.constants.get(name)!r}"
+            for name in saved
+            if saved[name] != self.constants.get(name)
+        ]
+        if unlike:
+            raise TrainingError(f"{path} was saved with {few(unlike)}; these must not change in a run.")
 
     def _write_line(self, step: int, seconds: float) -> None:
         if self.rank == 0:

@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from wsm_ds.errors import RanksSilent, WsmError, few
+from wsm_ds.training.heartbeat import UNCHANGED_S
 from wsm_ds.training.job import ATTEMPT_VARIABLE, JobFolder, is_done, read_attempt, require_current
 
 POLL_S = 1.0
-ALIVE_S = 20.0
-"""A rank whose file was not replaced for so long is stopped or dead, or its host is; the file is replaced each 5 s."""
+STOPPED_S = 3 * UNCHANGED_S
+"""A rank whose file was last replaced so much earlier than another's is stopped or dead, or its host is."""
 
 
 @dataclass
@@ -92,29 +93,26 @@ class Watch:
     def _blame(self, now_s: float) -> str:
         """The slowest rank: one that lives no more, else the lowest step, else one that waits elsewhere than most."""
         places = Counter(seen.beat["where"] for seen in self.seen.values())
+        newest_sign_s = max(seen.alive_s for seen in self.seen.values())
         slowest = min(
             self.seen.values(),
             key=lambda seen: (
-                now_s - seen.alive_s <= min(ALIVE_S, self.timeout_s),
+                seen.alive_s > newest_sign_s - STOPPED_S,
                 seen.beat["step"],
                 places[seen.beat["where"]],
                 seen.step_s,
             ),
         )
         beat, others = slowest.beat, [seen for seen in self.seen.values() if seen is not slowest]
-        silent_s = now_s - slowest.alive_s
-        life = (
-            "is alive" if silent_s <= ALIVE_S else f"was last seen {silent_s:.0f} s ago (stopped, or its host is gone)"
-        )
+        stopped = "" if slowest.alive_s > newest_sign_s - STOPPED_S else " (stopped, or its host is gone)"
         text = (
             f"attempt {self.attempt} of {self.job.run} makes no progress: the slowest is rank {beat['rank']} on "
             f"{beat['host']} (process {beat['pid']}), at step {beat['step']} for {now_s - slowest.step_s:.0f} s, in "
-            f"{beat['where']}; it {life}."
+            f"{beat['where']}; its last sign of life was {now_s - slowest.alive_s:.0f} s ago{stopped}."
         )
         if others:
-            steps = {seen.beat["step"] for seen in others}
-            waiting = few(f"{count} in {place}" for place, count in _places(others))
-            text += f" The others are at step {few(sorted(steps))}: {waiting}."
+            steps = sorted({seen.beat["step"] for seen in others})
+            text += f" The others are at step {few(steps)}: {few(f'{count} in {place}' for place, count in _places(others))}."
         return text
 
 
