@@ -1,14 +1,16 @@
 """Rank 0 decides, every rank follows: texts at the store where the process group met, no tensors."""
 
 import json
-import logging
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 from wsm_ds.errors import PeerFailed
 
-log = logging.getLogger(__name__)
+POLL_S = 0.05
+FAREWELL_S = 5.0
+"""How long rank 0, which holds the store, waits until the others have read why it ends."""
 
 
 class Agreement:
@@ -17,11 +19,12 @@ class Agreement:
     Args:
         store: torch's, of this job alone (`PrefixStore`).
         rank: of this process.
+        world_size: of the job.
         timeout_s: how long a rank waits for a decision.
     """
 
-    def __init__(self, store: Any, rank: int, timeout_s: float) -> None:
-        self.store, self.rank, self.timeout_s = store, rank, timeout_s
+    def __init__(self, store: Any, rank: int, world_size: int, timeout_s: float) -> None:
+        self.store, self.rank, self.world_size, self.timeout_s = store, rank, world_size, timeout_s
         self.count = 0
 
     def decided(self, decide: Callable[[], Any]) -> Any:
@@ -35,19 +38,30 @@ class Agreement:
         """
         self.count += 1
         key = f"decision/{self.count}"
-        if self.rank == 0:
-            try:
-                answer = decide()
-            except Exception as error:
-                self.store.set(key, json.dumps({"error": f"{type(error).__name__}: {error}"}))
-                raise
-            self.store.set(key, json.dumps({"answer": answer}))
-            return json.loads(json.dumps(answer))
+        if self.rank > 0:
+            return self._followed(key)
+        try:
+            answer = decide()
+        except Exception as error:
+            self.store.set(key, json.dumps({"error": f"{type(error).__name__}: {error}"}))
+            self._await_readers(key)
+            raise
+        text = json.dumps({"answer": answer})
+        self.store.set(key, text)
+        return json.loads(text)["answer"]
+
+    def _followed(self, key: str) -> Any:
         try:
             self.store.wait([key], timedelta(seconds=self.timeout_s))
             told = json.loads(self.store.get(key))
         except Exception as error:
-            raise PeerFailed(f"rank 0 has not decided within {self.timeout_s:g} s ({error}).", 1) from error
+            raise PeerFailed(f"rank 0 is gone, or decides nothing for {self.timeout_s:g} s ({error}).", 1) from error
         if "error" in told:
+            self.store.add(f"{key}/read", 1)
             raise PeerFailed(f"rank 0: {told['error']}", 1)
         return told["answer"]
+
+    def _await_readers(self, key: str) -> None:
+        deadline_s = time.monotonic() + FAREWELL_S
+        while time.monotonic() < deadline_s and self.store.add(f"{key}/read", 0) < self.world_size - 1:
+            time.sleep(POLL_S)

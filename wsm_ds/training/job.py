@@ -13,6 +13,8 @@
 
 import json
 import os
+import socket
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +73,7 @@ class JobFolder:
 def replace_text(path: Path, text: str) -> None:
     """Replaces a small file so that a reader sees the old or the new text, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
+    fresh = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.new")
     fresh.write_text(text, encoding="utf-8")
     fresh.replace(path)
 
@@ -93,7 +95,8 @@ def begin_attempt(job: JobFolder) -> int:
             break
         except FileExistsError:
             attempt += 1
-    replace_text(job.attempt, f"{attempt}\n")
+    if read_attempt(job) < attempt:
+        replace_text(job.attempt, f"{attempt}\n")
     return attempt
 
 

@@ -66,18 +66,17 @@ def check_rendezvous(address: str) -> str:
     """A packet gets to HOST:PORT and back. That nobody listens there yet is no fault; that the host is unknown is.
 
     Raises:
-        NodeUnfit: the name is unknown, or the host cannot be reached.
-        RecipeError: it is no HOST:PORT.
+        NodeUnfit: it is no HOST:PORT, the name is unknown, or the host cannot be reached.
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdigit() or int(port) > 65535:
         raise NodeUnfit(f"--rendezvous {address}: HOST:PORT is needed.")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S):
             pass
     except ConnectionRefusedError:
         return f"{address} reached, nobody listens"
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise NodeUnfit(f"the rendezvous {address} cannot be reached: {error}") from error
     return f"{address} reached"
 

@@ -66,7 +66,7 @@ class TrainingJob:
         prepare_compilation()
         start_process_groups(collective_timeout_s)
         self.store = _own_store()
-        self.agreement = Agreement(self.store, self.rank, collective_timeout_s)
+        self.agreement = Agreement(self.store, self.rank, self.world_size, collective_timeout_s)
         self.attempt, self.is_done = self.agreement.decided(self._begin)
         self.client_state: dict[str, Any] = {}
         self.exit_code = 0 if self.is_done else 1
@@ -153,9 +153,10 @@ class TrainingJob:
         self.values = values
 
     def close(self) -> int:
-        """Ends the process groups; returns `exit_code`. Ranks: all."""
+        """Ends the process groups when all ranks are here (rank 0 holds the store); returns `exit_code`. Ranks: all."""
         import torch.distributed
 
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
         return self.exit_code
 

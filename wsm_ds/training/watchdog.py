@@ -112,7 +112,8 @@ class Watch:
         )
         if others:
             steps = sorted({seen.beat["step"] for seen in others})
-            text += f" The others are at step {few(steps)}: {few(f'{count} in {place}' for place, count in _places(others))}."
+            waiting = few(f"{count} in {place}" for place, count in _places(others))
+            text += f" The others are at step {few(steps)}: {waiting}."
         return text
 
 
