@@ -42,7 +42,7 @@ def whole_runs(
     launcher: Launcher, arguments: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, Path]:
     """Runs that nothing interrupted, by ZeRO stage, from two ranks."""
-    runs = {stage: tmp_path_factory.mktemp("whole") / f"zero{stage}" for stage in (1, 2, 3)}
+    runs = {stage: tmp_path_factory.mktemp("whole") / f"zero{stage}" for stage in (2, 3)}
     for stage, run in runs.items():
         started = launcher.start(run, "--config", config(stage), *arguments)
         assert started.wait() == [0, 0], started.output
