@@ -28,9 +28,10 @@ PRETRAIN = ROOT / "launch/pretrain.py"
 PATIENCE_S = 180.0
 
 
-def run_rank(script: str, arguments: list[str], environment: dict[str, str], log: Path) -> None:
-    """A rank: what `python SCRIPT ARGUMENTS` does, with its output in a file."""
+def run_rank(folder: Path, script: str, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    """A rank: what `python SCRIPT ARGUMENTS` does in a folder, with its output in a file."""
     os.environ.update(environment)
+    os.chdir(folder)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -128,7 +129,9 @@ class Launcher:
         common = ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | (environment or {})
         words = ["--run", str(run), *arguments]
         processes = [
-            self.context.Process(target=run_rank, args=(str(script), words, common | named(rank, ranks), log))
+            self.context.Process(
+                target=run_rank, args=(run.parent, str(script), words, common | named(rank, ranks), log)
+            )
             for rank in range(ranks)
         ]
         for process in processes:

@@ -13,6 +13,7 @@ import pytest
 from training.conftest import config
 from training.rank_processes import PRETRAIN, ROOT, Launcher, as_srun, losses, steps
 
+import wsm_ds.training
 from wsm_ds.training.job import JobFolder, begin_attempt
 
 Arguments = tuple[str, ...]
@@ -80,6 +81,9 @@ def test_a_half_written_newest_checkpoint_is_named_and_passed_over_and_the_run_e
 
     lines = len(steps(run))
     assert launcher.start(run, *extended).wait() == [0, 0]
+    refused = launcher.start(run, *extended, "--until-step", "28", "--seed", "1")
+    assert refused.wait() == [1, 1]
+    assert "was saved with seed 0, now 1; these must not change in a run" in refused.output
     assert len(steps(run)) == lines
 
 
@@ -142,6 +146,18 @@ def test_an_attempt_that_comes_back_after_another_was_started_publishes_nothing(
     assert {path: path.stat().st_mtime_ns for path in published} == {path: before[path] for path in published}
     assert checkpoints(run) == checkpoints(whole_runs[2])
     assert losses(run) == losses(whole_runs[2])
+
+
+def test_the_example_of_the_package_runs(launcher: Launcher, tmp_path: Path) -> None:
+    lines = [line[4:] for line in (wsm_ds.training.__doc__ or "").splitlines() if line.startswith("    ")]
+    (tmp_path / "train.py").write_text("\n".join(lines) + "\n")
+    optimizer = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
+    example = {"train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
+    (tmp_path / "ds_config.json").write_text(json.dumps(example | {"optimizer": optimizer}))
+    started = launcher.start(tmp_path / "run", script=tmp_path / "train.py")
+    assert started.wait() == [0, 0], started.output
+    assert checkpoints(tmp_path / "run") == {"global_step5", "global_step10", "global_step15", "global_step20"}
+    assert list(losses(tmp_path / "run")) == list(range(1, 21))
 
 
 def test_torchrun_passes_a_signal_on_and_the_ranks_save(arguments: Arguments, tmp_path: Path) -> None:

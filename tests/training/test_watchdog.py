@@ -52,26 +52,24 @@ def test_a_dead_rank_is_blamed_whatever_the_hosts_clocks_say(job: JobFolder) -> 
         watching.look(61.0)
 
 
-def test_the_rank_with_the_lowest_step_is_blamed_while_all_live(job: JobFolder) -> None:
+@pytest.mark.parametrize(
+    ("rank", "unlike", "blame"),
+    [
+        (1, {"step": 6}, r"rank 1 on node0 .* at step 6.*The others are at step 7"),
+        (2, {"where": "data.py:9 read"}, r"rank 2 on node1 .* in data.py:9 read;.*: 3 in comm.py:1 all_reduce"),
+    ],
+    ids=["lowest step", "elsewhere"],
+)
+def test_the_rank_that_the_others_wait_for_is_blamed_while_all_live(
+    rank: int, unlike: dict[str, Any], blame: str, job: JobFolder
+) -> None:
     watching = watch(job)
-    for now_s in (0.0, 30.0, 62.0):
-        for rank in range(4):
-            beat(job, rank, step=6 if rank == 1 else 7, alive=now_s)
-        if now_s < 60:
-            watching.look(now_s)
-    with pytest.raises(RanksSilent, match=r"rank 1 on node0 .* at step 6.*The others are at step 7"):
-        watching.look(62.0)
-
-
-def test_the_rank_that_is_not_where_the_others_wait_is_blamed(job: JobFolder) -> None:
-    watching = watch(job)
-    for now_s in (0.0, 62.0):
-        for rank in range(4):
-            beat(job, rank, alive=now_s, where="data.py:9 read" if rank == 2 else "comm.py:1 all_reduce")
-        if now_s < 60:
-            watching.look(now_s)
-    with pytest.raises(RanksSilent, match=r"rank 2 on node1 .* in data.py:9 read;.*: 3 in comm.py:1 all_reduce"):
-        watching.look(62.0)
+    for now_s in (0.0, 30.0, 60.0):
+        for other in range(4):
+            beat(job, other, **{"alive": now_s} | (unlike if other == rank else {}))
+        watching.look(now_s)
+    with pytest.raises(RanksSilent, match=blame):
+        watching.look(61.0)
 
 
 def test_ranks_that_never_began_are_named(job: JobFolder) -> None:

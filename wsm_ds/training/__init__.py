@@ -5,11 +5,11 @@
     import deepspeed, torch
     from wsm_ds.training import TrainingJob
 
-    job = TrainingJob(Path("run"), until_step=200, save_every=50)
+    job = TrainingJob(Path("run"), until_step=20, save_every=5)
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 1)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config="ds_config.json")
-    for step in job.steps(engine):  # resumes; saves every 50 steps and on SIGTERM or SIGUSR1; ends on all ranks at once
+    for step in job.steps(engine):  # resumes; saves every 5 steps and on SIGTERM or SIGUSR1; ends on all ranks at once
         generator = torch.Generator().manual_seed(step * job.world_size + job.rank)
         loss = engine(torch.randn(4, 8, generator=generator).bfloat16()).square().mean()
         engine.backward(loss)

@@ -86,6 +86,8 @@ class TrainingJob:
             UnsupportedLayout, NoRoom: it is of another form and cannot be rewritten.
             TrainingError: the checkpoint was saved with other `constants`.
         """
+        import deepspeed.comm as dist
+
         wanted = resharding.shape_of_engine(engine)
         chosen = self.agreement.decided(lambda: self._choose(wanted))
         if chosen is None:
@@ -97,6 +99,7 @@ class TrainingJob:
             store = _own_store()
             resharding.reshard_together(source, wanted, out, store=store, rank=self.rank, world_size=self.world_size)
             self._load(engine, out, None)
+            dist.barrier()
             self.agreement.decided(lambda: resharding.remove_resharded(self.job))
         else:
             self._load(engine, source.parent, source.name)
