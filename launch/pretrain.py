@@ -42,7 +42,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the weights, the order of the data, and dropout")
     add("--collective-timeout-s", type=float, default=600.0, metavar="T", help="ends ranks that wait for a hung one")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it; LOCAL_RANK says the same
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.width % options.heads:
+        parser.error(f"--width {options.width} is no multiple of --heads {options.heads}")
+    if not options.config.is_file():
+        parser.error(f"--config {options.config} is no file")
+    return options
 
 
 def train_step(engine: Any, samples: Samples) -> float:

@@ -6,9 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from wsm_ds.errors import CheckpointNotFound, Superseded
+from wsm_ds.errors import CheckpointNotFound, RecipeError, Superseded
 from wsm_ds.layouts import find_checkpoints
-from wsm_ds.training.job import JobFolder, begin_attempt, is_done, mark_done, read_attempt, require_current
+from wsm_ds.training.job import (
+    JobFolder,
+    begin_attempt,
+    given_attempt,
+    is_done,
+    mark_done,
+    read_attempt,
+    require_current,
+)
 
 
 def test_attempts_are_counted_from_one(tmp_path: Path) -> None:
@@ -51,3 +59,13 @@ def test_the_job_folder_is_no_checkpoint(tmp_path: Path) -> None:
     (staged / "mp_rank_00_model_states.pt").write_bytes(b"half")
     with pytest.raises(CheckpointNotFound):
         find_checkpoints(tmp_path)
+
+
+def test_an_attempt_that_is_given_must_be_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WSM_ATTEMPT", raising=False)
+    assert given_attempt() is None
+    monkeypatch.setenv("WSM_ATTEMPT", "7")
+    assert given_attempt() == 7
+    monkeypatch.setenv("WSM_ATTEMPT", "7a")
+    with pytest.raises(RecipeError, match="WSM_ATTEMPT is '7a'"):
+        given_attempt()

@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.errors import Superseded
-from wsm_ds.training.job import JobFolder, read_attempt, replace_text
+from wsm_ds.training.job import JobFolder, read_attempt, replace_text, superseded
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +46,7 @@ class Heartbeat:
         """
         self.step, self.time = step, time.time()
         if self.newest_attempt != self.attempt:
-            raise Superseded(
-                f"attempt {self.attempt} of {self.job.run} was superseded by attempt {self.newest_attempt}; it ends "
-                "here and publishes nothing more."
-            )
+            raise superseded(self.job, self.attempt, self.newest_attempt)
 
     def stop(self) -> None:
         """Ends the thread."""

@@ -18,7 +18,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from wsm_ds.errors import Superseded
+from wsm_ds.errors import RecipeError, Superseded
 
 ATTEMPT_VARIABLE = "WSM_ATTEMPT"
 """Set by a job script that has raised the number of the newest attempt before it started the ranks."""
@@ -86,6 +86,18 @@ def read_attempt(job: JobFolder) -> int:
         return 0
 
 
+def given_attempt() -> int | None:
+    """The number that a job script has raised and exported; None if it did not.
+
+    Raises:
+        RecipeError: it is no number.
+    """
+    given = os.environ.get(ATTEMPT_VARIABLE, "")
+    if given and not given.isdigit():
+        raise RecipeError(f"{ATTEMPT_VARIABLE} is {given!r}; it must be the number in RUN/job/attempt.")
+    return int(given) if given else None
+
+
 def begin_attempt(job: JobFolder) -> int:
     """Raises the number of the newest attempt and returns it. Two callers at once get different numbers."""
     attempt = read_attempt(job) + 1
@@ -104,10 +116,15 @@ def require_current(job: JobFolder, attempt: int) -> None:
     """Raises Superseded if another attempt has been started since."""
     newest = read_attempt(job)
     if newest != attempt:
-        raise Superseded(
-            f"attempt {attempt} of {job.run} was superseded by attempt {newest}; it writes nothing more. "
-            "A node that was cut off and came back ends so; nothing has to be done."
-        )
+        raise superseded(job, attempt, newest)
+
+
+def superseded(job: JobFolder, attempt: int, newest: int) -> Superseded:
+    """The error of an attempt that is not the newest."""
+    return Superseded(
+        f"attempt {attempt} of {job.run} was superseded by attempt {newest}; it ends here and publishes nothing more. "
+        "A node that was cut off and came back ends so; nothing has to be done."
+    )
 
 
 def is_done(job: JobFolder, until_step: int, *, attempt: int | None = None) -> bool:

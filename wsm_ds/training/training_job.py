@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.errors import TrainingError, few
+from wsm_ds.errors import RecipeError, TrainingError, few
 from wsm_ds.training import checkpoints, interruption, resharding
 from wsm_ds.training.agreement import Agreement
 from wsm_ds.training.compilation import prepare_compilation
 from wsm_ds.training.heartbeat import Heartbeat
-from wsm_ds.training.job import ATTEMPT_VARIABLE, JobFolder, begin_attempt, is_done, mark_done, require_current
+from wsm_ds.training.job import JobFolder, begin_attempt, given_attempt, is_done, mark_done, require_current
 from wsm_ds.training.process_groups import find_ranks, start_process_groups
 from wsm_ds.training.random_states import load_random_states, seed_random_states
 
@@ -59,6 +59,8 @@ class TrainingJob:
         collective_timeout_s: float = 600.0,
         constants: dict[str, Any] | None = None,
     ) -> None:
+        if until_step < 1 or save_every < 1:
+            raise RecipeError(f"until_step ({until_step}) and save_every ({save_every}) must be at least 1.")
         self.job, self.until_step, self.save_every = JobFolder(run), until_step, save_every
         self.constants = {"seed": seed} | (constants or {})
         find_ranks()
@@ -164,8 +166,7 @@ class TrainingJob:
         return self.exit_code
 
     def _begin(self) -> tuple[int, bool]:
-        given = os.environ.get(ATTEMPT_VARIABLE)
-        attempt = int(given) if given else begin_attempt(self.job)
+        attempt = given_attempt() or begin_attempt(self.job)
         require_current(self.job, attempt)
         checkpoints.remove_older_attempts(self.job, attempt)
         return attempt, is_done(self.job, self.until_step)
@@ -180,7 +181,11 @@ class TrainingJob:
             "resuming from %s (%s)%s", layout.path, saved.words, "" if saved == wanted else f" as {wanted.words}"
         )
         resharding.remove_resharded(self.job, but=resharding.resharded_folder(self.job, layout.path.name, wanted))
-        return {"path": str(layout.path), "world_size": saved.world_size, "reshard": saved != wanted}
+        return {
+            "path": str(layout.path),
+            "world_size": saved.world_size,
+            "reshard": saved != wanted and wanted.stage > 0,
+        }
 
     def _load(self, engine: Any, root: Path, tag: str | None) -> None:
         path, self.client_state = engine.load_checkpoint(str(root), tag=tag)

@@ -13,7 +13,6 @@ Ages are measured by this process's clock, from when it saw a heartbeat change: 
 import argparse
 import contextlib
 import json
-import os
 import signal
 import sys
 import threading
@@ -25,7 +24,7 @@ from typing import Any
 
 from wsm_ds.errors import RanksSilent, WsmError, few
 from wsm_ds.training.heartbeat import UNCHANGED_S
-from wsm_ds.training.job import ATTEMPT_VARIABLE, JobFolder, is_done, read_attempt, require_current
+from wsm_ds.training.job import JobFolder, given_attempt, is_done, read_attempt, require_current
 
 POLL_S = 1.0
 STOPPED_S = 3 * UNCHANGED_S
@@ -129,7 +128,7 @@ def watch(run: Path, *, timeout_s: float, start_timeout_s: float, stop: threadin
         Superseded: a newer attempt was started.
     """
     job = JobFolder(run)
-    attempt = int(os.environ.get(ATTEMPT_VARIABLE) or read_attempt(job))
+    attempt = given_attempt() or read_attempt(job)
     watching = Watch(job, attempt, timeout_s=timeout_s, start_timeout_s=start_timeout_s)
     while not (stop.is_set() or is_done(job, 0, attempt=attempt)):
         watching.look(time.monotonic())
