@@ -8,20 +8,24 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STEPS, EVERY, WINDOW, RANKS = 1600, 25, 8, 2
-CONFIG = Path(__file__).parent.parent / "configs/zero2_bf16_wsm.json"
+CONFIG = Path(__file__).parent.parent / "configs/zero2_bf16.json"
 CURVES = ("linear", "1-sqrt")
 
 
 def make_engine() -> Any:
-    """A DeepSpeed engine on a TinyGPT. `import wsm_ds` is what makes "WSMLR" a name of the config."""
+    """A DeepSpeed engine on a small GPT. `import wsm_ds` is what makes "WSMLR" a name of the config."""
     import deepspeed
     import deepspeed.ops
     import torch
-    from tiny_gpt import TinyGPT
+    from gpt import GPT
 
     import wsm_ds  # noqa: F401
 
@@ -29,15 +33,35 @@ def make_engine() -> Any:
     deepspeed.ops.__dict__["__compatible_ops__"] = {}
     deepspeed.init_distributed("gloo" if os.environ.get("DS_ACCELERATOR") == "cpu" else None, verbose=False)
     torch.manual_seed(0)
-    model = TinyGPT()
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=str(CONFIG))
+    model = GPT()
+    config = json.loads(CONFIG.read_text()) | {"train_micro_batch_size_per_gpu": 8}  # no accumulation on two ranks
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     return engine
+
+
+def texts() -> tuple["Tensor", "Tensor"]:
+    """(training, validation) bytes of the Python standard library's sources as uint8; every 16th file is held out."""
+    import torch
+
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(path for path in folder.glob("*.py") if path.stat().st_size)
+    parts = [path for index, path in enumerate(files) if index % 16], files[::16]
+    learned, held_out = (bytearray(b"".join(path.read_bytes() for path in part)) for part in parts)
+    return torch.frombuffer(learned, dtype=torch.uint8), torch.frombuffer(held_out, dtype=torch.uint8)
+
+
+def batch(text: "Tensor", size: int, seed: int) -> "Tensor":
+    """int64 [size, context + 1]: the same for the same seed."""
+    import torch
+    from gpt import GPTSize
+
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(text) - GPTSize.context - 1, (size, 1), generator=generator)
+    return text[starts + torch.arange(GPTSize.context + 1)].long()
 
 
 def train(run: Path) -> None:
     """Trains STEPS updates at a rate that never decays, and saves every EVERY."""
-    from tiny_gpt import batch, texts
-
     engine, (text, _) = make_engine(), texts()
     for step in range(1, STEPS + 1):
         size = engine.train_micro_batch_size_per_gpu()
@@ -52,16 +76,17 @@ def train(run: Path) -> None:
 
 def evaluate(out: Path) -> None:
     """Loads every raw checkpoint and every merge with `engine.load_checkpoint`; writes their validation losses."""
-    from tiny_gpt import texts, validation_loss
+    from gpt import mean_loss
 
     engine, (_, text) = make_engine(), texts()
+    batches = [batch(text, 16, seed) for seed in range(16)]
     losses = {}
     window = sorted((out / "run").glob("global_step*"), key=lambda path: int(path.name[11:]))[-WINDOW:]
     for name, root, tag in [(path.name, out / "run", path.name) for path in window] + [
         (f"merge, {curve}", out / f"merged-{curve}", None) for curve in CURVES
     ]:
         engine.load_checkpoint(str(root), tag=tag)
-        losses[name] = validation_loss(engine, text)
+        losses[name] = mean_loss(engine, batches)
     if engine.global_rank == 0:
         (out / "losses.json").write_text(json.dumps(losses, indent=2))
 

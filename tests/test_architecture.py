@@ -10,11 +10,11 @@ ORDER = (
     "errors", "sizes", "dtypes", "crc32", "checksum", "arithmetic", "curves", "coefficients", "lr_schedules",
     "deepspeed_registration", "torchfile", "layouts", "intersect", "beside", "ranks", "recipe", "window", "plan",
     "streams", "rewrite", "forms", "plan_zero", "plan_safetensors", "tasks", "journal", "reading", "reflink", "staging",
-    "engine", "room", "publish", "manifest", "merging", "verification", "inspect", "report", "progress", "storage",
-    "watching", "cli", "__main__",
+    "engine", "room", "publish", "manifest", "merging", "verification", "inspect", "report", "progress", "watching",
+    "storage", "training", "cli", "__main__",
 )  # fmt: skip
 """Each may import what stands before it."""
-MAY_IMPORT = {"deepspeed": {"deepspeed_registration"}, "torch": {"lr_schedules", "ranks"}}
+MAY_IMPORT = {"deepspeed": {"deepspeed_registration", "training"}, "torch": {"lr_schedules", "ranks", "training"}}
 
 
 def imports(path: Path) -> set[str]:

@@ -109,6 +109,32 @@ class NoRoom(WsmError, OSError):
     exit_code = 3
 
 
+class Superseded(WsmError, RuntimeError):
+    """A newer attempt of the same run was started; this one may publish nothing more."""
+
+
+class StaleLock(WsmError, FileExistsError):
+    """A lock that no living process holds would be waited for without end."""
+
+    exit_code = 3
+
+
+class TrainingError(WsmError, RuntimeError):
+    """A training script does what `wsm_ds.training` cannot work with."""
+
+
+class NodeUnfit(WsmError, RuntimeError):
+    """A node is not fit for a job; the reason is named."""
+
+    exit_code = 3
+
+
+class RanksSilent(WsmError, TimeoutError):
+    """Ranks of a running job make no progress; the slowest is named."""
+
+    exit_code = 3
+
+
 def few(items: Iterable[object], limit: int = 5, total: int | None = None) -> str:
     """The first `limit` items and how many there are (`total`, if `items` are not all), for an error message."""
     shown = [str(item) for item in items]

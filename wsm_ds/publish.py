@@ -187,12 +187,21 @@ def write_text(path: Path, text: str) -> None:
 def commit(staging: Staging, manifest: dict[str, Any]) -> None:
     """Writes the manifest, syncs the folders, renames the content to its place and removes the rest."""
     write_text(staging.content / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    for folder in [path for path in staging.content.rglob("*") if path.is_dir()] + [staging.content]:
-        _sync_folder(folder)
-    require_absent(staging.out)
-    staging.content.rename(staging.out)
-    _sync_folder(staging.out.parent)
+    appear(staging.content, staging.out)
     discard(staging.out)
+
+
+def appear(content: Path, out: Path) -> None:
+    """Renames a folder, whose files are synced, to its place; both lie on one file system.
+
+    Raises:
+        OutputExists: something is there.
+    """
+    for folder in [path for path in content.rglob("*") if path.is_dir()] + [content]:
+        _sync_folder(folder)
+    require_absent(out)
+    content.rename(out)
+    _sync_folder(out.parent)
 
 
 def discard(out: Path) -> None:

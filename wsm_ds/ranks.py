@@ -152,7 +152,7 @@ def launched_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
     """
     found = dict(os.environ if environment is None else environment)
     if "WORLD_SIZE" not in found and int(found.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        found |= _from_slurm(found)
+        found |= slurm_variables(found)
     if int(found.get("WORLD_SIZE", "1")) < 2:
         return Ranks()
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in found]
@@ -186,7 +186,7 @@ def _meet() -> Ranks:
     return StoreRanks(store, rank, world_size)
 
 
-def _from_slurm(found: Mapping[str, str]) -> dict[str, str]:
+def slurm_variables(found: Mapping[str, str]) -> dict[str, str]:
     """What torchrun would set, for a step of one task a rank."""
     named = {"RANK": found["SLURM_PROCID"], "WORLD_SIZE": found["SLURM_STEP_NUM_TASKS"]}
     if "MASTER_ADDR" not in found:

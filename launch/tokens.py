@@ -1,0 +1,84 @@
+"""Tokens on disk, and which of them make a batch: a pure function of the seed and the sample's number.
+
+So an interrupted run goes on with the samples that it has not seen, and a run on another number of ranks sees the same
+global batches: nothing has to be saved but how many samples were used, which DeepSpeed counts.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+MASK = (1 << 64) - 1
+
+
+def open_tokens(path: Path, vocabulary: int) -> NDArray[np.integer]:
+    """The tokens of a file or of all files below a folder, in the order of their names.
+
+    `.bin` files are flat arrays of little-endian uint16, or of uint32 where the vocabulary is larger than 65,536, and
+    are mapped, not read. Any other file is text, whose bytes are the tokens.
+
+    Raises:
+        SystemExit: nothing is there, or kinds are mixed.
+    """
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    files = [file for file in files if file.is_file() and file.stat().st_size]
+    if not files:
+        raise SystemExit(f"--data {path}: there is no file with anything in it")
+    binary = [file for file in files if file.suffix == ".bin"]
+    if not binary:
+        return np.frombuffer(b"".join(file.read_bytes() for file in files), dtype=np.uint8)
+    if len(files) > 1:
+        raise SystemExit(f"--data {path}: give one .bin file (cat joins several), or text files; it has {len(files)}")
+    dtype = np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
+    if path.stat().st_size % dtype.itemsize:
+        raise SystemExit(f"--data {path}: {path.stat().st_size} bytes are no whole number of {dtype.name} tokens")
+    return np.memmap(binary[0], dtype=dtype, mode="r")
+
+
+class Samples:
+    """Windows of `context` + 1 tokens, each once an epoch, in an order that the seed and the epoch decide."""
+
+    def __init__(self, tokens: NDArray[np.integer], *, context: int, vocabulary: int, seed: int) -> None:
+        self.tokens, self.context, self.vocabulary, self.seed = tokens, context, vocabulary, seed
+        self.windows = (len(tokens) - 1) // context
+        if self.windows < 1:
+            raise SystemExit(f"the data has {len(tokens)} tokens; one sample needs {context + 1}")
+
+    def batch(self, numbers: Iterable[int]) -> torch.Tensor:
+        """int64 [samples, context + 1] of samples by their numbers in the run, from 0."""
+        rows = []
+        for number in numbers:
+            epoch, index = divmod(number, self.windows)
+            start = shuffled(index, self.windows, self.seed * 0x9E3779B97F4A7C15 + epoch) * self.context
+            rows.append(self.tokens[start : start + self.context + 1].astype(np.int64))
+        batch = np.stack(rows)
+        if batch.max() >= self.vocabulary:
+            raise SystemExit(f"the data holds token {batch.max()}, but --vocabulary is {self.vocabulary}")
+        return torch.from_numpy(batch)
+
+
+def shuffled(index: int, count: int, key: int) -> int:
+    """Where a permutation of range(count) puts `index`: a Feistel network, walked until it falls into the range.
+
+    The permutation of 10**9 windows needs no list of them.
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for turn in range(4):
+            left, right = right, left ^ (_mixed(right + _mixed(key + turn)) & mask)
+        index = left << half | right
+        if index < count:
+            return index
+
+
+def _mixed(value: int) -> int:
+    """The finalizer of SplitMix64: 64 bits that depend on every bit of the value."""
+    value = (value & MASK) ^ (value & MASK) >> 30
+    value = value * 0xBF58476D1CE4E5B9 & MASK
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & MASK
+    return value ^ value >> 31

@@ -1,0 +1,77 @@
+"""A rank's sign of life on shared storage, which the watchdog reads."""
+
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from wsm_ds.training.job import JobFolder, read_attempt, replace_text, superseded
+
+log = logging.getLogger(__name__)
+
+INTERVAL_S = 1.0
+UNCHANGED_S = 2.0
+"""How often the file is replaced while the step stays the same."""
+
+
+class Heartbeat:
+    """Replaces RUN/job/heartbeat/rank_NNNNN.json in a thread, so that slow storage does not slow the training.
+
+    The file holds `attempt`, `step` (whose end was reached last), `time` (when), `host`, `rank`, `world_size`, `pid`,
+    `alive` (when it was written: a stopped process or a dead host writes no more) and `where` (the line at which the
+    main thread is: the rank for which the others wait is at another one than they are).
+    """
+
+    def __init__(self, job: JobFolder, *, attempt: int, rank: int, world_size: int, step: int) -> None:
+        self.job, self.attempt = job, attempt
+        self.path = job.heartbeats / f"rank_{rank:05d}.json"
+        self.fixed = {"host": socket.gethostname(), "rank": rank, "world_size": world_size, "pid": os.getpid()}
+        self.step, self.time = step, time.time()
+        self.newest_attempt = attempt
+        self.main_thread = threading.get_ident()
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
+        self.thread.start()
+
+    def reached(self, step: int) -> None:
+        """The end of a step is reached.
+
+        Raises:
+            Superseded: another attempt has been started since.
+        """
+        self.step, self.time = step, time.time()
+        if self.newest_attempt != self.attempt:
+            raise superseded(self.job, self.attempt, self.newest_attempt)
+
+    def stop(self) -> None:
+        """Ends the thread."""
+        self.stopped.set()
+        self.thread.join()
+
+    def _beat(self) -> None:
+        written_step, written_s = -1, 0.0
+        while not self.stopped.is_set():
+            if self.step != written_step or time.monotonic() - written_s >= UNCHANGED_S:
+                written_step, written_s = self.step, time.monotonic()
+                try:
+                    replace_text(self.path, json.dumps(self._now()))
+                    self.newest_attempt = read_attempt(self.job)
+                except (OSError, ValueError) as error:
+                    log.warning("no heartbeat could be written: %s", error)
+            self.stopped.wait(INTERVAL_S)
+
+    def _now(self) -> dict[str, Any]:
+        beat = {"attempt": self.attempt, "step": self.step, "time": self.time, "alive": time.time()}
+        return beat | self.fixed | {"where": _place(self.main_thread)}
+
+
+def _place(thread: int) -> str:
+    frame = sys._current_frames().get(thread)
+    if frame is None:
+        return "nowhere"
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"

@@ -1,0 +1,51 @@
+"""Process groups whose every collective ends in time, and ranks from whichever launcher there is."""
+
+import os
+import socket
+from datetime import timedelta
+
+from wsm_ds.errors import RecipeError
+from wsm_ds.ranks import slurm_variables
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def find_ranks() -> None:
+    """Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where no launcher has.
+
+    torchrun and `deepspeed` set them; a Slurm step of one task a rank (`srun`, `deepspeed --launcher slurm`) has
+    SLURM_PROCID and its kin instead. Without any of them the process is alone.
+
+    Raises:
+        RecipeError: only some of them are set.
+    """
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        os.environ.update(slurm_variables(os.environ) | {"LOCAL_RANK": os.environ["SLURM_LOCALID"]})
+    elif not {"RANK", "WORLD_SIZE"} & set(os.environ):
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    missing = [name for name in NAMES if name not in os.environ]
+    if missing:
+        raise RecipeError(f"{', '.join(missing)} are not set; start the ranks with torchrun, deepspeed or srun.")
+
+
+def _free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def start_process_groups(timeout_s: float) -> None:
+    """`deepspeed.init_distributed`, so that no collective of any group waits longer than `timeout_s`.
+
+    DeepSpeed makes its own groups by `new_group(ranks)` without a timeout (`comm/torch.py`), so those have torch's
+    defaults, 30 minutes with gloo and 10 with NCCL, whatever `init_distributed` was told. Here the defaults are set.
+
+    Ranks: all.
+    """
+    import deepspeed
+    from torch.distributed import distributed_c10d
+
+    timeout = timedelta(seconds=timeout_s)
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout
+    deepspeed.init_distributed(timeout=timeout, auto_mpi_discovery=False, verbose=False)
