@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deepspeed_runs import launch
+from deepspeed_runs import DTYPES, STAGES, launch
 
-STAGES, DTYPES = (1, 2, 3), ("bf16", "fp16", "fp32")
 WIDE = ((2, "bf16"), (2, "fp32"), (3, "bf16"))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parent
+STAGES, DTYPES = (1, 2, 3), ("bf16", "fp16", "fp32")
 
 
 def launch(

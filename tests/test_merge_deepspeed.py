@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DTYPES, STAGES
-from deepspeed_runs import launch
+from deepspeed_runs import DTYPES, STAGES, launch
 from reference import average, load_all, merged_masters, merged_parameters, moments, partitions, unpadded
 from safetensors.torch import load_file
 
