@@ -87,7 +87,8 @@ def require_expert_files(where: object, found: list[str], model: Any) -> None:
     missing, foreign = sorted(set(expected) - held), sorted(held - set(expected))
     if missing:
         raise BrokenCheckpoint(
-            f"{where} is incomplete: it has {len(held)} of {sum(counts)} experts' files, not {few(missing)}."
+            f"{where} is incomplete: it has {len(held)} of {sum(counts)} experts' files; experts' files are missing: "
+            f"{few(missing)}."
         )
     if foreign:
         raise BrokenCheckpoint(f"{where} holds experts that its model has not ({few(foreign)}): of another save?")

@@ -272,7 +272,8 @@ def _require_files(path: Path, what: str, found: dict[Rank, str], sizes: Rank) -
     """Raises BrokenCheckpoint unless all ranks of so many model-parallel and data-parallel ones, and no others, have
     files. Walks only as far as there are files: a broken file may name any number of ranks."""
     ranks = (Rank(mp, dp) for mp in range(sizes.mp) for dp in range(sizes.dp))
-    missing = list(islice((_rank_name(rank) for rank in ranks if rank not in found), 6))
+    suffix = "optim_states.pt" if what == "optimizer file" else "model_states.pt"
+    missing = list(islice((f"{_rank_name(rank)}_{suffix}" for rank in ranks if rank not in found), 6))
     count, held = sizes.mp * sizes.dp, sum(rank.mp < sizes.mp and rank.dp < sizes.dp for rank in found)
     if missing:
         raise BrokenCheckpoint(
