@@ -92,6 +92,35 @@ class AlikeModel(torch.nn.Module):
         return self.head(self.second(torch.tanh(self.first(self.embedding(tokens)))))
 
 
+class SharingModel(torch.nn.Module):
+    """Buffers and frozen parameters that share storages: one in both layers, as rotary embeddings do, and views.
+
+    Made in the engine's dtype, or its cast would give each its own storage.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        angles, positions = torch.arange(1, 9, dtype=dtype), torch.arange(6)
+        line, fixed = torch.arange(12, dtype=dtype), torch.ones(8, 8, dtype=dtype)
+        self.embedding = torch.nn.Embedding(13, 8)
+        for name in ("first", "second"):
+            layer = torch.nn.Linear(8, 8)
+            layer.register_buffer("inv_freq", angles)
+            layer.register_buffer("positions", positions)
+            self.add_module(name, layer)
+        self.register_buffer("low", line[:8])
+        self.register_buffer("high", line[5:])
+        self.fixed = torch.nn.Parameter(fixed, requires_grad=False)
+        self.fixed_rows = torch.nn.Parameter(fixed[2:4], requires_grad=False)
+        self.head = torch.nn.Linear(8, 13)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.first.inv_freq.mul_(0.75)
+        self.low.add_(1)
+        x = self.embedding(tokens) + self.high.sum()
+        return self.head(torch.tanh(self.second(self.first(x @ self.fixed) * self.second.inv_freq)))
+
+
 class MoEModel(torch.nn.Module):
     """Two layers of experts between dense ones; job["ep"] ranks share the experts."""
 
@@ -152,6 +181,8 @@ def build_engine(job: dict[str, Any]) -> Any:
         return moe_engine(job)
     torch.manual_seed(7)
     model = AlikeModel() if job.get("alike") else TinyModel(job.get("width", 9))
+    if job.get("sharing"):
+        model = SharingModel(DTYPES[job["dtype"]])
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     if job.get("reversed"):
@@ -282,7 +313,7 @@ def do_load(job: dict[str, Any]) -> dict[str, Any]:
     state = {
         "masters": [t.detach().clone() for t in master_partitions(engine)],
         "module": module_weights(engine),
-        "buffers": {name: b.clone() for name, b in engine.module.named_buffers()},
+        "buffers": {name: b.clone() for name, b in engine.module.named_buffers(remove_duplicate=False)},
         "moments": [
             {k: v.clone() for k, v in s.items() if torch.is_tensor(v)}
             for s in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values()

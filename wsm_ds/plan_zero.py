@@ -5,15 +5,18 @@ from typing import Any
 
 import numpy as np
 
-from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, few
+from wsm_ds.dtypes import ALL
+from wsm_ds.errors import BrokenCheckpoint, LayoutMismatch, UnsupportedLayout, few
 from wsm_ds.forms.form import WantedForm, open_origin, target_form
 from wsm_ds.forms.universal import universal_templates
 from wsm_ds.forms.zero import zero_templates
 from wsm_ds.intersect import ITEMSIZES
 from wsm_ds.layouts import Layout
 from wsm_ds.layouts.layout import FRAGMENT, Table
+from wsm_ds.layouts.schema import is_stage0
 from wsm_ds.plan import Bytes, Copy, CrcField, OutputFile, Template, around
 from wsm_ds.rewrite import Inputs, inputs_of, rewritten
+from wsm_ds.shared_bytes import written_once
 from wsm_ds.streams import SourceTables, Wanted
 from wsm_ds.torchfile import Archive, open_torch_file
 
@@ -87,6 +90,8 @@ def zero_part(
     else:
         templates, places = zero_templates(origin, target, first, not drop, allowed_globals)
     places = {kind: tables.renumbered(table, newest) for kind, table in places.items()}
+    shareable = ("frozen", "buffer", *(["master"] if newest.stage == 0 else []))  # of the module, not the optimizer
+    places |= {kind: _once(tables, window, kind, places[kind]) for kind in shareable if kind in places}
     wanted = [window.wanted(kind, places[kind]) for kind in ("master", "frozen", "buffer") if kind in places]
     if "module" in places:
         wanted.append(window.wanted("master", places["module"], is_cast=True))
@@ -99,6 +104,28 @@ def zero_part(
         elif (is_reformed or reads_states) and not drop:
             wanted.append(window.wanted(kind, places[kind], of_newest=True))
     return PartFiles(finished(window, templates, wanted, prefix=f"{tag}/"), tuple(wanted))
+
+
+def _once(tables: SourceTables, window: PartWindow, kind: str, table: Table) -> Table:
+    """The table without elements that have their bytes in the output from another name.
+
+    Raises:
+        LayoutMismatch: the newest holds tensors in the same bytes that an older one holds apart: their averages differ.
+    """
+    newest = window.newest(tables)
+    once = written_once(table, str(newest.path))
+    if kind == "frozen" or not once.shared:
+        return once.table  # what does not change over the window is the newest's in any case
+    averaged = {int(row["tensor"]) for row in table if ALL[row["dtype"]].is_floating}
+    for number in window.members:
+        held = written_once(tables.table(number, kind), str(tables.layouts[number].path)).shared
+        apart = {tables.names[shared[0]] for shared in once.shared - held if shared[0] in averaged}
+        if apart:
+            raise LayoutMismatch(
+                f"{newest.path} holds {few(sorted(apart))} in the same bytes as others, "
+                f"{tables.layouts[number].path} does not. Leave it out, or write safetensors, which keep them apart."
+            )
+    return once.table
 
 
 def _same_layout(
@@ -127,7 +154,10 @@ def finished(
         begin, end = begins[low:high], ends[low:high]
         is_new = any(isinstance(piece, Bytes) for piece in template.base)
         if np.any(begin[1:] < end[:-1]):
-            raise UnsupportedLayout(f"{prefix}{template.name}: two tensors to be merged share bytes of it.")
+            raise UnsupportedLayout(
+                f"{prefix}{template.name}: two tensors to be merged share bytes of it. "
+                "Write safetensors, which keep them apart."
+            )
         touched = tuple(
             crc
             for crc in template.crcs
@@ -142,10 +172,10 @@ def _template(
     archive: Archive, inputs: Inputs, drop: bool, allowed_globals: frozenset[str]
 ) -> tuple[Template, dict[int, int]]:
     """The template of a file, and where its records' data has moved to (empty: nothing moved)."""
-    holder = "optimizer_state_dict" if archive.path.name.endswith("optim_states.pt") else "optimizer"
     tree = open_torch_file(archive.path, allowed_globals).tree if drop else {}
-    if tree.get(holder) is not None:
-        _drop_states(tree[holder])
+    is_optimizer = archive.path.name.endswith("optim_states.pt")
+    if drop and (is_optimizer or is_stage0(tree)):
+        _drop_states(tree["optimizer_state_dict" if is_optimizer else "optimizer"])
         fresh = rewritten(archive.path.name, tree, archive, inputs, allowed_globals)
         return fresh.template, fresh.moved
     file = inputs.numbers[str(archive.path)]

@@ -9,7 +9,7 @@ from wsm_ds.errors import BrokenCheckpoint
 from wsm_ds.layouts import zero12
 from wsm_ds.layouts.rank_files import element_wise
 from wsm_ds.layouts.universal import open_parameters, whole
-from wsm_ds.torchfile import TorchFile
+from wsm_ds.torchfile import Tensor, TorchFile
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def read_groups(model: TorchFile, state: dict[str, Any], dealt_to: int) -> tuple
         flat = flats[held[0]] if held else flats[0]
         padding = 0 if is_stage3 or "zero_stage" not in state else int(state["group_paddings"][number])
         element_values = element_wise(states, flat.numel, flat.numel + padding)
-        if entry.get("use_muon") and zero12.MOMENTUM in states:
+        if entry.get("use_muon") and isinstance(states.get(zero12.MOMENTUM), Tensor):
             element_values[zero12.MOMENTUM] = states[zero12.MOMENTUM]
         groups.append(
             Group(

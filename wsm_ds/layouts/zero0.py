@@ -66,7 +66,7 @@ def read_optimizer(file: TorchFile) -> Optimizer:
     trained = set(weights) if module_is_master else {piece.name for piece in named}
     tensors = {n: TensorInfo(t.shape, t.dtype, "parameter") for n, t in weights.items() if n in trained}
     tensors |= {n: TensorInfo(t.shape, t.dtype, "frozen") for n, t in weights.items() if n not in trained}
-    held = {n: module[n] for n in buffers if isinstance(module.get(n), Tensor)}
+    held = {n: tensor for n, tensor in module.items() if n in buffers and isinstance(tensor, Tensor)}
     tensors |= {n: TensorInfo(t.shape, t.dtype, "buffer") for n, t in held.items()}
     return Optimizer(
         tensors, aliases, named, list(base["param_groups"]), module_is_master, bool(base["state"]) and not named

@@ -57,7 +57,7 @@ def _place_partition(
     states = _states(state, group)
     flats = {"master": masters, **element_wise(states, masters.numel, size)}
     places = dict.fromkeys(flats, slices)
-    if is_muon(state["base_optimizer_state"], group) and MOMENTUM in states:
+    if is_muon(state["base_optimizer_state"], group) and isinstance(states.get(MOMENTUM), Tensor):
         flats[MOMENTUM], places[MOMENTUM] = states[MOMENTUM], whole_parameters(slices, files.tensors)
     for kind, flat in flats.items():
         base = optim.byte_offset(flat)
