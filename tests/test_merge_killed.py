@@ -157,6 +157,19 @@ def test_a_killed_merge_goes_on_with_its_own_window_although_training_went_on(ru
     assert [source["step"] for source in merged["sources"]] == [2, 4]
 
 
+def test_a_killed_merge_goes_on_although_its_run_is_a_relative_path_or_a_link(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to(runs / "w2_s2_bf16")
+    recipe = {"run": Path("link"), "last": [2, 3], "curve": "linear", "out": Path("out")}
+    assert killed_at(30, recipe)
+    merge_all(make_recipes(**recipe))
+    for last in (2, 3):
+        merge(run=runs / "w2_s2_bf16", last=last, curve="linear", out=tmp_path / f"alone{last}")
+        assert contents(tmp_path / f"out/last{last}") == contents(tmp_path / f"alone{last}")
+
+
 def test_a_source_that_changed_since_the_kill_is_noticed(runs: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(runs / "w2_s2_bf16", tmp_path / "run"))
     recipe = {"run": run, "last": 3, "curve": "linear", "out": tmp_path / "out"}

@@ -180,6 +180,16 @@ def test_what_a_launcher_has_not_set_is_named() -> None:
         launched_ranks({"WORLD_SIZE": "2", "RANK": "0"})
 
 
+def test_a_rank_that_plans_late_plans_the_same_merge(runs: Path, tmp_path: Path) -> None:
+    code = "from wsm_ds import merging; import os, sys, time; plan_merge = merging.plan_merge\n"
+    code += "def late(recipes): time.sleep(3 * int(os.environ['RANK'])); return plan_merge(recipes)\n"
+    code += "merging.plan_merge = late\n" + CLI
+    (tmp_path / "link").symlink_to(runs / "w2_s2_bf16")
+    arguments = ["merge", str(tmp_path / "link"), "--last", "2,3", "--out", str(tmp_path / "out")]
+    done = merged(code, 2, arguments)
+    assert [code for code, _, _ in done] == [0, 0], done
+
+
 def test_ranks_that_planned_different_merges_stop(runs: Path, tmp_path: Path) -> None:
     port, out = free_port(), str(tmp_path / "out")
     processes = [

@@ -53,7 +53,7 @@ def description(plan: Plan, part: int) -> dict[str, Any]:
     known = {
         "recipe": {name: value for name, value in chosen.recipe.items() if name not in NOT_OF_THE_RESULT},
         "sources": described(chosen)["sources"],
-        "inputs": [[str(source.path), source.nbytes, source.mtime_ns] for source in inputs],
+        "inputs": [[str(source.path.resolve()), source.nbytes, source.mtime_ns] for source in inputs],
         "files": [[output.name, output.nbytes] for _, output in plan.files_of(part)],
         "block_bytes": BLOCK_BYTES,
     }
@@ -64,7 +64,7 @@ def _is_of(plan: Plan, part: int, path: Path) -> bool:
     """Whether an input belongs to the part's own window, or to none (a file copied beside it)."""
     own = {str(source.path) for source in plan.parts[part].sources}
     others = {str(source.path) for other in plan.parts for source in other.sources} - own
-    return not any(path.is_relative_to(other) for other in others)
+    return not any(path.resolve().is_relative_to(other) for other in others)
 
 
 def make_manifest(plan: Plan, part: int, written: Sequence[Written]) -> dict[str, Any]:

@@ -218,6 +218,7 @@ def run_plan(
     stagings = [Staging(part.out) for part in plan.parts]
     descriptions = [description(plan, number) for number in range(len(plan.parts))]
     workers = workers_for(plan, plan.memory_bytes, plan.threads)
+    ranks.barrier("planned")  # what rank 0 stages would look, to a rank that still plans, like another merge's
     with ExitStack() as stack:
         require_memory(plan.memory_bytes)
         files = StagedFiles(plan, [s.content for s in stagings], [s.folder for s in stagings], ranks.rank)

@@ -74,7 +74,6 @@ def reshard_together(checkpoint: Path, shape: Shape, out: Path, *, store: Any, r
         recipe = one_recipe(checkpoint.parent, checkpoint.name, out, **form)
         ranks.barrier("met")
         plan = plan_merge(recipe)
-        ranks.barrier("planned")
         run_plan(plan, ranks=ranks)
 
 
