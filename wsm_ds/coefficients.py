@@ -27,6 +27,7 @@ from wsm_ds.curves import Array, Curve, parse_curve
 from wsm_ds.errors import CurveError
 
 SUM_TOLERANCE = 1e-9
+MOST_CHECKPOINTS = 1_000_000
 _RISE_TOLERANCE = 1e-12  # of a curve's own rounding; a user's table may not rise at all
 
 
@@ -59,6 +60,8 @@ def grid(n: int | None = None, *, steps: Iterable[float] | None = None, oldest_i
     count = _exact(n, "n")
     if count < 1 or count.denominator != 1:
         raise CurveError(f"n, the number of checkpoints, must be a whole number >= 1, found {n}")
+    if count > MOST_CHECKPOINTS:
+        raise CurveError(f"n, the number of checkpoints, is at most {MOST_CHECKPOINTS}, found {n}")
     return np.arange(1, int(count), dtype=np.float64) / float(count)
 
 

@@ -14,7 +14,8 @@ from typing_extensions import TypedDict
 from wsm_ds import checksum
 from wsm_ds.errors import VerificationFailed, few
 from wsm_ds.plan import Plan, described
-from wsm_ds.publish import MANIFEST
+from wsm_ds.publish import MANIFEST, RecordedSource
+from wsm_ds.small_files import read_small
 from wsm_ds.staging import Written
 from wsm_ds.tasks import BLOCK_BYTES
 
@@ -28,20 +29,13 @@ class _File(TypedDict):
     xxh3_128_of_blocks: str
 
 
-class _Source(TypedDict):
-    path: str
-    tag: str
-    step: Annotated[int, Field(strict=True, ge=0)]
-    coefficient: float
-
-
 class _Recorded(TypedDict):
     """What a manifest must hold for its output to be verified."""
 
     files: dict[str, _File]
     block_bytes: Annotated[int, Field(strict=True, ge=1, le=MOST_BLOCK_BYTES)]
     recipe: dict[str, Any]
-    sources: Annotated[list[_Source], Field(min_length=1)]
+    sources: Annotated[list[RecordedSource], Field(min_length=1)]
 
 
 def description(plan: Plan, part: int) -> dict[str, Any]:
@@ -97,7 +91,7 @@ def read_manifest(out: Path) -> dict[str, Any]:
     """
     path = out / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(read_small(path))
     except FileNotFoundError as error:
         raise VerificationFailed(f"{out} has no {MANIFEST}: it is not a merge's output, or not whole.") from error
     except (OSError, ValueError, RecursionError) as error:

@@ -14,6 +14,8 @@ from wsm_ds.plan import Bytes, Template, Zeros
 from wsm_ds.plan_zero import PartFiles, PartWindow, finished
 from wsm_ds.streams import SourceTables, whole_tensors
 
+METADATA = "__metadata__"
+"""The entry of a safetensors header that is no tensor."""
 KIND_OF_ROLE = {"parameter": "master", "frozen": "frozen", "buffer": "buffer"}
 
 
@@ -37,7 +39,7 @@ def safetensors_part(
         rename: regular expressions → replacements, for every name, in order.
 
     Raises:
-        RecipeError: two tensors would get one name.
+        RecipeError: two tensors would get one name, or one a name that is none.
         UnsupportedLayout: the checkpoints are model-parallel.
     """
     newest = window.newest(tables)
@@ -78,10 +80,10 @@ def _renamed(tensors: dict[str, TensorInfo], rename: dict[str, str]) -> dict[str
             names[fqn] = re.sub(pattern, replacement, names[fqn])
     taken: dict[str, str] = {}
     for fqn, name in names.items():
-        if not name or name in taken:
-            raise RecipeError(
-                f"rename gives {fqn} the name {name!r}, which {taken.get(name, 'no tensor')} has already."
-            )
+        if name in ("", METADATA):
+            raise RecipeError(f"{fqn} would be called {name!r} in safetensors, which is no tensor's name; use rename.")
+        if name in taken:
+            raise RecipeError(f"rename gives {fqn} the name {name!r}, which {taken[name]} has already.")
         taken[name] = fqn
     return names
 
@@ -110,7 +112,7 @@ def _shard(
     file: str, names: list[str], tensors: dict[str, TensorInfo], dtypes: dict[str, DType], renamed: dict[str, str]
 ) -> _Shard:
     """Tensors of wider dtypes first, so that each is aligned to its element size."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {METADATA: {"format": "pt"}}
     offsets, position = {}, 0
     for name in sorted(names, key=lambda name: -dtypes[name].itemsize):
         nbytes = tensors[name].numel * dtypes[name].itemsize

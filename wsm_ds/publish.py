@@ -18,10 +18,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from wsm_ds.errors import OutputExists, OutputHeld, WsmError, few
 from wsm_ds.journal import journals_to_claims
+from wsm_ds.small_files import read_small
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +53,23 @@ class Staging:
         return self.folder / "output"
 
 
+class RecordedSource(TypedDict):
+    """A source, as a manifest and the plan of a merge that was begun have it."""
+
+    path: str
+    tag: str
+    step: Annotated[int, Field(strict=True, ge=0)]
+    coefficient: float
+
+
+class _Begun(TypedDict):
+    """What a plan must hold for its merge to be gone on with."""
+
+    identity: str
+    recipe: dict[str, Any]
+    sources: Annotated[list[RecordedSource], Field(min_length=1)]
+
+
 def require_absent(out: Path) -> None:
     """Raises OutputExists if there is anything at `out`."""
     if out.exists() or out.is_symlink():
@@ -58,10 +79,11 @@ def require_absent(out: Path) -> None:
 def begun(out: Path) -> dict[str, Any] | None:
     """What a merge that did not end was making at `out`."""
     try:
-        described = json.loads((Staging(out).folder / PLAN).read_text(encoding="utf-8"))
+        described: dict[str, Any] = json.loads(read_small(Staging(out).folder / PLAN))
+        TypeAdapter(_Begun).validate_python(described)
     except (OSError, ValueError, RecursionError):
         return None
-    return described if isinstance(described, dict) else None
+    return described
 
 
 def begun_below(folder: Path) -> Iterator[dict[str, Any]]:

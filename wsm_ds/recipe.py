@@ -12,8 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from wsm_ds.errors import RecipeError
 from wsm_ds.ranks import local_world_size
 from wsm_ds.sizes import parse_size
+from wsm_ds.small_files import read_small
 
 Allowance = Literal["warmup", "lr-change"]
+MOST_RANKS = 1 << 17
+MOST_OUTPUTS = 1000
 
 
 class MergeRecipe(BaseModel):
@@ -60,7 +63,7 @@ class MergeRecipe(BaseModel):
     format: Literal["zero", "universal", "safetensors"] = "zero"
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     optimizer_states: Literal["carry", "merge", "drop"] = "carry"
-    world_size: int | None = Field(default=None, ge=1)
+    world_size: int | None = Field(default=None, ge=1, le=MOST_RANKS)
     stage: Literal[1, 2, 3] | None = None
     sub_group_size: int | None = Field(default=None, ge=1)
     like: Path | None = None
@@ -149,17 +152,21 @@ def make_recipes(*, named: Collection[str] = (), **values: Any) -> tuple[MergeRe
         RecipeError: with every fault that was found.
     """
     common = {key: value for key, value in values.items() if value is not None and key != "outputs"}
-    entries = values.get("outputs")
-    if entries is None:
-        return tuple(make_recipe(**chosen) for chosen in _combinations(common, named))
+    entries = values.get("outputs", [{}])
     if not isinstance(entries, list | tuple) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise RecipeError("the recipe is not valid: outputs: a list of mappings is needed")
+    for mapping in (common, *entries):
+        if not isinstance(mapping.get("out", ""), str | Path):
+            raise RecipeError("the recipe is not valid: out: the path of a folder is needed")
     recipes: list[MergeRecipe] = []
     for entry in entries:
         own = common | entry
         if "out" in entry and "out" in common:
             own["out"] = Path(common["out"]) / entry["out"]
-        recipes += [make_recipe(**chosen) for chosen in _combinations(own, () if "out" in entry else named)]
+        for chosen in _combinations(own, () if "out" in entry else named):
+            recipes.append(make_recipe(**chosen))
+            if len(recipes) > MOST_OUTPUTS:
+                raise RecipeError(f"the recipe is not valid: it has more than {MOST_OUTPUTS} outputs")
     return tuple(recipes)
 
 
@@ -167,6 +174,8 @@ def _combinations(values: dict[str, Any], named: Collection[str]) -> Iterator[di
     lists = {name: list(values[name]) for name in SWEPT if isinstance(values.get(name), list | tuple)}
     lists |= {name: [values[name]] for name in SWEPT if name in named and name in values and name not in lists}
     for name, found in lists.items():
+        if not all(isinstance(value, str | int | float) for value in found):
+            raise RecipeError(f"the recipe is not valid: {name}: a list of plain values is needed")
         if not found or len(set(map(str, found))) < len(found):
             raise RecipeError(f"the recipe is not valid: {name}: an empty list, or a value twice")
     for combination in product(*lists.values()):
@@ -196,7 +205,7 @@ def load_values(path: Path, **overrides: Any) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_small(path))
     except Exception as error:  # safe_load raises nearly anything for what its tags do not fit
         raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
     if not isinstance(values, dict):

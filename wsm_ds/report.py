@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from wsm_ds.errors import one_line
 from wsm_ds.inspect import Inspected
 from wsm_ds.plan import Plan
 from wsm_ds.sizes import format_size
@@ -9,7 +10,8 @@ from wsm_ds.staging import Spent
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell; the first is left-aligned, the others right."""
+    """Columns padded to their widest cell; the first is left-aligned, the others right. Names may hold anything."""
+    rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [
         "  ".join(cell.ljust(width) if not column else cell.rjust(width)
@@ -56,7 +58,7 @@ def inspection_report(found: Sequence[Inspected]) -> str:
         layout = item.layout
         if layout is None:
             rows.append([item.checkpoint.tag, *["-"] * 7, "no"])
-            problems.append(f"{item.checkpoint.tag}: {item.problem}")
+            problems.append(one_line(f"{item.checkpoint.tag}: {item.problem}"))
             continue
         rates = ",".join(f"{rate:g}" for rate in sorted(set(layout.learning_rates))) or "-"
         stage = "univ" if layout.is_universal else str(layout.stage)

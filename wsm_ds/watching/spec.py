@@ -10,6 +10,7 @@ from wsm_ds.errors import RecipeError, few
 from wsm_ds.manifest import read_manifest
 from wsm_ds.publish import MANIFEST
 from wsm_ds.recipe import MergeRecipe, make_recipe, make_recipes
+from wsm_ds.small_files import read_small
 from wsm_ds.watching.windows import EndPoints
 
 NAMED_BY = ("last", "curve")
@@ -108,12 +109,12 @@ def read_spec(out: Path) -> WatchSpec | None:
     """
     path = out / SPEC
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_small(path))
         recipes = {name: make_recipe(**recipe) for name, recipe in values["recipes"].items()}
         return WatchSpec(Path(values["run"]), out.absolute(), EndPoints(**values["ends"]), recipes)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise RecipeError(f"{path} is not what a watch has written: {error}") from error
 
 
