@@ -3,7 +3,7 @@
 #
 # RUN/job: attempt (number of the newest), done (the only proof of success), latest beside it (the only proof of
 # progress), crashes, bad_nodes, logs/attempt-K/, and two files that people may care about:
-#   RUN/job/stop    make it, and the ranks save and leave; no job of this run goes on before it is removed
+#   RUN/job/stop    make it, and the ranks see it, save and leave; no job of this run goes on before it is removed
 #   RUN/job/failed  why the scripts gave up; no job of this run goes on before it is removed
 #
 # After srun only builtins are used where it matters: on a node failure Slurm kills the shell's children, too.
@@ -73,8 +73,10 @@ leave_if_settled() {
   fi
   first_line "$JOB/failed"
   [ ! -e "$JOB/failed" ] || die "gave up before: $REPLY. Mend it, remove $JOB/failed, and submit again"
-  [ ! -e "$JOB/stop" ] || die "$JOB/stop is there; remove it to go on"
+  leave_if_stopped
 }
+
+leave_if_stopped() { [ ! -e "$JOB/stop" ] || die "stopped by $JOB/stop; remove it to go on"; }
 
 is_done() {
   first_line "$JOB/done"
@@ -149,11 +151,11 @@ start_watchdog() {
 
 is_alive() { kill -0 "$1" 2> /dev/null; }
 
-# attend PID: returns when the ranks that PID started have ended. Meanwhile it passes RUN/job/stop on with ask_to_save,
-# and ends what hangs with end_ranks; the caller defines both. Sets HUNG to the watchdog's words, and STOPPED.
+# attend PID: returns when the ranks that PID started have ended. Meanwhile it ends what hangs with end_ranks, which the
+# caller defines. Sets HUNG to the watchdog's words.
 attend() {
   local ranks=$1 pause done_s=''
-  HUNG='' STOPPED=''
+  HUNG=''
   while is_alive "$ranks"; do
     sleep 2 &
     pause=$!
@@ -166,11 +168,6 @@ attend() {
       HUNG=$(tail -n 1 "$LOGS/watchdog")
       log "ending the ranks: ${HUNG:=the watchdog has died}"
       end_ranks
-    fi
-    if [ -z "$STOPPED" ] && [ -e "$JOB/stop" ]; then
-      STOPPED=1
-      log "$JOB/stop is there: asking the ranks to save and leave"
-      ask_to_save
     fi
   done
   kill "$WATCHDOG" 2> /dev/null

@@ -120,7 +120,7 @@ while :; do
   log "deepspeed has ended with code $?"
   is_done && continue
   leave_if_superseded
-  [ -z "$STOPPED" ] || die "stopped by $JOB/stop"
   [ -z "$SIGNALLED" ] || exit 75
+  leave_if_stopped
   judge_crash "${HUNG:-the ranks ended by themselves}"
 done

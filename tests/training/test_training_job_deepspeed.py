@@ -148,6 +148,23 @@ def test_an_attempt_that_comes_back_after_another_was_started_publishes_nothing(
     assert losses(run) == losses(whole_runs[2])
 
 
+def test_a_file_makes_the_ranks_save_and_leave_and_none_begins_while_it_is_there(
+    launcher: Launcher, arguments: Arguments, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    common = ("--config", config(2), *arguments, "--until-step", "100000")
+    started, stop = launcher.start(run, *common).until_step(2), JobFolder(run).stop
+    stop.touch()
+    assert started.wait() == [75, 75], started.output
+    newest = steps(run)[-1]["step"]
+    assert f"saved at step {newest} and stopping: {stop} is there" in started.output
+    assert (run / "latest").read_text() == f"global_step{newest}"
+    again = launcher.start(run, *common)
+    assert again.wait() == [1, 1]
+    assert f"{stop} is there; remove it to go on" in again.output
+    assert steps(run)[-1]["step"] == newest
+
+
 def test_the_example_of_the_package_runs(launcher: Launcher, tmp_path: Path) -> None:
     lines = [line[4:] for line in (wsm_ds.training.__doc__ or "").splitlines() if line.startswith("    ")]
     (tmp_path / "train.py").write_text("\n".join(lines) + "\n")

@@ -1,4 +1,4 @@
-"""A rank's sign of life on shared storage, which the watchdog reads."""
+"""A rank's sign of life on shared storage, which the watchdog reads; and what others left there for the rank."""
 
 import json
 import logging
@@ -25,6 +25,9 @@ class Heartbeat:
     The file holds `attempt`, `step` (whose end was reached last), `time` (when), `host`, `rank`, `world_size`, `pid`,
     `alive` (when it was written: a stopped process or a dead host writes no more) and `where` (the line at which the
     main thread is: the rank for which the others wait is at another one than they are).
+
+    Attributes:
+        stop_is_asked: whether RUN/job/stop was there when the file was last replaced.
     """
 
     def __init__(self, job: JobFolder, *, attempt: int, rank: int, world_size: int, step: int) -> None:
@@ -32,7 +35,7 @@ class Heartbeat:
         self.path = job.heartbeats / f"rank_{rank:05d}.json"
         self.fixed = {"host": socket.gethostname(), "rank": rank, "world_size": world_size, "pid": os.getpid()}
         self.step, self.time = step, time.time()
-        self.newest_attempt = attempt
+        self.newest_attempt, self.stop_is_asked = attempt, False
         self.main_thread = threading.get_ident()
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
@@ -60,7 +63,7 @@ class Heartbeat:
                 written_step, written_s = self.step, time.monotonic()
                 try:
                     replace_text(self.path, json.dumps(self._now()))
-                    self.newest_attempt = read_attempt(self.job)
+                    self.newest_attempt, self.stop_is_asked = read_attempt(self.job), self.job.stop.exists()
                 except (OSError, ValueError) as error:
                     log.warning("no heartbeat could be written: %s", error)
             self.stopped.wait(INTERVAL_S)

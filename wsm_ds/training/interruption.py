@@ -1,4 +1,4 @@
-"""A signal asks the run to end; all ranks end at the same step."""
+"""A signal, or a file, asks the run to end; all ranks end at the same step."""
 
 import logging
 import signal
@@ -14,7 +14,7 @@ EXIT_CODE = 75
 
 
 class Interruption:
-    """Remembers that a signal came.
+    """Remembers what interrupted this rank: by default a signal that came.
 
     A second one changes nothing: Slurm signals every process of a step, torchrun passes the signal on as well, so each
     rank sees it twice. Make it right before the loop: a process that only remembers SIGTERM while it starts up cannot
@@ -25,9 +25,13 @@ class Interruption:
         self.received: str | None = None
         self.previous = {number: signal.signal(number, self._receive) for number in signals}
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def ask(self, reason: str) -> None:
+        """Interrupts as a signal does; the first reason counts."""
         if self.received is None:
-            self.received = signal.Signals(number).name
+            self.received = reason
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.ask(signal.Signals(number).name)
 
     def uninstall(self) -> None:
         """Puts the former handlers back."""
@@ -35,7 +39,7 @@ class Interruption:
             signal.signal(number, handler)
 
     def agreed(self) -> bool:
-        """Whether any rank has received a signal.
+        """Whether any rank was interrupted.
 
         Ranks: all, at a step's boundary; it holds an all-reduce of one number.
         """

@@ -6,6 +6,7 @@
     unusable/             broken checkpoints that stood where a new one had to go
     heartbeat/            a file a rank
     steps.jsonl           a line a step
+    stop                  made by people: the ranks save and leave, and do not start before it is removed
     done                  {"step", "attempt"}: the only proof that a run has reached its last step
 
 `wsm-ds` passes this folder over.
@@ -63,6 +64,11 @@ class JobFolder:
     def steps(self) -> Path:
         """A JSON line a step."""
         return self.folder / "steps.jsonl"
+
+    @property
+    def stop(self) -> Path:
+        """People's wish that the run pauses."""
+        return self.folder / "stop"
 
     @property
     def done(self) -> Path:

@@ -40,12 +40,13 @@ class TrainingJob:
         attempt: the number of this start.
         is_done: whether an earlier attempt has reached `until_step`, so that nothing is left to do.
         client_state: what was given to `steps` when the checkpoint that it resumed from was saved.
-        exit_code: of the program: 0 done, 75 saved after a signal and to be started again, else 1.
+        exit_code: of the program: 0 done, 75 saved after an interruption and to be started again, else 1.
 
     Ranks: all.
 
     Raises:
         Superseded: WSM_ATTEMPT is not the newest attempt.
+        TrainingError: RUN/job/stop is there.
         StaleLock, RecipeError: see `prepare_compilation`, `find_ranks`.
     """
 
@@ -113,8 +114,8 @@ class TrainingJob:
     def steps(self, engine: Any, client_state: dict[str, Any] | None = None) -> Iterator[int]:
         """Yields the number of each update to be made, from 1, in a loop whose body makes it.
 
-        It resumes first. After each step it beats, writes what `record` was given, saves on the grid and after a
-        signal, and ends the loop where all ranks have to stop.
+        It resumes first. After each step it beats, writes what `record` was given, saves on the grid, after a
+        signal and when somebody has made RUN/job/stop, and ends the loop where all ranks have to stop.
 
         Args:
             engine: DeepSpeed's. The body makes one update, `engine.step()` at the accumulation boundary.
@@ -140,12 +141,14 @@ class TrainingJob:
                 if engine.global_steps != step:
                     raise TrainingError(f"step {step} ended with {engine.global_steps} updates; make one each time.")
                 heartbeat.reached(step)
+                if heartbeat.stop_is_asked:
+                    interrupted.ask(f"{self.job.stop} is there")
                 is_interrupted = interrupted.agreed()
                 self._write_line(step, time.monotonic() - began_s)
                 if step % self.save_every == 0 or step == self.until_step or is_interrupted:
                     checkpoints.save_checkpoint(engine, self.job, self.attempt, self.agreement, saved)
                 if is_interrupted and step < self.until_step:
-                    log.warning("saved at step %d and stopping: %s", step, interrupted.received or "a signal elsewhere")
+                    log.warning("saved at step %d and stopping: %s", step, interrupted.received or "another rank")
                     self.exit_code = interruption.EXIT_CODE
                     return
             self.agreement.decided(lambda: mark_done(self.job, max(self.until_step, first - 1), self.attempt))
@@ -169,7 +172,10 @@ class TrainingJob:
         attempt = given_attempt() or begin_attempt(self.job)
         require_current(self.job, attempt)
         checkpoints.remove_older_attempts(self.job, attempt)
-        return attempt, is_done(self.job, self.until_step)
+        done = is_done(self.job, self.until_step)
+        if self.job.stop.exists() and not done:
+            raise TrainingError(f"{self.job.stop} is there; remove it to go on.")
+        return attempt, done
 
     def _choose(self, wanted: resharding.Shape) -> dict[str, Any] | None:
         layout = checkpoints.newest_complete(self.job.run)
