@@ -16,7 +16,7 @@ processes take turns, --rounds times, to make fp32 safetensors of the newest che
     two       ours of 16 by two processes of one thread, against one process of one thread (one)
 
 Shown are medians of wall seconds, whole commands with the interpreter's start, and the peak resident memory of each
-process. --sizes measures the time per byte of several widths instead.
+process. --sizes measures the time per byte of several widths instead, beside --dry-run (the start) and the limit.
 """
 
 import argparse
@@ -263,16 +263,24 @@ def measure_stage(stage: int, options: argparse.Namespace, out: Path) -> None:
 
 
 def measure_sizes(stage: int, options: argparse.Namespace, out: Path) -> None:
-    """Seconds per byte of models of several sizes, 4 checkpoints each."""
-    runs = {width: make_run(options.folder, stage, width, 4) for width in options.sizes}
-    found = turns(options.rounds, out, {str(width): [ours(run, out, "4")] for width, run in runs.items()})
-    for width, run in runs.items():
+    """Seconds per byte of models of several sizes, 4 checkpoints each, beside the start and the plan, and the limit."""
+    for width in options.sizes:
+        run = make_run(options.folder, stage, width, 4)
         plan = plan_of(run, out, 4)
-        moved = plan.bytes_to_read + plan.bytes_to_write
-        seconds = found[str(width)][0]
+        gigabytes = (plan.bytes_to_read + plan.bytes_to_write) / 1e9
+        contenders = {
+            "ours": [ours(run, out, "4")],
+            "start": [ours(run, out, "4", "--dry-run")],
+            "limit": [again(options, run, "limit", 4)],
+        }
+        found = turns(options.rounds, out, contenders)
+        seconds = {name: value for name, (value, _) in found.items()}
+        own_s = seconds["ours"] - seconds["start"]
         print(
-            f"ZeRO-{stage}, {4 * width**2 / 1e6:5.0f} M: {seconds:6.2f} s, {seconds / moved * 1e9:.3f} s/GB", flush=True
+            f"ZeRO-{stage}, {4 * width**2 / 1e6:5.0f} M: {seconds['ours']:6.2f} s, of them {seconds['start']:.2f} s start; "
+            f"the rest {own_s / gigabytes:.3f} s/GB; limit {seconds['limit'] / seconds['ours']:.2f} × ours"
         )
+        print(json.dumps({"stage": stage, "width": width, "GB": gigabytes, "found": found}), flush=True)
 
 
 if __name__ == "__main__":
