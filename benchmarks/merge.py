@@ -275,10 +275,10 @@ def measure_sizes(stage: int, options: argparse.Namespace, out: Path) -> None:
         }
         found = turns(options.rounds, out, contenders)
         seconds = {name: value for name, (value, _) in found.items()}
-        own_s = seconds["ours"] - seconds["start"]
+        own_s, at_limit = seconds["ours"] - seconds["start"], seconds["limit"] / seconds["ours"]
         print(
-            f"ZeRO-{stage}, {4 * width**2 / 1e6:5.0f} M: {seconds['ours']:6.2f} s, of them {seconds['start']:.2f} s start; "
-            f"the rest {own_s / gigabytes:.3f} s/GB; limit {seconds['limit'] / seconds['ours']:.2f} × ours"
+            f"ZeRO-{stage}, {4 * width**2 / 1e6:5.0f} M: {seconds['ours']:6.2f} s, of them "
+            f"{seconds['start']:.2f} s start; the rest {own_s / gigabytes:.3f} s/GB; limit {at_limit:.2f} × ours"
         )
         print(json.dumps({"stage": stage, "width": width, "GB": gigabytes, "found": found}), flush=True)
 

@@ -101,7 +101,8 @@ def site_with(site: dict[str, str], folder: Path, **changes: str) -> dict[str, s
     return {"WSM_SITE": str(path)}
 
 
-def processes(cluster: Cluster, *nodes: str) -> str:
-    """Those of training, on these hosts, or on all."""
+def processes(cluster: Cluster, *nodes: str) -> list[str]:
+    """The ranks and their agents on these hosts, or on all; not srun, which waits until a host is no longer cut off."""
     up = nodes or [node for node in cluster.nodes if node in cluster.hosts]
-    return "".join(cluster.run(node, "pgrep", "-af", "launch/pretrain.py", check=False).stdout for node in up)
+    found = [cluster.run(node, "pgrep", "-af", "launch/pretrain.py", check=False).stdout for node in up]
+    return [line for line in "".join(found).splitlines() if " srun " not in line]
