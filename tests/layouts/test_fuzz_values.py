@@ -4,6 +4,7 @@ import copy
 import shutil
 import zipfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,18 @@ def test_a_wrong_value_anywhere_is_read_or_refused(runs: Path, tmp_path: Path, s
                                                      else f"*zero_pp_rank_0_mp_rank_00_{what}_states.pt")  # fmt: skip
     source = runs / f"w2_s{stage}_bf16/global_step6" / target.name
     first_of_kind = {kind: path for path, kind in reversed(list(nodes(open_torch_file(source).tree)))}
-    recipe = make_recipe(run=tmp_path / "run", tags=("global_step6",), coefficients=(1.0,), out=tmp_path / "out")
+    common: dict[str, Any] = {"run": tmp_path / "run", "tags": ["global_step6"], "coefficients": [1.0]}
+    recipes = [
+        make_recipe(**common, out=tmp_path / "out"),
+        make_recipe(**common, out=tmp_path / "out", optimizer_states="drop", world_size=3),
+    ]
     refused = 0
-    for path in first_of_kind.values():
-        for value in VALUES:
-            tree = open_torch_file(source).tree
-            replace(tree, path, value)
-            write(source, target, tree)
-            try:
-                plan_merge(recipe)
-            except WsmError:
-                refused += 1
+    for number, (path, value) in enumerate(product(first_of_kind.values(), VALUES)):
+        tree = open_torch_file(source).tree
+        replace(tree, path, value)
+        write(source, target, tree)
+        try:
+            plan_merge(recipes[(number + number // len(VALUES)) % 2])  # each path with both
+        except WsmError:
+            refused += 1
     assert refused > len(first_of_kind)
