@@ -16,7 +16,7 @@ processes take turns, --rounds times, to make fp32 safetensors of the newest che
     two       ours of 16 by two processes of one thread, against one process of one thread (one)
 
 Shown are medians of wall seconds, whole commands with the interpreter's start, and the peak resident memory of each
-process. --sizes measures the time per byte of several widths instead, beside --dry-run (the start) and the limit.
+process. --sizes measures 4 checkpoints of several widths instead, beside --dry-run (the start), limit and peer.
 """
 
 import argparse
@@ -272,13 +272,15 @@ def measure_sizes(stage: int, options: argparse.Namespace, out: Path) -> None:
             "ours": [ours(run, out, "4")],
             "start": [ours(run, out, "4", "--dry-run")],
             "limit": [again(options, run, "limit", 4)],
+            "peer": [again(options, run, "peer", 4)],
         }
-        found = turns(options.rounds, out, contenders)
+        found = turns(options.rounds, out, {n: c for n, c in contenders.items() if n not in options.without})
         seconds = {name: value for name, (value, _) in found.items()}
-        own_s, at_limit = seconds["ours"] - seconds["start"], seconds["limit"] / seconds["ours"]
+        own_s = seconds["ours"] - seconds["start"]
+        others = ", ".join(f"{name} {s / seconds['ours']:.2f} × ours" for name, s in seconds.items() if name != "ours")
         print(
-            f"ZeRO-{stage}, {4 * width**2 / 1e6:5.0f} M: {seconds['ours']:6.2f} s, of them "
-            f"{seconds['start']:.2f} s start; the rest {own_s / gigabytes:.3f} s/GB; limit {at_limit:.2f} × ours"
+            f"ZeRO-{stage}, {4 * width**2 / 1e6:5.0f} M: {seconds['ours']:6.2f} s ({others}); "
+            f"{own_s / gigabytes:.3f} s/GB without the start"
         )
         print(json.dumps({"stage": stage, "width": width, "GB": gigabytes, "found": found}), flush=True)
 

@@ -154,7 +154,7 @@ is_alive() { kill -0 "$1" 2> /dev/null; }
 # attend PID: returns when the ranks that PID started have ended. Meanwhile it ends what hangs with end_ranks, which the
 # caller defines. Sets HUNG to the watchdog's words.
 attend() {
-  local ranks=$1 pause done_s=''
+  local ranks=$1 pause done_s='' code=''
   HUNG=''
   while is_alive "$ranks"; do
     sleep 2 &
@@ -164,10 +164,14 @@ attend() {
     if is_done; then # the watchdog has left; ranks that cannot leave would keep the nodes
       : "${done_s:=$SECONDS}"
       [ $((SECONDS - done_s)) -le "$WSM_SAVE_S" ] || end_ranks
-    elif [ -z "$HUNG" ] && ! is_alive "$WATCHDOG" && is_alive "$ranks"; then
-      HUNG=$(tail -n 1 "$LOGS/watchdog")
-      log "ending the ranks: ${HUNG:=the watchdog has died}"
-      end_ranks
+    elif [ -z "$code" ] && ! is_alive "$WATCHDOG" && is_alive "$ranks"; then
+      wait "$WATCHDOG"
+      code=$?
+      if [ $code != 0 ] && [ $code != 143 ]; then # those are of SIGTERM, which this script and the ranks get, too
+        HUNG=$(tail -n 1 "$LOGS/watchdog")
+        log "ending the ranks: ${HUNG:=the watchdog has died}"
+        end_ranks
+      fi
     fi
   done
   kill "$WATCHDOG" 2> /dev/null
