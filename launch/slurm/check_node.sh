@@ -2,6 +2,7 @@
 # One task a node, before the ranks: is this node fit? Prints a line, "HOST: fit: …" or "HOST: unfit: …".
 #   check_node.sh RUN [OPTIONS OF wsm_ds.training.node_check]
 set -uo pipefail
+exec 2>&1 # one stream: what fails is said before what follows from it
 
 # A lock in this job's own folder is of an attempt that was killed while it compiled; torch would wait for it for ever.
 if [ -d "${TORCH_EXTENSIONS_DIR:?}" ]; then
