@@ -46,6 +46,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield running
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_goes_on(cluster: Cluster) -> Iterator[None]:
+    """Jobs that a failed test has left would slow down, or fail, all that comes after."""
+    yield
+    cluster.run("head", "scancel", "--user=root")
+
+
 @pytest.fixture
 def idle_cluster(cluster: Cluster) -> Cluster:
     """The cluster, with all its hosts free."""
