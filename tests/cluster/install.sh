@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# Installs what the test cluster, the script checks and the test of shared blocks need, where something is missing
-# and it may: as root, with apt.
+# Installs what the test cluster and the script checks need, where something is missing and it may: as root, with apt.
 # Elsewhere it says what is missing and succeeds: tests/launch then skips, and with CI=true fails.
 set -euo pipefail
 
-packages=(slurmctld slurmd slurm-client munge pdsh openssh-server openssh-client iproute2 procps shellcheck xfsprogs)
-commands=(slurmctld slurmd srun munged pdsh sshd ssh ip nsenter shellcheck mkfs.xfs)
+packages=(slurmctld slurmd slurm-client munge pdsh openssh-server openssh-client iproute2 procps shellcheck)
+commands=(slurmctld slurmd srun munged pdsh sshd ssh ip nsenter shellcheck)
 
 missing() {
   local command
@@ -16,7 +15,7 @@ missing() {
 
 [ -n "$(missing)" ] || exit 0
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-  echo "some tests need: $(missing)(apt-get install --no-install-recommends ${packages[*]})"
+  echo "the test cluster needs: $(missing)(apt-get install --no-install-recommends ${packages[*]})"
   exit 0
 fi
 

@@ -14,7 +14,7 @@ from training.conftest import config
 from training.rank_processes import PRETRAIN, ROOT, Launcher, as_srun, losses, steps
 
 import wsm_ds.training
-from wsm_ds.training.job import JobFolder, begin_attempt
+from wsm_ds.training.job import JobFolder, begin_attempt, read_attempt
 
 Arguments = tuple[str, ...]
 
@@ -163,6 +163,7 @@ def test_a_file_makes_the_ranks_save_and_leave_and_none_begins_while_it_is_there
     assert again.wait() == [1, 1]
     assert f"{stop} is there; remove it to go on" in again.output
     assert steps(run)[-1]["step"] == newest
+    assert read_attempt(JobFolder(run)) == 1  # nothing was superseded
 
 
 def test_the_example_of_the_package_runs(launcher: Launcher, tmp_path: Path) -> None:

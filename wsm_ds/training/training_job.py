@@ -169,12 +169,12 @@ class TrainingJob:
         return self.exit_code
 
     def _begin(self) -> tuple[int, bool]:
+        done = is_done(self.job, self.until_step)
+        if self.job.stop.exists() and not done:  # before a new attempt supersedes one that saves just now
+            raise TrainingError(f"{self.job.stop} is there; remove it to go on.")
         attempt = given_attempt() or begin_attempt(self.job)
         require_current(self.job, attempt)
         checkpoints.remove_older_attempts(self.job, attempt)
-        done = is_done(self.job, self.until_step)
-        if self.job.stop.exists() and not done:
-            raise TrainingError(f"{self.job.stop} is there; remove it to go on.")
         return attempt, done
 
     def _choose(self, wanted: resharding.Shape) -> dict[str, Any] | None:
