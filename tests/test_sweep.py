@@ -13,7 +13,7 @@ from wsm_ds.cli import main
 from wsm_ds.errors import LayoutMismatch, OutputExists, RecipeError, WindowError
 from wsm_ds.merging import merge, merge_all, plan_merge
 from wsm_ds.publish import MANIFEST
-from wsm_ds.recipe import MergeRecipe, make_recipe, make_recipes
+from wsm_ds.recipe import MergeRecipe, load_recipes, make_recipe, make_recipes
 from wsm_ds.verification import verify
 
 
@@ -129,6 +129,12 @@ def test_a_recipe_lists_outputs_and_the_same_command_makes_what_is_missing(
         f"done {outs[2]} (by this same merge, before)",
     ]  # fmt: skip
     assert [contents(out) for out in outs] == first
+
+
+def test_outputs_that_are_not_given_are_one_output(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("run: run\nout: out\nlast: 2\ncurve: linear\noutputs:\n")
+    (recipe,) = load_recipes(tmp_path / "recipe.yaml")
+    assert recipe.out == Path("out")
 
 
 def test_wrong_sweeps_say_what_is_wrong(runs: Path, tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from wsm_ds.small_files import read_small
 
 Allowance = Literal["warmup", "lr-change"]
 MOST_RANKS = 1 << 17
+"""Of an output: more than any cluster has, and what a mistyped number must not exceed."""
 MOST_OUTPUTS = 1000
+"""Of one recipe, whose lists multiply."""
 
 
 class MergeRecipe(BaseModel):
@@ -152,7 +154,7 @@ def make_recipes(*, named: Collection[str] = (), **values: Any) -> tuple[MergeRe
         RecipeError: with every fault that was found.
     """
     common = {key: value for key, value in values.items() if value is not None and key != "outputs"}
-    entries = values.get("outputs", [{}])
+    entries = [{}] if values.get("outputs") is None else values["outputs"]
     if not isinstance(entries, list | tuple) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise RecipeError("the recipe is not valid: outputs: a list of mappings is needed")
     for mapping in (common, *entries):
