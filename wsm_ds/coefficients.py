@@ -28,6 +28,7 @@ from wsm_ds.errors import CurveError
 
 SUM_TOLERANCE = 1e-9
 MOST_CHECKPOINTS = 1_000_000
+"""Of an even window, which is given as a number alone."""
 _RISE_TOLERANCE = 1e-12  # of a curve's own rounding; a user's table may not rise at all
 
 
