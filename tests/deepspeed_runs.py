@@ -1,35 +1,37 @@
-"""Starts a worker (`ds_worker.py`, `trainer_worker.py`) under torchrun and collects what its ranks reported."""
+"""Starts the ranks of a worker (`ds_worker.py`, `trainer_worker.py`) and collects what they reported."""
 
 import json
 import os
-import subprocess
-import sys
+import time
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).parent
+from forked import TESTS, as_torchrun, fork, free_port
+
 STAGES, DTYPES = (1, 2, 3), ("bf16", "fp16", "fp32")
+PATIENCE_S = 900.0
 
 
 def launch(
     jobs: list[dict[str, Any]], *, world_size: int, folder: Path, worker: str = "ds_worker.py"
 ) -> list[list[dict[str, Any]]]:
     """Runs `jobs` in one set of processes of `worker`; returns each rank's reports, one a job."""
-    jobs_file = folder / "jobs.json"
+    jobs_file, log = folder / "jobs.json", folder / "ranks.log"
     jobs_file.write_text(json.dumps(jobs))
-    environment = os.environ | {
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-    done = subprocess.run(
-        [*command, str(TESTS / worker), str(jobs_file)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [
+        fork(TESTS / worker, [str(jobs_file)], common | as_torchrun(rank, world_size), folder=folder, log=log)
+        for rank in range(world_size)
+    ]
+    deadline_s = time.monotonic() + PATIENCE_S
+    try:
+        while any(rank.exitcode is None for rank in ranks):
+            ended = wait([rank.sentinel for rank in ranks if rank.exitcode is None], deadline_s - time.monotonic())
+            assert ended, f"the ranks have not ended in {PATIENCE_S:g} s\n{log.read_text()[-9000:]}"
+            assert all(rank.exitcode in (None, 0) for rank in ranks), log.read_text()[-9000:]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
     return [json.loads(Path(f"{jobs_file}.rank{rank}").read_text()) for rank in range(world_size)]

@@ -1,7 +1,7 @@
-"""Runs DeepSpeed for real on CPU under torchrun: writes checkpoints, loads merges, reports what it saw.
+"""A rank that runs DeepSpeed for real on CPU: writes checkpoints, loads merges, reports what it saw.
 
-Usage: torchrun --nproc-per-node W tests/ds_worker.py JOBS.json   (a list of {"do": name, …})
-Each job's report, one dict per rank, is written to JOBS.json.rank{r} as JSON.
+Its argument is JOBS.json, a list of {"do": name, …}; it writes its report of each job to JOBS.json.rank{r}, as JSON.
+`deepspeed_runs.launch` starts it.
 """
 
 import argparse

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import free_port
 
 from wsm_ds.errors import RecipeError
 from wsm_ds.merging import merge, plan_merge
@@ -38,25 +39,17 @@ def contents(out: Path) -> dict[str, bytes]:
     }
 
 
-def started(code: str, rank: int, world_size: int, port: int, arguments: list[str]) -> subprocess.Popen[str]:
+def started(code: str, rank: int, world_size: int, port: str, arguments: list[str]) -> subprocess.Popen[str]:
     environment = {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": port,
     }
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return int(held.getsockname()[1])
 
 
 def merged(code: str, world_size: int, arguments: list[str]) -> list[tuple[int, str, str]]:
@@ -90,9 +83,9 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(runs: Path, tmp_path
 def test_torchrun_and_the_deepspeed_launcher_start_it(runs: Path, tmp_path: Path) -> None:
     run, scripts = str(runs / "w2_s2_bf16"), Path(sys.executable).parent
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}
-    torchrun = [str(scripts / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "wsm_ds"]
+    torchrun = [str(scripts / "torchrun"), "--nproc-per-node", "2", "--master-port", free_port(), "-m", "wsm_ds"]
     deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port",
-                 str(free_port()), "--module", "wsm_ds"]  # fmt: skip
+                 free_port(), "--module", "wsm_ds"]  # fmt: skip
     for name, launcher in (("torchrun", torchrun), ("deepspeed", deepspeed)):
         command = [*launcher, "merge", run, "--last", "3", "--out", str(tmp_path / name)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)

@@ -1,6 +1,6 @@
-"""Trains a tiny Llama through transformers' Trainer with DeepSpeed on CPU under torchrun, as a user's script does.
+"""Trains a tiny Llama through transformers' Trainer with DeepSpeed on CPU, as a user's script does.
 
-Usage: torchrun --nproc-per-node W tests/trainer_worker.py JOBS.json   (see `ds_worker.py`)
+Jobs and reports: `ds_worker.py`.
 """
 
 import hashlib

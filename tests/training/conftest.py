@@ -5,20 +5,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from training.rank_processes import ENVIRONMENT, ROOT, Launcher
+from forked import ROOT
+from training.rank_processes import Launcher
 
 
 @pytest.fixture(scope="session")
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
-    """Starts jobs; the server that ranks are forked from has the environment of a launcher."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        launched = Launcher(tmp_path_factory.mktemp("jobs"))
-        try:
-            yield launched
-        finally:
-            launched.finish()
+    """Starts jobs, and ends what is left of them."""
+    launched = Launcher(tmp_path_factory.mktemp("jobs"))
+    yield launched
+    launched.finish()
 
 
 @pytest.fixture(scope="session")

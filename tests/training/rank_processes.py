@@ -1,16 +1,8 @@
-"""Starts launch/pretrain.py on real processes, one a rank, and lets a test kill them.
-
-torch and DeepSpeed take seconds to import, so a server of multiprocessing's imports them once, and each rank is forked
-from it: a process of its own with a pid, signals and an exit code, started in a tenth of a second.
-"""
+"""Starts launch/pretrain.py on real processes, one a rank, and lets a test kill them."""
 
 import json
-import multiprocessing
 import os
-import runpy
 import signal
-import socket
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,25 +10,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent.parent
-ENVIRONMENT = {
-    "DS_ACCELERATOR": "cpu",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "launch", Path(__file__).parent))),
-}
+from forked import ROOT, as_torchrun, fork, free_port
+
 PRETRAIN = ROOT / "launch/pretrain.py"
 PATIENCE_S = 180.0
-
-
-def run_rank(folder: Path, script: str, arguments: list[str], environment: dict[str, str], log: Path) -> None:
-    """A rank: what `python SCRIPT ARGUMENTS` does in a folder, with its output in a file."""
-    os.environ.update(environment)
-    os.chdir(folder)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name="__main__")
 
 
 def steps(run: Path) -> list[dict[str, Any]]:
@@ -94,11 +71,6 @@ class Started:
 Naming = Callable[[int, int], dict[str, str]]
 
 
-def as_torchrun(rank: int, world_size: int) -> dict[str, str]:
-    """What torchrun and deepspeed call a rank of one machine."""
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-
-
 def as_srun(rank: int, world_size: int) -> dict[str, str]:
     """What a Slurm step of one task a rank calls it."""
     return {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_NUM_TASKS": str(world_size)}
@@ -109,8 +81,6 @@ class Launcher:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.started = folder, list[Started]()
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["pretrain", "torch._dynamo"])
 
     def start(
         self,
@@ -122,20 +92,12 @@ class Launcher:
         script: Path = PRETRAIN,
     ) -> Started:
         """Starts `SCRIPT --run RUN ARGUMENTS` on so many ranks; `named` tells a rank by a launcher's variables."""
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
         log = self.folder / f"job{len(self.started)}.log"
-        common = ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | (environment or {})
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()} | (environment or {})
         words = ["--run", str(run), *arguments]
         processes = [
-            self.context.Process(
-                target=run_rank, args=(run.parent, str(script), words, common | named(rank, ranks), log)
-            )
-            for rank in range(ranks)
+            fork(script, words, common | named(rank, ranks), folder=run.parent, log=log) for rank in range(ranks)
         ]
-        for process in processes:
-            process.start()
         started = Started(run, processes, log, len(steps(run)))
         self.started.append(started)
         return started

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import ROOT
 from training.conftest import config
-from training.rank_processes import PRETRAIN, ROOT, Launcher, as_srun, losses, steps
+from training.rank_processes import PRETRAIN, Launcher, as_srun, losses, steps
 
 import wsm_ds.training
 from wsm_ds.training.job import JobFolder, begin_attempt, read_attempt
