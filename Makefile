@@ -1,6 +1,6 @@
 # make quickstart   train a tiny GPT with DeepSpeed on 2 ranks, merge its checkpoints, load and compare (CPU, minutes)
-# make test         the test suite, against checkpoints that DeepSpeed writes
-# make test-cluster launch/ on a Slurm cluster and over ssh, on this machine; needs root, Debian (10 minutes)
+# make test         the test suite, against checkpoints that DeepSpeed writes; and, once tests/cluster/install.sh has run,
+#                   launch/ on a Slurm cluster of several hosts and over ssh, on this machine
 # make check        ruff, mypy --strict, import directions
 #
 # PYTHON chooses the interpreter. If it has torch already, the environment sees its packages and installs no other.
@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-cluster check clean
+.PHONY: quickstart test check clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: setup.py constraints.txt
@@ -27,10 +27,6 @@ quickstart: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
-
-test-cluster: $(VENV)/installed
-	tests/cluster/install.sh
-	CI=true $(BIN)/python -m pytest tests/launch/test_*.py
 
 check: $(VENV)/installed
 	$(BIN)/python -m ruff check .
