@@ -105,6 +105,24 @@ def test_an_unfit_second_node_is_replaced_and_a_crash_loop_stops_loudly(cluster:
     cluster.run("n2", "umount", hopeless.run.folder)
 
 
+def test_through_deepspeeds_launcher_too_a_hang_is_ended_and_the_time_limits_signal_saves(
+    idle_cluster: Cluster, site: dict[str, str], data: Path, tmp_path: Path
+) -> None:
+    cluster, run = idle_cluster, Run(tmp_path / "run", data)
+    here = site_with(site, tmp_path, WSM_AGENT="deepspeed", WSM_HANG_S="10")
+    job = submit(cluster, run, tmp_path, here, "--nodes=2")
+    run.wait_for_step(60, attempt=1)
+    stopped = run.beat(3)
+    cluster.run(stopped["host"], "kill", "-s", "STOP", str(stopped["pid"]))
+    wait_for("the hang is ended", lambda: "ending the ranks" in job.output.read_text(), timeout_s=10 + 15)
+    assert f"the slowest is rank 3 on {stopped['host']} (process {stopped['pid']})" in job.output.read_text()
+    run.wait_for_step(run.newest_step + 10, attempt=2)
+    cluster.run("head", "scancel", "--batch", "--signal=USR1", job.id)
+    cluster.wait(job.id, "PENDING", "COMPLETING", timeout_s=60)
+    assert run.newest_step == max(line["step"] for line in run.lines if line["attempt"] == 2)
+    cluster.run("head", "scancel", job.id)
+
+
 def test_over_ssh_too_an_unfit_host_is_left_out_a_hang_is_ended_and_sigterm_saves(
     cluster: Cluster, site: dict[str, str], data: Path, tmp_path: Path
 ) -> None:
