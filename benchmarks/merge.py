@@ -214,6 +214,7 @@ def main() -> None:
     if options.only:
         return {"limit": limit, "writing": writing}[options.only](options.run, out, options.count)
     options.folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)  # of a run that was ended
     for stage in options.stages:
         if options.sizes:
             measure_sizes(stage, options, out)

@@ -80,8 +80,25 @@ class Elements:
     dtype: DType
 
 
+class Scratch:
+    """Arrays that one thread uses again and again: of new ones the system would have to clear every page."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[str, int], Array] = {}
+
+    def array(self, use: str, number: int, size: int, dtype: type[np.generic]) -> Array:
+        """One of `size` elements, [size]; it holds what its last user left there."""
+        held = self._arrays.get((use, number))
+        if held is None or len(held) < size:
+            held = self._arrays[use, number] = np.empty(size, dtype=dtype)
+        return held[:size]
+
+
 def sums_of(
-    sources: Sequence[Elements], sums: Sequence[tuple[tuple[int, ...], tuple[float, ...]]], numel: int
+    sources: Sequence[Elements],
+    sums: Sequence[tuple[tuple[int, ...], tuple[float, ...]]],
+    numel: int,
+    scratch: Scratch | None = None,
 ) -> tuple[list[Array], bool, float] | None:
     """Several weighted sums of the same elements, read on the way, piece by piece, while they are in the cache.
 
@@ -89,6 +106,7 @@ def sums_of(
         sources: all that any sum wants.
         sums: for each sum, which of the sources it is made of, in order, and their coefficients.
         numel: elements of each source.
+        scratch: the sums are held there, until its next use.
 
     Returns:
         The sums (float32 [numel] each), whether all are finite, and the seconds spent in reading; None if there is no
@@ -99,7 +117,9 @@ def sums_of(
     in_order = all(list(members) == sorted(set(members)) for members, _ in sums)
     if library is None or not is_known or not in_order or not sums:
         return None
-    outs = [np.empty(-(-numel // PADDED_NUMEL) * PADDED_NUMEL, dtype=np.float32) for _ in sums]
+    scratch = scratch or Scratch()
+    padded = -(-numel // PADDED_NUMEL) * PADDED_NUMEL
+    outs = [scratch.array("sum", number, padded, np.float32) for number in range(len(sums))]
     coefficients = np.zeros((len(sums), len(sources)))
     is_member = np.zeros((len(sums), len(sources)), dtype=np.uint8)
     for row, (members, own) in enumerate(sums):
@@ -109,11 +129,11 @@ def sums_of(
     places = np.array([source.place for source in sources], dtype=np.int64)
     is_bf16 = np.array([source.dtype.name == "bf16" for source in sources], dtype=np.uint8)
     addresses = (ctypes.c_void_p * len(outs))(*(out.ctypes.data for out in outs))
-    scratch = np.empty(library.wsm_scratch_bytes(len(sources)), dtype=np.uint8)
+    pieces = scratch.array("pieces", 0, library.wsm_scratch_bytes(len(sources)), np.uint8)
     spent_s = ctypes.c_double(0.0)
     answer = library.wsm_sums(
         addresses, descriptors.ctypes.data, places.ctypes.data, is_bf16.ctypes.data, coefficients.ctypes.data,
-        is_member.ctypes.data, len(sources), len(sums), numel, scratch.ctypes.data, ctypes.byref(spent_s),
+        is_member.ctypes.data, len(sources), len(sums), numel, pieces.ctypes.data, ctypes.byref(spent_s),
     )  # fmt: skip
     return None if answer < 0 else ([out[:numel] for out in outs], bool(answer), spent_s.value)
 

@@ -163,6 +163,7 @@ class Worker:
         self.plan, self.reader, self.sink, self.slice_numel = plan, reader, sink, slice_numel
         self.warned, self.spent = warned, spent
         self.buffers: list[bytearray] = []
+        self.scratch = arithmetic.Scratch()
 
     def run(self, task: Task, is_stopped: Callable[[], bool] = lambda: False) -> None:
         """Reads, sums and writes the elements of a task."""
@@ -220,7 +221,7 @@ class Worker:
         wanted = dict.fromkeys((target.members, target.coefficients) for target in targets)
         sums = [(tuple(members.index(m) for m in own), coefficients) for own, coefficients in wanted]
         begun = time.perf_counter()
-        answer = arithmetic.sums_of(held, sums, end - begin)
+        answer = arithmetic.sums_of(held, sums, end - begin, self.scratch)
         if answer is None or not answer[1]:
             return {}
         outs, _, read_s = answer

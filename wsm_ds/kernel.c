@@ -18,8 +18,8 @@
 
 enum {
     BLOCK = 32,             /* elements whose sums stay in registers, over all sources */
-    MAX_PIECE = 8192,       /* elements of each source that are read and summed at a time, */
-    STORED_BYTES = 1 << 18, /* so that all of them stay in the second-level cache */
+    MAX_PIECE = 1 << 15,    /* elements of each source that are read and summed at a time, */
+    STORED_BYTES = 1 << 19, /* so that all of them stay in the second-level cache */
     IN_MEMORY = INT32_MIN,  /* instead of a descriptor; no failed call returns it */
 };
 
@@ -60,13 +60,19 @@ static int summed_anywhere(float *out, const Term *terms, size_t term_count, siz
     return is_finite;
 }
 
-int wsm_has_avx2 = 0; /* set when the library is loaded; a test sets it to 0 */
+int wsm_vector_bits = 0; /* 512, 256 or 0; set when the library is loaded, and lowered by a test */
 
 #ifdef __x86_64__
-__attribute__((constructor)) static void find_out(void) { wsm_has_avx2 = __builtin_cpu_supports("avx2"); }
+__attribute__((constructor)) static void find_out(void) {
+    wsm_vector_bits = __builtin_cpu_supports("avx512f") ? 512 : __builtin_cpu_supports("avx2") ? 256 : 0;
+}
+
+#define AVX2 __attribute__((target("avx2")))
+#define AVX512 __attribute__((target("avx512f")))
+#define INLINE __attribute__((always_inline)) static inline
 
 /* Four elements of a term, scaled. */
-__attribute__((target("avx2"), always_inline)) static inline __m256d scaled(const Term *term, size_t at, __m256d c) {
+AVX2 INLINE __m256d scaled_4(const Term *term, size_t at, __m256d c) {
     __m128 values;
     if (term->is_bf16) {
         __m128i bf16 = _mm_loadl_epi64((const __m128i *)(term->stored + 2 * at));
@@ -77,17 +83,28 @@ __attribute__((target("avx2"), always_inline)) static inline __m256d scaled(cons
     return _mm256_mul_pd(_mm256_cvtps_pd(values), c);
 }
 
+/* Eight. */
+AVX512 INLINE __m512d scaled_8(const Term *term, size_t at, __m512d c) {
+    __m256 values;
+    if (term->is_bf16) {
+        __m128i bf16 = _mm_loadu_si128((const __m128i *)(const void *)(term->stored + 2 * at));
+        values = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16), 16));
+    } else {
+        values = _mm256_loadu_ps((const float *)(const void *)(term->stored + 4 * at));
+    }
+    return _mm512_mul_pd(_mm512_cvtps_pd(values), c);
+}
+
 /* The same with the sums in registers, where compilers do not keep them by themselves: twice as fast. */
-__attribute__((target("avx2"))) static int summed_avx2(float *out, const Term *terms, size_t term_count,
-                                                       size_t count) {
+AVX2 static int summed_avx2(float *out, const Term *terms, size_t term_count, size_t count) {
     const __m128i exponent = _mm_set1_epi32(0x7f800000);
     __m128i not_finite = _mm_setzero_si128();
     for (size_t at = 0; at < count; at += BLOCK) {
         __m256d sums[BLOCK / 4], c = _mm256_set1_pd(terms->coefficient);
-        for (size_t u = 0; u < BLOCK / 4; u++) sums[u] = scaled(terms, at + 4 * u, c);
+        for (size_t u = 0; u < BLOCK / 4; u++) sums[u] = scaled_4(terms, at + 4 * u, c);
         for (size_t k = 1; k < term_count; k++) {
             c = _mm256_set1_pd(terms[k].coefficient);
-            for (size_t u = 0; u < BLOCK / 4; u++) sums[u] = _mm256_add_pd(sums[u], scaled(terms + k, at + 4 * u, c));
+            for (size_t u = 0; u < BLOCK / 4; u++) sums[u] = _mm256_add_pd(sums[u], scaled_4(terms + k, at + 4 * u, c));
         }
         for (size_t u = 0; u < BLOCK / 4; u++) {
             __m128 rounded = _mm256_cvtpd_ps(sums[u]);
@@ -98,12 +115,35 @@ __attribute__((target("avx2"))) static int summed_avx2(float *out, const Term *t
     }
     return _mm_testz_si128(not_finite, not_finite);
 }
+
+AVX512 static int summed_avx512(float *out, const Term *terms, size_t term_count, size_t count) {
+    const __m256i exponent = _mm256_set1_epi32(0x7f800000);
+    __m256i not_finite = _mm256_setzero_si256();
+    for (size_t at = 0; at < count; at += BLOCK) {
+        __m512d sums[BLOCK / 8], c = _mm512_set1_pd(terms->coefficient);
+        for (size_t u = 0; u < BLOCK / 8; u++) sums[u] = scaled_8(terms, at + 8 * u, c);
+        for (size_t k = 1; k < term_count; k++) {
+            c = _mm512_set1_pd(terms[k].coefficient);
+            for (size_t u = 0; u < BLOCK / 8; u++) sums[u] = _mm512_add_pd(sums[u], scaled_8(terms + k, at + 8 * u, c));
+        }
+        for (size_t u = 0; u < BLOCK / 8; u++) {
+            __m256 rounded = _mm512_cvtpd_ps(sums[u]);
+            __m256i bits = _mm256_and_si256(_mm256_castps_si256(rounded), exponent);
+            not_finite = _mm256_or_si256(not_finite, _mm256_cmpeq_epi32(bits, exponent));
+            _mm256_storeu_ps(out + at + 8 * u, rounded);
+        }
+    }
+    return _mm256_testz_si256(not_finite, not_finite);
+}
 #else
 #define summed_avx2 summed_anywhere
+#define summed_avx512 summed_anywhere
 #endif
 
 static int summed(float *out, const Term *terms, size_t term_count, size_t count) {
-    return (wsm_has_avx2 ? summed_avx2 : summed_anywhere)(out, terms, term_count, count);
+    if (wsm_vector_bits == 512) return summed_avx512(out, terms, term_count, count);
+    if (wsm_vector_bits == 256) return summed_avx2(out, terms, term_count, count);
+    return summed_anywhere(out, terms, term_count, count);
 }
 
 static double seconds(void) {
