@@ -26,8 +26,8 @@ def launch(
     ]
     deadline_s = time.monotonic() + PATIENCE_S
     try:
-        while any(rank.exitcode is None for rank in ranks):
-            ended = wait([rank.sentinel for rank in ranks if rank.exitcode is None], deadline_s - time.monotonic())
+        while running := [rank for rank in ranks if rank.exitcode is None]:
+            ended = wait([rank.sentinel for rank in running], deadline_s - time.monotonic())
             assert ended, f"the ranks have not ended in {PATIENCE_S:g} s\n{log.read_text()[-9000:]}"
             assert all(rank.exitcode in (None, 0) for rank in ranks), log.read_text()[-9000:]
     finally:
