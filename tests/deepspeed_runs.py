@@ -30,6 +30,7 @@ def launch(
             ended = wait([rank.sentinel for rank in running], deadline_s - time.monotonic())
             assert ended, f"the ranks have not ended in {PATIENCE_S:g} s\n{log.read_text()[-9000:]}"
             assert all(rank.exitcode in (None, 0) for rank in ranks), log.read_text()[-9000:]
+        assert all(rank.exitcode == 0 for rank in ranks), log.read_text()[-9000:]
     finally:
         for rank in ranks:
             rank.kill()
