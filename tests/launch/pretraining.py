@@ -1,6 +1,7 @@
 """A run of `launch/pretrain.py` on the cluster: how it is asked for, and what its folder says."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,14 @@ class Run:
         """Of the checkpoint that RUN/latest names."""
         return int((self.folder / "latest").read_text().removeprefix("global_step"))
 
+    def has_reached(self, step: int, *, attempt: int) -> bool:
+        """Whether this attempt, or a later one, has made a step."""
+        return any(line["step"] >= step and line["attempt"] >= attempt for line in self.lines[-1:])
+
     def wait_for_step(self, step: int, *, attempt: int, timeout_s: float = 120) -> None:
-        """Returns when this attempt, or a later one, has reached a step."""
-
-        def reached() -> bool:
-            return any(line["step"] >= step and line["attempt"] >= attempt for line in self.lines[-1:])
-
-        wait_for(f"{self.folder.name}: attempt {attempt} reaches step {step}", reached, timeout_s, poll_s=0.1)
+        """Returns when `has_reached`."""
+        what = f"{self.folder.name}: attempt {attempt} reaches step {step}"
+        wait_for(what, lambda: self.has_reached(step, attempt=attempt), timeout_s, poll_s=0.1)
 
     def beat(self, rank: int) -> dict[str, Any]:
         """A rank's heartbeat."""
@@ -92,6 +94,19 @@ class Run:
         logs = sorted(self.folder.glob("job/logs/attempt-*/*[!e]"), key=lambda path: path.stat().st_mtime)
         outputs = sorted(self.folder.parent.glob("*.out"))
         return "\n".join(f"== {path}\n{path.read_text(errors='replace')[-1500:]}" for path in [*logs, *outputs])
+
+
+def pause_each(cluster: Cluster, runs: Iterable[Run], step: int, *, attempt: int) -> None:
+    """`Run.pause` of several, in the order in which they get there."""
+    left = list(runs)
+
+    def are_paused() -> bool:
+        for run in [run for run in left if run.has_reached(step, attempt=attempt)]:
+            run.pause(cluster, step, attempt=attempt)
+            left.remove(run)
+        return not left
+
+    wait_for(f"attempt {attempt} of each run reaches step {step}", are_paused, 120, poll_s=0.1)
 
 
 def site_with(site: dict[str, str], folder: Path, **changes: str) -> dict[str, str]:
