@@ -24,7 +24,6 @@ import json
 import mmap
 import os
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -178,9 +177,9 @@ def environments(world_size: int) -> list[dict[str, str]]:
     """What a launcher sets for each of so many processes."""
     if world_size == 1:
         return [{}]
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        port = str(held.getsockname()[1])
+    from forked import free_port
+
+    port = free_port()
     return [
         {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for rank in range(world_size)
