@@ -21,6 +21,7 @@ from tokens import Samples, open_tokens
 
 from wsm_ds.errors import WsmError
 from wsm_ds.training import TrainingJob
+from wsm_ds.training.matmul_speed import warn_if_dtype_is_slow
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -82,6 +83,8 @@ def train(options: argparse.Namespace) -> int:
     torch.manual_seed(options.seed)
     model = GPT(size)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=str(options.config))
+    if job.rank == 0:
+        warn_if_dtype_is_slow("bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32")
     for _ in job.steps(engine):
         job.record(learning_rate=engine.get_lr()[0], loss=train_step(engine, samples))
     return job.close()

@@ -5,10 +5,12 @@
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,25 +18,46 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STEPS, EVERY, WINDOW, RANKS = 1600, 25, 8, 2
-CONFIG = Path(__file__).parent.parent / "configs/zero2_bf16.json"
+LEAST_STEPS = EVERY * (WINDOW + 2)
+"""The window then begins after the warmup."""
+CONFIGS = Path(__file__).parent.parent / "configs"
 CURVES = ("linear", "1-sqrt")
+PROGRESS_EVERY_S = 5.0
 
 
-def make_engine() -> Any:
+def choose_config() -> Path:
+    """The config of the dtype that this machine multiplies fast; prints which, and why.
+
+    Ends the program where a start of DeepSpeed would wait for ever (see `wsm_ds.training.compilation`).
+    """
+    from wsm_ds.errors import StaleLock
+    from wsm_ds.training.compilation import extensions_folder, require_no_stale_locks
+    from wsm_ds.training.matmul_speed import measure_matmul
+
+    try:
+        require_no_stale_locks(extensions_folder(), stale_after_s=0)
+    except StaleLock as error:
+        sys.exit(f"StaleLock: {error}")
+    speed = measure_matmul("bf16")
+    config = CONFIGS / f"zero2_{'fp32' if speed.is_slow else 'bf16'}.json"
+    print(f"{speed}: training with configs/{config.name}", flush=True)
+    return config
+
+
+def make_engine(config_path: Path) -> Any:
     """A DeepSpeed engine on a small GPT. `import wsm_ds` is what makes "WSMLR" a name of the config."""
     import deepspeed
-    import deepspeed.ops
     import torch
     from gpt import GPT
 
     import wsm_ds  # noqa: F401
+    from wsm_ds.training.compilation import prepare_compilation
 
-    # Not used here, and compiling it would take the first start a minute (and hang later ones, if killed).
-    deepspeed.ops.__dict__["__compatible_ops__"] = {}
+    prepare_compilation()
     deepspeed.init_distributed("gloo" if os.environ.get("DS_ACCELERATOR") == "cpu" else None, verbose=False)
     torch.manual_seed(0)
     model = GPT()
-    config = json.loads(CONFIG.read_text()) | {"train_micro_batch_size_per_gpu": 8}  # no accumulation on two ranks
+    config = json.loads(config_path.read_text()) | {"train_micro_batch_size_per_gpu": 8}  # no accumulation on two ranks
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     return engine
 
@@ -60,25 +83,35 @@ def batch(text: "Tensor", size: int, seed: int) -> "Tensor":
     return text[starts + torch.arange(GPTSize.context + 1)].long()
 
 
-def train(run: Path) -> None:
-    """Trains STEPS updates at a rate that never decays, and saves every EVERY."""
-    engine, (text, _) = make_engine(), texts()
-    for step in range(1, STEPS + 1):
+def train(run: Path, config: Path, steps: int) -> None:
+    """Trains `steps` updates at a rate that never decays, and saves every EVERY. Rank 0 prints its progress."""
+    engine, (text, _) = make_engine(config), texts()
+    began_s = time.monotonic()
+    printed_s = began_s - PROGRESS_EVERY_S
+    for step in range(1, steps + 1):
         size = engine.train_micro_batch_size_per_gpu()
         loss = engine(batch(text, size, seed=1_000_003 * step + engine.global_rank))
         engine.backward(loss)
         engine.step()
-        if step % EVERY == 0:
-            engine.save_checkpoint(str(run), tag=f"global_step{step}")
-            if engine.global_rank == 0:
-                print(f"step {step:4d}  loss {loss.item():.3f}  lr {engine.get_lr()[0]:g}", flush=True)
+        if step % EVERY:
+            continue
+        engine.save_checkpoint(str(run), tag=f"global_step{step}")
+        now_s = time.monotonic()
+        if engine.global_rank == 0 and (now_s - printed_s >= PROGRESS_EVERY_S or step == steps):
+            printed_s, rate = now_s, step / (now_s - began_s)
+            left_s = round((steps - step) / rate)
+            print(
+                f"step {step:4d} of {steps}  loss {loss.item():.3f}  lr {engine.get_lr()[0]:g}  "
+                f"{rate:.1f} steps/s  {left_s // 60} min {left_s % 60:2d} s left",
+                flush=True,
+            )
 
 
-def evaluate(out: Path) -> None:
+def evaluate(out: Path, config: Path) -> None:
     """Loads every raw checkpoint and every merge with `engine.load_checkpoint`; writes their validation losses."""
     from gpt import mean_loss
 
-    engine, (_, text) = make_engine(), texts()
+    engine, (_, text) = make_engine(config), texts()
     batches = [batch(text, 16, seed) for seed in range(16)]
     losses = {}
     window = sorted((out / "run").glob("global_step*"), key=lambda path: int(path.name[11:]))[-WINDOW:]
@@ -91,14 +124,13 @@ def evaluate(out: Path) -> None:
         (out / "losses.json").write_text(json.dumps(losses, indent=2))
 
 
-def torchrun(part: str, out: Path) -> None:
+def torchrun(part: str, out: Path, config: Path, steps: int) -> None:
     """This file again, on RANKS processes; its output in OUT/PART.log."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     log_path = out / f"{part}.log"
+    arguments = [__file__, "--part", part, "--out", str(out), "--config", str(config), "--steps", str(steps)]
     with log_path.open("w") as log:
-        process = subprocess.Popen(
-            [*command, __file__, "--part", part, "--out", str(out)], stdout=subprocess.PIPE, stderr=log, text=True
-        )
+        process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=log, text=True)
         for line in process.stdout or ():
             log.write(line)
             if line.startswith("step "):
@@ -125,25 +157,31 @@ def main() -> None:
     """Parses the command line and runs a part, or all of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--part", choices=("train", "evaluate"))
+    parser.add_argument("--config", type=Path, help="DeepSpeed's; default: the dtype that this machine multiplies fast")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"updates: a multiple of {EVERY} (default: {STEPS})")
+    parser.add_argument("--part", choices=("train", "evaluate"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     out: Path = options.out
     if options.part == "train":
-        return train(out / "run")
+        return train(out / "run", options.config, options.steps)
     if options.part == "evaluate":
-        return evaluate(out)
+        return evaluate(out, options.config)
+    if options.steps % EVERY or options.steps < LEAST_STEPS:
+        parser.error(f"--steps {options.steps} is no multiple of {EVERY} from {LEAST_STEPS} on")
+    logging.basicConfig(format="%(message)s")
     if out.exists():
         sys.exit(f"{out} exists; remove it (rm -r {out}) or choose another --out")
+    config = options.config or choose_config()
     out.mkdir(parents=True)
-    print(f"training a tiny GPT on {RANKS} ranks, ZeRO-2, bf16, {STEPS} updates", flush=True)
-    torchrun("train", out)
+    print(f"training a tiny GPT on {RANKS} ranks, ZeRO-2, {options.steps} updates", flush=True)
+    torchrun("train", out, config, options.steps)
     run = str(out / "run")
     wsm_ds_command("inspect", run)
     for curve in CURVES:
         wsm_ds_command("merge", run, "--last", str(WINDOW), "--curve", curve, "--out", str(out / f"merged-{curve}"))
     wsm_ds_command("verify", str(out / "merged-linear"))
-    torchrun("evaluate", out)
-    show(json.loads((out / "losses.json").read_text()), last=f"global_step{STEPS}")
+    torchrun("evaluate", out, config, options.steps)
+    show(json.loads((out / "losses.json").read_text()), last=f"global_step{options.steps}")
     return None
 
 

@@ -17,6 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from wsm_ds.errors import StaleLock
+from wsm_ds.training.compilation import extensions_folder, require_no_stale_locks
+
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 ENVIRONMENT = {
@@ -36,7 +39,11 @@ def fork(script: Path, arguments: list[str], environment: dict[str, str], *, fol
 
 @cache
 def server() -> ForkServerContext:
-    """One a session."""
+    """One a session. It ends the session where a start of DeepSpeed would wait for ever."""
+    try:
+        require_no_stale_locks(extensions_folder(), stale_after_s=0)
+    except StaleLock as error:
+        pytest.exit(f"StaleLock: {error}", returncode=3)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with pytest.MonkeyPatch.context() as patch:

@@ -45,30 +45,34 @@ def extensions_folder() -> Path:
 
 
 def require_no_stale_locks(folder: Path, *, stale_after_s: float) -> None:
-    """Waits while ops are compiled, and no longer: returns when there are no locks.
+    """Waits while ops are being compiled. Returns when there is no lock.
 
-    A lock is stale if it is older than `stale_after_s` and no process of this machine has it open. (Another machine
-    that shares the folder may; no op takes ten minutes.)
+    A lock is stale if it is older than `stale_after_s` and no process of this machine has it open, twice in a row
+    (torch closes the lock's file a moment before it removes it).
+
+    Args:
+        folder: see `extensions_folder`.
+        stale_after_s: 0 for a folder that only this machine uses. Where other machines share the folder, longer than
+            the compilation of any op takes (600).
 
     Raises:
-        StaleLock: the lock is named.
+        StaleLock: the lock is named, with the command that removes it.
     """
-    warned = False
-    while True:
-        locks = {lock: age for lock in (*folder.glob("*/lock"), *folder.glob("*/*/lock")) if (age := _age_s(lock))}
-        if not locks:
-            return
-        held = _open_files()
-        for lock, age_s in locks.items():
-            if age_s > stale_after_s and lock.resolve() not in held:
+    warned, unheld_before = False, set[Path]()
+    while locks := {lock: age for lock in (*folder.glob("*/lock"), *folder.glob("*/*/lock")) if (age := _age_s(lock))}:
+        open_files = _open_files()
+        unheld = {lock for lock in locks if lock.resolve() not in open_files}
+        for lock in sorted(unheld & unheld_before):
+            if locks[lock] > stale_after_s:
                 raise StaleLock(
-                    f"{lock} is {age_s:.0f} s old and no process here holds it: a job was killed while it compiled, "
-                    f"and every later one would wait for it without end. Remove it (rm '{lock}') and start again; "
-                    "a TORCH_EXTENSIONS_DIR of each job's own avoids it."
+                    f"{lock} is {locks[lock]:.0f} s old and no process of this machine holds it: a start was killed "
+                    "while it compiled, and every later start would wait for it without end. "
+                    f"Remove it (rm '{lock}') and start again. A TORCH_EXTENSIONS_DIR of each job's own avoids it."
                 )
         if not warned:
             log.warning("waiting for the compilation of others: %s", ", ".join(map(str, locks)))
             warned = True
+        unheld_before = unheld
         time.sleep(POLL_S)
 
 
