@@ -25,7 +25,12 @@ setup(
     extras_require={"train": TRAIN, "test": TEST, "check": CHECK},
     # optional: without a compiler the installation succeeds, and numpy does the same sums, more slowly
     ext_modules=[
-        Extension("wsm_ds._kernel", ["wsm_ds/kernel.c"], extra_compile_args=["-O3", "-ffp-contract=off"], optional=True)
+        Extension(
+            "wsm_ds.engine._kernel",
+            ["wsm_ds/engine/kernel.c"],
+            extra_compile_args=["-O3", "-ffp-contract=off"],
+            optional=True,
+        )
     ],
     entry_points={"console_scripts": ["wsm-ds = wsm_ds.cli:main"]},
 )

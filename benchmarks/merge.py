@@ -34,15 +34,15 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 WRITTEN = 2
 
-from wsm_ds.plan import Plan  # noqa: E402
-from wsm_ds.tasks import Task, tasks_of  # noqa: E402
+from wsm_ds.engine.tasks import Task, tasks_of  # noqa: E402
+from wsm_ds.planning.plan import Plan  # noqa: E402
 
 
 def make_run(folder: Path, stage: int, width: int, checkpoints: int) -> Path:
     """A run of so many checkpoints of two ranks: WRITTEN by DeepSpeed, the others copies with a step of their own."""
     from deepspeed_runs import launch
 
-    from wsm_ds.inspect import inspect_run
+    from wsm_ds.inspection import inspect_run
 
     run = folder / f"stage{stage}-width{width}"
     if not run.exists():
@@ -91,7 +91,7 @@ def peer(run: Path, out: Path, tags: list[str]) -> None:
 def plan_of(run: Path, out: Path, count: int) -> Plan:
     """What ours does."""
     from wsm_ds.merging import plan_merge
-    from wsm_ds.recipe import make_recipe
+    from wsm_ds.planning.recipe import make_recipe
 
     return plan_merge(make_recipe(run=run, last=count, curve="linear", out=out, format="safetensors", dtype="fp32"))
 

@@ -3,8 +3,8 @@
 import shutil
 from pathlib import Path
 
-from wsm_ds.publish import MANIFEST, STAGING
-from wsm_ds.watching.complete import Fingerprint, fingerprint
+from wsm_ds.publishing.staging_folder import MANIFEST, STAGING
+from wsm_ds.watching.completeness import Fingerprint, fingerprint
 
 
 class PlayedRun:

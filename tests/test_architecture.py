@@ -7,14 +7,12 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "wsm_ds"
 ORDER = (
-    "errors", "sizes", "small_files", "dtypes", "crc32", "checksum", "arithmetic", "curves", "coefficients",
-    "lr_schedules", "deepspeed_registration", "torchfile", "layouts", "intersect", "beside", "ranks", "recipe",
-    "window", "plan", "shared_bytes", "streams", "rewrite", "forms", "plan_zero", "plan_safetensors", "tasks",
-    "journal", "reading", "reflink", "staging", "engine", "room", "publish", "manifest", "merging", "verification",
-    "inspect", "report", "progress", "watching", "storage", "training", "cli", "__main__",
+    "errors", "sizes", "dtypes", "filesystem", "distributed", "schedules", "torchfile", "layouts", "planning",
+    "outputs", "engine", "publishing", "merging", "verification", "inspection", "reporting", "watching", "estimate", "training",
+    "cli", "__main__",
 )  # fmt: skip
 """Each may import what stands before it."""
-MAY_IMPORT = {"deepspeed": {"deepspeed_registration", "training"}, "torch": {"lr_schedules", "ranks", "training"}}
+MAY_IMPORT = {"deepspeed": {"schedules", "training"}, "torch": {"schedules", "distributed", "training"}}
 
 
 def imports(path: Path) -> set[str]:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from wsm_ds.cli import main
-from wsm_ds.recipe import load_recipes
+from wsm_ds.planning.recipe import load_recipes
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

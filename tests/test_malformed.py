@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from dying import dies_at
 
-from wsm_ds import manifest, small_files, staging, tasks
 from wsm_ds.cli import main
+from wsm_ds.engine import staged_files, tasks
 from wsm_ds.errors import CurveError, RecipeError, VerificationFailed, WsmError
+from wsm_ds.filesystem import small_files
 from wsm_ds.merging import merge, merge_all
-from wsm_ds.publish import MANIFEST, PLAN, Staging
-from wsm_ds.recipe import load_recipes, make_recipes
+from wsm_ds.planning.recipe import load_recipes, make_recipes
+from wsm_ds.publishing import manifest
+from wsm_ds.publishing.staging_folder import MANIFEST, PLAN, Staging
 from wsm_ds.verification import verify
 from wsm_ds.watching.spec import SPEC, read_spec
 
@@ -100,7 +102,7 @@ def test_what_a_half_done_merge_was_is_never_guessed(runs: Path, tmp_path: Path,
 
 
 def test_a_malformed_journal_is_passed_over(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (staging, tasks, manifest):
+    for module in (staged_files, tasks, manifest):
         monkeypatch.setattr(module, "BLOCK_BYTES", 2048)
     recipe: dict[str, Any] = {"run": runs / "w2_s2_bf16", "last": 2, "curve": "linear", "out": tmp_path / "out"}
     assert dies_at(40, lambda: merge_all(make_recipes(**recipe)))
@@ -139,7 +141,7 @@ def test_what_is_no_name_of_a_tensor_in_safetensors_is_refused(runs: Path, tmp_p
 
 
 def test_a_window_of_more_checkpoints_than_any_run_has_is_refused_at_once() -> None:
-    from wsm_ds.coefficients import merge_coefficients
+    from wsm_ds.schedules.coefficients import merge_coefficients
 
     with pytest.raises(CurveError, match="at most 1000000"):
         merge_coefficients("linear", n=10**12)

@@ -10,7 +10,7 @@ from deepspeed_runs import DTYPES, STAGES, launch
 from reference import average, load_all, merged_masters, merged_parameters, moments, partitions, same_bits, unpadded
 from safetensors.torch import load_file
 
-from wsm_ds.inspect import inspect_run
+from wsm_ds.inspection import inspect_run
 from wsm_ds.merging import export, merge
 from wsm_ds.verification import verify
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from wsm_ds import engine, merging, staging, tasks
+from wsm_ds import merging
+from wsm_ds.engine import staged_files, tasks, worker
 from wsm_ds.errors import (
     BrokenCheckpoint,
     BudgetTooSmall,
@@ -23,10 +24,10 @@ from wsm_ds.errors import (
     VerificationFailed,
     WindowError,
 )
-from wsm_ds.inspect import inspect_run
+from wsm_ds.inspection import inspect_run
 from wsm_ds.merging import merge, plan_merge, run_plan
-from wsm_ds.publish import MANIFEST, staged
-from wsm_ds.recipe import make_recipe
+from wsm_ds.planning.recipe import make_recipe
+from wsm_ds.publishing.staging_folder import MANIFEST, staged
 from wsm_ds.verification import verify
 
 
@@ -233,7 +234,7 @@ def test_verify_notices_every_kind_of_damage(run: Path) -> None:
 
 
 def test_verify_notices_a_manifest_that_was_made_to_fit_wrong_bytes(run: Path) -> None:
-    from wsm_ds import checksum
+    from wsm_ds.filesystem import checksum
 
     out = run.parent / "out"
     merge(run=run, last=3, curve="1-sqrt", out=out)
@@ -268,9 +269,9 @@ def test_no_chunk_size_and_no_number_of_threads_changes_a_bit(
         tag = f"{len(output)}"
         merge(**recipe | output | {"out": tmp_path / f"plain{tag}"})
         with monkeypatch.context() as patch:
-            patch.setattr(staging, "BLOCK_BYTES", block)
+            patch.setattr(staged_files, "BLOCK_BYTES", block)
             patch.setattr(tasks, "BLOCK_BYTES", block)
-            patch.setattr(merging, "workers_for", lambda *_: engine.Workers(threads, slice_numel))
+            patch.setattr(merging, "workers_for", lambda *_: worker.Workers(threads, slice_numel))
             merge(**recipe | output | {"out": tmp_path / f"cut{tag}"})
         for path in (tmp_path / f"cut{tag}").rglob("*"):
             if path.is_file() and path.name != MANIFEST:
@@ -314,7 +315,7 @@ def test_memory_stays_within_the_budget_for_checkpoints_ten_times_as_large(
 def peak_bytes(arguments: list[str]) -> int:
     """Peak resident memory of one `wsm-ds` command in a process of its own."""
     code = (
-        "import resource, sys; from wsm_ds.cli import main; import wsm_ds.engine, wsm_ds.manifest; "
+        "import resource, sys; from wsm_ds.cli import main; import wsm_ds.engine.worker, wsm_ds.publishing.manifest; "
         "assert main(sys.argv[1:]) == 0; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)

@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 from dying import dies_at
 
-from wsm_ds import manifest, reading, staging, tasks
 from wsm_ds.cli import main
+from wsm_ds.engine import reader, staged_files, tasks
 from wsm_ds.errors import BrokenCheckpoint, NoRoom, OutputExists
 from wsm_ds.merging import merge, merge_all, plan_merge
-from wsm_ds.publish import MANIFEST, Staging
-from wsm_ds.recipe import make_recipe, make_recipes
+from wsm_ds.planning.recipe import make_recipe, make_recipes
+from wsm_ds.publishing import manifest
+from wsm_ds.publishing.staging_folder import MANIFEST, Staging
 from wsm_ds.verification import verify
 
-MODULES = (staging, tasks, manifest)
+MODULES = (staged_files, tasks, manifest)
 
 
 @pytest.fixture(autouse=True)
@@ -91,10 +92,10 @@ def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by what is read of the sources."""
     count = [0]
 
-    def counting(self: reading.Reader, file: int, offset: int, nbytes: int) -> None:
+    def counting(self: reader.Reader, file: int, offset: int, nbytes: int) -> None:
         count[0] += nbytes
 
-    monkeypatch.setattr(reading.Reader, "note", counting)
+    monkeypatch.setattr(reader.Reader, "note", counting)
     return count
 
 
@@ -199,7 +200,7 @@ def test_passing_read_errors_are_tried_again(
 ) -> None:
     recipe = {"run": runs / "w2_s2_bf16", "last": 3, "curve": "linear", "threads": 1}
     merge(make_recipe(**recipe | {"out": tmp_path / "right"}))
-    monkeypatch.setattr(reading, "PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(reader, "PAUSES_S", (0.0, 0.0))
     failing(monkeypatch, number, every=3)
     merge(make_recipe(**recipe | {"out": tmp_path / "out"}))
     assert contents(tmp_path / "out") == contents(tmp_path / "right")
@@ -208,16 +209,16 @@ def test_passing_read_errors_are_tried_again(
 
 def failing(monkeypatch: pytest.MonkeyPatch, number: int, every: int) -> None:
     """Every so manieth read of a source fails, and all of those that the kernel makes."""
-    monkeypatch.setattr(reading.Reader, "descriptor", lambda *_: -1)
-    read, calls = reading.Reader._read, [0]
+    monkeypatch.setattr(reader.Reader, "descriptor", lambda *_: -1)
+    read, calls = reader.Reader._read, [0]
 
-    def sometimes(self: reading.Reader, file: int, offset: int, into: memoryview) -> None:
+    def sometimes(self: reader.Reader, file: int, offset: int, into: memoryview) -> None:
         calls[0] += 1
         if calls[0] % every == 0:
             raise OSError(number, os.strerror(number))
         read(self, file, offset, into)
 
-    monkeypatch.setattr(reading.Reader, "_read", sometimes)
+    monkeypatch.setattr(reader.Reader, "_read", sometimes)
 
 
 def test_read_errors_that_stay_end_the_merge_and_leave_it_to_be_gone_on_with(
@@ -225,7 +226,7 @@ def test_read_errors_that_stay_end_the_merge_and_leave_it_to_be_gone_on_with(
 ) -> None:
     recipe = {"run": runs / "w2_s2_bf16", "last": 3, "curve": "linear", "out": tmp_path / "out"}
     with monkeypatch.context() as patch:
-        patch.setattr(reading, "PAUSES_S", (0.0, 0.0))
+        patch.setattr(reader, "PAUSES_S", (0.0, 0.0))
         failing(patch, errno.EIO, every=1)
         with pytest.raises(OSError, match=os.strerror(errno.EIO)):
             merge(make_recipe(**recipe))
@@ -236,16 +237,16 @@ def test_read_errors_that_stay_end_the_merge_and_leave_it_to_be_gone_on_with(
 
 def test_a_source_that_vanishes_is_named(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Path(shutil.copytree(runs / "w2_s2_bf16", tmp_path / "run"))
-    read = reading.Reader._read
+    read = reader.Reader._read
     victim = run / "global_step4/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
 
-    def vanishing(self: reading.Reader, file: int, offset: int, into: memoryview) -> None:
+    def vanishing(self: reader.Reader, file: int, offset: int, into: memoryview) -> None:
         victim.unlink(missing_ok=True)
         read(self, file, offset, into)
 
-    monkeypatch.setattr(reading.Reader, "_read", vanishing)
-    monkeypatch.setattr(reading.Reader, "will_read", lambda *_: None)
-    monkeypatch.setattr(reading.Reader, "descriptor", lambda *_: -1)
+    monkeypatch.setattr(reader.Reader, "_read", vanishing)
+    monkeypatch.setattr(reader.Reader, "will_read", lambda *_: None)
+    monkeypatch.setattr(reader.Reader, "descriptor", lambda *_: -1)
     with pytest.raises(BrokenCheckpoint, match=f"{victim.name} vanished"):
         merge(make_recipe(run=run, last=3, curve="linear", out=tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -326,8 +327,8 @@ def test_an_output_folder_that_cannot_be_written_to_is_an_error(runs: Path) -> N
 def test_a_put_off_write_that_fails_when_it_is_synced_early_stops_the_merge(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(staging, "SYNC_BYTES", 1)
-    monkeypatch.setattr(staging, "SYNC_POLL_S", 0.0)
+    monkeypatch.setattr(staged_files, "SYNC_BYTES", 1)
+    monkeypatch.setattr(staged_files, "SYNC_POLL_S", 0.0)
     fsync, calls = os.fsync, [0]
 
     def once(descriptor: int) -> None:  # the kernel tells of a lost write once, and not again

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
-from wsm_ds import reading
 from wsm_ds.cli import main
+from wsm_ds.engine import reader
 from wsm_ds.errors import LayoutMismatch, OutputExists, RecipeError, WindowError
 from wsm_ds.merging import merge, merge_all, plan_merge
-from wsm_ds.publish import MANIFEST
-from wsm_ds.recipe import MergeRecipe, load_recipes, make_recipe, make_recipes
+from wsm_ds.planning.recipe import MergeRecipe, load_recipes, make_recipe, make_recipes
+from wsm_ds.publishing.staging_folder import MANIFEST
 from wsm_ds.verification import verify
 
 
@@ -35,10 +35,10 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     """(path, begin, end) of every range of a source that is read."""
     ranges: list[tuple[str, int, int]] = []
 
-    def noting(self: reading.Reader, file: int, offset: int, nbytes: int) -> None:
+    def noting(self: reader.Reader, file: int, offset: int, nbytes: int) -> None:
         ranges.append((str(self.inputs[file].path), offset, offset + nbytes))
 
-    monkeypatch.setattr(reading.Reader, "note", noting)
+    monkeypatch.setattr(reader.Reader, "note", noting)
     return ranges
 
 

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wsm_ds.cli import main
 from wsm_ds.errors import RecipeError
-from wsm_ds.inspect import inspect_run
+from wsm_ds.inspection import inspect_run
 from wsm_ds.merging import merge, plan_merge, reshard
-from wsm_ds.recipe import make_recipe
+from wsm_ds.planning.recipe import make_recipe
 from wsm_ds.verification import verify
 
 Trained = tuple[Path, list[list[dict[str, Any]]]]

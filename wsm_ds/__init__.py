@@ -6,17 +6,17 @@ loaded when it is first used.
 
 from typing import TYPE_CHECKING, Any
 
-from wsm_ds.deepspeed_registration import register
+from wsm_ds.schedules.deepspeed_registration import register
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "WSMLR": "lr_schedules",
-    "WSDLR": "lr_schedules",
-    "MergeRecipe": "recipe",
-    "load_recipe": "recipe",
-    "load_recipes": "recipe",
-    "make_recipes": "recipe",
+    "WSMLR": "schedules.lr_schedules",
+    "WSDLR": "schedules.lr_schedules",
+    "MergeRecipe": "planning.recipe",
+    "load_recipe": "planning.recipe",
+    "load_recipes": "planning.recipe",
+    "make_recipes": "planning.recipe",
     "merge": "merging",
     "merge_all": "merging",
     "plan_merge": "merging",
@@ -24,20 +24,24 @@ _HOMES = {
     "export": "merging",
     "reshard": "merging",
     "verify": "verification",
-    "inspect_run": "inspect",
-    "parse_curve": "curves",
-    "merge_coefficients": "coefficients",
-    "coefficients_from_decay_factors": "coefficients",
-    "decay_factors_from_coefficients": "coefficients",
-    "weight_decay_aware_coefficients": "coefficients",
-    "effective_sample_size": "coefficients",
-    "lag": "coefficients",
+    "inspect_run": "inspection",
+    "parse_curve": "schedules.curves",
+    "merge_coefficients": "schedules.coefficients",
+    "coefficients_from_decay_factors": "schedules.coefficients",
+    "decay_factors_from_coefficients": "schedules.coefficients",
+    "weight_decay_aware_coefficients": "schedules.coefficients",
+    "effective_sample_size": "schedules.coefficients",
+    "lag": "schedules.coefficients",
     "WsmError": "errors",
 }
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
-    from wsm_ds.coefficients import (
+    from wsm_ds.errors import WsmError
+    from wsm_ds.inspection import inspect_run
+    from wsm_ds.merging import export, merge, merge_all, plan_merge, reshard, run_plan
+    from wsm_ds.planning.recipe import MergeRecipe, load_recipe, load_recipes, make_recipes
+    from wsm_ds.schedules.coefficients import (
         coefficients_from_decay_factors,
         decay_factors_from_coefficients,
         effective_sample_size,
@@ -45,12 +49,8 @@ if TYPE_CHECKING:
         merge_coefficients,
         weight_decay_aware_coefficients,
     )
-    from wsm_ds.curves import parse_curve
-    from wsm_ds.errors import WsmError
-    from wsm_ds.inspect import inspect_run
-    from wsm_ds.lr_schedules import WSDLR, WSMLR
-    from wsm_ds.merging import export, merge, merge_all, plan_merge, reshard, run_plan
-    from wsm_ds.recipe import MergeRecipe, load_recipe, load_recipes, make_recipes
+    from wsm_ds.schedules.curves import parse_curve
+    from wsm_ds.schedules.lr_schedules import WSDLR, WSMLR
     from wsm_ds.verification import verify
 
 

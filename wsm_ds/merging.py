@@ -7,26 +7,35 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.beside import files_beside
-from wsm_ds.coefficients import effective_sample_size, lag
+from wsm_ds.distributed.ranks import Ranks
 from wsm_ds.dtypes import BY_NAME
-from wsm_ds.engine import run_tasks, workers_for
+from wsm_ds.engine.reader import check_unchanged
+from wsm_ds.engine.staged_files import Spent, StagedFiles
+from wsm_ds.engine.tasks import share, tasks_of
+from wsm_ds.engine.worker import run_tasks, workers_for
 from wsm_ds.errors import OutputExists, RecipeError, VerificationFailed
-from wsm_ds.forms.form import WantedForm
+from wsm_ds.filesystem.capacity import bytes_held, require_disk, require_memory
 from wsm_ds.layouts import Layout, read_layout
-from wsm_ds.manifest import description, make_manifest, read_manifest
-from wsm_ds.plan import Copy, InputFile, OutputFile, Part, Plan, Source
-from wsm_ds.plan_safetensors import safetensors_part
-from wsm_ds.plan_zero import PartFiles, PartWindow, zero_part
-from wsm_ds.publish import MANIFEST, Staging, begun, commit, discard, require_absent, staged, write_text
-from wsm_ds.ranks import Ranks
-from wsm_ds.reading import check_unchanged
-from wsm_ds.recipe import MergeRecipe, make_recipe
-from wsm_ds.room import bytes_held, require_disk, require_memory
-from wsm_ds.staging import Spent, StagedFiles
-from wsm_ds.streams import SourceTables, Wanted, carry_streams, element_streams, source_tables
-from wsm_ds.tasks import share, tasks_of
-from wsm_ds.window import ReadLayout, Window, recorded_window, select_window, union_of
+from wsm_ds.outputs.resharding.form import WantedForm
+from wsm_ds.outputs.safetensors import safetensors_part
+from wsm_ds.outputs.trainer_files import files_beside
+from wsm_ds.outputs.zero_checkpoint import PartFiles, PartWindow, zero_part
+from wsm_ds.planning.plan import Copy, InputFile, OutputFile, Part, Plan, Source
+from wsm_ds.planning.recipe import MergeRecipe, make_recipe
+from wsm_ds.planning.streams import SourceTables, Wanted, carry_streams, element_streams, source_tables
+from wsm_ds.planning.window import ReadLayout, Window, recorded_window, select_window, union_of
+from wsm_ds.publishing.manifest import description, make_manifest, read_manifest
+from wsm_ds.publishing.staging_folder import (
+    MANIFEST,
+    Staging,
+    begun,
+    commit,
+    discard,
+    require_absent,
+    staged,
+    write_text,
+)
+from wsm_ds.schedules.coefficients import effective_sample_size, lag
 
 Progress = Callable[[int], None]
 

@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from wsm_ds import checksum
-from wsm_ds.engine import Worker, workers_for
+from wsm_ds.engine.reader import Reader
+from wsm_ds.engine.staged_files import Spent
+from wsm_ds.engine.tasks import Task, tasks_of
+from wsm_ds.engine.worker import Worker, workers_for
 from wsm_ds.errors import VerificationFailed, WsmError, few
-from wsm_ds.manifest import read_manifest
+from wsm_ds.filesystem import checksum
 from wsm_ds.merging import plan_windows
-from wsm_ds.plan import Bytes, Plan
-from wsm_ds.publish import MANIFEST
-from wsm_ds.reading import Reader
-from wsm_ds.recipe import make_recipe
-from wsm_ds.staging import Spent
-from wsm_ds.tasks import Task, tasks_of
-from wsm_ds.window import recorded_window
+from wsm_ds.planning.plan import Bytes, Plan
+from wsm_ds.planning.recipe import make_recipe
+from wsm_ds.planning.window import recorded_window
+from wsm_ds.publishing.manifest import read_manifest
+from wsm_ds.publishing.staging_folder import MANIFEST
 
 SAMPLED_TASKS_PER_FILE = 2
 

@@ -7,7 +7,7 @@ from pretraining import Run
 from readme import do_as_readme
 
 from wsm_ds.merging import merge
-from wsm_ds.publish import MANIFEST
+from wsm_ds.publishing.staging_folder import MANIFEST
 
 
 def contents(out: Path) -> dict[str, bytes]:

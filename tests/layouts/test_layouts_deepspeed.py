@@ -11,7 +11,7 @@ from deepspeed_runs import launch
 from reference import average, load_all, merged_masters, moments, partitions, same_bits, states, unpadded
 from safetensors.torch import load_file
 
-from wsm_ds.inspect import inspect_run
+from wsm_ds.inspection import inspect_run
 from wsm_ds.merging import export, merge, reshard
 from wsm_ds.verification import verify
 

@@ -12,7 +12,7 @@ from reference import average, load_all, merged_masters, moments, partitions, sa
 from safetensors.torch import load_file
 
 from wsm_ds.errors import BrokenCheckpoint, LayoutMismatch, UnsupportedLayout
-from wsm_ds.inspect import inspect_run
+from wsm_ds.inspection import inspect_run
 from wsm_ds.merging import export, merge, reshard
 from wsm_ds.verification import verify
 

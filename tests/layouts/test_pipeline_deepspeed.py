@@ -11,7 +11,7 @@ from deepspeed_runs import launch
 from reference import average, load_all, merged_masters, moments, parameters, partitions, same_bits
 
 from wsm_ds.errors import BrokenCheckpoint, LayoutMismatch, UnsupportedLayout
-from wsm_ds.inspect import inspect_run
+from wsm_ds.inspection import inspect_run
 from wsm_ds.layouts import Checkpoint, find_checkpoints, read_layout
 from wsm_ds.merging import export, merge, reshard
 from wsm_ds.verification import verify

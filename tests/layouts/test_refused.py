@@ -11,7 +11,7 @@ from deepspeed_runs import launch
 from safetensors.torch import load_file
 
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, WsmError
-from wsm_ds.inspect import inspect_run
+from wsm_ds.inspection import inspect_run
 from wsm_ds.merging import export, merge
 from wsm_ds.verification import verify
 

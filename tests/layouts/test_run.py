@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from wsm_ds.inspect import inspect_run
+from wsm_ds.inspection import inspect_run
 from wsm_ds.layouts.run import DELETED, deleted_steps, find_checkpoints, latest_step
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from reference import same_tree
 
-from wsm_ds.plan import Bytes, Copy
-from wsm_ds.rewrite import Inputs, rewritten
+from wsm_ds.outputs.torch_template import Inputs, rewritten
+from wsm_ds.planning.plan import Bytes, Copy
 from wsm_ds.torchfile import open_torch_file
 from wsm_ds.torchfile.repickle import repickle
 

@@ -11,10 +11,10 @@ from played_run import PlayedRun, outputs
 
 from wsm_ds.cli import main
 from wsm_ds.errors import CheckpointNotFound, OutputHeld, RecipeError, UnsupportedLayout, WindowError
-from wsm_ds.inspect import inspect_run
+from wsm_ds.inspection import inspect_run
 from wsm_ds.merging import merge
-from wsm_ds.publish import Staging, held
-from wsm_ds.recipe import make_recipe
+from wsm_ds.planning.recipe import make_recipe
+from wsm_ds.publishing.staging_folder import Staging, held
 from wsm_ds.watching import EndPoints, WatchOptions, WatchSpec, make_spec, watch
 from wsm_ds.watching.prune import Retention, left_in_trash, plan_prune, prune, trash_of
 

@@ -23,10 +23,10 @@ from played_run import PlayedRun, contents, outputs
 from wsm_ds.cli import main
 from wsm_ds.errors import BrokenCheckpoint, CheckpointNotFound, OutputExists, OutputHeld, RecipeError
 from wsm_ds.merging import merge
-from wsm_ds.publish import Staging
-from wsm_ds.recipe import load_values, make_recipe
+from wsm_ds.planning.recipe import load_values, make_recipe
+from wsm_ds.publishing.staging_folder import Staging
 from wsm_ds.watching import EndPoints, Happened, WatchOptions, WatchSpec, make_spec, watch, watcher
-from wsm_ds.watching.complete import Checkpoints
+from wsm_ds.watching.completeness import Checkpoints
 
 POLL_S = 0.2
 PATIENCE_S = 60.0
@@ -194,14 +194,15 @@ def test_a_watch_killed_at_any_operation_and_started_again_ends_in_the_same_byte
 
 SLOW = """
 import os, time
-from wsm_ds import engine, staging, tasks, manifest
-for module in (staging, tasks, manifest):
+from wsm_ds.engine import worker, staged_files, tasks
+from wsm_ds.publishing import manifest
+for module in (staged_files, tasks, manifest):
     module.BLOCK_BYTES = 2048
-run = engine.Worker.run
+run = worker.Worker.run
 def slow(*arguments):
     run(*arguments)
     time.sleep(0.15)
-engine.Worker.run = slow
+worker.Worker.run = slow
 """
 SMALL_BLOCKS = "\n".join(SLOW.splitlines()[:5])
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from wsm_ds import __version__
-from wsm_ds.cli import look, merge, storage, watch
+from wsm_ds.cli import inspect, merge, storage, watch
 from wsm_ds.cli.options import EXIT_CODES
 from wsm_ds.errors import WsmError, one_line
 
@@ -21,7 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_commands(commands)
     watch.add_commands(commands)
     storage.add_commands(commands)
-    look.add_commands(commands)
+    inspect.add_commands(commands)
     return parser
 
 

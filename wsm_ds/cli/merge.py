@@ -53,7 +53,7 @@ def _output_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from wsm_ds.recipe import load_recipes, make_recipes
+    from wsm_ds.planning.recipe import load_recipes, make_recipes
 
     values = recipe_values(options) | {"from_step": options.from_step, "to_step": several(options.to_step)}
     values["tags"] = split(options.tags)
@@ -64,9 +64,9 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _carry_out(recipes: Sequence[Any], options: argparse.Namespace) -> int:
     """Plans and runs the merge: all ranks of a launcher do."""
+    from wsm_ds.distributed.ranks import launched_ranks
     from wsm_ds.merging import plan_merge
-    from wsm_ds.ranks import launched_ranks
-    from wsm_ds.report import plan_report
+    from wsm_ds.reporting.tables import plan_report
 
     if options.dry_run:
         plan = plan_merge(recipes)
@@ -80,10 +80,10 @@ def _carry_out(recipes: Sequence[Any], options: argparse.Namespace) -> int:
 
 def _run(recipes: Sequence[Any], ranks: Any, options: argparse.Namespace) -> int:
     """One rank's part of a merge; rank 0 speaks."""
-    from wsm_ds.manifest import read_manifest
     from wsm_ds.merging import plan_merge, run_plan
-    from wsm_ds.progress import Progress, event
-    from wsm_ds.report import plan_report, summary_report
+    from wsm_ds.publishing.manifest import read_manifest
+    from wsm_ds.reporting.progress import Progress, event
+    from wsm_ds.reporting.tables import plan_report, summary_report
 
     plan = plan_merge(recipes)
     is_first = ranks.rank == 0

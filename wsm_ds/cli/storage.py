@@ -30,9 +30,9 @@ def add_commands(commands: Any) -> None:
 
 
 def _storage(options: argparse.Namespace) -> int:
-    from wsm_ds.recipe import load_values
+    from wsm_ds.estimate import Pace, estimate, estimate_report
+    from wsm_ds.planning.recipe import load_values
     from wsm_ds.sizes import parse_size
-    from wsm_ds.storage import Pace, estimate, estimate_report
     from wsm_ds.watching import EndPoints, make_spec
 
     values = recipe_values(options) | {"like": None, "stage": None, "world_size": None}  # here they are the run's
@@ -47,9 +47,9 @@ def _storage(options: argparse.Namespace) -> int:
 
 def _size(options: argparse.Namespace) -> Any:
     from wsm_ds.errors import RecipeError
+    from wsm_ds.estimate import checkpoint_size, size_of
     from wsm_ds.layouts import read_layout
     from wsm_ds.layouts.run import checkpoint_at
-    from wsm_ds.storage import checkpoint_size, size_of
 
     if (options.parameters is None) == (options.like is None):
         raise RecipeError("give the model's size by either --parameters or --like RUN/TAG.")

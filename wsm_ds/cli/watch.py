@@ -70,7 +70,7 @@ def end_point_options(parser: argparse.ArgumentParser) -> None:
 
 def _watch(options: argparse.Namespace) -> int:
     from wsm_ds.errors import RecipeError
-    from wsm_ds.progress import event
+    from wsm_ds.reporting.progress import event
     from wsm_ds.watching import WatchOptions, watch
     from wsm_ds.watching.commands import parse_command
 
@@ -96,7 +96,7 @@ def _watch(options: argparse.Namespace) -> int:
 
 def _spec(values: dict[str, Any], options: argparse.Namespace) -> "WatchSpec":
     """What the options of a recipe and its end points say."""
-    from wsm_ds.recipe import load_values
+    from wsm_ds.planning.recipe import load_values
     from wsm_ds.watching import EndPoints, make_spec
 
     _require_counts(options, "every")

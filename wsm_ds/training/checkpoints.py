@@ -11,11 +11,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from wsm_ds.distributed.agreement import Agreement
 from wsm_ds.errors import BrokenCheckpoint, CheckpointNotFound, RecipeError, few
 from wsm_ds.layouts import Layout, find_checkpoints, read_layout
 from wsm_ds.layouts.run import checkpoint_at
-from wsm_ds.publish import appear
-from wsm_ds.training.agreement import Agreement
+from wsm_ds.publishing.staging_folder import appear
 from wsm_ds.training.job import JobFolder, replace_text, require_current
 from wsm_ds.training.random_states import save_random_states
 

@@ -4,8 +4,8 @@ import os
 import socket
 from datetime import timedelta
 
+from wsm_ds.distributed.ranks import slurm_variables
 from wsm_ds.errors import RecipeError
-from wsm_ds.ranks import slurm_variables
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

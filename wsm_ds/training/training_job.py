@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from wsm_ds.distributed.agreement import Agreement
 from wsm_ds.errors import RecipeError, TrainingError, few
 from wsm_ds.training import checkpoints, interruption, resharding
-from wsm_ds.training.agreement import Agreement
 from wsm_ds.training.compilation import prepare_compilation
 from wsm_ds.training.heartbeat import Heartbeat
 from wsm_ds.training.job import JobFolder, begin_attempt, given_attempt, is_done, mark_done, require_current

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from wsm_ds.errors import Interrupted, RecipeError
-from wsm_ds.publish import try_lock, write_text
-from wsm_ds.watching.happened import Happened
+from wsm_ds.publishing.staging_folder import try_lock, write_text
+from wsm_ds.watching.events import Happened
 
 PLACE = "{}"
 STOP_S = 5.0

@@ -20,10 +20,10 @@ from typing import Any
 from wsm_ds.errors import RecipeError, UnsupportedLayout, few
 from wsm_ds.layouts import Checkpoint, find_checkpoints
 from wsm_ds.layouts.run import DELETED, deleted_steps, latest_step
-from wsm_ds.publish import MANIFEST, begun_below, held
-from wsm_ds.report import table
+from wsm_ds.publishing.staging_folder import MANIFEST, begun_below, held
+from wsm_ds.reporting.tables import table
 from wsm_ds.sizes import format_size
-from wsm_ds.watching.complete import Checkpoints
+from wsm_ds.watching.completeness import Checkpoints
 from wsm_ds.watching.spec import WatchSpec, merged_outputs, source_steps
 from wsm_ds.watching.windows import needed_steps
 

@@ -26,14 +26,14 @@ from wsm_ds.errors import (
 )
 from wsm_ds.layouts.run import deleted_steps
 from wsm_ds.merging import plan_merge, run_plan
-from wsm_ds.plan import Plan
-from wsm_ds.progress import Progress, Style
-from wsm_ds.publish import discard, held, write_text
-from wsm_ds.recipe import MergeRecipe
+from wsm_ds.planning.plan import Plan
+from wsm_ds.planning.recipe import MergeRecipe
+from wsm_ds.publishing.staging_folder import discard, held, write_text
+from wsm_ds.reporting.progress import Progress, Style
 from wsm_ds.sizes import format_size
 from wsm_ds.watching.commands import Commands, Merged
-from wsm_ds.watching.complete import Checkpoints
-from wsm_ds.watching.happened import Happened
+from wsm_ds.watching.completeness import Checkpoints
+from wsm_ds.watching.events import Happened
 from wsm_ds.watching.spec import LOCK, WatchSpec, merged_outputs, source_steps, write_spec
 from wsm_ds.watching.windows import OpenWindow, open_windows
 

@@ -1,0 +1,1 @@
+"""Several processes on one task: who takes part, barriers, decisions, and errors that reach every rank."""

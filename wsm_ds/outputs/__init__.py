@@ -1,0 +1,1 @@
+"""Which files an output has, and where its elements lie in them."""

@@ -1,0 +1,69 @@
+"""A rank's model file in another form. Keys as `runtime/engine.py:5017`."""
+
+from collections import OrderedDict
+from typing import Any
+
+from wsm_ds.layouts.layout import TensorInfo
+from wsm_ds.outputs.resharding.form import Form, Origin, cuts
+from wsm_ds.outputs.resharding.placeholders import room
+from wsm_ds.torchfile import Tensor
+from wsm_ds.torchfile.unpickle import TorchSize
+
+
+def model_tree(origin: Origin, form: Form, rank: int) -> dict[str, Any]:
+    """The object tree of `rank`'s model file (stages 1 and 2 have rank 0's only), with room for the elements."""
+    tree: dict[str, Any] = dict(origin.models.get(rank, origin.models[0]).tree)
+    first = origin.models[0].tree
+    tensors = origin.layout.tensors
+    frozen = {name: info for name, info in tensors.items() if info.role == "frozen"}
+    tree["module"] = _module(origin, form, tree["module"])
+    tree["param_shapes"] = [
+        OrderedDict((name, TorchSize(tensors[name].shape)) for name in names)
+        for cut in cuts(form, origin.groups, origin.layout)
+        for names in cut
+    ]
+    tree["shared_params"] = first.get("shared_params") if rank == 0 else {}
+    tree["frozen_param_shapes"] = tree["frozen_param_fragments"] = None
+    if form.stage > 1:
+        shapes = first.get("frozen_param_shapes") or {n: TorchSize(info.shape) for n, info in frozen.items()}
+        tree["frozen_param_shapes"] = OrderedDict(shapes)
+        tree["frozen_param_fragments"] = OrderedDict(
+            (name, _fragment(form, frozen[name], tree["module"][name]) if name in frozen else tree["module"][name])
+            for name in shapes
+        )
+    tree["dp_world_size"] = form.world_size
+    tree["ds_config"] = with_form(tree.get("ds_config"), form)
+    return tree
+
+
+def _module(origin: Origin, form: Form, old: dict[str, Any]) -> OrderedDict[str, Any]:
+    """Weights under the old names in the old order: placeholders in stage 3, whole tensors else, tied ones shared."""
+    if form.stage < 3 and origin.form.stage < 3:
+        return OrderedDict(old)
+    new: OrderedDict[str, Any] = OrderedDict()
+    made: dict[str, Tensor] = {}
+    for name, value in old.items():
+        owner = origin.layout.aliases.get(name, name)
+        info = origin.layout.tensors.get(owner)
+        if info is None or info.role == "buffer" or not isinstance(value, Tensor):
+            new[name] = value
+            continue
+        if owner not in made:
+            made[owner] = room(info.dtype, (0,) if form.stage == 3 else info.shape)
+        new[name] = made[owner]
+    return new
+
+
+def _fragment(form: Form, info: TensorInfo, whole: Tensor) -> Tensor:
+    """A frozen parameter beside the module: the same tensor, or in stage 3 the rank's part of it."""
+    return room(info.dtype, (-(-info.numel // form.world_size),)) if form.stage == 3 else whole
+
+
+def with_form(config: Any, form: Form) -> Any:
+    """A ds_config that says what the form is, where it differs."""
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
+        return config
+    changed = {"stage": form.stage}
+    if form.stage == 3:
+        changed["sub_group_size"] = form.sub_group_size
+    return config | {"zero_optimization": config["zero_optimization"] | changed}

@@ -1,0 +1,253 @@
+"""What a merge will do, as plain data: for every output file, what each of its bytes is made of.
+
+No file is written and no tensor read to make a plan. `plan_zero` and `plan_safetensors` say which files a merge
+makes and where elements belong in them, `streams` where the same elements lie in the sources.
+
+One plan may make several outputs (windows, curves, formats), its *parts*. A *stream* goes once over elements that
+some of them want: every source is read once for all targets.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from wsm_ds.planning.intersect import Ints, Order, Places, element_of
+
+Fate = Literal["merge", "equal", "newest", "carry"]
+"""merge: weighted sum of a window. equal: the newest of the window, and all must agree. newest: the newest of the
+window, and a disagreement is warned of. carry: bytes as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """A file to read, as it was when the plan was made."""
+
+    path: Path
+    nbytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """`nbytes` bytes at `offset`, carried from an input."""
+
+    offset: int
+    nbytes: int
+    file: int
+    source_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """Bytes at `offset` that the plan itself knows."""
+
+    offset: int
+    data: bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the output."""
+        return len(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class Zeros:
+    """`nbytes` zero bytes at `offset`: room for elements, and padding."""
+
+    offset: int
+    nbytes: int
+
+
+Base = Copy | Bytes | Zeros
+
+
+@dataclass(frozen=True, slots=True)
+class CrcField:
+    """The CRC-32 of [offset, offset + nbytes) belongs, as 4 little-endian bytes, at each of `places`."""
+
+    offset: int
+    nbytes: int
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Template:
+    """An output file before elements are put in: what tiles it, and the checksums to fill in."""
+
+    name: str
+    nbytes: int
+    base: list[Base]
+    crcs: tuple[CrcField, ...]
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One file of a part: what streams do not write of it, in order, and the checksums to fill in."""
+
+    part: int
+    name: str
+    nbytes: int
+    pieces: tuple[Base, ...]
+    crcs: tuple[CrcField, ...]
+
+    @property
+    def nbytes_of_streams(self) -> int:
+        """Bytes that streams write."""
+        return self.nbytes - sum(piece.nbytes for piece in self.pieces if not isinstance(piece, Copy))
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a stream's elements go in one part, and of what they are made.
+
+    Attributes:
+        part: number of the part.
+        places: in the plan's output files.
+        members: which of the stream's sources make the window, oldest first.
+        coefficients: float64, one a member.
+        rounded_like: another target of the stream: its stored value is what is cast here (module weights of masters).
+    """
+
+    part: int
+    places: Places
+    members: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    rounded_like: int | None = None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Elements of one kind, in the order of the first target's files.
+
+    Attributes:
+        fate: what is done with them.
+        numel: how many there are.
+        sources: where they lie, a checkpoint each (in a "carry" stream: one, the input files themselves).
+        checkpoints: numbers of these checkpoints among all that the plan reads.
+        targets: where they go.
+        breaks: elements at which the dtype of a source or target changes.
+        order: the elements' names, see `name`.
+    """
+
+    fate: Fate
+    numel: int
+    sources: tuple[Places, ...]
+    checkpoints: tuple[int, ...]
+    targets: tuple[Target, ...]
+    breaks: Ints
+    order: Order
+    line: Ints
+
+    def name(self, element: int, names: Sequence[str]) -> str:
+        """The tensor that an element belongs to."""
+        return names[element_of(self.order, self.line, element)[0]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One checkpoint of a window."""
+
+    path: Path
+    tag: str
+    step: int
+    coefficient: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """One output folder. `sources` are oldest first; `texts` are small files of the output's root."""
+
+    out: Path
+    sources: tuple[Source, ...]
+    curve: str
+    ess: float
+    lag_steps: float
+    texts: dict[str, str]
+    recipe: dict[str, Any]
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """c, oldest → newest."""
+        return tuple(source.coefficient for source in self.sources)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole merge: one or several parts, made in one pass over `inputs`. `names` are the tensors'."""
+
+    parts: tuple[Part, ...]
+    inputs: tuple[InputFile, ...]
+    outputs: tuple[OutputFile, ...]
+    streams: tuple[Stream, ...]
+    names: tuple[str, ...]
+    memory_bytes: int
+    threads: int
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Bytes of all output files."""
+        return sum(output.nbytes for output in self.outputs)
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes read from inputs."""
+        return sum(source.nbytes for stream in self.streams for source in stream.sources)
+
+    def files_of(self, part: int) -> list[tuple[int, OutputFile]]:
+        """(number, file) of a part's files."""
+        return [(number, output) for number, output in enumerate(self.outputs) if output.part == part]
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan's figures as plain data."""
+        return {
+            "bytes_to_read": self.bytes_to_read,
+            "bytes_to_write": self.bytes_to_write,
+            "memory_bytes": self.memory_bytes,
+            "threads": self.threads,
+            "outputs": [
+                described(part) | {"files": [{"name": o.name, "bytes": o.nbytes} for _, o in self.files_of(number)]}
+                for number, part in enumerate(self.parts)
+            ],
+        }
+
+
+def described(part: Part) -> dict[str, Any]:
+    """A part's window as plain data."""
+    return {
+        "out": str(part.out),
+        "sources": [
+            {"path": str(s.path), "tag": s.tag, "step": s.step, "coefficient": s.coefficient} for s in part.sources
+        ],
+        "curve": part.curve,
+        "effective_sample_size": part.ess,
+        "lag_steps": part.lag_steps,
+    }
+
+
+def around(base: Sequence[Base], begins: Ints, ends: Ints) -> tuple[Base, ...]:
+    """What of `base`, which tiles a file, lies outside the ranges [begins, ends). Both ordered; Bytes stay whole."""
+    pieces: list[Base] = []
+    at = 0
+    for piece in base:
+        position, end = piece.offset, piece.offset + piece.nbytes
+        while at < len(begins) and begins[at] < end:
+            if isinstance(piece, Bytes) or begins[at] < position or ends[at] > end:
+                raise AssertionError(f"elements at {begins[at]} do not lie in the piece at {piece.offset}")
+            _append_part(pieces, piece, position, int(begins[at]))
+            position = int(ends[at])
+            at += 1
+        _append_part(pieces, piece, position, end)
+    return tuple(pieces)
+
+
+def _append_part(pieces: list[Base], whole: Base, begin: int, end: int) -> None:
+    """Adds [begin, end) of a piece; Bytes are never cut."""
+    if end <= begin:
+        return
+    if isinstance(whole, Copy):
+        pieces.append(Copy(begin, end - begin, whole.file, whole.source_offset + begin - whole.offset))
+    elif isinstance(whole, Zeros):
+        pieces.append(Zeros(begin, end - begin))
+    else:
+        pieces.append(whole)

@@ -1,0 +1,79 @@
+"""Tables for people: plans, coefficients, inspections. Text in, text out."""
+
+from collections.abc import Sequence
+
+from wsm_ds.engine.staged_files import Spent
+from wsm_ds.errors import one_line
+from wsm_ds.inspection import Inspected
+from wsm_ds.planning.plan import Plan
+from wsm_ds.sizes import format_size
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell; the first is left-aligned, the others right. Names may hold anything."""
+    rows = [[one_line(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) if not column else cell.rjust(width)
+                  for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in [header, *rows]
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def plan_report(plan: Plan) -> str:
+    """The plan as it is shown before anything is written."""
+    lines = []
+    for part in plan.parts:
+        rows = [[source.tag, str(source.step), f"{source.coefficient:.6f}"] for source in part.sources]
+        lines += [
+            table(["checkpoint", "step", "coefficient"], rows),
+            f"curve {part.curve}  effective sample size {part.ess:.2f} of {len(part.sources)}  "
+            f"lag {part.lag_steps:g} steps",
+            f"out  {part.out}",
+        ]
+    lines.append(
+        f"read {format_size(plan.bytes_to_read)}  write {format_size(plan.bytes_to_write)} in {len(plan.outputs)} files"
+        f"   memory {format_size(plan.memory_bytes)}   threads {plan.threads}"
+    )
+    return "\n".join(lines)
+
+
+def summary_report(plan: Plan, spent: Spent, wall_s: float, world_size: int) -> str:
+    """Where the time went, after the merge."""
+    moved = plan.bytes_to_read + plan.bytes_to_write
+    ranks = f", rank 0 of {world_size}" if world_size > 1 else ""
+    return (
+        f"{format_size(moved)} in {wall_s:.1f} s, {format_size(moved / max(wall_s, 1e-9))}/s; seconds of "
+        f"{plan.threads} threads{ranks}: "
+        f"read {spent.read_s:.1f}, arithmetic {spent.arithmetic_s:.1f}, hash {spent.hash_s:.1f}, "
+        f"write {spent.write_s:.1f}"
+    )
+
+
+def inspection_report(found: Sequence[Inspected]) -> str:
+    """One line a checkpoint, and the problems of the broken ones below."""
+    rows, problems = [], []
+    for item in found:
+        layout = item.layout
+        if layout is None:
+            rows.append([item.checkpoint.tag, *["-"] * 7, "no"])
+            problems.append(one_line(f"{item.checkpoint.tag}: {item.problem}"))
+            continue
+        rates = ",".join(f"{rate:g}" for rate in sorted(set(layout.learning_rates))) or "-"
+        stage = "univ" if layout.is_universal else str(layout.stage)
+        ranks = str(layout.world_size) + (f"x{layout.model_parallel_size}" if layout.model_parallel_size > 1 else "")
+        rows.append(
+            [item.checkpoint.tag, str(layout.step), stage, layout.dtype.name, ranks,
+             f"{layout.numel:,}", format_size(layout.nbytes), rates, "yes"]
+        )  # fmt: skip
+    header = ["checkpoint", "step", "zero", "dtype", "ranks", "parameters", "size", "lr", "complete"]
+    return "\n".join([table(header, rows), *problems])
+
+
+def coefficients_report(coefficients: Sequence[float], steps: Sequence[int], ess: float, lag_steps: float) -> str:
+    """Coefficients, oldest first."""
+    rows = [[str(step), f"{c:.6f}"] for step, c in zip(steps, coefficients, strict=True)]
+    return "\n".join(
+        [table(["step", "coefficient"], rows), f"effective sample size {ess:.2f}   lag {lag_steps:g} steps"]
+    )
