@@ -102,8 +102,8 @@ def limit(run: Path, out: Path, count: int) -> None:
 
     plan = plan_of(run, out, count)
     out.mkdir()
-    descriptors = [os.open(out / output.name, os.O_RDWR | os.O_CREAT) for output in plan.outputs]
-    for descriptor, output in zip(descriptors, plan.outputs, strict=True):
+    descriptors = [os.open(out / output.name, os.O_RDWR | os.O_CREAT) for output in plan.files]
+    for descriptor, output in zip(descriptors, plan.files, strict=True):
         os.ftruncate(descriptor, output.nbytes)
 
     def move(task: Task) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "wsm_ds"
 ORDER = (
     "errors", "sizes", "dtypes", "filesystem", "distributed", "schedules", "torchfile", "layouts", "planning",
-    "outputs", "engine", "publishing", "merging", "verification", "inspection", "reporting", "watching", "estimate", "training",
-    "cli", "__main__",
+    "outputs", "engine", "publishing", "merging", "verification", "inspection", "reporting", "watching", "estimate",
+    "training", "cli", "__main__",
 )  # fmt: skip
 """Each may import what stands before it."""
 MAY_IMPORT = {"deepspeed": {"schedules", "training"}, "torch": {"schedules", "distributed", "training"}}

@@ -91,7 +91,7 @@ def test_a_newest_checkpoint_that_is_still_being_written_is_passed_over_and_name
 ) -> None:
     optim(run, 6).unlink()
     plan = plan_merge(make_recipe(run=run, last=2, curve="linear", out=run.parent / "out"))
-    assert [source.step for source in plan.parts[0].sources] == [2, 4]
+    assert [source.step for source in plan.outputs[0].sources] == [2, 4]
     assert "global_step6 is passed over" in caplog.text
 
 

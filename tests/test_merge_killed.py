@@ -16,7 +16,7 @@ from dying import dies_at
 
 from wsm_ds.cli import main
 from wsm_ds.engine import reader, staged_files, tasks
-from wsm_ds.errors import BrokenCheckpoint, NoRoom, OutputExists
+from wsm_ds.errors import BrokenCheckpoint, InsufficientCapacity, OutputExists
 from wsm_ds.merging import merge, merge_all, plan_merge
 from wsm_ds.planning.recipe import make_recipe, make_recipes
 from wsm_ds.publishing import manifest
@@ -283,11 +283,11 @@ def test_too_little_room_is_said_before_anything_is_written(
 
     for free, words in ((with_free(0, 10**6), "0 B free, the merge needs"), (with_free(10**9, 3), "3 inodes free")):
         monkeypatch.setattr(os, "statvfs", free)
-        with pytest.raises(NoRoom, match=words):
+        with pytest.raises(InsufficientCapacity, match=words):
             merge(make_recipe(**recipe))
         assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
-    with pytest.raises(NoRoom, match=r"of memory are available.*--memory-budget"):
+    with pytest.raises(InsufficientCapacity, match=r"of memory are available.*--memory-budget"):
         merge(make_recipe(**recipe | {"memory_budget": "1000GiB"}))
     assert list(tmp_path.iterdir()) == []
 
@@ -298,9 +298,9 @@ def test_a_signal_ends_the_merge_at_once_and_the_same_command_finishes_it(
 ) -> None:
     monkeypatch.undo()  # the command runs in a process of its own
     code = (
-        "import sys, time; from wsm_ds import cli, engine; run = engine.Worker.run\n"
+        "import sys, time; from wsm_ds import cli; from wsm_ds.engine import worker; run = worker.Worker.run\n"
         "def slow(*a):\n    run(*a); print('done one', flush=True); time.sleep(0.3)\n"
-        "engine.Worker.run = slow\n"
+        "worker.Worker.run = slow\n"
         "sys.exit(cli.main(['merge', sys.argv[1], '--last', '3', '--out', sys.argv[2], '--json', '--threads', '1']))"
     )
     process = subprocess.Popen(

@@ -42,7 +42,7 @@ class OutputExists(WsmError, FileExistsError):
     """The output is already there, or another merge has begun there."""
 
 
-class OutputHeld(OutputExists):
+class OutputLocked(OutputExists):
     """Another process is writing the output now."""
 
 
@@ -103,7 +103,7 @@ class Interrupted(WsmError, InterruptedError):
     may_pass = True
 
 
-class NoRoom(WsmError, OSError):
+class InsufficientCapacity(WsmError, OSError):
     """The disk has not enough bytes or inodes free, or the machine not enough memory."""
 
     exit_code = 3

@@ -10,19 +10,19 @@ from typing import Any
 from wsm_ds.distributed.ranks import Ranks
 from wsm_ds.dtypes import BY_NAME
 from wsm_ds.engine.reader import check_unchanged
-from wsm_ds.engine.staged_files import Spent, StagedFiles
+from wsm_ds.engine.staged_files import StagedFiles, Timings
 from wsm_ds.engine.tasks import share, tasks_of
 from wsm_ds.engine.worker import run_tasks, workers_for
 from wsm_ds.errors import OutputExists, RecipeError, VerificationFailed
 from wsm_ds.filesystem.capacity import bytes_held, require_disk, require_memory
 from wsm_ds.layouts import Layout, read_layout
 from wsm_ds.outputs.resharding.form import WantedForm
-from wsm_ds.outputs.safetensors import safetensors_part
+from wsm_ds.outputs.safetensors import plan_safetensors
 from wsm_ds.outputs.trainer_files import files_beside
-from wsm_ds.outputs.zero_checkpoint import PartFiles, PartWindow, zero_part
-from wsm_ds.planning.plan import Copy, InputFile, OutputFile, Part, Plan, Source
+from wsm_ds.outputs.zero_checkpoint import OutputFiles, OutputWindow, plan_zero_checkpoint
+from wsm_ds.planning.plan import CopySegment, InputFile, Output, OutputFile, Plan, Source
 from wsm_ds.planning.recipe import MergeRecipe, make_recipe
-from wsm_ds.planning.streams import SourceTables, Wanted, carry_streams, element_streams, source_tables
+from wsm_ds.planning.streams import ElementRequest, SourceTables, carry_streams, element_streams, source_tables
 from wsm_ds.planning.window import ReadLayout, Window, recorded_window, select_window, union_of
 from wsm_ds.publishing.manifest import description, make_manifest, read_manifest
 from wsm_ds.publishing.staging_folder import (
@@ -98,10 +98,10 @@ def plan_windows(
     layouts = union_of(windows)
     tables = source_tables(layouts)
     numbers = {layout.path: number for number, layout in enumerate(layouts)}
-    inputs, outputs, wanted, parts = tables.inputs, list[OutputFile](), list[Wanted](), list[Part]()
+    inputs, outputs, wanted, parts = tables.inputs, list[OutputFile](), list[ElementRequest](), list[Output]()
     for part, (recipe, window) in enumerate(zip(recipes, windows, strict=True)):
         members = tuple(numbers[layout.path] for layout in window.layouts)
-        own = PartWindow(part, members, tuple(window.coefficients.tolist()), len(outputs))
+        own = OutputWindow(part, members, tuple(window.coefficients.tolist()), len(outputs))
         files, texts = _files(tables, own, recipe, any(map(_reads_states, recipes)))
         copies, copied = _beside(recipe, window.layouts[-1], own, files, texts, carried, len(inputs))
         outputs += [*files.outputs, *copies]
@@ -123,23 +123,23 @@ def _reads_states(recipe: MergeRecipe) -> bool:
 
 
 def _files(
-    tables: SourceTables, window: PartWindow, recipe: MergeRecipe, reads_states: bool
-) -> tuple[PartFiles, dict[str, str]]:
+    tables: SourceTables, window: OutputWindow, recipe: MergeRecipe, reads_states: bool
+) -> tuple[OutputFiles, dict[str, str]]:
     """A part's files, those of its texts included."""
     if recipe.format == "safetensors":
         dtype = BY_NAME[recipe.dtype] if recipe.dtype else None
-        return safetensors_part(tables, window, dtype, int(recipe.max_shard_size), recipe.rename)
+        return plan_safetensors(tables, window, dtype, int(recipe.max_shard_size), recipe.rename)
     is_universal = recipe.format == "universal"
     form = WantedForm(is_universal, recipe.stage, recipe.world_size, recipe.sub_group_size, recipe.like)
     tag = f"global_step{window.newest(tables).step}" + ("_universal" if is_universal else "")
     allowed = frozenset(recipe.allow_globals)
-    files = zero_part(tables, window, tag, recipe.optimizer_states, allowed, form, reads_states=reads_states)
+    files = plan_zero_checkpoint(tables, window, tag, recipe.optimizer_states, allowed, form, reads_states=reads_states)
     return files, {"latest_universal" if is_universal else "latest": tag}
 
 
-def _part(recipe: MergeRecipe, window: Window, texts: dict[str, str]) -> Part:
+def _part(recipe: MergeRecipe, window: Window, texts: dict[str, str]) -> Output:
     steps = [layout.step for layout in window.layouts]
-    return Part(
+    return Output(
         out=recipe.out,
         sources=_sources(window.layouts, window.coefficients.tolist()),
         curve=recipe.curve or "given coefficients",
@@ -153,8 +153,8 @@ def _part(recipe: MergeRecipe, window: Window, texts: dict[str, str]) -> Part:
 def _beside(
     recipe: MergeRecipe,
     newest: Layout,
-    window: PartWindow,
-    files: PartFiles,
+    window: OutputWindow,
+    files: OutputFiles,
     texts: dict[str, str],
     carried: frozenset[str] | None,
     first_input: int,
@@ -166,7 +166,7 @@ def _beside(
         for path in files_beside(newest, recipe.format)
         if path.name not in chosen and (carried is None or path.name in carried)
     )
-    return _included(window.part, recipe.include + beside, first_input, taken)
+    return _included(window.output, recipe.include + beside, first_input, taken)
 
 
 def _included(
@@ -180,7 +180,7 @@ def _included(
         taken = taken | {path.name}
         status = path.stat()
         inputs.append(InputFile(path.resolve(), status.st_size, status.st_mtime_ns))
-        pieces = (Copy(0, status.st_size, first_input + number, 0),) if status.st_size else ()
+        pieces = (CopySegment(0, status.st_size, first_input + number, 0),) if status.st_size else ()
         outputs.append(OutputFile(part, path.name, status.st_size, pieces, ()))
     return tuple(outputs), tuple(inputs)
 
@@ -193,16 +193,16 @@ def _sources(layouts: tuple[Layout, ...], coefficients: list[float]) -> tuple[So
 
 
 @dataclass(frozen=True)
-class Done:
+class MergeOutcome:
     """What a run of a plan has made: manifests in the plan's order (on rank 0), and where this process's time went."""
 
     manifests: tuple[dict[str, Any], ...]
-    spent: Spent
+    timings: Timings
 
 
 def run_plan(
     plan: Plan, on_bytes: Progress = lambda nbytes: None, *, ranks: Ranks | None = None, restart: bool = False
-) -> Done:
+) -> MergeOutcome:
     """Writes and publishes a plan's outputs.
 
     Nothing appears at a part's `out` unless all of it is there. Sources are opened read-only. Killed and called again
@@ -217,32 +217,32 @@ def run_plan(
         restart: whether to throw away what another merge, begun and not ended, has left at the same place.
 
     Raises:
-        OutputExists, NonFiniteValue, LayoutMismatch, BrokenCheckpoint, NoRoom: see `staged`, `run_tasks`.
+        OutputExists, NonFiniteValue, LayoutMismatch, BrokenCheckpoint, InsufficientCapacity: see `staged`, `run_tasks`.
         PeerFailed: another rank failed.
         OSError: the disk is full or fails.
     """
     ranks = ranks or Ranks()
-    if not plan.parts:
-        return Done((), Spent())
-    stagings = [Staging(part.out) for part in plan.parts]
-    descriptions = [description(plan, number) for number in range(len(plan.parts))]
+    if not plan.outputs:
+        return MergeOutcome((), Timings())
+    stagings = [Staging(part.out) for part in plan.outputs]
+    descriptions = [description(plan, number) for number in range(len(plan.outputs))]
     workers = workers_for(plan, plan.memory_bytes, plan.threads)
     ranks.barrier("planned")  # what rank 0 stages would look, to a rank that still plans, like another merge's
     with ExitStack() as stack:
         require_memory(plan.memory_bytes)
         files = StagedFiles(plan, [s.content for s in stagings], [s.folder for s in stagings], ranks.rank)
         if ranks.rank == 0:
-            for part, described in zip(plan.parts, descriptions, strict=True):
+            for part, described in zip(plan.outputs, descriptions, strict=True):
                 stack.enter_context(staged(part.out, described, restart=restart))
             _require_disk(plan, stagings)
             files.create()
         ranks.barrier("start")
-        for part, described in zip(plan.parts, descriptions, strict=True):
+        for part, described in zip(plan.outputs, descriptions, strict=True):
             ranks.agree(str(part.out), described["identity"])  # each rank has made its plan by itself
         files.open()
         stack.callback(files.close)
         tasks = share(tasks_of(plan), ranks.rank, ranks.world_size)
-        spent = run_tasks(plan, tasks, files, workers, on_bytes, ranks.check)
+        timings = run_tasks(plan, tasks, files, workers, on_bytes, ranks.check)
         ranks.barrier("written")
         files.seal_rest(ranks.rank, ranks.world_size)
         files.sync()
@@ -250,13 +250,13 @@ def run_plan(
         ranks.barrier("synced")
         manifests = _publish(plan, files, stagings) if ranks.rank == 0 else ()
         ranks.barrier("published")
-    return Done(manifests, spent)
+    return MergeOutcome(manifests, timings)
 
 
 def _publish(plan: Plan, files: StagedFiles, stagings: Sequence[Staging]) -> tuple[dict[str, Any], ...]:
     """Every part is finished before the first appears."""
     manifests = []
-    for number, (part, staging) in enumerate(zip(plan.parts, stagings, strict=True)):
+    for number, (part, staging) in enumerate(zip(plan.outputs, stagings, strict=True)):
         written = files.finish(number)
         for name, text in part.texts.items():
             write_text(staging.content / name, text)

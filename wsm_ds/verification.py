@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from wsm_ds.engine.reader import Reader
-from wsm_ds.engine.staged_files import Spent
+from wsm_ds.engine.staged_files import Timings
 from wsm_ds.engine.tasks import Task, tasks_of
 from wsm_ds.engine.worker import Worker, workers_for
 from wsm_ds.errors import VerificationFailed, WsmError, few
 from wsm_ds.filesystem import checksum
 from wsm_ds.merging import plan_windows
-from wsm_ds.planning.plan import Bytes, Plan
+from wsm_ds.planning.plan import LiteralSegment, Plan
 from wsm_ds.planning.recipe import make_recipe
 from wsm_ds.planning.window import recorded_window
 from wsm_ds.publishing.manifest import read_manifest
@@ -69,10 +69,10 @@ class _Comparison:
     """A sink that compares what a worker makes with what the output holds."""
 
     def __init__(self, plan: Plan, out: Path) -> None:
-        self.paths = [out / output.name for output in plan.outputs]
+        self.paths = [out / output.name for output in plan.files]
         self.filled_in = [
             sorted(place + byte for crc in output.crcs for place in crc.places for byte in range(4))
-            for output in plan.outputs
+            for output in plan.files
         ]
         self.nbytes = 0
 
@@ -100,17 +100,17 @@ class _Comparison:
 
 def _recompute(plan: Plan, out: Path, full: bool) -> int:
     comparison = _Comparison(plan, out)
-    for number, output in enumerate(plan.outputs):
+    for number, output in enumerate(plan.files):
         if comparison.paths[number].stat().st_size != output.nbytes:
             raise VerificationFailed(
                 f"{comparison.paths[number]}: the sources make {output.nbytes} bytes; have they changed?"
             )
         for piece in output.pieces:
-            if isinstance(piece, Bytes):
+            if isinstance(piece, LiteralSegment):
                 comparison.write(number, piece.offset, memoryview(piece.data))
     workers = workers_for(plan, plan.memory_bytes, 1)
     with Reader(plan.inputs) as reader:
-        worker = Worker(plan, reader, comparison, workers.slice_numel, set(plan.names), Spent())
+        worker = Worker(plan, reader, comparison, workers.slice_numel, set(plan.names), Timings())
         for task in tasks_of(plan) if full else _sampled(plan):
             worker.run(task)
     return comparison.nbytes
@@ -121,6 +121,6 @@ def _sampled(plan: Plan) -> list[Task]:
     chosen, tasks = [], tasks_of(plan)
     for number in range(len(plan.streams)):
         own = [task for task in tasks if task.stream == number]
-        count = min(len(own), SAMPLED_TASKS_PER_FILE * max(1, len(plan.outputs)))
+        count = min(len(own), SAMPLED_TASKS_PER_FILE * max(1, len(plan.files)))
         chosen += random.Random(number).sample(own, count)
     return chosen

@@ -22,11 +22,12 @@ from wsm_ds.verification import verify
 
 CLI = "import sys; from wsm_ds.cli import main; sys.exit(main(sys.argv[1:]))"
 SLOW = (
-    "import os, sys, time; from wsm_ds import cli, engine, staging, tasks, manifest\n"
-    "for module in (staging, tasks, manifest): module.BLOCK_BYTES = 1024\n"
-    "run = engine.Worker.run\n"
+    "import os, sys, time; from wsm_ds import cli; from wsm_ds.publishing import manifest\n"
+    "from wsm_ds.engine import staged_files, tasks, worker\n"
+    "for module in (staged_files, tasks, manifest): module.BLOCK_BYTES = 1024\n"
+    "run = worker.Worker.run\n"
     "def slow(*a):\n    run(*a); print('did one', flush=True); {then}\n"
-    "engine.Worker.run = slow\n"
+    "worker.Worker.run = slow\n"
     "sys.exit(cli.main(sys.argv[1:]))"
 )
 
@@ -96,7 +97,7 @@ def test_torchrun_and_the_deepspeed_launcher_start_it(runs: Path, tmp_path: Path
 
 
 def test_one_rank_that_fails_stops_all_with_its_error(runs: Path, tmp_path: Path) -> None:
-    code = SLOW.format(then="os.environ['RANK'] == '1' and engine._no_such_thing()")
+    code = SLOW.format(then="os.environ['RANK'] == '1' and worker._no_such_thing()")
     done = merged(code, 3, ["merge", str(runs / "w2_s2_bf16"), "--last", "3", "--out", str(tmp_path / "out")])
     assert all(code != 0 for code, _, _ in done)
     for rank in (0, 2):
@@ -107,7 +108,8 @@ def test_one_rank_that_fails_stops_all_with_its_error(runs: Path, tmp_path: Path
 
 def test_one_rank_that_is_killed_stops_the_others_and_the_same_command_goes_on(runs: Path, tmp_path: Path) -> None:
     arguments = ["merge", str(runs / "w2_s2_bf16"), "--last", "3", "--out", str(tmp_path / "out"), "--threads", "1"]
-    code = "from wsm_ds import ranks; ranks.BEAT_S, ranks.SILENT_S = 0.2, 3.0\n" + SLOW.format(then="time.sleep(0.4)")
+    impatient = "from wsm_ds.distributed import ranks; ranks.BEAT_S, ranks.SILENT_S = 0.2, 3.0\n"
+    code = impatient + SLOW.format(then="time.sleep(0.4)")
     port = free_port()
     processes = [started(code, rank, 2, port, arguments) for rank in range(2)]
     assert processes[1].stdout is not None

@@ -122,7 +122,8 @@ def test_a_source_that_ends_early_or_cannot_be_read_is_left_to_the_caller() -> N
 
 
 def test_a_merge_without_the_kernel_makes_the_same_bytes(runs: Path, tmp_path: Path) -> None:
-    start, end = "import sys; from wsm_ds import arithmetic, cli; ", "sys.exit(cli.main(sys.argv[1:]))"
+    start = "import sys; from wsm_ds import cli; from wsm_ds.engine import arithmetic; "
+    end = "sys.exit(cli.main(sys.argv[1:]))"
     for name, script in (("numpy", start + "arithmetic.kernel = lambda: None; " + end), ("kernel", start + end)):
         command = ["merge", str(runs / "w2_s2_bf16"), "--last", "3", "--curve", "1-sqrt", "--out", str(tmp_path / name)]
         subprocess.run([sys.executable, "-c", script, *command], check=True, capture_output=True)

@@ -9,7 +9,7 @@ import torch
 from reference import same_tree
 
 from wsm_ds.outputs.torch_template import Inputs, rewritten
-from wsm_ds.planning.plan import Bytes, Copy
+from wsm_ds.planning.plan import CopySegment, LiteralSegment
 from wsm_ds.torchfile import open_torch_file
 from wsm_ds.torchfile.repickle import repickle
 
@@ -23,10 +23,10 @@ def rewritten_file(source: Path, target: Path) -> Path:
     template = rewritten(source.name, file.tree, file.archive, inputs, frozenset()).template
     out = bytearray(template.nbytes)
     for piece in template.base:
-        if isinstance(piece, Bytes):
+        if isinstance(piece, LiteralSegment):
             out[piece.offset : piece.offset + piece.nbytes] = piece.data
         else:
-            assert isinstance(piece, Copy)
+            assert isinstance(piece, CopySegment)
             out[piece.offset : piece.offset + piece.nbytes] = data[piece.source_offset :][: piece.nbytes]
     for crc in template.crcs:
         for place in crc.places:

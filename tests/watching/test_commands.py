@@ -2,17 +2,16 @@
 
 import fcntl
 import json
-import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from played_run import PlayedRun, outputs
+from processes import is_gone
 
 from wsm_ds.cli import main
 from wsm_ds.errors import RecipeError
-from wsm_ds.watching import EndPoints, Happened, WatchOptions, WatchSpec, make_spec, watch
+from wsm_ds.watching import EndPoints, Event, WatchOptions, WatchSpec, make_spec, watch
 from wsm_ds.watching.commands import Commands, Merged, parse_command
 
 SAY = "import os, sys; print(*sys.argv[1:], sep='\\n'); print(os.environ['WSM_MERGE'], os.environ['WSM_STEP']); "
@@ -29,7 +28,7 @@ def python(code: str, *arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-c", code, *arguments)
 
 
-def once(spec: WatchSpec, *command: str) -> list[Happened]:
+def once(spec: WatchSpec, *command: str) -> list[Event]:
     events = watch(spec, WatchOptions(poll_s=0.05, is_once=True, command=command))
     return [event for event in events if event.name == "command"]
 
@@ -118,14 +117,5 @@ def test_what_a_command_started_dies_with_the_watch(spec: WatchSpec) -> None:
         while not merged.beside("out").read_text().endswith("\n"):
             commands.pause(0.02)
     grandchild = int(merged.beside("out").read_text())
-    assert _is_gone(grandchild)
+    assert is_gone(grandchild)
     assert not merged.beside("json").exists()
-
-
-def _is_gone(pid: int) -> Any:
-    """Whether a process has ended; as an orphan it may wait to be reaped by whoever adopts it."""
-    try:
-        os.kill(pid, 0)
-        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
-    except (ProcessLookupError, FileNotFoundError):
-        return True

@@ -10,7 +10,7 @@ from dying import dies_at
 from played_run import PlayedRun, outputs
 
 from wsm_ds.cli import main
-from wsm_ds.errors import CheckpointNotFound, OutputHeld, RecipeError, UnsupportedLayout, WindowError
+from wsm_ds.errors import CheckpointNotFound, OutputLocked, RecipeError, UnsupportedLayout, WindowError
 from wsm_ds.inspection import inspect_run
 from wsm_ds.merging import merge
 from wsm_ds.planning.recipe import make_recipe
@@ -190,5 +190,8 @@ def test_folders_that_are_not_clear_are_kept(run: PlayedRun, tmp_path: Path) -> 
 
 def test_two_prunes_do_not_delete_at_once(run: PlayedRun) -> None:
     prune(run.save(2, 4).folder, NEWEST)
-    with held(trash_of(run.folder).parent / "lock", "me"), pytest.raises(OutputHeld, match="another prune deletes in"):
+    with (
+        held(trash_of(run.folder).parent / "lock", "me"),
+        pytest.raises(OutputLocked, match="another prune deletes in"),
+    ):
         prune(run.folder, NEWEST)

@@ -87,7 +87,7 @@ def _run(recipes: Sequence[Any], ranks: Any, options: argparse.Namespace) -> int
 
     plan = plan_merge(recipes)
     is_first = ranks.rank == 0
-    if is_first and plan.parts:
+    if is_first and plan.outputs:
         if options.json:
             event("plan", **plan.to_json())
         else:
@@ -98,17 +98,17 @@ def _run(recipes: Sequence[Any], ranks: Any, options: argparse.Namespace) -> int
         done = run_plan(plan, progress.add, ranks=ranks, restart=options.restart)
     if not is_first:
         return 0
-    made = {part.out for part in plan.parts}
+    made = {part.out for part in plan.outputs}
     if options.json:
         for recipe in recipes:
             event("done", out=str(recipe.out), is_new=recipe.out in made, manifest=read_manifest(recipe.out))
-        seconds = {name: round(value, 3) for name, value in vars(done.spent).items()} | {"wall_s": progress.wall_s}
+        seconds = {name: round(value, 3) for name, value in vars(done.timings).items()} | {"wall_s": progress.wall_s}
         event("summary", bytes_read=plan.bytes_to_read, bytes_written=plan.bytes_to_write, **seconds)
         return 0
     for recipe in recipes:
         print(f"done {recipe.out}" if recipe.out in made else f"done {recipe.out} (by this same merge, before)")
-    if plan.parts:
-        print(summary_report(plan, done.spent, progress.wall_s, ranks.world_size))
+    if plan.outputs:
+        print(summary_report(plan, done.timings, progress.wall_s, ranks.world_size))
     return 0
 
 

@@ -18,7 +18,7 @@ from wsm_ds.engine.tasks import BLOCK_BYTES, Task
 from wsm_ds.filesystem import checksum
 from wsm_ds.filesystem.reflink import clone_range
 from wsm_ds.planning.intersect import Ints
-from wsm_ds.planning.plan import Bytes, OutputFile, Plan, Zeros
+from wsm_ds.planning.plan import LiteralSegment, OutputFile, Plan, ZeroSegment
 
 OPEN_FILES = 32
 READ_BYTES = 1 << 18
@@ -46,7 +46,7 @@ class Written:
 
 
 @dataclass
-class Spent:
+class Timings:
     """Seconds of one thread."""
 
     read_s: float = 0.0
@@ -54,7 +54,7 @@ class Spent:
     write_s: float = 0.0
     hash_s: float = 0.0
 
-    def add(self, other: "Spent") -> None:
+    def add(self, other: "Timings") -> None:
         """Adds another thread's."""
         for name, seconds in vars(other).items():
             setattr(self, name, getattr(self, name) + seconds)
@@ -115,8 +115,8 @@ class StagedFiles:
 
     def __init__(self, plan: Plan, content: Sequence[Path], records: Sequence[Path], rank: int = 0) -> None:
         self.plan, self.content, self.records, self.rank = plan, content, records, rank
-        self.paths = [content[output.part] / output.name for output in plan.outputs]
-        self.fields = [_Fields(output) for output in plan.outputs]
+        self.paths = [content[output.output] / output.name for output in plan.files]
+        self.fields = [_Fields(output) for output in plan.files]
         self.numbers = [{output.name: number for number, output in plan.files_of(part)} for part in range(len(content))]
         self.journals: list[Journal] = []
         self.claims: dict[tuple[int, int], Seal] = {}
@@ -129,13 +129,13 @@ class StagedFiles:
 
     def create(self) -> None:
         """Makes all files at full length, with the bytes that the plan itself knows. One rank does so for all."""
-        for path, output in zip(self.paths, self.plan.outputs, strict=True):
+        for path, output in zip(self.paths, self.plan.files, strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 os.ftruncate(descriptor, output.nbytes)
                 for piece in output.pieces:
-                    if isinstance(piece, Bytes):
+                    if isinstance(piece, LiteralSegment):
                         write_all(descriptor, memoryview(piece.data), piece.offset)
             finally:
                 os.close(descriptor)
@@ -148,7 +148,7 @@ class StagedFiles:
                 if name in self.numbers[part]:
                     self.claims[self.numbers[part][name], index] = seal
             self.journals.append(Journal(folder, self.rank))
-        self.remaining = [_bytes_of_streams(output) for output in self.plan.outputs]
+        self.remaining = [_bytes_of_streams(output) for output in self.plan.files]
 
     def close(self) -> None:
         """Lets go of the journals."""
@@ -184,19 +184,19 @@ class StagedFiles:
                 self.claims.pop((number, index), None)
         return held == claim
 
-    def note(self, number: int, offset: int, data: memoryview, spent: Spent) -> Iterator[tuple[int, int]]:
+    def note(self, number: int, offset: int, data: memoryview, timings: Timings) -> Iterator[tuple[int, int]]:
         """Hashes what is being written, block by block, if it comes in order; yields the blocks."""
         position = offset
         while len(data):
             index = position // BLOCK_BYTES
-            _, end = block_range(self.plan.outputs[number], index)
+            _, end = block_range(self.plan.files[number], index)
             part = data[: end - position]
             with self.lock:
                 mine = self._next_fingerprint(number, index, position)
             if mine is not None:
                 begun = time.perf_counter()
                 mine.update(part)
-                spent.hash_s += time.perf_counter() - begun
+                timings.hash_s += time.perf_counter() - begun
                 with self.lock:
                     self.fingerprints.setdefault((number, index), mine)
             yield index, len(part)
@@ -208,14 +208,14 @@ class StagedFiles:
         if key in self.sealed:
             return None
         if key not in self.fingerprints and position == index * BLOCK_BYTES:
-            return Fingerprint(self.fields[number], self.plan.outputs[number], index)
+            return Fingerprint(self.fields[number], self.plan.files[number], index)
         found = self.fingerprints.pop(key, None)
         if found is not None and found.position == position:
             return found
         self.fingerprints[key] = None
         return None
 
-    def wrote(self, number: int, index: int, nbytes: int, spent: Spent) -> None:
+    def wrote(self, number: int, index: int, nbytes: int, timings: Timings) -> None:
         """Counts bytes that have been written, and seals the block with its last one."""
         key = (number, index)
         with self.lock:
@@ -226,10 +226,10 @@ class StagedFiles:
             if self.remaining[number][index]:
                 return
             found = self.fingerprints.pop(key, None)
-        _, end = block_range(self.plan.outputs[number], index)
+        _, end = block_range(self.plan.files[number], index)
         begun = time.perf_counter()
         seal = found.seal() if found is not None and found.position == end else self._reread(number, index)
-        spent.hash_s += time.perf_counter() - begun
+        timings.hash_s += time.perf_counter() - begun
         with self.lock:
             self._seal(number, index, seal)
             self.unsynced_bytes += end - index * BLOCK_BYTES
@@ -246,11 +246,11 @@ class StagedFiles:
     def _seal(self, number: int, index: int, seal: Seal) -> None:
         if (number, index) not in self.sealed:
             self.sealed.add((number, index))
-            output = self.plan.outputs[number]
-            self.journals[output.part].add((output.name, index), seal)
+            output = self.plan.files[number]
+            self.journals[output.output].add((output.name, index), seal)
 
     def _reread(self, number: int, index: int) -> Seal:
-        output = self.plan.outputs[number]
+        output = self.plan.files[number]
         found = Fingerprint(self.fields[number], output, index)
         with self.paths[number].open("rb", buffering=0) as file:
             file.seek(found.position)
@@ -308,7 +308,7 @@ class StagedFiles:
 
     def _blocks(self) -> set[tuple[int, int]]:
         return {
-            (number, index) for number, output in enumerate(self.plan.outputs) for index in range(block_count(output))
+            (number, index) for number, output in enumerate(self.plan.files) for index in range(block_count(output))
         }
 
     def _sealed_by_all(self) -> set[tuple[int, int]]:
@@ -334,7 +334,7 @@ def _bytes_of_streams(output: OutputFile) -> Ints:
     if count:
         remaining[-1] = output.nbytes - (count - 1) * BLOCK_BYTES
     for piece in output.pieces:
-        if isinstance(piece, Bytes | Zeros):
+        if isinstance(piece, LiteralSegment | ZeroSegment):
             position, end = piece.offset, piece.offset + piece.nbytes
             while position < end:
                 index = position // BLOCK_BYTES
@@ -347,8 +347,8 @@ def _bytes_of_streams(output: OutputFile) -> Ints:
 class Writer:
     """Open staged files of one thread, the least recently used closed first."""
 
-    def __init__(self, files: StagedFiles, spent: Spent) -> None:
-        self.files, self.spent = files, spent
+    def __init__(self, files: StagedFiles, timings: Timings) -> None:
+        self.files, self.timings = files, timings
         self.descriptors: OrderedDict[int, int] = OrderedDict()
 
     def __enter__(self) -> "Writer":
@@ -367,19 +367,19 @@ class Writer:
         """The same; blocks of the file system that can be shared with the open `source` are, instead of written."""
         begun = time.perf_counter()
         shared = clone_range(source, source_offset, self._descriptor(number), offset, len(data))
-        self.spent.write_s += time.perf_counter() - begun
+        self.timings.write_s += time.perf_counter() - begun
         self._put(number, offset, data, shared or (offset, offset))
 
     def _put(self, number: int, offset: int, data: memoryview, there: tuple[int, int]) -> None:
         """Writes what of `data` is not in the range `there`, and counts all of it."""
         descriptor = self._descriptor(number)
-        blocks = list(self.files.note(number, offset, data, self.spent))
+        blocks = list(self.files.note(number, offset, data, self.timings))
         begun = time.perf_counter()
         write_all(descriptor, data[: there[0] - offset], offset)
         write_all(descriptor, data[there[1] - offset :], there[1])
-        self.spent.write_s += time.perf_counter() - begun
+        self.timings.write_s += time.perf_counter() - begun
         for index, nbytes in blocks:
-            self.files.wrote(number, index, nbytes, self.spent)
+            self.files.wrote(number, index, nbytes, self.timings)
 
     def _descriptor(self, number: int) -> int:
         if number in self.descriptors:

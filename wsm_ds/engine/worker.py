@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from wsm_ds.dtypes import DType, widen
 from wsm_ds.engine import arithmetic
 from wsm_ds.engine.reader import OPEN_FILES, Reader
-from wsm_ds.engine.staged_files import Spent, StagedFiles, Writer
+from wsm_ds.engine.staged_files import StagedFiles, Timings, Writer
 from wsm_ds.engine.tasks import Task
 from wsm_ds.errors import BudgetTooSmall, LayoutMismatch, NonFiniteValue
 from wsm_ds.planning.plan import Plan, Stream, Target
@@ -83,7 +83,7 @@ def run_tasks(
     workers: Workers,
     on_bytes: Callable[[int], None] = lambda nbytes: None,
     check: Callable[[], None] = lambda: None,
-) -> Spent:
+) -> Timings:
     """Runs tasks on threads; the first error stops all of them and is raised.
 
     Args:
@@ -103,14 +103,14 @@ def run_tasks(
     lock, stop = threading.Lock(), threading.Event()
     errors: list[BaseException] = []
     warned: set[str] = set()
-    total = Spent()
+    total = Timings()
     pending = iter(tasks)
 
     def work() -> None:
-        spent = Spent()
+        timings = Timings()
         try:
-            with Reader(plan.inputs) as reader, Writer(files, spent) as writer:
-                worker = Worker(plan, reader, writer, workers.slice_numel, warned, spent)
+            with Reader(plan.inputs) as reader, Writer(files, timings) as writer:
+                worker = Worker(plan, reader, writer, workers.slice_numel, warned, timings)
                 while not stop.is_set():
                     with lock:
                         task = next(pending, None)
@@ -124,7 +124,7 @@ def run_tasks(
             errors.append(error)
             stop.set()
         with lock:
-            total.add(spent)
+            total.add(timings)
 
     def sync() -> None:
         try:
@@ -158,10 +158,10 @@ class Worker:
     """
 
     def __init__(
-        self, plan: Plan, reader: Reader, sink: Sink, slice_numel: int, warned: set[str], spent: Spent
+        self, plan: Plan, reader: Reader, sink: Sink, slice_numel: int, warned: set[str], timings: Timings
     ) -> None:
         self.plan, self.reader, self.sink, self.slice_numel = plan, reader, sink, slice_numel
-        self.warned, self.spent = warned, spent
+        self.warned, self.timings = warned, timings
         self.buffers: list[bytearray] = []
         self.scratch = arithmetic.Scratch()
 
@@ -180,12 +180,12 @@ class Worker:
             for target, parts in targets:
                 begun = time.perf_counter()
                 stored = self._stored(stream, target, slices, begin, end, made)
-                self.spent.arithmetic_s += time.perf_counter() - begun
+                self.timings.arithmetic_s += time.perf_counter() - begun
                 data = memoryview(stored.view(np.uint8))  # type: ignore[arg-type]
                 size = stored.itemsize
                 for element, numel, file, offset in parts:
                     part = data[(element - begin) * size : (element - begin + numel) * size]
-                    if stream.fate == "carry":
+                    if stream.combine == "carry":
                         self._carry(stream, element, file, offset, part)
                     else:
                         self.sink.write(file, offset, part)
@@ -206,7 +206,7 @@ class Worker:
     def _read_and_sum(self, stream: Stream, targets: Sequence[Target], begin: int, end: int) -> dict[Any, NDArray[Any]]:
         """All sums of a slice in one go, by the keys of `_summed`; empty where that cannot be done."""
         members = sorted({member for target in targets for member in target.members})
-        is_plain = stream.fate == "merge" and len(members) <= OPEN_FILES
+        is_plain = stream.combine == "merge" and len(members) <= OPEN_FILES
         if not is_plain or any(target.places.dtype(begin).name == "fp64" for target in targets):
             return {}
         held, read = [], []
@@ -227,8 +227,8 @@ class Worker:
         outs, _, read_s = answer
         for file, offset, nbytes in read:
             self.reader.note(file, offset, nbytes)
-        self.spent.read_s += read_s
-        self.spent.arithmetic_s += time.perf_counter() - begun - read_s
+        self.timings.read_s += read_s
+        self.timings.arithmetic_s += time.perf_counter() - begun - read_s
         return {(*key, False): out for key, out in zip(wanted, outs, strict=True)}
 
     def _read_sources(self, stream: Stream, members: set[int], begin: int, end: int) -> dict[int, NDArray[Any]]:
@@ -246,7 +246,7 @@ class Worker:
                 at = (element - begin) * dtype.itemsize
                 self.reader.read(file, offset, into[at : at + numel * dtype.itemsize])
             slices[number] = np.frombuffer(into, dtype=dtype.storage)
-        self.spent.read_s += time.perf_counter() - begun
+        self.timings.read_s += time.perf_counter() - begun
         return slices
 
     def _buffer(self, number: int, nbytes: int) -> memoryview:
@@ -269,9 +269,9 @@ class Worker:
         dtype = target.places.dtype(begin)
         key = (target.members, target.coefficients, target.rounded_like, dtype.name)
         if key not in made:
-            if stream.fate == "carry":
+            if stream.combine == "carry":
                 made[key] = slices[0]
-            elif stream.fate == "merge":
+            elif stream.combine == "merge":
                 made[key] = self._merged(stream, target, dtype, slices, begin, made)
             else:
                 made[key] = self._newest(stream, target, dtype, slices, begin)
@@ -340,9 +340,9 @@ class Worker:
             rows = (len(newest), newest.itemsize)
             unlike = np.flatnonzero((older.view(np.uint8) != newest.view(np.uint8)).reshape(rows).any(axis=1))
         name = stream.name(begin + int(unlike[0]), self.plan.names)
-        sources = self.plan.parts[target.part].sources
+        sources = self.plan.outputs[target.output].sources
         places = f"{sources[target.members.index(number)].tag} and {sources[-1].tag}"
-        if stream.fate == "equal":
+        if stream.combine == "equal":
             raise LayoutMismatch(f"the frozen tensor {name} differs between {places}: they are not one model.")
         if name not in self.warned:
             self.warned.add(name)
@@ -370,13 +370,13 @@ class Worker:
 
     def _where(self, target: Target, element: int) -> str:
         for _, _, file, _ in target.places.parts(element, int(target.places.starts[-1])):
-            return self.plan.outputs[file].name
-        return str(self.plan.parts[target.part].out)
+            return self.plan.files[file].name
+        return str(self.plan.outputs[target.output].out)
 
 
 def _slices(stream: Stream, task: Task, slice_numel: int) -> Iterator[tuple[int, int]]:
     """[begin, end) of at most `slice_numel` elements, in which no dtype changes."""
-    if stream.fate == "carry":
+    if stream.combine == "carry":
         slice_numel *= 4  # bytes
     begin = task.begin
     for stop in [*stream.breaks[(stream.breaks > task.begin) & (stream.breaks < task.end)].tolist(), task.end]:

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from wsm_ds.errors import NoRoom
+from wsm_ds.errors import InsufficientCapacity
 from wsm_ds.sizes import format_size
 
 INODES_BESIDE = 16
@@ -12,13 +12,13 @@ CGROUP_LIMITS = ("/sys/fs/cgroup{path}/memory.max", "/sys/fs/cgroup/memory{path}
 
 
 def require_disk(folder: Path, nbytes: int, files: int, what: str) -> None:
-    """Raises NoRoom if the file system of `folder` has not `nbytes` and so many inodes free."""
+    """Raises InsufficientCapacity if the file system of `folder` has not `nbytes` and so many inodes free."""
     found = os.statvfs(folder)
     free = found.f_bavail * found.f_frsize
     if free < nbytes:
-        raise NoRoom(f"{folder} has {format_size(free)} free, {what} needs {format_size(nbytes)}.")
+        raise InsufficientCapacity(f"{folder} has {format_size(free)} free, {what} needs {format_size(nbytes)}.")
     if found.f_files and found.f_favail < files + INODES_BESIDE:
-        raise NoRoom(f"{folder} has {found.f_favail} inodes free, {what} needs {files + INODES_BESIDE}.")
+        raise InsufficientCapacity(f"{folder} has {found.f_favail} inodes free, {what} needs {files + INODES_BESIDE}.")
 
 
 def bytes_held(folder: Path) -> int:
@@ -27,10 +27,10 @@ def bytes_held(folder: Path) -> int:
 
 
 def require_memory(nbytes: int) -> None:
-    """Raises NoRoom if the machine, or the control group (a Slurm job's --mem), does not have `nbytes`."""
+    """Raises InsufficientCapacity if the machine, or its control group (a Slurm job's --mem), has not `nbytes`."""
     available = available_memory()
     if available is not None and available < nbytes:
-        raise NoRoom(
+        raise InsufficientCapacity(
             f"{format_size(available)} of memory are available, the merge would use {format_size(nbytes)}. Give it "
             "a smaller --memory-budget."
         )

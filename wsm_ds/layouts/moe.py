@@ -21,7 +21,7 @@ EXPERT_NAME = re.compile(
 
 
 @dataclass(frozen=True)
-class Part:
+class ExpertShare:
     """What a rank holds of a parameter group: number `index` of `count` equal parts of the line of `names`."""
 
     names: tuple[str, ...]
@@ -60,7 +60,7 @@ class Experts:
                 continue
             yield from (f"{match['layer']}{number}{match['rest']}" for number in range(self.counts[match["layer"]]))
 
-    def part(self, optim: TorchFile, group: int, names: Collection[str], rank: int, world_size: int) -> Part:
+    def part(self, optim: TorchFile, group: int, names: Collection[str], rank: int, world_size: int) -> ExpertShare:
         """What `rank` holds of a parameter group whose names in `param_shapes` are `names`.
 
         Raises:
@@ -73,7 +73,7 @@ class Experts:
             raise BrokenCheckpoint(f"{optim.path}: group {group} is cut in {count}, on {world_size} ranks.")
         ep_size = world_size // count
         ep_rank, index = divmod(rank, count) if self.is_data_first else (rank % ep_size, rank // ep_size)
-        return Part(self.global_names(names, ep_rank, ep_size), index, count)
+        return ExpertShare(self.global_names(names, ep_rank, ep_size), index, count)
 
 
 NO_EXPERTS = Experts({}, is_data_first=False)

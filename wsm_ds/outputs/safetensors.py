@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from wsm_ds.dtypes import CODES, DType
 from wsm_ds.errors import RecipeError, UnsupportedLayout
 from wsm_ds.layouts.layout import TensorInfo
-from wsm_ds.outputs.zero_checkpoint import PartFiles, PartWindow, finished
-from wsm_ds.planning.plan import Bytes, Template, Zeros
+from wsm_ds.outputs.zero_checkpoint import OutputFiles, OutputWindow, finished
+from wsm_ds.planning.plan import LiteralSegment, Template, ZeroSegment
 from wsm_ds.planning.streams import SourceTables, whole_tensors
 
 METADATA = "__metadata__"
@@ -27,9 +27,9 @@ class _Shard:
     nbytes: int
 
 
-def safetensors_part(
-    tables: SourceTables, window: PartWindow, dtype: DType | None, max_shard_bytes: int, rename: dict[str, str]
-) -> tuple[PartFiles, dict[str, str]]:
+def plan_safetensors(
+    tables: SourceTables, window: OutputWindow, dtype: DType | None, max_shard_bytes: int, rename: dict[str, str]
+) -> tuple[OutputFiles, dict[str, str]]:
     """The shards, and the index as a text file if there is more than one.
 
     Args:
@@ -65,10 +65,10 @@ def safetensors_part(
             wanted.append(window.wanted(kind, tables.renumbered(table, newest)))
     templates = []
     for shard in shards:
-        room = Zeros(len(shard.header), shard.nbytes - len(shard.header))
-        templates.append(Template(shard.name, shard.nbytes, [Bytes(0, shard.header), room], ()))
+        room = ZeroSegment(len(shard.header), shard.nbytes - len(shard.header))
+        templates.append(Template(shard.name, shard.nbytes, [LiteralSegment(0, shard.header), room], ()))
     outputs = finished(window, templates, wanted)
-    return PartFiles(outputs, tuple(wanted)), _index(newest.tensors, dtypes, shards, names)
+    return OutputFiles(outputs, tuple(wanted)), _index(newest.tensors, dtypes, shards, names)
 
 
 def _renamed(tensors: dict[str, TensorInfo], rename: dict[str, str]) -> dict[str, str]:

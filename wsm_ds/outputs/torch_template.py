@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wsm_ds.layouts import Layout
-from wsm_ds.planning.plan import Base, Bytes, Copy, CrcField, Template, Zeros
+from wsm_ds.planning.plan import CopySegment, CrcField, LiteralSegment, Segment, Template, ZeroSegment
 from wsm_ds.torchfile import Archive, Record, TorchFile, record_of
 from wsm_ds.torchfile.repickle import repickle
 from wsm_ds.torchfile.unpickle import unpickle
@@ -43,27 +43,27 @@ def rewritten(name: str, tree: Any, like: Archive, inputs: Inputs, allowed_globa
     """
     data, storages = repickle(tree)
     numbers = dict(inputs.numbers)
-    contents: dict[str, Base] = {"data.pkl": Bytes(0, data)}
+    contents: dict[str, Segment] = {"data.pkl": LiteralSegment(0, data)}
     for key, storage in storages.items():
         if not storage.file:
-            contents[f"data/{key}"] = Zeros(0, storage.nbytes)
+            contents[f"data/{key}"] = ZeroSegment(0, storage.nbytes)
             continue
         record = record_of(inputs.archives[storage.file], storage)
-        contents[f"data/{key}"] = Copy(0, record.nbytes, numbers[storage.file], record.offset)
+        contents[f"data/{key}"] = CopySegment(0, record.nbytes, numbers[storage.file], record.offset)
     for other, record in like.records.items():
         if other != "data.pkl" and not other.startswith("data/"):
-            contents[other] = Copy(0, record.nbytes, numbers[str(like.path)], record.offset)
+            contents[other] = CopySegment(0, record.nbytes, numbers[str(like.path)], record.offset)
     placed = frame(Path(name).stem, {other: piece.nbytes for other, piece in contents.items()})
-    base: list[Base] = [Bytes(offset, literal) for offset, literal in placed.literals]
+    base: list[Segment] = [LiteralSegment(offset, literal) for offset, literal in placed.literals]
     moved = {}
     for put in placed.records:
         piece = contents[put.name]
-        if isinstance(piece, Bytes):
-            base.append(Bytes(put.offset, piece.data))
-        elif isinstance(piece, Zeros):
-            base.append(Zeros(put.offset, put.nbytes))
+        if isinstance(piece, LiteralSegment):
+            base.append(LiteralSegment(put.offset, piece.data))
+        elif isinstance(piece, ZeroSegment):
+            base.append(ZeroSegment(put.offset, put.nbytes))
         else:
-            base.append(Copy(put.offset, put.nbytes, piece.file, piece.source_offset))
+            base.append(CopySegment(put.offset, put.nbytes, piece.file, piece.source_offset))
             if piece.file == numbers[str(like.path)]:
                 moved[piece.source_offset] = put.offset
     base = sorted((piece for piece in base if piece.nbytes), key=lambda piece: piece.offset)

@@ -15,17 +15,17 @@ from wsm_ds.outputs.resharding.universal import universal_templates
 from wsm_ds.outputs.resharding.zero import zero_templates
 from wsm_ds.outputs.torch_template import Inputs, inputs_of, rewritten
 from wsm_ds.planning.intersect import ITEMSIZES
-from wsm_ds.planning.plan import Bytes, Copy, CrcField, OutputFile, Template, around
+from wsm_ds.planning.plan import CopySegment, CrcField, LiteralSegment, OutputFile, Template, around
 from wsm_ds.planning.shared_bytes import written_once
-from wsm_ds.planning.streams import SourceTables, Wanted
+from wsm_ds.planning.streams import ElementRequest, SourceTables
 from wsm_ds.torchfile import Archive, open_torch_file
 
 
 @dataclass(frozen=True)
-class PartWindow:
+class OutputWindow:
     """The part that is planned: its number, its checkpoints among all (oldest first) and their coefficients."""
 
-    part: int
+    output: int
     members: tuple[int, ...]
     coefficients: tuple[float, ...]
     first_output: int
@@ -34,33 +34,33 @@ class PartWindow:
         """The checkpoint that everything carried comes from."""
         return tables.layouts[self.members[-1]]
 
-    def wanted(self, kind: str, table: Table, *, of_newest: bool = False, is_cast: bool = False) -> Wanted:
+    def wanted(self, kind: str, table: Table, *, of_newest: bool = False, is_cast: bool = False) -> ElementRequest:
         """`kind` at the places of `table`, whose files count those of the part: merged, or the newest's alone."""
         table = table.copy()
         table["file"] += self.first_output
         if of_newest:
-            return Wanted(self.part, kind, table, self.members[-1:], (1.0,), is_cast)
-        return Wanted(self.part, kind, table, self.members, self.coefficients, is_cast)
+            return ElementRequest(self.output, kind, table, self.members[-1:], (1.0,), is_cast)
+        return ElementRequest(self.output, kind, table, self.members, self.coefficients, is_cast)
 
 
 @dataclass(frozen=True)
-class PartFiles:
+class OutputFiles:
     """What a part is made of: its files, and the elements to be put into them."""
 
     outputs: tuple[OutputFile, ...]
-    wanted: tuple[Wanted, ...]
+    wanted: tuple[ElementRequest, ...]
 
 
-def zero_part(
+def plan_zero_checkpoint(
     tables: SourceTables,
-    window: PartWindow,
+    window: OutputWindow,
     tag: str,
     optimizer_states: str,
     allowed_globals: frozenset[str],
     form: WantedForm,
     *,
     reads_states: bool = False,
-) -> PartFiles:
+) -> OutputFiles:
     """The files of a ZeRO checkpoint `tag`.
 
     Args:
@@ -103,10 +103,10 @@ def zero_part(
             wanted.append(window.wanted(kind, places[kind]))
         elif (is_reformed or reads_states) and not drop:
             wanted.append(window.wanted(kind, places[kind], of_newest=True))
-    return PartFiles(finished(window, templates, wanted, prefix=f"{tag}/"), tuple(wanted))
+    return OutputFiles(finished(window, templates, wanted, prefix=f"{tag}/"), tuple(wanted))
 
 
-def _once(tables: SourceTables, window: PartWindow, kind: str, table: Table) -> Table:
+def _once(tables: SourceTables, window: OutputWindow, kind: str, table: Table) -> Table:
     """The table without elements that have their bytes in the output from another name.
 
     Raises:
@@ -140,7 +140,7 @@ def _same_layout(
 
 
 def finished(
-    window: PartWindow, templates: list[Template], wanted: list[Wanted], prefix: str = ""
+    window: OutputWindow, templates: list[Template], wanted: list[ElementRequest], prefix: str = ""
 ) -> tuple[OutputFile, ...]:
     """The output files: templates without the ranges that elements are put in, and with only those CRC-32 fields that
     can have changed."""
@@ -152,7 +152,7 @@ def finished(
     for index, template in enumerate(templates):
         low, high = np.searchsorted(rows["file"], [window.first_output + index, window.first_output + index + 1])
         begin, end = begins[low:high], ends[low:high]
-        is_new = any(isinstance(piece, Bytes) for piece in template.base)
+        is_new = any(isinstance(piece, LiteralSegment) for piece in template.base)
         if np.any(begin[1:] < end[:-1]):
             raise UnsupportedLayout(
                 f"{prefix}{template.name}: two tensors to be merged share bytes of it. "
@@ -164,7 +164,7 @@ def finished(
             if is_new or np.searchsorted(end, crc.offset, "right") < np.searchsorted(begin, crc.offset + crc.nbytes)
         )
         pieces = around(template.base, begin, end)
-        outputs.append(OutputFile(window.part, prefix + template.name, template.nbytes, pieces, touched))
+        outputs.append(OutputFile(window.output, prefix + template.name, template.nbytes, pieces, touched))
     return tuple(outputs)
 
 
@@ -180,7 +180,7 @@ def _template(
         return fresh.template, fresh.moved
     file = inputs.numbers[str(archive.path)]
     crcs = tuple(CrcField(r.offset, r.nbytes, r.crc_offsets) for r in archive.records.values() if r.crc)
-    return Template(archive.path.name, archive.nbytes, [Copy(0, archive.nbytes, file, 0)], crcs), {}
+    return Template(archive.path.name, archive.nbytes, [CopySegment(0, archive.nbytes, file, 0)], crcs), {}
 
 
 def _moved(table: Table, moves: list[dict[int, int]]) -> Table:

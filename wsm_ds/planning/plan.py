@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from wsm_ds.planning.intersect import Ints, Order, Places, element_of
 
-Fate = Literal["merge", "equal", "newest", "carry"]
+Combine = Literal["merge", "equal", "newest", "carry"]
 """merge: weighted sum of a window. equal: the newest of the window, and all must agree. newest: the newest of the
 window, and a disagreement is warned of. carry: bytes as they are."""
 
@@ -29,7 +29,7 @@ class InputFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class CopySegment:
     """`nbytes` bytes at `offset`, carried from an input."""
 
     offset: int
@@ -39,7 +39,7 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
-class Bytes:
+class LiteralSegment:
     """Bytes at `offset` that the plan itself knows."""
 
     offset: int
@@ -52,14 +52,14 @@ class Bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Zeros:
+class ZeroSegment:
     """`nbytes` zero bytes at `offset`: room for elements, and padding."""
 
     offset: int
     nbytes: int
 
 
-Base = Copy | Bytes | Zeros
+Segment = CopySegment | LiteralSegment | ZeroSegment
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Template:
 
     name: str
     nbytes: int
-    base: list[Base]
+    base: list[Segment]
     crcs: tuple[CrcField, ...]
 
 
@@ -85,16 +85,16 @@ class Template:
 class OutputFile:
     """One file of a part: what streams do not write of it, in order, and the checksums to fill in."""
 
-    part: int
+    output: int
     name: str
     nbytes: int
-    pieces: tuple[Base, ...]
+    pieces: tuple[Segment, ...]
     crcs: tuple[CrcField, ...]
 
     @property
     def nbytes_of_streams(self) -> int:
         """Bytes that streams write."""
-        return self.nbytes - sum(piece.nbytes for piece in self.pieces if not isinstance(piece, Copy))
+        return self.nbytes - sum(piece.nbytes for piece in self.pieces if not isinstance(piece, CopySegment))
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Target:
         rounded_like: another target of the stream: its stored value is what is cast here (module weights of masters).
     """
 
-    part: int
+    output: int
     places: Places
     members: tuple[int, ...]
     coefficients: tuple[float, ...]
@@ -121,7 +121,7 @@ class Stream:
     """Elements of one kind, in the order of the first target's files.
 
     Attributes:
-        fate: what is done with them.
+        combine: what is done with them.
         numel: how many there are.
         sources: where they lie, a checkpoint each (in a "carry" stream: one, the input files themselves).
         checkpoints: numbers of these checkpoints among all that the plan reads.
@@ -130,7 +130,7 @@ class Stream:
         order: the elements' names, see `name`.
     """
 
-    fate: Fate
+    combine: Combine
     numel: int
     sources: tuple[Places, ...]
     checkpoints: tuple[int, ...]
@@ -155,7 +155,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Part:
+class Output:
     """One output folder. `sources` are oldest first; `texts` are small files of the output's root."""
 
     out: Path
@@ -176,9 +176,9 @@ class Part:
 class Plan:
     """A whole merge: one or several parts, made in one pass over `inputs`. `names` are the tensors'."""
 
-    parts: tuple[Part, ...]
+    outputs: tuple[Output, ...]
     inputs: tuple[InputFile, ...]
-    outputs: tuple[OutputFile, ...]
+    files: tuple[OutputFile, ...]
     streams: tuple[Stream, ...]
     names: tuple[str, ...]
     memory_bytes: int
@@ -187,16 +187,16 @@ class Plan:
     @property
     def bytes_to_write(self) -> int:
         """Bytes of all output files."""
-        return sum(output.nbytes for output in self.outputs)
+        return sum(file.nbytes for file in self.files)
 
     @property
     def bytes_to_read(self) -> int:
         """Bytes read from inputs."""
         return sum(source.nbytes for stream in self.streams for source in stream.sources)
 
-    def files_of(self, part: int) -> list[tuple[int, OutputFile]]:
+    def files_of(self, output: int) -> list[tuple[int, OutputFile]]:
         """(number, file) of a part's files."""
-        return [(number, output) for number, output in enumerate(self.outputs) if output.part == part]
+        return [(number, file) for number, file in enumerate(self.files) if file.output == output]
 
     def to_json(self) -> dict[str, Any]:
         """The plan's figures as plain data."""
@@ -207,32 +207,32 @@ class Plan:
             "threads": self.threads,
             "outputs": [
                 described(part) | {"files": [{"name": o.name, "bytes": o.nbytes} for _, o in self.files_of(number)]}
-                for number, part in enumerate(self.parts)
+                for number, part in enumerate(self.outputs)
             ],
         }
 
 
-def described(part: Part) -> dict[str, Any]:
-    """A part's window as plain data."""
+def described(output: Output) -> dict[str, Any]:
+    """A output's window as plain data."""
     return {
-        "out": str(part.out),
+        "out": str(output.out),
         "sources": [
-            {"path": str(s.path), "tag": s.tag, "step": s.step, "coefficient": s.coefficient} for s in part.sources
+            {"path": str(s.path), "tag": s.tag, "step": s.step, "coefficient": s.coefficient} for s in output.sources
         ],
-        "curve": part.curve,
-        "effective_sample_size": part.ess,
-        "lag_steps": part.lag_steps,
+        "curve": output.curve,
+        "effective_sample_size": output.ess,
+        "lag_steps": output.lag_steps,
     }
 
 
-def around(base: Sequence[Base], begins: Ints, ends: Ints) -> tuple[Base, ...]:
+def around(base: Sequence[Segment], begins: Ints, ends: Ints) -> tuple[Segment, ...]:
     """What of `base`, which tiles a file, lies outside the ranges [begins, ends). Both ordered; Bytes stay whole."""
-    pieces: list[Base] = []
+    pieces: list[Segment] = []
     at = 0
     for piece in base:
         position, end = piece.offset, piece.offset + piece.nbytes
         while at < len(begins) and begins[at] < end:
-            if isinstance(piece, Bytes) or begins[at] < position or ends[at] > end:
+            if isinstance(piece, LiteralSegment) or begins[at] < position or ends[at] > end:
                 raise AssertionError(f"elements at {begins[at]} do not lie in the piece at {piece.offset}")
             _append_part(pieces, piece, position, int(begins[at]))
             position = int(ends[at])
@@ -241,13 +241,13 @@ def around(base: Sequence[Base], begins: Ints, ends: Ints) -> tuple[Base, ...]:
     return tuple(pieces)
 
 
-def _append_part(pieces: list[Base], whole: Base, begin: int, end: int) -> None:
+def _append_part(pieces: list[Segment], whole: Segment, begin: int, end: int) -> None:
     """Adds [begin, end) of a piece; Bytes are never cut."""
     if end <= begin:
         return
-    if isinstance(whole, Copy):
-        pieces.append(Copy(begin, end - begin, whole.file, whole.source_offset + begin - whole.offset))
-    elif isinstance(whole, Zeros):
-        pieces.append(Zeros(begin, end - begin))
+    if isinstance(whole, CopySegment):
+        pieces.append(CopySegment(begin, end - begin, whole.file, whole.source_offset + begin - whole.offset))
+    elif isinstance(whole, ZeroSegment):
+        pieces.append(ZeroSegment(begin, end - begin))
     else:
         pieces.append(whole)

@@ -21,7 +21,7 @@ from wsm_ds.planning.intersect import (
     require_all,
     without_repeats,
 )
-from wsm_ds.planning.plan import Copy, Fate, InputFile, OutputFile, Stream, Target
+from wsm_ds.planning.plan import Combine, CopySegment, InputFile, OutputFile, Stream, Target
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def source_tables(layouts: Sequence[Layout]) -> SourceTables:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ElementRequest:
     """Elements that a part wants written.
 
     Attributes:
@@ -78,7 +78,7 @@ class Wanted:
         is_cast: they are cast from what the same part stores of this kind.
     """
 
-    part: int
+    output: int
     kind: str
     table: Table
     members: tuple[int, ...]
@@ -86,7 +86,7 @@ class Wanted:
     is_cast: bool = False
 
 
-def element_streams(tables: SourceTables, wanted: Sequence[Wanted]) -> list[Stream]:
+def element_streams(tables: SourceTables, wanted: Sequence[ElementRequest]) -> list[Stream]:
     """The streams that make everything that is wanted, each kind's elements read once.
 
     Raises:
@@ -100,11 +100,11 @@ def element_streams(tables: SourceTables, wanted: Sequence[Wanted]) -> list[Stre
             for floating in (True, False):
                 chosen = [(want, table) for want in wants for table in _chosen(want.table, replica, floating, base)]
                 if chosen:
-                    streams.append(_stream(tables, kind, int(replica), _fate(kind, floating), chosen, base))
+                    streams.append(_stream(tables, kind, int(replica), _combine(kind, floating), chosen, base))
     return streams
 
 
-def _own_or_first(tables: SourceTables, want: Wanted) -> Wanted:
+def _own_or_first(tables: SourceTables, want: ElementRequest) -> ElementRequest:
     """Copies that no source keeps (more ranks than before) are made of the first one."""
     kept = np.unique(np.concatenate([tables.table(number, want.kind)["replica"] for number in want.members]))
     table = want.table.copy()
@@ -118,14 +118,19 @@ def _chosen(table: Table, replica: int, floating: bool, base: Ints) -> list[Tabl
     return without_repeats(rows, base) if len(rows) else []
 
 
-def _fate(kind: str, floating: bool) -> Fate:
+def _combine(kind: str, floating: bool) -> Combine:
     if kind == "frozen":
         return "equal"
     return "merge" if floating else "newest"
 
 
 def _stream(
-    tables: SourceTables, kind: str, replica: int, fate: Fate, chosen: list[tuple[Wanted, Table]], base: Ints
+    tables: SourceTables,
+    kind: str,
+    replica: int,
+    combine: Combine,
+    chosen: list[tuple[ElementRequest, Table]],
+    base: Ints,
 ) -> Stream:
     order = order_of([table for _, table in chosen], base)
     checkpoints = tuple(sorted({number for want, _ in chosen for number in want.members}))
@@ -139,18 +144,18 @@ def _stream(
         require_all(places(wanted_here, own if len(own) else table[table["replica"] == 0], base), wanted_here,
                     str(tables.layouts[number].path), base, tables.names)  # fmt: skip
         sources.append(held)
-    stored = {want.part: index for index, (want, _) in enumerate(chosen) if not want.is_cast}
+    stored = {want.output: index for index, (want, _) in enumerate(chosen) if not want.is_cast}
     targets = tuple(
         Target(
-            want.part,
+            want.output,
             places(order, table, base),
             tuple(checkpoints.index(number) for number in want.members),
             want.coefficients,
-            stored.get(want.part) if want.is_cast else None,
+            stored.get(want.output) if want.is_cast else None,
         )
         for want, table in chosen
     )
-    return Stream(fate, _numel(order), tuple(sources), checkpoints, targets, _breaks(sources, targets), order, base)
+    return Stream(combine, _numel(order), tuple(sources), checkpoints, targets, _breaks(sources, targets), order, base)
 
 
 def _numel(order: Order) -> int:
@@ -172,9 +177,9 @@ def carry_streams(inputs: Sequence[InputFile], outputs: Sequence[OutputFile]) ->
     rows_of: dict[int, list[tuple[int, ...]]] = {}
     for number, output in enumerate(outputs):
         for piece in output.pieces:
-            if isinstance(piece, Copy):
+            if isinstance(piece, CopySegment):
                 row = (piece.file, piece.source_offset, piece.nbytes, number, piece.offset, byte, 0)
-                rows_of.setdefault(output.part, []).append(row)
+                rows_of.setdefault(output.output, []).append(row)
     if not rows_of:
         return []
     base = line_of(np.array([file.nbytes for file in inputs], dtype=np.int64))

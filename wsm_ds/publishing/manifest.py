@@ -40,8 +40,8 @@ class _Recorded(TypedDict):
 
 def description(plan: Plan, part: int) -> dict[str, Any]:
     """What a part is made of, and an `identity` that is the same exactly if the output's bytes must be."""
-    chosen = plan.parts[part]
-    streams = [s for s in plan.streams if any(target.part == part for target in s.targets)]
+    chosen = plan.outputs[part]
+    streams = [s for s in plan.streams if any(target.output == part for target in s.targets)]
     read = sorted({int(file) for stream in streams for source in stream.sources for file in source.files} - {-1})
     inputs = [plan.inputs[number] for number in read if _is_of(plan, part, plan.inputs[number].path)]
     known = {
@@ -56,14 +56,14 @@ def description(plan: Plan, part: int) -> dict[str, Any]:
 
 def _is_of(plan: Plan, part: int, path: Path) -> bool:
     """Whether an input belongs to the part's own window, or to none (a file copied beside it)."""
-    own = {str(source.path) for source in plan.parts[part].sources}
-    others = {str(source.path) for other in plan.parts for source in other.sources} - own
+    own = {str(source.path) for source in plan.outputs[part].sources}
+    others = {str(source.path) for other in plan.outputs for source in other.sources} - own
     return not any(path.resolve().is_relative_to(other) for other in others)
 
 
 def make_manifest(plan: Plan, part: int, written: Sequence[Written]) -> dict[str, Any]:
     """Plain data: recipe, sources with steps and coefficients, files with checksums, versions."""
-    chosen = plan.parts[part]
+    chosen = plan.outputs[part]
     return {
         "format": FORMAT,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

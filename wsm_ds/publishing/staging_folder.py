@@ -24,7 +24,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from wsm_ds.engine.journal import journals_to_claims
-from wsm_ds.errors import OutputExists, OutputHeld, WsmError, few
+from wsm_ds.errors import OutputExists, OutputLocked, WsmError, few
 from wsm_ds.filesystem.small_files import read_small
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def staged(out: Path, described: dict[str, Any], *, restart: bool = False) -> It
 
     Raises:
         OutputExists: `out` exists, or another merge has begun there.
-        OutputHeld: another process is making it.
+        OutputLocked: another process is making it.
     """
     require_absent(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ def held(lock: Path, what: str) -> Iterator[None]:
     """Holds a lock as long as this process lives, whatever ends it; the file says who we are.
 
     Raises:
-        OutputHeld: another process holds it: `what` is said, and which process.
+        OutputLocked: another process holds it: `what` is said, and which process.
     """
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -174,7 +174,7 @@ def held(lock: Path, what: str) -> Iterator[None]:
             os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
         else:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-            raise OutputHeld(f"{what} ({holder or 'holder unknown'}).")
+            raise OutputLocked(f"{what} ({holder or 'holder unknown'}).")
         yield
     finally:
         os.close(descriptor)

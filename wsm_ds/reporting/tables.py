@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from wsm_ds.engine.staged_files import Spent
+from wsm_ds.engine.staged_files import Timings
 from wsm_ds.errors import one_line
 from wsm_ds.inspection import Inspected
 from wsm_ds.planning.plan import Plan
@@ -24,7 +24,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def plan_report(plan: Plan) -> str:
     """The plan as it is shown before anything is written."""
     lines = []
-    for part in plan.parts:
+    for part in plan.outputs:
         rows = [[source.tag, str(source.step), f"{source.coefficient:.6f}"] for source in part.sources]
         lines += [
             table(["checkpoint", "step", "coefficient"], rows),
@@ -33,21 +33,21 @@ def plan_report(plan: Plan) -> str:
             f"out  {part.out}",
         ]
     lines.append(
-        f"read {format_size(plan.bytes_to_read)}  write {format_size(plan.bytes_to_write)} in {len(plan.outputs)} files"
+        f"read {format_size(plan.bytes_to_read)}  write {format_size(plan.bytes_to_write)} in {len(plan.files)} files"
         f"   memory {format_size(plan.memory_bytes)}   threads {plan.threads}"
     )
     return "\n".join(lines)
 
 
-def summary_report(plan: Plan, spent: Spent, wall_s: float, world_size: int) -> str:
+def summary_report(plan: Plan, timings: Timings, wall_s: float, world_size: int) -> str:
     """Where the time went, after the merge."""
     moved = plan.bytes_to_read + plan.bytes_to_write
     ranks = f", rank 0 of {world_size}" if world_size > 1 else ""
     return (
         f"{format_size(moved)} in {wall_s:.1f} s, {format_size(moved / max(wall_s, 1e-9))}/s; seconds of "
         f"{plan.threads} threads{ranks}: "
-        f"read {spent.read_s:.1f}, arithmetic {spent.arithmetic_s:.1f}, hash {spent.hash_s:.1f}, "
-        f"write {spent.write_s:.1f}"
+        f"read {timings.read_s:.1f}, arithmetic {timings.arithmetic_s:.1f}, hash {timings.hash_s:.1f}, "
+        f"write {timings.write_s:.1f}"
     )
 
 

@@ -65,7 +65,7 @@ def reshard_together(checkpoint: Path, shape: Shape, out: Path, *, store: Any, r
 
     Raises:
         UnsupportedLayout: the checkpoint's form cannot be changed (the reason is named).
-        NoRoom: the disk or the memory is too small.
+        InsufficientCapacity: the disk or the memory is too small.
         PeerFailed: another rank failed.
     """
     ranks = StoreRanks(store, rank, world_size) if world_size > 1 else Ranks()

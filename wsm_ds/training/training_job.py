@@ -86,7 +86,7 @@ class TrainingJob:
 
         Raises:
             BrokenCheckpoint: there are checkpoints, and none is complete.
-            UnsupportedLayout, NoRoom: it is of another form and cannot be rewritten.
+            UnsupportedLayout, InsufficientCapacity: it is of another form and cannot be rewritten.
             TrainingError: the checkpoint was saved with other `constants`.
         """
         import deepspeed.comm as dist

@@ -32,7 +32,7 @@ STOPPED_S = 3 * UNCHANGED_S
 
 
 @dataclass
-class Seen:
+class LastBeat:
     """A rank's newest heartbeat, and when (monotonic seconds) its step and the file itself last changed."""
 
     beat: dict[str, Any]
@@ -54,7 +54,7 @@ class Watch:
         self.job, self.attempt = job, attempt
         self.timeout_s, self.start_timeout_s = timeout_s, start_timeout_s
         self.began_s = time.monotonic()
-        self.seen: dict[int, Seen] = {}
+        self.seen: dict[int, LastBeat] = {}
 
     def look(self, now_s: float) -> None:
         """Reads the heartbeats.
@@ -77,7 +77,7 @@ class Watch:
         last = self.seen.get(beat["rank"])
         step_s = last.step_s if last and last.beat["step"] == beat["step"] else now_s
         alive_s = last.alive_s if last and last.beat["alive"] == beat["alive"] else now_s
-        self.seen[beat["rank"]] = Seen(beat, step_s, alive_s)
+        self.seen[beat["rank"]] = LastBeat(beat, step_s, alive_s)
 
     def _require_started(self, now_s: float) -> None:
         expected = max((seen.beat["world_size"] for seen in self.seen.values()), default=1)
@@ -116,7 +116,7 @@ class Watch:
         return text
 
 
-def _places(seen: list[Seen]) -> list[tuple[str, int]]:
+def _places(seen: list[LastBeat]) -> list[tuple[str, int]]:
     return Counter(one.beat["where"] for one in seen).most_common()
 
 

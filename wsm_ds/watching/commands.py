@@ -6,6 +6,7 @@ Beside the merge NAME lie, of its command,
     NAME.exec.json                  how it ended; written when it has ended, so that without it the command is run again
 """
 
+import contextlib
 import json
 import os
 import shlex
@@ -22,7 +23,7 @@ from typing import Any
 
 from wsm_ds.errors import Interrupted, RecipeError
 from wsm_ds.publishing.staging_folder import try_lock, write_text
-from wsm_ds.watching.events import Happened
+from wsm_ds.watching.events import Event
 
 PLACE = "{}"
 STOP_S = 5.0
@@ -96,7 +97,7 @@ class Commands:
         """Whether every command has ended."""
         return self.running is None and not self.waiting
 
-    def step(self) -> Iterator[Happened]:
+    def step(self) -> Iterator[Event]:
         """Looks after what runs, and starts what waits."""
         if self.running is not None:
             merged, process, begun = self.running
@@ -132,8 +133,10 @@ class Commands:
             except subprocess.TimeoutExpired:
                 continue
         process.wait()
+        with contextlib.suppress(ProcessLookupError):  # what the command has started may ignore SIGTERM, and outlive it
+            os.killpg(process.pid, signal.SIGKILL)
 
-    def _start(self, merged: Merged) -> Iterator[Happened]:
+    def _start(self, merged: Merged) -> Iterator[Event]:
         """Starts the command, unless one that a killed watch has started for the same merge still runs."""
         begun = time.time()
         out = os.open(merged.beside("out"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -163,7 +166,7 @@ class Commands:
     def _words_for(self, merged: Merged) -> list[str]:
         return [word.replace(PLACE, str(merged.out)) for word in self.words]
 
-    def _ended(self, merged: Merged, code: int, begun: float) -> Happened:
+    def _ended(self, merged: Merged, code: int, begun: float) -> Event:
         seconds = round(time.time() - begun, 3)
         result: dict[str, Any] = {
             "command": self._words_for(merged),
@@ -176,4 +179,4 @@ class Commands:
         fresh.replace(merged.beside("json"))
         text = f"step {merged.step} {merged.window}: the command ended with code {code} after {seconds:.1f} s"
         values = {"step": merged.step, "window": merged.window, "out": str(merged.out)}
-        return Happened("command", text, values | result)
+        return Event("command", text, values | result)

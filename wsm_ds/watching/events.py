@@ -5,7 +5,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Happened:
+class Event:
     """One event: its name, a line for people, and its figures as plain data."""
 
     name: str

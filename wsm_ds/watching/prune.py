@@ -184,7 +184,7 @@ def prune(
     """Deletes what `plan_prune` lets go, and what a prune that was killed has left; returns the plan.
 
     Raises:
-        OutputHeld: another prune of the run deletes now.
+        OutputLocked: another prune of the run deletes now.
         OSError: something cannot be removed; the next prune tries again.
     """
     _checkpoints_of(run, retention)

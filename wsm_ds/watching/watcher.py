@@ -19,7 +19,7 @@ from wsm_ds.errors import (
     LayoutMismatch,
     NonFiniteValue,
     OutputExists,
-    OutputHeld,
+    OutputLocked,
     WindowError,
     WsmError,
     few,
@@ -33,7 +33,7 @@ from wsm_ds.reporting.progress import Progress, Style
 from wsm_ds.sizes import format_size
 from wsm_ds.watching.commands import Commands, Merged
 from wsm_ds.watching.completeness import Checkpoints
-from wsm_ds.watching.events import Happened
+from wsm_ds.watching.events import Event
 from wsm_ds.watching.spec import LOCK, WatchSpec, merged_outputs, source_steps, write_spec
 from wsm_ds.watching.windows import OpenWindow, open_windows
 
@@ -68,7 +68,7 @@ class WatchOptions:
 
 def watch(
     spec: WatchSpec, options: WatchOptions, check: Callable[[], None] = lambda: None
-) -> Generator[Happened, None, None]:
+) -> Generator[Event, None, None]:
     """Merges every window that is complete or becomes so, and yields what happens; ends as `options` and `spec` say.
 
     Args:
@@ -77,7 +77,7 @@ def watch(
         check: called every now and then; an error it raises ends the watch.
 
     Raises:
-        OutputHeld: another watch has `spec.out`.
+        OutputLocked: another watch has `spec.out`.
         BrokenCheckpoint: at the end, some windows could not be made because a checkpoint between is not whole.
         UnsupportedLayout, UnsafePickle, RecipeError, BudgetTooSmall, OutputExists: no window can be merged so.
         OSError: with `is_once`, what another look might get over.
@@ -86,7 +86,7 @@ def watch(
     with held(spec.out / LOCK, f"another watch merges into {spec.out}"), Commands(options.command) as commands:
         write_spec(spec)
         watcher = _Watcher(spec, options, commands)
-        yield Happened(
+        yield Event(
             "watching",
             f"watching {spec.run}: {few(spec.recipes)} into {spec.out}",
             {"run": str(spec.run), "out": str(spec.out), "windows": list(spec.recipes), "ends": asdict(spec.ends)},
@@ -104,7 +104,7 @@ def watch(
         watcher.raise_what_is_left()
 
 
-def _wait(commands: Commands, seconds: float, check: Callable[[], None]) -> Iterator[Happened]:
+def _wait(commands: Commands, seconds: float, check: Callable[[], None]) -> Iterator[Event]:
     """Sleeps, and looks after the commands meanwhile."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
@@ -138,7 +138,7 @@ class _Watcher:
         for end, name in merged_outputs(spec):
             self._note_merged(end, name)
 
-    def look(self, check: Callable[[], None]) -> Iterator[Happened]:
+    def look(self, check: Callable[[], None]) -> Iterator[Event]:
         """Merges every window that is complete; one pass for each end point, oldest first."""
         self.checkpoints.look()
         self.blocked = {}
@@ -168,11 +168,11 @@ class _Watcher:
             return looks > 1 or not self.checkpoints.unsettled
         return not self.checkpoints.unsettled and (not self.blocked or looks > PATIENCE_LOOKS)
 
-    def summary(self) -> Happened:
+    def summary(self) -> Event:
         """How much was done."""
         counts = {name: self.counts[name] for name in ("merged", "refused", "passed_over")}
         text = f"done: {counts['merged']} merged, {counts['refused']} refused, {counts['passed_over']} passed over"
-        return Happened("done", text, counts)
+        return Event("done", text, counts)
 
     def raise_what_is_left(self) -> None:
         """Raises what has kept windows from being made, if anything has."""
@@ -191,7 +191,7 @@ class _Watcher:
             self.resolved.add((end, name))
         return (end, name) in self.resolved
 
-    def _look_at(self, end: int, windows: list[OpenWindow]) -> Iterator[Happened]:
+    def _look_at(self, end: int, windows: list[OpenWindow]) -> Iterator[Event]:
         """Merges those windows of one end point that can be merged."""
         if end in self.pauses and self.pauses[end].until_s > time.monotonic():
             return
@@ -212,12 +212,12 @@ class _Watcher:
                 yield from self._make(ready)
             self.pauses.pop(end, None)
         except OSError as error:
-            is_ours = isinstance(error, OutputExists) and not isinstance(error, OutputHeld)
+            is_ours = isinstance(error, OutputExists) and not isinstance(error, OutputLocked)
             if is_ours or isinstance(error, Interrupted):
                 raise
             yield from self._pause(end, error)
 
-    def _make(self, windows: Sequence[OpenWindow]) -> Iterator[Happened]:
+    def _make(self, windows: Sequence[OpenWindow]) -> Iterator[Event]:
         """Merges windows in one pass; where one is refused, each in a pass of its own."""
         recipes = [self.spec.recipe_at(window.end, window.name) for window in windows]
         began = time.monotonic()
@@ -242,7 +242,7 @@ class _Watcher:
     def _require_steps(self, plan: Plan, windows: Sequence[OpenWindow]) -> None:
         """Raises CheckpointNotFound unless the plan's windows are ours: the run has changed since we looked."""
         expected = {self.spec.place(window.end, window.name): window.steps for window in windows}
-        for part in plan.parts:
+        for part in plan.outputs:
             steps = tuple(source.step for source in part.sources)
             if steps != expected[part.out]:
                 raise CheckpointNotFound(
@@ -255,7 +255,7 @@ class _Watcher:
             try:
                 run_plan(plan, progress.add)
             except OutputExists as error:
-                if isinstance(error, OutputHeld) or not self.options.restart:
+                if isinstance(error, OutputLocked) or not self.options.restart:
                     raise
                 run_plan(plan, progress.add, restart=True)
 
@@ -267,7 +267,7 @@ class _Watcher:
         self.recorded |= source_steps(self.spec.run, out)
         self.commands.add(Merged(self.spec.run, end, name, out))
 
-    def _refuse(self, window: OpenWindow, error: WsmError) -> Happened:
+    def _refuse(self, window: OpenWindow, error: WsmError) -> Event:
         """Records why a window cannot be merged."""
         values: dict[str, Any] = {
             "step": window.end,
@@ -281,15 +281,15 @@ class _Watcher:
         fresh.replace(path)
         self.counts["refused"] += 1
         self.resolved.add((window.end, window.name))
-        return Happened("refused", f"step {window.end} {window.name} is refused: {error}", values)
+        return Event("refused", f"step {window.end} {window.name} is refused: {error}", values)
 
-    def _pass_over(self, window: OpenWindow) -> Iterator[Happened]:
+    def _pass_over(self, window: OpenWindow) -> Iterator[Event]:
         self.resolved.add((window.end, window.name))
         self.counts["passed_over"] += 1
         text = f"step {window.end} {window.name} is passed over: step {few(window.gone)} is not there any more"
-        yield Happened("passed_over", text, {"step": window.end, "window": window.name, "gone": window.gone})
+        yield Event("passed_over", text, {"step": window.end, "window": window.name, "gone": window.gone})
 
-    def _tell_of_broken(self, steps: Sequence[int]) -> Iterator[Happened]:
+    def _tell_of_broken(self, steps: Sequence[int]) -> Iterator[Event]:
         """What a window waits for, once."""
         for step in steps:
             problem = self.checkpoints.problems.get(step)
@@ -297,28 +297,28 @@ class _Watcher:
                 self.blocked[step] = problem
                 yield from self._tell_once("waiting", f"step {step} is needed and not whole: {problem}", step=step)
 
-    def _tell_if_empty(self) -> Iterator[Happened]:
+    def _tell_if_empty(self) -> Iterator[Event]:
         if self.checkpoints.held:
             return
         if self.options.is_once and not self.spec.run.is_dir():
             raise CheckpointNotFound(f"{self.spec.run} is not a folder.")
         yield from self._tell_once("waiting", f"{self.spec.run} holds no checkpoint yet")
 
-    def _tell_once(self, name: str, text: str, **values: Any) -> Iterator[Happened]:
+    def _tell_once(self, name: str, text: str, **values: Any) -> Iterator[Event]:
         if text not in self.told:
             self.told.add(text)
-            yield Happened(name, text, values)
+            yield Event(name, text, values)
 
-    def _pause(self, end: int, error: Exception) -> Iterator[Happened]:
+    def _pause(self, end: int, error: Exception) -> Iterator[Event]:
         """Tries an end point again after a pause that doubles with each failure."""
         pause_s = self.options.poll_s if end not in self.pauses else 2 * self.pauses[end].pause_s
         pause_s = min(pause_s, LONGEST_PAUSE_S)
         self.pauses[end] = _Pause(error, pause_s, time.monotonic() + pause_s)
         text = f"step {end} failed, and is tried again in {pause_s:.0f} s: {type(error).__name__}: {error}"
-        yield Happened("failed", text, {"step": end, "error": type(error).__name__, "message": str(error)})
+        yield Event("failed", text, {"step": end, "error": type(error).__name__, "message": str(error)})
 
 
-def _merged(windows: Sequence[OpenWindow], recipes: Sequence[MergeRecipe], plan: Plan, seconds: float) -> Happened:
+def _merged(windows: Sequence[OpenWindow], recipes: Sequence[MergeRecipe], plan: Plan, seconds: float) -> Event:
     names = ", ".join(window.name for window in windows)
     text = (
         f"step {windows[0].end} merged: {names}; read {format_size(plan.bytes_to_read)}, "
@@ -331,4 +331,4 @@ def _merged(windows: Sequence[OpenWindow], recipes: Sequence[MergeRecipe], plan:
         "bytes_written": plan.bytes_to_write,
         "seconds": round(seconds, 3),
     }
-    return Happened("merged", text, values)
+    return Event("merged", text, values)
