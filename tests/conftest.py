@@ -1,16 +1,22 @@
 """Runs that DeepSpeed wrote, made once a test session."""
 
+import fcntl
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 from deepspeed_runs import DTYPES, STAGES, launch
 
+KEPT_RUNS = "WSM_TEST_RUNS"
+"""A folder in which `runs` and `other_world_sizes` stay from one test session to the next; unset: made in each."""
 WIDE = ((2, "bf16"), (2, "fp32"), (3, "bf16"))
 
 
@@ -19,13 +25,38 @@ def train(run: Path, *, stage: int, dtype: str, steps: int) -> dict[str, Any]:
     return {"do": "train", "stage": stage, "dtype": dtype, "steps": steps, "every": 2, "run": str(run)}
 
 
+@contextmanager
+def run_folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, bool]]:
+    """(folder, whether it has its runs from an earlier session)."""
+    if KEPT_RUNS not in os.environ:
+        yield tmp_path_factory.mktemp(name), False
+        return
+    writers = [Path(__file__), Path(__file__).with_name("ds_worker.py")]
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in writers))
+    key.update(f"{version('torch')} {version('deepspeed')}".encode())
+    folder = Path(os.environ[KEPT_RUNS], f"{name}-{key.hexdigest()[:16]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = folder / ".made"
+        yield folder / name, made.exists()
+        made.touch()
+
+
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`RUNS/w2_s{stage}_{dtype}` with global_step2, 4, 6 from two ranks; one of them also in HF Trainer's folders.
 
     `RUNS/wide_s{stage}_{dtype}` have one checkpoint of 0.6 M trained parameters, whose files are mostly numbers.
     """
-    root = tmp_path_factory.mktemp("runs")
+    with run_folder("runs", tmp_path_factory) as (root, is_made):
+        if not is_made:
+            make_runs(root, tmp_path_factory.mktemp("train"))
+    return root
+
+
+def make_runs(root: Path, folder: Path) -> None:
+    """What the fixture `runs` says."""
     jobs = [
         train(root / f"w2_s{stage}_{dtype}", stage=stage, dtype=dtype, steps=6) for stage in STAGES for dtype in DTYPES
     ]
@@ -35,20 +66,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         | {"width": 400, "zero": {"sub_group_size": 10**9}}
         for stage, dtype in WIDE
     ]
-    reports = launch([*jobs, trainer, *wide], world_size=2, folder=tmp_path_factory.mktemp("train"))
+    reports = launch([*jobs, trainer, *wide], world_size=2, folder=folder)
     for rank, reported in enumerate(reports):
         for job, report in zip(jobs, reported, strict=False):
             Path(job["run"], f"losses.rank{rank}.json").write_text(json.dumps(report["losses"]))
-    return root
 
 
 @pytest.fixture(scope="session")
 def other_world_sizes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`RUNS/w{world_size}_s{stage}`, bf16, global_step2 and 4, from 1, 3 and 4 ranks."""
-    root = tmp_path_factory.mktemp("world_sizes")
-    for world_size in (1, 3, 4):
-        jobs = [train(root / f"w{world_size}_s{stage}", stage=stage, dtype="bf16", steps=4) for stage in STAGES]
-        launch(jobs, world_size=world_size, folder=tmp_path_factory.mktemp("train"))
+    with run_folder("world_sizes", tmp_path_factory) as (root, is_made):
+        for world_size in () if is_made else (1, 3, 4):
+            jobs = [train(root / f"w{world_size}_s{stage}", stage=stage, dtype="bf16", steps=4) for stage in STAGES]
+            launch(jobs, world_size=world_size, folder=tmp_path_factory.mktemp("train"))
     return root
 
 
