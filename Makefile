@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: quickstart test check clean
 .DELETE_ON_ERROR:
 
-$(VENV)/installed: setup.py constraints.txt
+$(VENV)/installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PYTHON) -c "import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))" 2>/dev/null \
 	  > $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/own_torch.pth || true
