@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 from deepspeed_runs import DTYPES, STAGES, launch
+from marks import pytest_collection_modifyitems, pytest_configure, pytest_ignore_collect
+
+__all__ = ["pytest_collection_modifyitems", "pytest_configure", "pytest_ignore_collect"]
 
 KEPT_RUNS = "WSM_TEST_RUNS"
 """A folder in which `runs` and `other_world_sizes` stay from one test session to the next; unset: made in each."""

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parent.parent / "wsm_ds"
 ORDER = (
     "errors", "sizes", "dtypes", "filesystem", "distributed", "schedules", "torchfile", "layouts", "planning",
@@ -55,6 +57,7 @@ def test_a_merge_imports_neither_torch_nor_deepspeed() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.torch
 def test_public_names_are_what_they_say_whatever_was_imported_before() -> None:
     import wsm_ds
     import wsm_ds.merging

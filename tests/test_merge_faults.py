@@ -295,6 +295,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(runs: Path, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.deepspeed
 def test_memory_stays_within_the_budget_for_checkpoints_ten_times_as_large(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from forked import ENVIRONMENT, ROOT
+
+pytestmark = [pytest.mark.deepspeed, pytest.mark.torch]
 
 
 def quickstart(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -7,6 +7,8 @@ import pytest
 from wsm_ds.training import matmul_speed
 from wsm_ds.training.matmul_speed import MatmulSpeed, measure_matmul, warn_if_dtype_is_slow
 
+pytestmark = pytest.mark.torch
+
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

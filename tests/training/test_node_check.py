@@ -54,6 +54,7 @@ def test_a_host_where_nobody_listens_yet_is_reached(tmp_path: Path, capsys: pyte
     assert "reached, nobody listens" in capsys.readouterr().out
 
 
+@pytest.mark.torch
 def test_missing_accelerators_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     command = [sys.executable, "-m", "wsm_ds.training.node_check", str(tmp_path), "--accelerators", "1000"]
