@@ -1,17 +1,25 @@
-# make quickstart   train a tiny GPT with DeepSpeed on 2 ranks, merge its checkpoints, load and compare (CPU, minutes)
-# make test         the test suite, against checkpoints that DeepSpeed writes; and, once tests/cluster/install.sh has run,
-#                   launch/ on a Slurm cluster of several hosts and over ssh, on this machine
-# make check        ruff, mypy --strict, import directions
+# make quickstart     train a tiny GPT with DeepSpeed on 2 ranks, merge its checkpoints, load and compare (CPU, minutes)
+# make test           the test suite, against checkpoints that DeepSpeed writes; and, once tests/cluster/install.sh has run,
+#                     launch/ on a Slurm cluster of several hosts and over ssh, on this machine.
+#                     make test K=word: only the tests with this word in their names (pytest -k)
+# make test-fast      the tests that need neither a run of DeepSpeed nor the cluster: under a minute
+# make test-pythons   the tests that need no torch, on each Python from 3.10 on that this machine has, and with the oldest dependencies
+# make check          ruff, mypy --strict, import directions
+# make docs           the documentation as a site, in site/; links are checked
 #
 # PYTHON chooses the interpreter. If it has torch already, the environment sees its packages and installs no other.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+K      ?=
+PYTEST := $(BIN)/python -m pytest $(if $(K),-k '$(K)')
+PYENVS := $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.1*/bin)
+space  := $(subst ,, )
 export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test test-fast test-pythons check docs clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
@@ -22,11 +30,21 @@ $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --editable ".[test,check]"
 	touch $@
 
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	touch $@
+
 quickstart: $(VENV)/installed
 	$(BIN)/python launch/quickstart.py --out quickstart
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-fast: $(VENV)/installed
+	$(PYTEST) -m "not deepspeed and not cluster"
+
+test-pythons: $(VENV)/installed
+	PATH="$(subst $(space),:,$(PYENVS)):$$PATH" $(BIN)/python -m nox
 
 check: $(VENV)/installed
 	$(BIN)/python -m ruff check .
@@ -34,5 +52,8 @@ check: $(VENV)/installed
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest --quiet tests/test_architecture.py
 
+docs: $(VENV)/docs
+	$(BIN)/python -m mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) quickstart build dist *.egg-info
+	rm -rf $(VENV) .nox quickstart build dist site *.egg-info
