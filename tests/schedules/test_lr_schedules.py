@@ -10,7 +10,8 @@ import torch
 
 from wsm_ds.errors import ScheduleError
 from wsm_ds.schedules.curves import parse_curve
-from wsm_ds.schedules.lr_schedules import WSDLR, WSMLR, wsd_rate, wsm_rate
+from wsm_ds.schedules.lr_schedules import WSDLR, WSMLR
+from wsm_ds.schedules.rates import wsd_rate, wsm_rate
 
 
 class Recorder(torch.optim.SGD):
@@ -170,7 +171,7 @@ def test_a_changed_schedule_is_refused_with_both_values_or_applied_at_once(
     second = optimizer()
     resumed = WSMLR(second, **changed, on_change="apply")
     resumed.load_state_dict(scheduler.state_dict())
-    assert "goes on with changed parameters" in caplog.text
+    assert "continues with changed parameters" in caplog.text
     assert train(second, resumed, 1) == [resumed.rate(0, 3)]
     assert resumed.rate(0, 3) != scheduler.rate(0, 3)
 
@@ -211,7 +212,7 @@ def test_no_saved_state_keeps_the_count_that_was_given(caplog: pytest.LogCapture
     recorder = optimizer()
     scheduler = WSMLR(recorder, warmup_max_lr=8.0, warmup_num_steps=8, last_batch_iteration=3)
     scheduler.load_state_dict(None)
-    assert "goes on from update 5" in caplog.text
+    assert "continues with update 5" in caplog.text
     assert train(recorder, scheduler, 1) == [5]
 
 
