@@ -17,13 +17,13 @@ from wsm_ds.schedules.coefficients import (
     decay_factors,
     decay_factors_from_coefficients,
     effective_sample_size,
-    grid,
     lag,
     merge_coefficients,
     running_merge_factor,
     weight_decay_aware_coefficients,
 )
 from wsm_ds.schedules.curves import Curve, curve_from_values
+from wsm_ds.schedules.grid import grid
 
 CURVES = ["linear", "cosine", "1-sqrt", "power:2", "inverse-sqrt:0.1", "exponential:0.1", "ema"]
 COUNTS = st.integers(1, 200)
@@ -66,7 +66,7 @@ def test_one_checkpoint_gets_everything(curve):
     assert merge_coefficients(curve, steps=[7000], oldest_interval=500).tolist() == [1.0]
 
 
-def test_one_minus_sqrt_gives_the_oldest_checkpoint_one_over_sqrt_n():
+def test_one_minus_sqrt_gives_the_oldest_checkpoint_one_over_sqrt_n() -> None:
     c = merge_coefficients("1-sqrt", n=16)
     assert c[0] == 0.25
     assert (np.diff(c) < 0).all()
@@ -77,12 +77,12 @@ def test_the_newest_checkpoint_always_counts(curve):
     assert (merge_coefficients(curve, n=16) > 0).all()
 
 
-def test_exponential_is_the_mirror_image_of_ema():
+def test_exponential_is_the_mirror_image_of_ema() -> None:
     forward = merge_coefficients("ema:0.2", n=9)
     np.testing.assert_allclose(merge_coefficients("exponential:0.2", n=9)[::-1], forward, rtol=0, atol=1e-15)
 
 
-def test_ema_coefficients_are_those_of_the_recursion_over_checkpoints():
+def test_ema_coefficients_are_those_of_the_recursion_over_checkpoints() -> None:
     n, ratio = 10, 0.1
     alpha = 1 - ratio ** (1 / n)
     weights = np.eye(n)[0]
@@ -127,14 +127,14 @@ def test_coefficients_survive_the_way_to_decay_factors_and_back(values):
     np.testing.assert_allclose(coefficients_from_decay_factors(w), c, rtol=0, atol=1e-14)
 
 
-def test_a_users_table_of_decay_factors_becomes_coefficients():
+def test_a_users_table_of_decay_factors_becomes_coefficients() -> None:
     assert coefficients_from_decay_factors([0.75, 0.75, 0.25]).tolist() == [0.25, 0.0, 0.5, 0.25]
     assert decay_factors_from_coefficients([0.25, 0.0, 0.5, 0.25]).tolist() == [0.75, 0.75, 0.25]
     assert coefficients_from_decay_factors([]).tolist() == [1.0]
     assert decay_factors_from_coefficients([1.0]).tolist() == []
 
 
-def test_a_users_table_of_curve_values_becomes_coefficients():
+def test_a_users_table_of_curve_values_becomes_coefficients() -> None:
     curve = curve_from_values([1.0, 0.5, 0.25, 0.0])
     assert decay_factors(curve, n=3).tolist() == pytest.approx([0.5, 0.25], abs=1e-15)
 
@@ -142,7 +142,7 @@ def test_a_users_table_of_curve_values_becomes_coefficients():
 # Grids
 
 
-def test_the_grid_divides_the_window_by_the_number_of_checkpoints():
+def test_the_grid_divides_the_window_by_the_number_of_checkpoints() -> None:
     assert grid(4).tolist() == [0.25, 0.5, 0.75]
     assert grid(1).tolist() == []
 
@@ -157,21 +157,21 @@ def test_an_uneven_grid_with_equal_intervals_is_the_even_one_to_the_bit(n, first
     assert grid(steps=[float(step) for step in steps]).tolist() == expected
 
 
-def test_an_uneven_grid_counts_durations_and_not_checkpoints():
+def test_an_uneven_grid_counts_durations_and_not_checkpoints() -> None:
     assert grid(steps=[100, 200, 500], oldest_interval=400).tolist() == [0.5, 0.625]
 
 
-def test_the_oldest_interval_is_the_median_of_the_others():
+def test_the_oldest_interval_is_the_median_of_the_others() -> None:
     assert grid(steps=[0, 1, 3, 10]).tolist() == [2 / 12, 3 / 12, 5 / 12]
     assert grid(steps=[0, 1, 4]).tolist() == [2 / 6, 3 / 6]
 
 
-def test_linear_on_an_uneven_grid_weights_each_checkpoint_by_its_own_interval():
+def test_linear_on_an_uneven_grid_weights_each_checkpoint_by_its_own_interval() -> None:
     c = merge_coefficients("linear", steps=[1000, 1100, 1400], oldest_interval=400)
     assert c.tolist() == pytest.approx([0.5, 0.125, 0.375], abs=1e-15)
 
 
-def test_token_counts_beyond_float64_stay_exact():
+def test_token_counts_beyond_float64_stay_exact() -> None:
     start = 2**53
     steps = [start, start + 1, start + 3, start + 6]
     assert grid(steps=steps, oldest_interval=2).tolist() == [2 / 8, 3 / 8, 5 / 8]
@@ -192,7 +192,7 @@ def test_grid_positions_are_the_exact_fractions_rounded_once(intervals, oldest):
 # The floor
 
 
-def test_a_floor_moves_its_share_to_the_newest_checkpoint():
+def test_a_floor_moves_its_share_to_the_newest_checkpoint() -> None:
     assert merge_coefficients("linear", n=4, floor=0.5).tolist() == [0.125, 0.125, 0.125, 0.625]
     assert merge_coefficients("1-sqrt", n=4, floor=1.0).tolist() == [0.0, 0.0, 0.0, 1.0]
     assert apply_floor([0.5, 0.0], 0.25).tolist() == [0.625, 0.25]
@@ -210,13 +210,13 @@ def test_the_floor_formula_holds_and_a_zero_floor_changes_no_bit(curve, n, m):
 # Figures
 
 
-def test_effective_sample_size_counts_equal_weights_and_ignores_zeros():
+def test_effective_sample_size_counts_equal_weights_and_ignores_zeros() -> None:
     assert effective_sample_size(np.full(8, 0.125)) == 8.0
     assert effective_sample_size([0.0, 1.0, 0.0]) == 1.0
     assert effective_sample_size([0.5, 0.25, 0.25]) == pytest.approx(8 / 3)
 
 
-def test_lag_is_the_mean_age_in_the_unit_of_the_steps():
+def test_lag_is_the_mean_age_in_the_unit_of_the_steps() -> None:
     assert lag([0.25, 0.25, 0.25, 0.25], [1000, 2000, 3000, 4000]) == 1500.0
     assert lag([0.5, 0.25, 0.25], [0, 100, 400]) == 275.0
     assert lag([0.0, 1.0], [5, 9]) == 0.0
@@ -271,7 +271,7 @@ def test_a_merge_is_the_replay_with_the_staircase_learning_rate(name):
             assert error < 1e-12, (curve, floor, error)
 
 
-def test_a_merge_of_uneven_checkpoints_is_the_replay_too():
+def test_a_merge_of_uneven_checkpoints_is_the_replay_too() -> None:
     path = record(OPTIMIZERS["adam"], intervals=20, steps_per_interval=1)
     steps = [0, 3, 4, 11, 20]
     w = decay_factors("1-sqrt", steps=steps)
@@ -309,14 +309,14 @@ def test_weight_decay_aware_coefficients_are_several_times_nearer_to_the_replay_
     assert aware_error < plain_error / 3
 
 
-def test_weight_decay_aware_coefficients_are_exact_at_one_step_per_interval():
+def test_weight_decay_aware_coefficients_are_exact_at_one_step_per_interval() -> None:
     path = adamw_path(0.05, 0.4, intervals=12, steps_per_interval=1)
     w = decay_factors("cosine", n=13)
     c = weight_decay_aware_coefficients(w, learning_rate=0.05, weight_decay=0.4, interval_steps=1)
     np.testing.assert_allclose(c @ path, replay(path, w, 1, 0.02), rtol=1e-12)
 
 
-def test_weight_decay_aware_coefficients_follow_the_formula_by_hand():
+def test_weight_decay_aware_coefficients_follow_the_formula_by_hand() -> None:
     # ηλ = 1/2, T = 1 and 2: ρ = 1/2, 1/4; w = 1, 1/2: P = (9/32, 9/16, 1), W = (9/16, 1/2).
     c = weight_decay_aware_coefficients([1, 0.5], learning_rate=0.5, weight_decay=1.0, interval_steps=[1, 2])
     np.testing.assert_allclose(c, [9 / 32 - 9 / 32, 9 / 16 - 1 / 8, 1 / 2], rtol=0, atol=1e-15)
@@ -438,14 +438,14 @@ def test_wrong_coefficients_are_told_what_is_wrong(c, message):
             function(c)
 
 
-def test_valid_coefficients_are_returned_as_a_float64_copy():
+def test_valid_coefficients_are_returned_as_a_float64_copy() -> None:
     given_row = np.array([0.25, 0.75 + 5e-10])
     checked = check_coefficients(given_row)
     assert checked.tolist() == given_row.tolist()
     assert not np.shares_memory(checked, given_row)
 
 
-def test_figures_of_a_wrong_row_are_refused():
+def test_figures_of_a_wrong_row_are_refused() -> None:
     with pytest.raises(CurveError, match="coefficients are all zero"):
         effective_sample_size([0.0, 0.0])
     with pytest.raises(CurveError, match="found 2 coefficients and 3 steps"):
@@ -473,7 +473,7 @@ def test_a_wrong_argument_of_the_weight_decay_aware_coefficients_is_told_what_is
         weight_decay_aware_coefficients(**{**arguments, **changed})
 
 
-def test_a_wrong_argument_of_the_running_merge_is_told_what_is_wrong():
+def test_a_wrong_argument_of_the_running_merge_is_told_what_is_wrong() -> None:
     with pytest.raises(CurveError, match="n counts checkpoints from 1, found 0"):
         running_merge_factor(0)
     with pytest.raises(CurveError, match=r"exponent must be positive and finite, found 0\.0"):

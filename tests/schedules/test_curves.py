@@ -39,7 +39,7 @@ def test_a_curve_has_its_values_at_the_start_a_quarter_and_the_end(text, start, 
     assert curve(1.0) == pytest.approx(end, rel=1e-15)
 
 
-def test_ema_starts_at_one_minus_its_ratio_and_ends_at_zero():
+def test_ema_starts_at_one_minus_its_ratio_and_ends_at_zero() -> None:
     curve = parse_curve("ema:0.0625")
     assert curve(0.0) == 0.9375
     assert curve(0.5) == pytest.approx(0.75, rel=1e-15)
@@ -127,13 +127,13 @@ def test_aliases_defaults_and_spellings_lead_to_one_canonical_text(text, canonic
     assert parse_curve(text) == parse_curve(canonical)
 
 
-def test_a_curve_of_ones_own_is_called_with_its_parameters():
+def test_a_curve_of_ones_own_is_called_with_its_parameters() -> None:
     curve = Curve("two stairs", (0.5, 0.25), lambda s, edge, low: np.where(s < edge, 1.0, low))
     assert [curve(0.25), curve(0.5)] == [1.0, 0.25]
     assert str(curve) == "two stairs:0.5,0.25"
 
 
-def test_a_wrong_name_lists_every_curve_with_its_parameters_and_defaults():
+def test_a_wrong_name_lists_every_curve_with_its_parameters_and_defaults() -> None:
     with pytest.raises(CurveError) as caught:
         parse_curve("lineer")
     assert str(caught.value) == (
