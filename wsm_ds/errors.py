@@ -4,13 +4,15 @@ Each error is a subclass of `WsmError`, so that a caller can catch all of them a
 builtin exception that fits best, so that a caller who does not know wsm_ds can catch it too. A message says what
 failed, where (file, rank, tensor), what was expected and what was found, and what to do next.
 
-Exit codes of `wsm-ds`, by what the user has to change:
+Exit codes of `wsm-ds`:
 
     0    done
-    1    another rank failed and gave no code of its own; programs of `wsm_ds.training` end with 1 after any error
-    2    the request: an option, a recipe, a window, a schedule
-    3    the data or the machine: a checkpoint, an output, the disk, the memory
-    130  nothing: SIGINT or SIGTERM ended it, and the same command continues
+    2    the request is wrong: an option, a recipe, a window, a schedule
+    3    the data or the machine is not in order: a checkpoint, an output, the disk, the memory
+    130  SIGINT or SIGTERM ended the command; the same command continues
+
+A training script that uses `wsm_ds.training.TrainingJob` ends with 75 when a signal made it save and stop, and with 1
+after any error.
 """
 
 from collections.abc import Iterable
