@@ -86,7 +86,8 @@ def widen(stored: Array, dtype: DType) -> Array:
     """
     # The upper half of a float32 is a bfloat16.
     if dtype.name == "bf16":
-        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        bits: Array = stored.astype(np.uint32) << np.uint32(16)
+        return bits.view(np.float32)
     if dtype.name == "fp64":
         return stored
     return stored.astype(np.float32, copy=False)
@@ -113,8 +114,9 @@ def narrow(values: Array, dtype: DType) -> Array:
     """
     # Adds half of the dropped bits' range, minus one where the kept part is even: a tie then rounds to even.
     if dtype.name == "bf16":
-        bits = values.astype(np.float32, copy=False).view(np.uint32)
-        half = ((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF)
-        return ((bits + half) >> np.uint32(16)).astype(np.uint16)
+        bits: Array = values.astype(np.float32, copy=False).view(np.uint32)
+        half: Array = ((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF)
+        rounded: Array = (bits + half) >> np.uint32(16)
+        return rounded.astype(np.uint16)
     with np.errstate(over="ignore"):
         return values.astype(dtype.storage, copy=False)
