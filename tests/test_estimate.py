@@ -97,7 +97,7 @@ def test_the_size_may_be_that_of_a_real_checkpoint(runs: Path, capsys: pytest.Ca
 
 def test_a_window_shorter_than_what_a_restart_needs_keeps_two_checkpoints() -> None:
     recipe = make_recipe(run=Path("run"), out=Path("out"), last=1, curve="linear")
-    size = CheckpointSize(1, 1, 4, 8, 2, 2, 0, 2)
+    size = CheckpointSize(parameters=1, trained=1, master=4, states=8, module=2, weights=2, rest=0, files=2)
     assert estimate(size, {"it": recipe}, Pace(1, 1)).kept == 2
 
 

@@ -31,7 +31,7 @@ KEEP_LAST = 2
 DAY_S = 86400.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSize:
     """The size of one checkpoint on disk.
 
@@ -89,7 +89,16 @@ def checkpoint_size(
     # Each rank writes its optimizer file. In stage 3 it writes a model file too, else rank 0 alone does
     # (deepspeed/runtime/engine.py, _get_ckpt_name).
     module, files = (0, 2 * world_size) if stage == 3 else (weights, world_size + 1)
-    return CheckpointSize(numel, numel, numel * MASTER_BYTES, numel * STATE_BYTES[optimizer], module, weights, 0, files)
+    return CheckpointSize(
+        parameters=numel,
+        trained=numel,
+        master=numel * MASTER_BYTES,
+        states=numel * STATE_BYTES[optimizer],
+        module=module,
+        weights=weights,
+        rest=0,
+        files=files,
+    )
 
 
 def size_of(layout: Layout) -> CheckpointSize:
@@ -117,7 +126,7 @@ def size_of(layout: Layout) -> CheckpointSize:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pace:
     """How often a run saves and merges, and how fast it is.
 
@@ -136,7 +145,7 @@ class Pace:
     bandwidth_bytes_per_s: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """The cost of a run's checkpoints and merges.
 
@@ -228,9 +237,17 @@ def estimate(size: CheckpointSize, recipes: dict[str, MergeRecipe], pace: Pace) 
         )
     counts = {name: recipe.last or 0 for name, recipe in recipes.items()}
     longest = max(counts.values())
+    # The next window of this length needs all but its own newest checkpoint.
     kept = max(longest - 1, KEEP_LAST)
-    outputs = {name: _output_bytes(size, recipe) for name, recipe in recipes.items()}
-    return Estimate(size, pace, kept, kept + 2, outputs, counts, _read_bytes(size, recipes.values(), longest))
+    return Estimate(
+        size=size,
+        pace=pace,
+        kept=kept,
+        peak=kept + 2,
+        outputs={name: _output_bytes(size, recipe) for name, recipe in recipes.items()},
+        counts=counts,
+        read_bytes=_read_bytes(size, recipes.values(), longest),
+    )
 
 
 def _output_bytes(size: CheckpointSize, recipe: MergeRecipe) -> int:

@@ -10,7 +10,7 @@ from wsm_ds.layouts import Checkpoint, Layout, find_checkpoints, read_layout
 from wsm_ds.layouts.run import find_tag
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Inspected:
     """The metadata of one checkpoint.
 
