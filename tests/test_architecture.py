@@ -18,7 +18,7 @@ MAY_IMPORT = {"deepspeed": {"schedules", "training"}, "torch": {"schedules", "di
 
 
 def imports(path: Path) -> set[str]:
-    found = set()
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)

@@ -1,4 +1,4 @@
-"""What is said before a run starts agrees with what DeepSpeed then writes, and with what merges then read and write."""
+"""The estimate made before a run starts agrees with what DeepSpeed then writes and what merges then move."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_the_traffic_of_a_merge_is_what_its_plan_moves(
     layout = layout_of(run)
     recipe = make_recipe(run=run, last=1, curve="linear", out=tmp_path / "out", **values)
     plan = plan_merge(recipe)
-    found = estimate(size_of(layout), {"it": recipe}, Pace(interval=1, every=1))
+    found = estimate(size_of(layout), {"it": recipe}, Pace(interval_steps=1, every_steps=1))
     frozen = sum(info.numel * info.dtype.itemsize for info in layout.tensors.values() if info.role == "frozen")
     slack = frozen / layout.nbytes + WITHIN  # a third of this model is frozen or small; of a real one nothing is
     assert found.written_bytes == pytest.approx(plan.bytes_to_write, rel=slack)
@@ -97,7 +97,7 @@ def test_the_size_may_be_that_of_a_real_checkpoint(runs: Path, capsys: pytest.Ca
 
 def test_a_window_shorter_than_what_a_restart_needs_keeps_two_checkpoints() -> None:
     recipe = make_recipe(run=Path("run"), out=Path("out"), last=1, curve="linear")
-    size = CheckpointSize(1, 1, 4, 8, 2, 2, 0, 2)
+    size = CheckpointSize(parameters=1, trained=1, master=4, states=8, module=2, weights=2, rest=0, files=2)
     assert estimate(size, {"it": recipe}, Pace(1, 1)).kept == 2
 
 
