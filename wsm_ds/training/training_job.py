@@ -91,22 +91,22 @@ class TrainingJob:
         """
         import deepspeed.comm as dist
 
-        wanted = resharding.shape_of_engine(engine)
-        chosen = self.agreement.decided(lambda: self._choose(wanted))
-        if chosen is None:
+        target = resharding.partitioning_of_engine(engine)
+        choice = self.agreement.decided(lambda: self._choose(target))
+        if choice is None:
             seed_random_states(self.constants["seed"], 0, self.rank)
             return 0
-        source = Path(chosen["path"])
-        if chosen["reshard"]:
-            out = resharding.resharded_folder(self.job, source.name, wanted)
+        source = Path(choice["path"])
+        if choice["reshard"]:
+            out = resharding.resharded_folder(self.job, source.name, target)
             store = _own_store()
-            resharding.reshard_together(source, wanted, out, store=store, rank=self.rank, world_size=self.world_size)
+            resharding.reshard_together(source, target, out, store=store, rank=self.rank, world_size=self.world_size)
             self._load(engine, out, None)
             dist.barrier()
             self.agreement.decided(lambda: resharding.remove_resharded(self.job))
         else:
             self._load(engine, source.parent, source.name)
-        has_states = chosen["world_size"] == wanted.world_size and load_random_states(source, self.rank)
+        has_states = choice["world_size"] == target.world_size and load_random_states(source, self.rank)
         if not has_states:
             seed_random_states(self.constants["seed"], engine.global_steps, self.rank)
         return int(engine.global_steps)
@@ -177,20 +177,18 @@ class TrainingJob:
         checkpoints.remove_older_attempts(self.job, attempt)
         return attempt, done
 
-    def _choose(self, wanted: resharding.Shape) -> dict[str, Any] | None:
+    def _choose(self, target: resharding.Partitioning) -> dict[str, Any] | None:
         layout = checkpoints.newest_complete(self.job.run)
         if layout is None:
             log.warning("%s holds no checkpoint: a new run", self.job.run)
             return None
-        saved = resharding.shape_of_layout(layout)
-        log.warning(
-            "resuming from %s (%s)%s", layout.path, saved.words, "" if saved == wanted else f" as {wanted.words}"
-        )
-        resharding.remove_resharded(self.job, but=resharding.resharded_folder(self.job, layout.path.name, wanted))
+        saved = resharding.partitioning_of_layout(layout)
+        log.warning("resuming from %s (%s)%s", layout.path, saved, "" if saved == target else f" as {target}")
+        resharding.remove_resharded(self.job, keep=resharding.resharded_folder(self.job, layout.path.name, target))
         return {
             "path": str(layout.path),
             "world_size": saved.world_size,
-            "reshard": saved != wanted and wanted.stage > 0,
+            "reshard": saved != target and target.stage > 0,
         }
 
     def _load(self, engine: Any, root: Path, tag: str | None) -> None:
