@@ -1,12 +1,11 @@
 # shellcheck shell=bash
-# What the job scripts know about a run and its attempts. Sourced, with WSM_REPO set, by pretrain.sbatch and pretrain.sh.
+# What the job scripts share. Sourced, with WSM_REPO set, by every script of launch/.
 #
-# RUN/job: attempt (number of the newest), done (the only proof of success), latest beside it (the only proof of
-# progress), crashes, bad_nodes, logs/attempt-K/, and two files that people may care about:
+# The scripts start processes, wait for them and pass signals on: that is what a shell is for, and what must answer a
+# signal at once. What follows from an event, python -m wsm_ds.training.decide decides. It also writes the files in
+# RUN/job that last from one attempt to the next; wsm_ds/training/job.py lists them all. Two are for people:
 #   RUN/job/stop    make it, and the ranks see it, save and leave; no job of this run goes on before it is removed
 #   RUN/job/failed  why the scripts gave up; no job of this run goes on before it is removed
-#
-# After srun only builtins are used where it matters: on a node failure Slurm kills the shell's children, too.
 
 log() { printf '[%(%F %T)T attempt %s] %s\n' -1 "${WSM_ATTEMPT:-?}" "$*"; }
 
@@ -65,45 +64,48 @@ load_site() {
   [ -x "$WSM_PYTHON" ] || die "WSM_PYTHON=$WSM_PYTHON is no program; set it in $WSM_SITE"
 }
 
-# leave_if_settled: ends the job if there is nothing to do, or if people must act first
-leave_if_settled() {
-  if is_done; then
-    log "done: step $UNTIL_STEP was reached"
-    exit 0
-  fi
-  first_line "$JOB/failed"
-  [ ! -e "$JOB/failed" ] || die "gave up before: $REPLY. Mend it, remove $JOB/failed, and submit again"
-  leave_if_stopped
+# decide COMMAND ARGUMENTS…: asks wsm_ds.training.decide. Logs its messages, and ends this script with exit code 1 if it
+# answers "fail". Sets ACTION and ARGUMENT to any other answer, which the caller acts upon.
+decide() {
+  local answer verb words
+  # A signal to all processes of the job must not end Python before it has answered: on a node failure Slurm sends TERM
+  # to this shell's children at the moment at which srun returns.
+  answer=$(trap '' TERM INT USR1 && exec "$WSM_PYTHON" -m wsm_ds.training.decide "$@") || die "no decision: $1 $2"
+  ACTION='' ARGUMENT=''
+  while read -r verb words; do
+    case $verb in
+      log) log "$words" ;;
+      fail) die "$words" ;;
+      *) ACTION=$verb ARGUMENT=$words ;;
+    esac
+  done <<< "$answer"
 }
 
-leave_if_stopped() { [ ! -e "$JOB/stop" ] || die "stopped by $JOB/stop; remove it to go on"; }
+# leave_if_settled: ends the job if there is nothing to do, or if people must act first
+leave_if_settled() {
+  decide start "$RUN" --until-step="$UNTIL_STEP"
+  [ "$ACTION" != "done" ] || exit 0
+}
 
+# is_done: the rule of wsm_ds.training.job.is_done, in builtins, because `attend` asks every 2 s for as long as a run takes
 is_done() {
   first_line "$JOB/done"
   [[ $REPLY =~ \"step\":\ *([0-9]+) ]] && [ "${BASH_REMATCH[1]}" -ge "$UNTIL_STEP" ]
 }
 
-# begin_attempt: sets and exports WSM_ATTEMPT, and LOGS. From here on, ranks of older attempts can publish nothing.
+# begin_attempt: sets WSM_ATTEMPT (exported), LATEST_BEFORE and LOGS. From here on, ranks of older attempts can publish
+# nothing.
 begin_attempt() {
-  first_line "$JOB/attempt"
-  WSM_ATTEMPT=$((${REPLY:-0} + 1))
-  until mkdir "$JOB/attempt-$WSM_ATTEMPT" 2> /dev/null; do # of two jobs that start at once, one gets this number
-    [ -e "$JOB/attempt-$WSM_ATTEMPT" ] || die "$JOB cannot be written"
-    WSM_ATTEMPT=$((WSM_ATTEMPT + 1))
-  done
+  decide begin "$RUN"
+  read -r WSM_ATTEMPT LATEST_BEFORE <<< "$ARGUMENT"
   export WSM_ATTEMPT
   LOGS=$JOB/logs/attempt-$WSM_ATTEMPT
-  if ! { mkdir -p "$LOGS" && echo "$WSM_ATTEMPT" > "$LOGS/attempt" && mv "$LOGS/attempt" "$JOB/attempt"; }; then
-    die "$JOB cannot be written"
-  fi
-  first_line "$RUN/latest"
-  LATEST_BEFORE=$REPLY
 }
 
-# leave_if_superseded: a node that was cut off and came back has no say in what becomes of the run
-leave_if_superseded() {
-  first_line "$JOB/attempt"
-  [ "$REPLY" = "$WSM_ATTEMPT" ] || die "superseded by attempt $REPLY"
+# decide_for_attempt COMMAND ARGUMENTS…: `decide`, told what it must know of the attempt
+decide_for_attempt() {
+  decide "$1" "$RUN" --until-step="$UNTIL_STEP" --attempt="$WSM_ATTEMPT" --latest-before="$LATEST_BEFORE" \
+    --max-crashes="$WSM_MAX_CRASHES" "${@:2}"
 }
 
 # note_provenance ARGUMENTS…: what this attempt is made of, in LOGS/provenance
@@ -120,26 +122,6 @@ for name in ("torch", "deepspeed", "wsm_ds"): print(name, m.version(name))' 2>&1
     echo "site $WSM_SITE"
     cat "$WSM_SITE"
   } > "$LOGS/provenance"
-}
-
-# judge_crash WHY: the ranks have ended by themselves; gives up (exit 1) when that leads nowhere
-judge_crash() {
-  first_line "$RUN/latest"
-  local latest=${REPLY:-none} line crashes=0
-  [ "$latest" = "${LATEST_BEFORE:-none}" ] || return 0
-  echo "$latest attempt $WSM_ATTEMPT: $1" >> "$JOB/crashes"
-  while read -r line; do
-    if [ "${line%% *}" = "$latest" ]; then crashes=$((crashes + 1)); else crashes=0; fi
-  done < "$JOB/crashes"
-  [ "$crashes" -lt "$WSM_MAX_CRASHES" ] || give_up "$crashes attempts in a row ended without a new checkpoint, the last: $1"
-  log "no new checkpoint since $latest ($crashes of $WSM_MAX_CRASHES attempts)"
-}
-
-# give_up REASON: says so where people look, and stops all jobs of this run
-give_up() {
-  echo "- gave up" >> "$JOB/crashes" # a new count begins after it
-  echo "$1 (logs: $LOGS)" > "$JOB/failed"
-  die "GIVING UP: $1. See $LOGS; remove $JOB/failed to try again"
 }
 
 # start_watchdog: sets WATCHDOG, the pid of what ends with 3 when the ranks have stood still for too long
@@ -177,12 +159,13 @@ attend() {
   kill "$WATCHDOG" 2> /dev/null
 }
 
-# requeue_job: this Slurm job starts again. A job that was cancelled must stay so, although scontrol would start it again,
-# and one that Slurm has requeued already is left to it: both are no longer running.
+# requeue_job [UNFIT NODES]: this Slurm job starts again, if it may. Sets ARGUMENT to all nodes that it must not get then;
+# empty if no unfit ones are given.
 requeue_job() {
-  scontrol show job --oneliner "$SLURM_JOB_ID" | grep -qE ' JobState=RUNNING | Reason=TimeLimit ' ||
-    die "Slurm is ending this job; not requeued by this script"
+  local job code
+  job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
+  decide requeue --unfit-nodes="${1:-}" <<< "$job"
   scontrol requeue "$SLURM_JOB_ID"
-  local code=$? # above 128: the TERM of this very requeue was faster than the answer
+  code=$? # above 128: the TERM of this very requeue was faster than the answer
   [ $code = 0 ] || [ $code -gt 128 ] || die "Slurm does not requeue this job"
 }

@@ -36,9 +36,9 @@ site_variables() {
   done
 }
 
-# The hosts of HOSTFILE that are fit; the others are left out of this attempt.
+# Sets FIRST_HOST, the first host that is fit, and EXCLUDE, the hosts that are left out of this attempt.
 check_nodes() {
-  local host line command=env unfit=()
+  local line command=env
   while read -r line; do
     quoted "$line"
     command+=" $REPLY"
@@ -47,17 +47,8 @@ check_nodes() {
   command+=" $WSM_PYTHON -m wsm_ds.training.node_check $REPLY --free-bytes $WSM_FREE_BYTES"
   command+=" --rendezvous ${HOSTS[0]}:$MASTER_PORT"
   timeout "$WSM_CHECK_S" pdsh -R ssh -w "$(IFS=, && echo "${HOSTS[*]}")" "$command" > "$LOGS/check" 2>&1
-  FIT=()
-  for host in "${HOSTS[@]}"; do
-    if grep -q "^$host: .*: fit: " "$LOGS/check"; then
-      FIT+=("$host")
-    else
-      log "$host is left out: $(grep -m 1 "$host: " "$LOGS/check" || echo "no answer within $WSM_CHECK_S s")"
-      unfit+=("$host")
-    fi
-  done
-  [ ${#FIT[@]} -gt 0 ] || give_up "no host is fit: $(tail -n 1 "$LOGS/check")"
-  EXCLUDE=$(IFS=@ && echo "${unfit[*]}")
+  decide_for_attempt nodes --launcher=pdsh --hosts="$NODES" --timeout-s="$WSM_CHECK_S"
+  read -r FIRST_HOST EXCLUDE <<< "$ARGUMENT"
 }
 
 # From /, because DeepSpeed's remote `cd` does not quote the folder that it is started in.
@@ -73,7 +64,7 @@ start_ranks() {
     cd / || exit 1
     export DS_ENV_FILE="$LOGS/deepspeed_env"
     exec "$WSM_PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --launcher pdsh --force_multi \
-      ${EXCLUDE:+--exclude="$EXCLUDE"} --master_addr "${FIT[0]}" --master_port "$MASTER_PORT" "${arguments[@]}"
+      ${EXCLUDE:+--exclude="$EXCLUDE"} --master_addr "$FIRST_HOST" --master_port "$MASTER_PORT" "${arguments[@]}"
   ) > "$LOGS/ranks" 2>&1 &
   RANKS=$!
 }
@@ -81,18 +72,12 @@ start_ranks() {
 # signal_ranks SIGNAL: to the processes that the heartbeats of this attempt name. Not by DeepSpeed's own way, pkill -f on
 # all hosts, which hits other jobs.
 signal_ranks() {
-  local file host
-  local -A processes=()
-  for file in "$JOB"/heartbeat/rank_*.json; do
-    first_line "$file"
-    [[ $REPLY =~ \"attempt\":\ $WSM_ATTEMPT, && $REPLY =~ \"host\":\ \"([^\"]+)\" ]] || continue
-    host=${BASH_REMATCH[1]}
-    [[ $REPLY =~ \"pid\":\ ([0-9]+) ]] && processes[$host]+=" ${BASH_REMATCH[1]}"
-  done
-  for host in "${!processes[@]}"; do
-    timeout 20 ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$host" "kill -s $1${processes[$host]}"
-  done
-  [ ${#processes[@]} -gt 0 ]
+  local host processes code=1
+  while read -r host processes; do
+    timeout 20 ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$host" "kill -s $1 $processes"
+    code=0
+  done < <(trap '' TERM INT USR1 && exec "$WSM_PYTHON" -m wsm_ds.training.decide processes "$RUN" --attempt="$WSM_ATTEMPT")
+  return "$code"
 }
 ask_to_save() { signal_ranks USR1 || kill "$RANKS"; }
 end_ranks() { signal_ranks KILL || kill "$RANKS"; }
@@ -104,7 +89,7 @@ load_site
 [[ $WSM_PYTHON =~ ^[A-Za-z0-9_@+=:,./-]+$ ]] || die "DeepSpeed's pdsh launcher needs a plain path, not $WSM_PYTHON"
 readarray -t HOSTS < <(grep -oE '^[^#[:space:]]+' "$HOSTFILE")
 NODES=${HOSTS[*]} SIGNALLED='' RANKS=''
-trap 'SIGNALLED=1; [ -z "$RANKS" ] || ask_to_save' TERM INT USR1
+trap 'SIGNALLED=yes; [ -z "$RANKS" ] || ask_to_save' TERM INT USR1
 
 while :; do
   leave_if_settled
@@ -118,9 +103,9 @@ while :; do
   attend "$RANKS"
   wait "$RANKS"
   log "deepspeed has ended with code $?"
-  is_done && continue
-  leave_if_superseded
-  [ -z "$SIGNALLED" ] || exit 75
-  leave_if_stopped
-  judge_crash "${HUNG:-the ranks ended by themselves}"
+  decide_for_attempt end --signal="$SIGNALLED" --hang="$HUNG"
+  case $ACTION in
+    "done") exit 0 ;;
+    saved) exit 75 ;;
+  esac
 done
