@@ -22,8 +22,8 @@
         job.record(loss=loss.item())  # a line of run/job/steps.jsonl
     sys.exit(job.close())
 
-The run saves every 5 steps, after the last step, and after SIGTERM or SIGUSR1. After a signal all ranks save at the same
-step and leave with exit code 75.
+The run saves every 5 steps, after the last step, and after SIGTERM or SIGUSR1. After a signal all ranks save at the
+same step and leave with exit code 75.
 
 If each batch is a function of the step (or of `engine.global_samples`), the losses of an interrupted run are those of a
 run that nothing interrupted. A checkpoint appears as RUN/global_stepN only when it is complete. Most checkpoints lie at

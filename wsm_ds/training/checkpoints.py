@@ -1,8 +1,8 @@
 """Saves checkpoints that appear complete or not at all, and only those of the newest attempt.
 
 Every rank saves into RUN/job/attempt-K. After a barrier, rank 0 checks that K is still the newest attempt, and renames
-the folder to RUN/global_stepN. If a newer attempt begins between the check and the rename, it removes the folders of the
-older attempts first. So an old attempt publishes a complete checkpoint or none.
+the folder to RUN/global_stepN. A newer attempt that begins between the check and the rename removes the folders of the
+older attempts. So an old attempt publishes a complete checkpoint or none.
 """
 
 import logging

@@ -1,8 +1,8 @@
 """Keeps the just-in-time compilation of DeepSpeed's ops from hanging a job.
 
-While torch compiles an op it holds a file `lock` in the op's folder (`torch/utils/file_baton.py`). It waits for the locks
-of other processes without a limit and without a message. A job that is killed while it compiles leaves its lock behind,
-and every later start waits for it without end.
+While torch compiles an op it holds a file `lock` in the op's folder (`torch/utils/file_baton.py`). It waits for the
+locks of other processes without a limit and without a message. A job that is killed while it compiles leaves its lock
+behind, and every later start waits for it without end.
 """
 
 import logging

@@ -22,9 +22,9 @@ UNCHANGED_S = 2.0
 class Heartbeat:
     """Replaces RUN/job/heartbeat/rank_NNNNN.json in a thread, so that slow storage does not slow the training.
 
-    The file holds `attempt`, `step` (the last one that ended), `time` (when it ended), `host`, `rank`, `world_size`, `pid`,
-    `alive` (when the file was written: a stopped process or a dead host writes no more) and `where` (the line of code
-    at which the main thread is: the rank that the others wait for is usually at another line than they are).
+    The file holds `attempt`, `step` (the last one that ended), `time` (when it ended), `host`, `rank`, `world_size`,
+    `pid`, `alive` (when the file was written: a stopped process or a dead host writes no more) and `where` (the line of
+    code at which the main thread is: the rank that the others wait for is usually at another line than they are).
 
     Args:
         job: the run's.

@@ -16,8 +16,8 @@ EXIT_CODE = 75
 class Interruption:
     """Remembers that this rank was asked to stop.
 
-    A second signal changes nothing: Slurm signals every process of a step, and torchrun passes the signal on as well, so
-    each rank sees it twice. Make the object right before the training loop: a process that only remembers SIGTERM
+    A second signal changes nothing: Slurm signals every process of a step, and torchrun passes the signal on as well,
+    so each rank sees it twice. Make the object right before the training loop: a process that only remembers SIGTERM
     while it starts up can be ended by SIGKILL alone.
 
     Args:

@@ -40,7 +40,7 @@ class MatmulSpeed:
 
 
 def measure_matmul(dtype: str) -> MatmulSpeed:
-    """Times matrix products in `dtype` and in fp32, on the device that DeepSpeed trains on, with torch's current threads.
+    """Times matrix products in `dtype` and in fp32 on DeepSpeed's device, with torch's current number of threads.
 
     It takes a fraction of a second: the fastest of REPEATS products counts, after one that is not timed.
 

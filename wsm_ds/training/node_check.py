@@ -1,8 +1,9 @@
-"""Is this node fit to take part? One line, before the ranks start on it.
+"""Checks whether this node is fit to train, and prints one line about it.
 
-    srun --ntasks-per-node=1 python -m wsm_ds.training.node_check RUN --accelerators 8 --free-bytes 2TB
+    srun --ntasks-per-node=1 wsm-ds check-node RUN --accelerators 8 --free-bytes 2TB
 
-Exit code 0, or 3 and the reason: the job script can leave the node out and let the job requeue.
+It runs on each node before the ranks start. `python -m wsm_ds.training.node_check` does the same. The exit code is 0,
+or 3 if the node is unfit; the line then gives the reason. The job script can leave the node out and requeue the job.
 """
 
 import argparse
@@ -22,10 +23,16 @@ CONNECT_S = 10.0
 
 
 def check_folder(run: Path) -> str:
-    """RUN/job can be written, synced and read back, and its clock is ours.
+    """Checks that RUN/job can be written, synced and read back, and that the clocks of node and storage agree.
+
+    Args:
+        run: the run's folder; it is made if it is missing.
+
+    Returns:
+        What was found, for the line of a fit node. So do the other checks.
 
     Raises:
-        NodeUnfit: it cannot, or the clocks of the node and of the storage differ by more than a minute.
+        NodeUnfit: the folder cannot be used, or the clocks differ by more than CLOCK_SKEW_S.
     """
     folder = JobFolder(run).folder
     path = folder / f".node_check.{socket.gethostname()}.{os.getpid()}"
@@ -38,23 +45,23 @@ def check_folder(run: Path) -> str:
             file.flush()
             os.fsync(file.fileno())
         after_s = time.time()
-        written_s, found = path.stat().st_mtime, path.read_text()
+        written_s, read_back = path.stat().st_mtime, path.read_text()
         path.unlink()
     except OSError as error:
         raise NodeUnfit(f"{folder} cannot be written: {error}") from error
-    if found != text:
-        raise NodeUnfit(f"{folder} gives back other bytes than were written.")
+    if read_back != text:
+        raise NodeUnfit(f"{folder}: the bytes that were read are not those that were written.")
     skew_s = max(written_s - after_s, before_s - written_s, 0.0)
     if skew_s > CLOCK_SKEW_S:
-        raise NodeUnfit(f"the clock differs from that of the storage of {folder} by {skew_s:.0f} s; set it by NTP.")
+        raise NodeUnfit(f"the clock differs by {skew_s:.0f} s from that of the storage of {folder}; set it by NTP.")
     return "folder writable"
 
 
 def check_free(run: Path, nbytes: int) -> str:
-    """The storage of `run` has so many bytes free, for us.
+    """Checks that the storage of `run` has `nbytes` free for this user.
 
     Raises:
-        NodeUnfit: it has not.
+        NodeUnfit: it has fewer; the message names both sizes.
     """
     free = shutil.disk_usage(run).free
     if free < nbytes:
@@ -63,14 +70,17 @@ def check_free(run: Path, nbytes: int) -> str:
 
 
 def check_rendezvous(address: str) -> str:
-    """A packet gets to HOST:PORT and back. That nobody listens there yet is no fault; that the host is unknown is.
+    """Checks that packets reach a host and come back. It is no fault if no program listens at the port yet.
+
+    Args:
+        address: "HOST:PORT".
 
     Raises:
-        NodeUnfit: it is no HOST:PORT, the name is unknown, or the host cannot be reached.
+        NodeUnfit: the address is not HOST:PORT, the host's name is unknown, or the host cannot be reached.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
-        raise NodeUnfit(f"--rendezvous {address}: HOST:PORT is needed.")
+        raise NodeUnfit(f"--rendezvous {address} is not HOST:PORT.")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S):
             pass
@@ -82,10 +92,12 @@ def check_rendezvous(address: str) -> str:
 
 
 def check_accelerators(count: int) -> str:
-    """So many accelerators are visible, and each adds two numbers rightly. On DS_ACCELERATOR=cpu there are none.
+    """Checks that at least `count` accelerators are visible, and that each of them adds numbers correctly.
+
+    With DS_ACCELERATOR=cpu it checks nothing.
 
     Raises:
-        NodeUnfit: there are fewer, or one fails.
+        NodeUnfit: fewer are visible, or one fails.
     """
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return "accelerators not counted (DS_ACCELERATOR=cpu)"
@@ -93,9 +105,9 @@ def check_accelerators(count: int) -> str:
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
-    found = accelerator.device_count()
-    if found < count:
-        raise NodeUnfit(f"{found} accelerators ({accelerator.device_name()}) are visible, {count} are needed.")
+    visible = accelerator.device_count()
+    if visible < count:
+        raise NodeUnfit(f"{visible} accelerators ({accelerator.device_name()}) are visible, {count} are needed.")
     for index in range(count):
         name = accelerator.device_name(index)
         try:
@@ -104,7 +116,7 @@ def check_accelerators(count: int) -> str:
             raise NodeUnfit(f"accelerator {name} fails: {error}") from error
         if total != 1024:
             raise NodeUnfit(f"accelerator {name} sums 1024 ones to {total}.")
-    return f"{found} accelerators"
+    return f"{visible} accelerators"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
