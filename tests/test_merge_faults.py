@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from wsm_ds import merging
-from wsm_ds.engine import staged_files, tasks, worker
+from wsm_ds.engine import seals, tasks
+from wsm_ds.engine.threads import Workers
 from wsm_ds.errors import (
     BrokenCheckpoint,
     BudgetTooSmall,
@@ -269,9 +270,9 @@ def test_no_chunk_size_and_no_number_of_threads_changes_a_bit(
         tag = f"{len(output)}"
         merge(**recipe | output | {"out": tmp_path / f"plain{tag}"})
         with monkeypatch.context() as patch:
-            patch.setattr(staged_files, "BLOCK_BYTES", block)
+            patch.setattr(seals, "BLOCK_BYTES", block)
             patch.setattr(tasks, "BLOCK_BYTES", block)
-            patch.setattr(merging, "workers_for", lambda *_: worker.Workers(threads, slice_numel))
+            patch.setattr(merging, "workers_for", lambda *_: Workers(threads, slice_numel))
             merge(**recipe | output | {"out": tmp_path / f"cut{tag}"})
         for path in (tmp_path / f"cut{tag}").rglob("*"):
             if path.is_file() and path.name != MANIFEST:

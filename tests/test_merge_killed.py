@@ -15,7 +15,7 @@ import pytest
 from dying import dies_at
 
 from wsm_ds.cli import main
-from wsm_ds.engine import reader, staged_files, tasks
+from wsm_ds.engine import reader, seals, staged_files, tasks
 from wsm_ds.errors import BrokenCheckpoint, InsufficientCapacity, OutputExists
 from wsm_ds.merging import merge, merge_all, plan_merge
 from wsm_ds.planning.recipe import make_recipe, make_recipes
@@ -23,7 +23,7 @@ from wsm_ds.publishing import manifest
 from wsm_ds.publishing.staging_folder import MANIFEST, Staging
 from wsm_ds.verification import verify
 
-MODULES = (staged_files, tasks, manifest)
+MODULES = (seals, tasks, manifest)
 
 
 @pytest.fixture(autouse=True)

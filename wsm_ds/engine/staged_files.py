@@ -3,9 +3,6 @@
 import os
 import threading
 import time
-import zlib
-from bisect import bisect_left, bisect_right
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +11,10 @@ import numpy as np
 
 from wsm_ds.engine import crc32
 from wsm_ds.engine.journal import Block, Journal, Seal, read_claims, read_journals
-from wsm_ds.engine.tasks import BLOCK_BYTES, Task
+from wsm_ds.engine.seals import CrcFields, Fingerprint, block_count, block_of, block_range
+from wsm_ds.engine.tasks import Task
+from wsm_ds.engine.timings import Timings
 from wsm_ds.filesystem import checksum
-from wsm_ds.filesystem.reflink import clone_range
 from wsm_ds.planning.intersect import Ints
 from wsm_ds.planning.plan import LiteralSegment, OutputFile, Plan, ZeroSegment
 
@@ -26,82 +24,13 @@ SEEN_WITHIN_S = 120.0
 SYNC_BYTES, SYNC_POLL_S = 1 << 27, 0.02
 
 
-def block_count(output: OutputFile) -> int:
-    """Blocks of a file; an empty one has none."""
-    return -(-output.nbytes // BLOCK_BYTES)
-
-
-def block_range(output: OutputFile, index: int) -> tuple[int, int]:
-    """[begin, end) in bytes of a block."""
-    return index * BLOCK_BYTES, min((index + 1) * BLOCK_BYTES, output.nbytes)
-
-
 @dataclass(frozen=True)
-class Written:
+class WrittenFile:
     """A finished output file: its length, and its `checksum`."""
 
     name: str
     nbytes: int
     checksum: str
-
-
-@dataclass
-class Timings:
-    """Seconds of one thread."""
-
-    read_s: float = 0.0
-    arithmetic_s: float = 0.0
-    write_s: float = 0.0
-    hash_s: float = 0.0
-
-    def add(self, other: "Timings") -> None:
-        """Adds another thread's."""
-        for name, seconds in vars(other).items():
-            setattr(self, name, getattr(self, name) + seconds)
-
-
-class Fingerprint:
-    """The seal of a block, from its bytes in order."""
-
-    def __init__(self, file: "_Fields", output: OutputFile, index: int) -> None:
-        self.file = file
-        self.position, self.end = block_range(output, index)
-        self.hasher = checksum.Hasher()
-        first = bisect_right(file.ends, self.position)
-        last = bisect_left(file.begins, self.end)
-        self.fields = range(first, last)
-        self.crcs = [0] * len(self.fields)
-
-    def update(self, data: memoryview) -> None:
-        """Takes the bytes that follow."""
-        begin, end = self.position, self.position + len(data)
-        for number, index in enumerate(self.fields):
-            low, high = max(self.file.begins[index], begin), min(self.file.ends[index], end)
-            if low < high:
-                self.crcs[number] = zlib.crc32(data[low - begin : high - begin], self.crcs[number])
-        places = self.file.places
-        first, last = bisect_left(places, begin), bisect_left(places, end)
-        if first < last:
-            masked = bytearray(data)
-            for place in places[first:last]:
-                masked[place - begin] = 0
-            data = memoryview(masked)
-        self.hasher.update(data)
-        self.position = end
-
-    def seal(self) -> Seal:
-        """What the block is known by."""
-        return Seal(self.hasher.digest(), tuple(self.crcs))
-
-
-class _Fields:
-    """An output file's CRC fields by offset, and the bytes that will hold CRC-32s."""
-
-    def __init__(self, output: OutputFile) -> None:
-        self.crcs = sorted((crc for crc in output.crcs if crc.nbytes), key=lambda crc: crc.offset)
-        self.begins = [crc.offset for crc in self.crcs]
-        self.ends = [crc.offset + crc.nbytes for crc in self.crcs]
-        self.places = sorted(place + byte for crc in output.crcs for place in crc.places for byte in range(4))
 
 
 class StagedFiles:
@@ -116,7 +45,7 @@ class StagedFiles:
     def __init__(self, plan: Plan, content: Sequence[Path], records: Sequence[Path], rank: int = 0) -> None:
         self.plan, self.content, self.records, self.rank = plan, content, records, rank
         self.paths = [content[output.output] / output.name for output in plan.files]
-        self.fields = [_Fields(output) for output in plan.files]
+        self.fields = [CrcFields(output) for output in plan.files]
         self.numbers = [{output.name: number for number, output in plan.files_of(part)} for part in range(len(content))]
         self.journals: list[Journal] = []
         self.claims: dict[tuple[int, int], Seal] = {}
@@ -164,9 +93,7 @@ class StagedFiles:
             places = target.places
             for element, numel, file, offset in places.parts(task.begin, task.end):
                 last = offset + numel * places.dtype(element).itemsize - 1
-                if not all(
-                    self._is_sealed(file, index) for index in range(offset // BLOCK_BYTES, last // BLOCK_BYTES + 1)
-                ):
+                if not all(self._is_sealed(file, index) for index in range(block_of(offset), block_of(last) + 1)):
                     return False
         return True
 
@@ -188,7 +115,7 @@ class StagedFiles:
         """Hashes what is being written, block by block, if it comes in order; yields the blocks."""
         position = offset
         while len(data):
-            index = position // BLOCK_BYTES
+            index = block_of(position)
             _, end = block_range(self.plan.files[number], index)
             part = data[: end - position]
             with self.lock:
@@ -207,7 +134,7 @@ class StagedFiles:
         key = (number, index)
         if key in self.sealed:
             return None
-        if key not in self.fingerprints and position == index * BLOCK_BYTES:
+        if key not in self.fingerprints and position == block_range(self.plan.files[number], index)[0]:
             return Fingerprint(self.fields[number], self.plan.files[number], index)
         found = self.fingerprints.pop(key, None)
         if found is not None and found.position == position:
@@ -226,13 +153,13 @@ class StagedFiles:
             if self.remaining[number][index]:
                 return
             found = self.fingerprints.pop(key, None)
-        _, end = block_range(self.plan.files[number], index)
+        begin, end = block_range(self.plan.files[number], index)
         begun = time.perf_counter()
         seal = found.seal() if found is not None and found.position == end else self._reread(number, index)
         timings.hash_s += time.perf_counter() - begun
         with self.lock:
             self._seal(number, index, seal)
-            self.unsynced_bytes += end - index * BLOCK_BYTES
+            self.unsynced_bytes += end - begin
 
     def sync_early(self, is_over: threading.Event) -> None:
         """Lets the disk work beside the arithmetic: syncs whenever enough has been written, until it is over."""
@@ -271,12 +198,12 @@ class StagedFiles:
         for number in sorted(self.touched) if self.rank else range(len(self.paths)):
             sync_file(self.paths[number])
 
-    def finish(self, part: int) -> list[Written]:
+    def finish(self, part: int) -> list[WrittenFile]:
         """Fills in the checksums of the zips, once all blocks of all ranks are sealed."""
         seals = read_journals(self.records[part])
         return [self._finish(number, output, seals) for number, output in self.plan.files_of(part)]
 
-    def _finish(self, number: int, output: OutputFile, seals: dict[Block, Seal]) -> Written:
+    def _finish(self, number: int, output: OutputFile, seals: dict[Block, Seal]) -> WrittenFile:
         own = [seals[output.name, index] for index in range(block_count(output))]
         digests = [seal.digest for seal in own]
         fields = self.fields[number]
@@ -284,7 +211,7 @@ class StagedFiles:
             descriptor = os.open(self.paths[number], os.O_RDWR)
             try:
                 self._fill_in(descriptor, output, fields, own)
-                for index in sorted({place // BLOCK_BYTES for place in fields.places}):
+                for index in sorted({block_of(place) for place in fields.places}):
                     held = checksum.Hasher()
                     for data in _chunks(descriptor, *block_range(output, index)):
                         held.update(data)
@@ -292,9 +219,9 @@ class StagedFiles:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        return Written(output.name, output.nbytes, checksum.of_blocks(digests))
+        return WrittenFile(output.name, output.nbytes, checksum.of_blocks(digests))
 
-    def _fill_in(self, descriptor: int, output: OutputFile, fields: _Fields, seals: Sequence[Seal]) -> None:
+    def _fill_in(self, descriptor: int, output: OutputFile, fields: CrcFields, seals: Sequence[Seal]) -> None:
         totals = dict.fromkeys(range(len(fields.crcs)), 0)
         for index, seal in enumerate(seals):
             shape = Fingerprint(fields, output, index)
@@ -329,66 +256,17 @@ def _wait_until_seen(folder: Path) -> None:
 
 def _bytes_of_streams(output: OutputFile) -> Ints:
     """For every block, the bytes that streams will write to it."""
-    count = block_count(output)
-    remaining = np.full(count, BLOCK_BYTES, dtype=np.int64)
-    if count:
-        remaining[-1] = output.nbytes - (count - 1) * BLOCK_BYTES
+    ranges = [block_range(output, index) for index in range(block_count(output))]
+    remaining = np.array([end - begin for begin, end in ranges], dtype=np.int64)
     for piece in output.pieces:
         if isinstance(piece, LiteralSegment | ZeroSegment):
             position, end = piece.offset, piece.offset + piece.nbytes
             while position < end:
-                index = position // BLOCK_BYTES
-                stop = min(end, (index + 1) * BLOCK_BYTES)
+                index = block_of(position)
+                stop = min(end, block_range(output, index)[1])
                 remaining[index] -= stop - position
                 position = stop
     return remaining
-
-
-class Writer:
-    """Open staged files of one thread, the least recently used closed first."""
-
-    def __init__(self, files: StagedFiles, timings: Timings) -> None:
-        self.files, self.timings = files, timings
-        self.descriptors: OrderedDict[int, int] = OrderedDict()
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self.descriptors.values():
-            os.close(descriptor)
-        self.descriptors.clear()
-
-    def write(self, number: int, offset: int, data: memoryview) -> None:
-        """Writes bytes of an output file, hashes them on the way, and seals the blocks that they complete."""
-        self._put(number, offset, data, (offset, offset))
-
-    def carry(self, number: int, offset: int, data: memoryview, source: int, source_offset: int) -> None:
-        """The same; blocks of the file system that can be shared with the open `source` are, instead of written."""
-        begun = time.perf_counter()
-        shared = clone_range(source, source_offset, self._descriptor(number), offset, len(data))
-        self.timings.write_s += time.perf_counter() - begun
-        self._put(number, offset, data, shared or (offset, offset))
-
-    def _put(self, number: int, offset: int, data: memoryview, there: tuple[int, int]) -> None:
-        """Writes what of `data` is not in the range `there`, and counts all of it."""
-        descriptor = self._descriptor(number)
-        blocks = list(self.files.note(number, offset, data, self.timings))
-        begun = time.perf_counter()
-        write_all(descriptor, data[: there[0] - offset], offset)
-        write_all(descriptor, data[there[1] - offset :], there[1])
-        self.timings.write_s += time.perf_counter() - begun
-        for index, nbytes in blocks:
-            self.files.wrote(number, index, nbytes, self.timings)
-
-    def _descriptor(self, number: int) -> int:
-        if number in self.descriptors:
-            self.descriptors.move_to_end(number)
-            return self.descriptors[number]
-        if len(self.descriptors) >= OPEN_FILES:
-            os.close(self.descriptors.popitem(last=False)[1])
-        self.descriptors[number] = os.open(self.files.paths[number], os.O_RDWR)
-        return self.descriptors[number]
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:
