@@ -3,9 +3,12 @@
 import zlib
 from bisect import bisect_left, bisect_right
 
+import numpy as np
+
 from wsm_ds.engine.journal import Seal
 from wsm_ds.engine.tasks import BLOCK_BYTES
 from wsm_ds.filesystem import checksum
+from wsm_ds.planning.intersect import Ints
 from wsm_ds.planning.plan import OutputFile
 
 
@@ -17,6 +20,14 @@ def block_count(output: OutputFile) -> int:
 def block_range(output: OutputFile, index: int) -> tuple[int, int]:
     """[begin, end) in bytes of a block."""
     return index * BLOCK_BYTES, min((index + 1) * BLOCK_BYTES, output.nbytes)
+
+
+def block_sizes(output: OutputFile) -> Ints:
+    """Bytes of each block of a file, shape [block_count]."""
+    sizes = np.full(block_count(output), BLOCK_BYTES, dtype=np.int64)
+    if len(sizes):
+        sizes[-1] = output.nbytes - (len(sizes) - 1) * BLOCK_BYTES
+    return sizes
 
 
 def block_of(offset: int) -> int:
@@ -62,7 +73,7 @@ class CrcFields:
     """An output file's CRC fields by offset, and the bytes that will hold CRC-32s."""
 
     def __init__(self, output: OutputFile) -> None:
-        self.crcs = sorted((crc for crc in output.crcs if crc.nbytes), key=lambda crc: crc.offset)
+        self.crcs = sorted((crc for crc in output.crc_fields if crc.nbytes), key=lambda crc: crc.offset)
         self.begins = [crc.offset for crc in self.crcs]
         self.ends = [crc.offset + crc.nbytes for crc in self.crcs]
-        self.places = sorted(place + byte for crc in output.crcs for place in crc.places for byte in range(4))
+        self.places = sorted(place + byte for crc in output.crc_fields for place in crc.positions for byte in range(4))

@@ -7,11 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from wsm_ds.engine import crc32
 from wsm_ds.engine.journal import Block, Journal, Seal, read_claims, read_journals
-from wsm_ds.engine.seals import CrcFields, Fingerprint, block_count, block_of, block_range
+from wsm_ds.engine.seals import CrcFields, Fingerprint, block_count, block_of, block_range, block_sizes
 from wsm_ds.engine.tasks import Task
 from wsm_ds.engine.timings import Timings
 from wsm_ds.filesystem import checksum
@@ -63,7 +61,7 @@ class StagedFiles:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 os.ftruncate(descriptor, output.nbytes)
-                for piece in output.pieces:
+                for piece in output.segments:
                     if isinstance(piece, LiteralSegment):
                         write_all(descriptor, memoryview(piece.data), piece.offset)
             finally:
@@ -91,7 +89,7 @@ class StagedFiles:
             return False
         for target in self.plan.streams[task.stream].targets:
             places = target.places
-            for element, numel, file, offset in places.parts(task.begin, task.end):
+            for element, numel, file, offset in places.within(task.begin, task.end):
                 last = offset + numel * places.dtype(element).itemsize - 1
                 if not all(self._is_sealed(file, index) for index in range(block_of(offset), block_of(last) + 1)):
                     return False
@@ -229,8 +227,8 @@ class StagedFiles:
                 begin, end = max(fields.begins[number], shape.position), min(fields.ends[number], shape.end)
                 totals[number] = crc32.combine(totals[number], crc, end - begin)
         values = {crc: totals[number] for number, crc in enumerate(fields.crcs)}
-        for field in output.crcs:
-            for place in field.places:
+        for field in output.crc_fields:
+            for place in field.positions:
                 write_all(descriptor, memoryview(values.get(field, 0).to_bytes(4, "little")), place)
 
     def _blocks(self) -> set[tuple[int, int]]:
@@ -256,9 +254,8 @@ def _wait_until_seen(folder: Path) -> None:
 
 def _bytes_of_streams(output: OutputFile) -> Ints:
     """For every block, the bytes that streams will write to it."""
-    ranges = [block_range(output, index) for index in range(block_count(output))]
-    remaining = np.array([end - begin for begin, end in ranges], dtype=np.int64)
-    for piece in output.pieces:
+    remaining = block_sizes(output)
+    for piece in output.segments:
         if isinstance(piece, LiteralSegment | ZeroSegment):
             position, end = piece.offset, piece.offset + piece.nbytes
             while position < end:
