@@ -5,7 +5,14 @@ from dataclasses import dataclass
 
 @dataclass
 class Timings:
-    """Seconds of one thread."""
+    """Seconds that threads spent in each kind of work.
+
+    Attributes:
+        read_s: reading the sources.
+        arithmetic_s: sums, casts and comparisons.
+        write_s: writing the output files, without the wait for the disk at the end.
+        hash_s: checksums of the output.
+    """
 
     read_s: float = 0.0
     arithmetic_s: float = 0.0
@@ -13,6 +20,6 @@ class Timings:
     hash_s: float = 0.0
 
     def add(self, other: "Timings") -> None:
-        """Adds another thread's."""
+        """Adds the seconds of another thread to these."""
         for name, seconds in vars(other).items():
             setattr(self, name, getattr(self, name) + seconds)

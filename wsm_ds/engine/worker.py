@@ -114,8 +114,6 @@ class Worker:
         if answer is None or not answer[1]:
             return {}
         outs, _, read_s = answer
-        for file, offset, nbytes in read:
-            self.reader.note(file, offset, nbytes)
         self.timings.read_s += read_s
         self.timings.arithmetic_s += time.perf_counter() - begun - read_s
         return {(*key, False): out for key, out in zip(wanted, outs, strict=True)}

@@ -1,56 +1,72 @@
-"""Writes staged files."""
+"""Writes bytes of staged files and has them hashed on the way."""
 
 import os
 import time
-from collections import OrderedDict
 
-from wsm_ds.engine.staged_files import OPEN_FILES, StagedFiles, write_all
+from wsm_ds.engine.open_files import OpenFiles
+from wsm_ds.engine.staged_files import StagedFiles, write_all
 from wsm_ds.engine.timings import Timings
 from wsm_ds.filesystem.reflink import clone_range
 
+OPEN_FILES = 32
+
 
 class Writer:
-    """Open staged files of one thread, the least recently used closed first."""
+    """The sink of a worker of a merge: writes to staged files for one thread. A context manager that closes them.
+
+    Args:
+        files: the staged files, which all threads share.
+        timings: of this thread; the seconds of hashing and writing are added to them.
+    """
 
     def __init__(self, files: StagedFiles, timings: Timings) -> None:
         self.files, self.timings = files, timings
-        self.descriptors: OrderedDict[int, int] = OrderedDict()
+        self.open_files = OpenFiles(files.paths.__getitem__, os.O_RDWR, OPEN_FILES)
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for descriptor in self.descriptors.values():
-            os.close(descriptor)
-        self.descriptors.clear()
+        self.open_files.close_all()
 
     def write(self, number: int, offset: int, data: memoryview) -> None:
-        """Writes bytes of an output file, hashes them on the way, and seals the blocks that they complete."""
-        self._put(number, offset, data, (offset, offset))
+        """Writes bytes of an output file, and seals the blocks that they complete.
+
+        Args:
+            number: of the output file in the plan.
+            offset: of `data` in that file, in bytes.
+            data: the bytes.
+
+        Raises:
+            OSError: the disk is full, or the file cannot be written.
+        """
+        self._write(number, offset, data, (offset, offset))
 
     def carry(self, number: int, offset: int, data: memoryview, source: int, source_offset: int) -> None:
-        """The same; blocks of the file system that can be shared with the open `source` are, instead of written."""
-        begun = time.perf_counter()
-        shared = clone_range(source, source_offset, self._descriptor(number), offset, len(data))
-        self.timings.write_s += time.perf_counter() - begun
-        self._put(number, offset, data, shared or (offset, offset))
+        """Writes bytes that are copied from an input. Blocks of the file system that both files can share are shared.
 
-    def _put(self, number: int, offset: int, data: memoryview, there: tuple[int, int]) -> None:
-        """Writes what of `data` is not in the range `there`, and counts all of it."""
-        descriptor = self._descriptor(number)
-        blocks = list(self.files.note(number, offset, data, self.timings))
-        begun = time.perf_counter()
-        write_all(descriptor, data[: there[0] - offset], offset)
-        write_all(descriptor, data[there[1] - offset :], there[1])
-        self.timings.write_s += time.perf_counter() - begun
-        for index, nbytes in blocks:
-            self.files.wrote(number, index, nbytes, self.timings)
+        Args:
+            number: of the output file in the plan.
+            offset: of `data` in that file, in bytes.
+            data: the bytes.
+            source: open descriptor of the input.
+            source_offset: of the same bytes in the input.
 
-    def _descriptor(self, number: int) -> int:
-        if number in self.descriptors:
-            self.descriptors.move_to_end(number)
-            return self.descriptors[number]
-        if len(self.descriptors) >= OPEN_FILES:
-            os.close(self.descriptors.popitem(last=False)[1])
-        self.descriptors[number] = os.open(self.files.paths[number], os.O_RDWR)
-        return self.descriptors[number]
+        Raises:
+            OSError: the disk is full, or the file cannot be written.
+        """
+        begun = time.perf_counter()
+        shared = clone_range(source, source_offset, self.open_files.descriptor(number), offset, len(data))
+        self.timings.write_s += time.perf_counter() - begun
+        self._write(number, offset, data, shared or (offset, offset))
+
+    def _write(self, number: int, offset: int, data: memoryview, shared: tuple[int, int]) -> None:
+        """Writes `data` except for the range `shared` of the file, which has its bytes already. Hashes all of it."""
+        descriptor = self.open_files.descriptor(number)
+        blocks = list(self.files.hash_data(number, offset, data, self.timings))
+        begun = time.perf_counter()
+        write_all(descriptor, data[: shared[0] - offset], offset)
+        write_all(descriptor, data[shared[1] - offset :], shared[1])
+        self.timings.write_s += time.perf_counter() - begun
+        for block, nbytes in blocks:
+            self.files.mark_written(number, block, nbytes, self.timings)
