@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from wsm_ds.filesystem.durable import replace_text
+
 CLAIMS = "claims"
 Block = tuple[str, int]
 """(name of an output file, number of the block in it)."""
@@ -63,9 +65,7 @@ def journals_to_claims(folder: Path) -> None:
         json.dumps([*block, seal.digest.hex(), seal.crcs]) + "\n"
         for block, seal in {**read_claims(folder), **read_journals(folder)}.items()
     ]
-    fresh = folder / (CLAIMS + ".new")
-    fresh.write_text("".join(lines))
-    fresh.rename(folder / CLAIMS)
+    replace_text(folder / CLAIMS, "".join(lines))
     for path in journals:
         path.unlink()
 

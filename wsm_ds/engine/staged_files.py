@@ -16,6 +16,7 @@ from wsm_ds.engine import crc32
 from wsm_ds.engine.journal import Block, Journal, Seal, read_claims, read_journals
 from wsm_ds.engine.tasks import BLOCK_BYTES, Task
 from wsm_ds.filesystem import checksum
+from wsm_ds.filesystem.durable import sync_file, write_all
 from wsm_ds.filesystem.reflink import clone_range
 from wsm_ds.planning.intersect import Ints
 from wsm_ds.planning.plan import LiteralSegment, OutputFile, Plan, ZeroSegment
@@ -389,22 +390,6 @@ class Writer:
             os.close(self.descriptors.popitem(last=False)[1])
         self.descriptors[number] = os.open(self.files.paths[number], os.O_RDWR)
         return self.descriptors[number]
-
-
-def write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    """Pwrite until all of `data` is written."""
-    while len(data):
-        done = os.pwrite(descriptor, data, offset)
-        data, offset = data[done:], offset + done
-
-
-def sync_file(path: Path) -> None:
-    """Waits until a file is on the disk."""
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _chunks(descriptor: int, begin: int, end: int) -> Iterator[memoryview]:
