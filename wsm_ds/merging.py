@@ -16,6 +16,7 @@ from wsm_ds.engine.threads import run_tasks, workers_for
 from wsm_ds.engine.timings import Timings
 from wsm_ds.errors import OutputExists, RecipeError, VerificationFailed
 from wsm_ds.filesystem.capacity import bytes_held, require_disk, require_memory
+from wsm_ds.filesystem.durable import require_absent, write_text
 from wsm_ds.layouts import Layout, read_layout
 from wsm_ds.outputs.resharding.form import RequestedForm
 from wsm_ds.outputs.safetensors import plan_safetensors
@@ -32,9 +33,7 @@ from wsm_ds.publishing.staging_folder import (
     begun,
     commit,
     discard,
-    require_absent,
     staged,
-    write_text,
 )
 from wsm_ds.schedules.coefficients import effective_sample_size, lag
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from wsm_ds.engine.seals import Seal
+from wsm_ds.filesystem.durable import replace_text
 
 CLAIMS = "claims"
 BlockName = tuple[str, int]
@@ -64,9 +65,7 @@ def journals_to_claims(folder: Path) -> None:
     if not journals:
         return
     seals = {**read_claims(folder), **read_journals(folder)}
-    new_claims = folder / (CLAIMS + ".new")
-    new_claims.write_text("".join(_line(block, seal) for block, seal in seals.items()))
-    new_claims.rename(folder / CLAIMS)
+    replace_text(folder / CLAIMS, "".join(_line(block, seal) for block, seal in seals.items()))
     for path in journals:
         path.unlink()
 

@@ -28,6 +28,7 @@ from wsm_ds.engine.seals import (
 from wsm_ds.engine.tasks import Task
 from wsm_ds.engine.timings import Timings
 from wsm_ds.filesystem import checksum
+from wsm_ds.filesystem.durable import sync_file, write_all
 from wsm_ds.planning.intersect import Ints
 from wsm_ds.planning.plan import LiteralSegment, OutputFile, Plan, ZeroSegment
 
@@ -354,19 +355,3 @@ def _bytes_from_streams(file: OutputFile) -> Ints:
                 nbytes[block] -= stop - position
                 position = stop
     return nbytes
-
-
-def write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    """Writes all of `data` at `offset` of an open file, in as many system calls as it takes."""
-    while len(data):
-        done = os.pwrite(descriptor, data, offset)
-        data, offset = data[done:], offset + done
-
-
-def sync_file(path: Path) -> None:
-    """Waits until a file is on the disk."""
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

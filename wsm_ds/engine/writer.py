@@ -4,8 +4,9 @@ import os
 import time
 
 from wsm_ds.engine.open_files import OpenFiles
-from wsm_ds.engine.staged_files import StagedFiles, write_all
+from wsm_ds.engine.staged_files import StagedFiles
 from wsm_ds.engine.timings import Timings
+from wsm_ds.filesystem.durable import write_all
 from wsm_ds.filesystem.reflink import clone_range
 
 OPEN_FILES = 32

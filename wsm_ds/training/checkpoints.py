@@ -13,10 +13,10 @@ from typing import Any
 
 from wsm_ds.distributed.agreement import Agreement
 from wsm_ds.errors import BrokenCheckpoint, CheckpointNotFound, RecipeError, few
+from wsm_ds.filesystem.durable import move_into_place, replace_shared_text, sync_file
 from wsm_ds.layouts import Layout, find_checkpoints, read_layout
 from wsm_ds.layouts.run import checkpoint_at
-from wsm_ds.publishing.staging_folder import appear
-from wsm_ds.training.job import JobFolder, replace_text, require_current
+from wsm_ds.training.job import JobFolder, require_current
 from wsm_ds.training.random_states import save_random_states
 
 log = logging.getLogger(__name__)
@@ -90,11 +90,7 @@ def sync_files(folder: Path) -> None:
     """Waits until the files of a folder are on the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_file(path)
 
 
 def publish(job: JobFolder, attempt: int, tag: str) -> None:
@@ -118,8 +114,8 @@ def publish(job: JobFolder, attempt: int, tag: str) -> None:
             aside.parent.mkdir(exist_ok=True)
             target.rename(aside)
             log.warning("%s was broken and lies in %s now", target, aside)
-        appear(staged, target)
-    replace_text(job.run / "latest", tag)
+        move_into_place(staged, target)
+    replace_shared_text(job.run / "latest", tag)
     for name in RECOVERY_SCRIPTS:
         script = job.attempt_folder(attempt) / name
         if script.exists():
