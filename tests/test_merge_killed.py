@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from dying import dies_at
+from source_reads import Range, record_source_reads
 
 from wsm_ds.cli import main
 from wsm_ds.engine import reader, seals, staged_files, tasks
@@ -88,19 +89,13 @@ def test_a_merge_killed_again_and_again_comes_to_its_end(runs: Path, tmp_path: P
 
 
 @pytest.fixture
-def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by what is read of the sources."""
-    count = [0]
-
-    def counting(self: reader.Reader, file: int, offset: int, nbytes: int) -> None:
-        count[0] += nbytes
-
-    monkeypatch.setattr(reader.Reader, "note", counting)
-    return count
+def source_reads(monkeypatch: pytest.MonkeyPatch) -> list[Range]:
+    """(path, begin, end) of every range of a source that is read."""
+    return record_source_reads(monkeypatch)
 
 
 def test_what_was_done_before_the_kill_is_not_read_again(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_read: list[int]
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source_reads: list[Range]
 ) -> None:
     for module in MODULES:
         monkeypatch.setattr(module, "BLOCK_BYTES", 128)
@@ -114,20 +109,21 @@ def test_what_was_done_before_the_kill_is_not_read_again(
         journal = Staging(tmp_path / "out").folder / "journal.0"
         done, count = len(journal.read_text().splitlines()) if journal.exists() else 0, count + 4
     merge(make_recipe(**recipe))
-    assert 0 < bytes_read[0] < plan.bytes_to_read * 0.6
+    bytes_read = sum(end - begin for _, begin, end in source_reads)
+    assert 0 < bytes_read < plan.bytes_to_read * 0.6
     merge(make_recipe(**recipe | {"out": tmp_path / "right"}))
     assert contents(tmp_path / "out") == contents(tmp_path / "right")
 
 
 def test_the_same_merge_again_is_done_and_another_one_is_refused(
-    runs: Path, tmp_path: Path, bytes_read: list[int], capsys: pytest.CaptureFixture[str]
+    runs: Path, tmp_path: Path, source_reads: list[Range], capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["merge", str(runs / "w2_s2_bf16"), "--last", "3", "--out", str(tmp_path / "out")]
     assert main(command) == 0
-    bytes_read[0] = 0
+    source_reads.clear()
     assert main([*command, "--threads", "1", "--memory-budget", "100MiB"]) == 0
     assert "by this same merge, before" in capsys.readouterr().out
-    assert bytes_read[0] == 0
+    assert source_reads == []
     assert main([*command, "--curve", "1-sqrt"]) == 2
     assert "exists and is another merge" in capsys.readouterr().err
 
