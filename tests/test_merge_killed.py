@@ -1,4 +1,4 @@
-"""A merge that was killed goes on where it stopped and ends in the same bytes; a wrong one is not gone on with."""
+"""A merge that was killed goes on where it stopped and ends in the same bytes. Another merge never goes on with it."""
 
 import errno
 import json
@@ -29,18 +29,18 @@ MODULES = (seals, tasks, manifest)
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of a few KB then have several blocks."""
+    """Makes files of a few KB have several blocks."""
     for module in MODULES:
         monkeypatch.setattr(module, "BLOCK_BYTES", 2048)
 
 
 def killed_at(count: int, recipe: dict[str, Any]) -> bool:
-    """Merges in a process that dies in its operation number `count`; whether it came so far."""
+    """Merges in a process that kills itself in its operation number `count`. Returns whether it reached it."""
     return dies_at(count, lambda: merge_all(make_recipes(**recipe)))
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Every file but the manifest, which has the time."""
+    """The bytes of every file except the manifest, which holds the time."""
     return {
         path.relative_to(out).as_posix(): path.read_bytes()
         for path in out.rglob("*")
@@ -181,7 +181,8 @@ def test_staged_bytes_that_are_not_those_of_the_journal_are_made_again(runs: Pat
     merge(make_recipe(**recipe | {"out": tmp_path / "right"}))
     assert killed_at(80, recipe | {"out": tmp_path / "out"})
     staged = Staging(tmp_path / "out")
-    for path in staged.content.rglob("*.pt"):  # a power failure: the journal reached the disk, the data did not
+    # As after a power failure: the journal reached the disk, the data did not.
+    for path in staged.content.rglob("*.pt"):
         path.write_bytes(bytes(path.stat().st_size))
     journal = staged.folder / "journal.0"
     lines = journal.read_text().splitlines()
@@ -191,7 +192,7 @@ def test_staged_bytes_that_are_not_those_of_the_journal_are_made_again(runs: Pat
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
-def test_passing_read_errors_are_tried_again(
+def test_a_read_that_fails_for_a_moment_is_tried_again(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
     recipe = {"run": runs / "w2_s2_bf16", "last": 3, "curve": "linear", "threads": 1}
@@ -204,7 +205,7 @@ def test_passing_read_errors_are_tried_again(
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, number: int, every: int) -> None:
-    """Every so manieth read of a source fails, and all of those that the kernel makes."""
+    """Makes one of `every` reads of a source fail, and all reads of the compiled kernel."""
     monkeypatch.setattr(reader.Reader, "descriptor", lambda *_: -1)
     read, calls = reader.Reader._read, [0]
 
@@ -217,7 +218,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, number: int, every: int) -> None:
     monkeypatch.setattr(reader.Reader, "_read", sometimes)
 
 
-def test_read_errors_that_stay_end_the_merge_and_leave_it_to_be_gone_on_with(
+def test_read_errors_that_stay_end_the_merge_and_the_next_one_goes_on(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = {"run": runs / "w2_s2_bf16", "last": 3, "curve": "linear", "out": tmp_path / "out"}
@@ -249,7 +250,7 @@ def test_a_source_that_vanishes_is_named(runs: Path, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_gives_its_room_back(
+def test_a_merge_that_fills_the_disk_removes_what_it_wrote(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     pwrite, calls = os.pwrite, [0]
@@ -266,7 +267,7 @@ def test_a_full_disk_gives_its_room_back(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_room_is_said_before_anything_is_written(
+def test_a_disk_or_memory_that_is_too_small_is_an_error_before_anything_is_written(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = {"run": runs / "w2_s2_bf16", "last": 3, "curve": "linear", "out": tmp_path / "out"}
@@ -320,14 +321,14 @@ def test_an_output_folder_that_cannot_be_written_to_is_an_error(runs: Path) -> N
         merge(make_recipe(run=runs / "w2_s2_bf16", last=3, curve="linear", out=Path("/proc/out")))
 
 
-def test_a_put_off_write_that_fails_when_it_is_synced_early_stops_the_merge(
+def test_a_deferred_write_that_fails_in_an_early_sync_stops_the_merge(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(staged_files, "SYNC_BYTES", 1)
     monkeypatch.setattr(staged_files, "SYNC_POLL_S", 0.0)
     fsync, calls = os.fsync, [0]
 
-    def once(descriptor: int) -> None:  # the kernel tells of a lost write once, and not again
+    def once(descriptor: int) -> None:  # the kernel reports a lost write once, and never again
         calls[0] += 1
         if calls[0] == 1:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
