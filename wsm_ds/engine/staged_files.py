@@ -57,8 +57,8 @@ class WrittenFile:
 class StagedFiles:
     """The output files of a plan in the staging folders of their outputs, as one process writes them.
 
-    Its threads share one object. The order of calls on each rank: `create` (rank 0), `open`, writes, `seal_rest`,
-    `sync`, `close`, with a barrier after `create` and after the writes; then `finish` on rank 0, after a barrier.
+    Its threads share one object. The order of calls on each rank is `create` (rank 0), `open`, the writes, `seal_rest`,
+    `sync`, `finish` (rank 0), `close`. There is a barrier before `open`, before `seal_rest` and before `finish`.
 
     Args:
         plan: the same on all ranks.
