@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from wsm_ds.engine.reader import Reader
-from wsm_ds.engine.staged_files import Timings
 from wsm_ds.engine.tasks import Task, tasks_of
-from wsm_ds.engine.worker import Worker, workers_for
+from wsm_ds.engine.threads import workers_for
+from wsm_ds.engine.timings import Timings
+from wsm_ds.engine.worker import Worker
 from wsm_ds.errors import VerificationFailed, WsmError, few
 from wsm_ds.filesystem import checksum
 from wsm_ds.merging import plan_windows
@@ -71,7 +72,7 @@ class _Comparison:
     def __init__(self, plan: Plan, out: Path) -> None:
         self.paths = [out / output.name for output in plan.files]
         self.filled_in = [
-            sorted(place + byte for crc in output.crcs for place in crc.places for byte in range(4))
+            sorted(place + byte for crc in output.crc_fields for place in crc.positions for byte in range(4))
             for output in plan.files
         ]
         self.nbytes = 0
@@ -105,7 +106,7 @@ def _recompute(plan: Plan, out: Path, full: bool) -> int:
             raise VerificationFailed(
                 f"{comparison.paths[number]}: the sources make {output.nbytes} bytes; have they changed?"
             )
-        for piece in output.pieces:
+        for piece in output.segments:
             if isinstance(piece, LiteralSegment):
                 comparison.write(number, piece.offset, memoryview(piece.data))
     workers = workers_for(plan, plan.memory_bytes, 1)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from wsm_ds.errors import LayoutMismatch
 from wsm_ds.layouts.layout import FRAGMENT, Table
-from wsm_ds.planning.intersect import NOWHERE, Places, line_of, order_of, places, require_all, without_repeats
+from wsm_ds.planning.intersect import NOWHERE, Places, line_of, locate, order_of, require_all, without_repeats
 
 FP32 = 1
 
@@ -53,7 +53,7 @@ LAYOUT = st.tuples(st.sampled_from([flat_table, cut_table]), st.integers(1, 5))
 def elements(where: Places) -> list[tuple[int, int]]:
     """(file, byte) of every element of a stream."""
     found = [(NOWHERE, 0)] * int(where.starts[-1])
-    for element, numel, file, offset in where.parts(0, len(found)):
+    for element, numel, file, offset in where.within(0, len(found)):
         for i in range(numel):
             found[element + i] = (file, offset + 4 * i)
     return found
@@ -82,15 +82,15 @@ def test_a_stream_finds_the_same_element_in_every_source_and_every_output(  # ty
     assert sorted(names) == sorted({element for out in outs for element in addresses(out)})
     for table in [*outs, *sources]:
         wanted = addresses(table)
-        assert elements(places(order, table, base)) == [wanted.get(name, (NOWHERE, 0)) for name in names]
-    first = [place for place in elements(places(order, outs[0], base)) if place[0] != NOWHERE]
+        assert elements(locate(order, table, base)) == [wanted.get(name, (NOWHERE, 0)) for name in names]
+    first = [place for place in elements(locate(order, outs[0], base)) if place[0] != NOWHERE]
     assert first == sorted(first)
 
 
 def test_equal_layouts_are_one_run_a_partition() -> None:
     numels = [7, 30, 11, 100]
     table, base = flat_table(numels, 4), line_of(np.array(numels, dtype=np.int64))
-    found = places(order_of([table], base), table, base)
+    found = locate(order_of([table], base), table, base)
     assert found.starts.tolist() == [0, 37, 74, 111, 148]
 
 
@@ -110,4 +110,4 @@ def test_a_source_without_some_elements_is_named() -> None:
     table, base = flat_table(numels, 2), line_of(np.array([7, 30], dtype=np.int64))
     order = order_of([table], base)
     with pytest.raises(LayoutMismatch, match="step 4 lacks elements 12 to 30 of weight"):
-        require_all(places(order, table[:-1], base), order, "step 4", base, ("bias", "weight"))
+        require_all(locate(order, table[:-1], base), order, "step 4", base, ("bias", "weight"))

@@ -6,7 +6,7 @@ import pytest
 from wsm_ds.dtypes import CODES
 from wsm_ds.errors import UnsupportedLayout
 from wsm_ds.layouts.layout import FRAGMENT
-from wsm_ds.planning.shared_bytes import written_once
+from wsm_ds.planning.shared_bytes import trim_shared_bytes
 
 FP32, INT32, BF16 = CODES["fp32"], CODES["int32"], CODES["bf16"]
 
@@ -22,19 +22,19 @@ def rows(found: np.ndarray) -> list[tuple[int, ...]]:
 
 def test_fragments_apart_stay_as_they_are() -> None:
     apart = table((0, 0, 4, 0, 100, FP32), (1, 0, 4, 0, 84, FP32), (2, 0, 4, 1, 100, INT32))
-    once = written_once(apart, "here")
+    once = trim_shared_bytes(apart, "here")
     assert once.table is apart
     assert once.shared == frozenset()
 
 
 def test_of_equal_places_the_lower_number_keeps_all() -> None:
-    once = written_once(table((1, 0, 4, 0, 100, FP32), (0, 0, 4, 0, 100, FP32), (1, 0, 4, 1, 100, FP32)), "here")
+    once = trim_shared_bytes(table((1, 0, 4, 0, 100, FP32), (0, 0, 4, 0, 100, FP32), (1, 0, 4, 1, 100, FP32)), "here")
     assert rows(once.table) == [(0, 0, 4, 0, 100), (1, 0, 4, 1, 100)]
     assert once.shared == {(1, 0, 4, 0, 0)}
 
 
 def test_overlapping_views_are_cut_where_the_one_that_reaches_furthest_ends() -> None:
-    once = written_once(
+    once = trim_shared_bytes(
         table((0, 0, 8, 0, 100, FP32), (1, 0, 2, 0, 108, FP32), (2, 10, 6, 0, 120, FP32), (3, 0, 1, 0, 144, FP32)),
         "here",
     )
@@ -45,4 +45,4 @@ def test_overlapping_views_are_cut_where_the_one_that_reaches_furthest_ends() ->
 @pytest.mark.parametrize("other", [(1, 0, 4, 0, 100, INT32), (1, 0, 4, 0, 102, FP32), (1, 0, 4, 0, 104, BF16)])
 def test_bytes_that_are_not_the_same_elements_are_refused(other: tuple[int, int, int, int, int, int]) -> None:
     with pytest.raises(UnsupportedLayout, match="here: two tensors share bytes"):
-        written_once(table((0, 0, 4, 0, 100, FP32), other), "here")
+        trim_shared_bytes(table((0, 0, 4, 0, 100, FP32), other), "here")

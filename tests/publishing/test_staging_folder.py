@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from wsm_ds.errors import OutputExists
-from wsm_ds.publishing.staging_folder import MANIFEST, commit, staged, write_text
+from wsm_ds.filesystem.durable import write_text
+from wsm_ds.publishing.staging_folder import MANIFEST, commit, staged
 
 MERGE = {"identity": "a merge"}
 

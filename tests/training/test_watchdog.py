@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from wsm_ds.errors import RanksSilent, Superseded
-from wsm_ds.training.job import JobFolder, begin_attempt, mark_done, replace_text
+from wsm_ds.filesystem.durable import replace_shared_text
+from wsm_ds.training.job import JobFolder, begin_attempt, mark_done
 from wsm_ds.training.watchdog import Watch
 
 
@@ -24,7 +25,7 @@ def beat(job: JobFolder, rank: int, **values: Any) -> None:
     """Replaces a rank's heartbeat."""
     common = {"attempt": 1, "step": 7, "time": 0.0, "alive": 0.0, "host": f"node{rank // 2}", "rank": rank}
     common |= {"world_size": 4, "pid": 100 + rank, "where": "comm.py:1 all_reduce"}
-    replace_text(job.heartbeats / f"rank_{rank:05d}.json", json.dumps(common | values))
+    replace_shared_text(job.heartbeats / f"rank_{rank:05d}.json", json.dumps(common | values))
 
 
 def watch(job: JobFolder) -> Watch:

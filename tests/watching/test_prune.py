@@ -11,10 +11,11 @@ from played_run import PlayedRun, outputs
 
 from wsm_ds.cli import main
 from wsm_ds.errors import CheckpointNotFound, OutputLocked, RecipeError, UnsupportedLayout, WindowError
+from wsm_ds.filesystem.locks import hold_lock
 from wsm_ds.inspection import inspect_run
 from wsm_ds.merging import merge
 from wsm_ds.planning.recipe import make_recipe
-from wsm_ds.publishing.staging_folder import Staging, held
+from wsm_ds.publishing.staging_folder import Staging
 from wsm_ds.watching import EndPoints, WatchOptions, WatchSpec, make_spec, watch
 from wsm_ds.watching.prune import Retention, left_in_trash, plan_prune, prune, trash_of
 
@@ -191,7 +192,7 @@ def test_folders_that_are_not_clear_are_kept(run: PlayedRun, tmp_path: Path) -> 
 def test_two_prunes_do_not_delete_at_once(run: PlayedRun) -> None:
     prune(run.save(2, 4).folder, NEWEST)
     with (
-        held(trash_of(run.folder).parent / "lock", "me"),
+        hold_lock(trash_of(run.folder).parent / "lock", "me"),
         pytest.raises(OutputLocked, match="another prune deletes in"),
     ):
         prune(run.folder, NEWEST)

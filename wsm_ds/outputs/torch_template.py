@@ -28,7 +28,7 @@ def inputs_of(layout: Layout, first_input: int) -> Inputs:
 
 
 @dataclass(frozen=True)
-class Rewritten:
+class TorchTemplate:
     """A file to be. `moved` says where the data of each record that was copied from `like` has gone."""
 
     template: Template
@@ -36,7 +36,9 @@ class Rewritten:
     moved: dict[int, int]
 
 
-def rewritten(name: str, tree: Any, like: Archive, inputs: Inputs, allowed_globals: frozenset[str]) -> Rewritten:
+def make_torch_template(
+    name: str, tree: Any, like: Archive, inputs: Inputs, allowed_globals: frozenset[str]
+) -> TorchTemplate:
     """`tree` as a torch file called `name`, with the small records (version, byte order) of `like`.
 
     Storages that have a file are copied from it; those that have none are zeros, for elements to be put in.
@@ -71,4 +73,4 @@ def rewritten(name: str, tree: Any, like: Archive, inputs: Inputs, allowed_globa
     records = {put.name: Record(put.name, put.offset, put.nbytes, 0, put.crc_offsets) for put in placed.records}
     archive = Archive(Path(name), placed.nbytes, records)
     file = TorchFile(archive, unpickle(archive, data, allowed_globals))
-    return Rewritten(Template(name, placed.nbytes, base, crcs), file, moved)
+    return TorchTemplate(Template(name, placed.nbytes, base, crcs), file, moved)

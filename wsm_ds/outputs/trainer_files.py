@@ -28,7 +28,7 @@ MODEL_FILES = (
 )
 
 
-def files_beside(newest: Layout, output_format: str) -> tuple[Path, ...]:
+def trainer_files(newest: Layout, output_format: str) -> tuple[Path, ...]:
     """The files to carry from the newest source's Trainer folder; none if it does not lie in one."""
     folder = newest.path.parent
     if not (folder / TRAINER_STATE).is_file():

@@ -10,13 +10,13 @@ from wsm_ds.errors import BrokenCheckpoint, LayoutMismatch, UnsupportedLayout, f
 from wsm_ds.layouts import Layout
 from wsm_ds.layouts.layout import FRAGMENT, Table
 from wsm_ds.layouts.schema import is_stage0
-from wsm_ds.outputs.resharding.form import WantedForm, open_origin, target_form
+from wsm_ds.outputs.resharding.form import RequestedForm, open_origin, target_form
 from wsm_ds.outputs.resharding.universal import universal_templates
 from wsm_ds.outputs.resharding.zero import zero_templates
-from wsm_ds.outputs.torch_template import Inputs, inputs_of, rewritten
+from wsm_ds.outputs.torch_template import Inputs, inputs_of, make_torch_template
 from wsm_ds.planning.intersect import ITEMSIZES
 from wsm_ds.planning.plan import CopySegment, CrcField, LiteralSegment, OutputFile, Template, around
-from wsm_ds.planning.shared_bytes import written_once
+from wsm_ds.planning.shared_bytes import trim_shared_bytes
 from wsm_ds.planning.streams import ElementRequest, SourceTables
 from wsm_ds.torchfile import Archive, open_torch_file
 
@@ -28,7 +28,7 @@ class OutputWindow:
     output: int
     members: tuple[int, ...]
     coefficients: tuple[float, ...]
-    first_output: int
+    first_file: int
 
     def newest(self, tables: SourceTables) -> Layout:
         """The checkpoint that everything carried comes from."""
@@ -37,7 +37,7 @@ class OutputWindow:
     def wanted(self, kind: str, table: Table, *, of_newest: bool = False, is_cast: bool = False) -> ElementRequest:
         """`kind` at the places of `table`, whose files count those of the part: merged, or the newest's alone."""
         table = table.copy()
-        table["file"] += self.first_output
+        table["file"] += self.first_file
         if of_newest:
             return ElementRequest(self.output, kind, table, self.members[-1:], (1.0,), is_cast)
         return ElementRequest(self.output, kind, table, self.members, self.coefficients, is_cast)
@@ -47,8 +47,8 @@ class OutputWindow:
 class OutputFiles:
     """What a part is made of: its files, and the elements to be put into them."""
 
-    outputs: tuple[OutputFile, ...]
-    wanted: tuple[ElementRequest, ...]
+    files: tuple[OutputFile, ...]
+    requests: tuple[ElementRequest, ...]
 
 
 def plan_zero_checkpoint(
@@ -57,7 +57,7 @@ def plan_zero_checkpoint(
     tag: str,
     optimizer_states: str,
     allowed_globals: frozenset[str],
-    form: WantedForm,
+    form: RequestedForm,
     *,
     reads_states: bool = False,
 ) -> OutputFiles:
@@ -78,7 +78,7 @@ def plan_zero_checkpoint(
             f"{newest.path}: a stage 0 checkpoint in fp32 does not say which optimizer state belongs to which "
             "parameter, if there are several parameter groups. Carry or drop the states."
         )
-    is_changed = newest.is_universal or form != WantedForm()
+    is_changed = newest.is_universal or form != RequestedForm()
     origin = open_origin(newest, allowed_globals) if is_changed else None
     target = target_form(origin, form, allowed_globals) if origin else None
     is_reformed = origin is not None and (target != origin.form or newest.is_universal)
@@ -113,13 +113,13 @@ def _once(tables: SourceTables, window: OutputWindow, kind: str, table: Table) -
         LayoutMismatch: the newest holds tensors in the same bytes that an older one holds apart: their averages differ.
     """
     newest = window.newest(tables)
-    once = written_once(table, str(newest.path))
+    once = trim_shared_bytes(table, str(newest.path))
     if kind == "frozen" or not once.shared:
         return once.table  # what does not change over the window is the newest's in any case
     averaged = {int(row["tensor"]) for row in table if ALL[row["dtype"]].is_floating}
     for number in window.members:
-        held = written_once(tables.table(number, kind), str(tables.layouts[number].path)).shared
-        apart = {tables.names[shared[0]] for shared in once.shared - held if shared[0] in averaged}
+        held = trim_shared_bytes(tables.table(number, kind), str(tables.layouts[number].path)).shared
+        apart = {tables.names[elements.tensor] for elements in once.shared - held if elements.tensor in averaged}
         if apart:
             raise LayoutMismatch(
                 f"{newest.path} holds {few(sorted(apart))} in the same bytes as others, "
@@ -150,9 +150,9 @@ def finished(
     ends = begins + rows["numel"] * ITEMSIZES[rows["dtype"].astype(np.int64)]
     outputs = []
     for index, template in enumerate(templates):
-        low, high = np.searchsorted(rows["file"], [window.first_output + index, window.first_output + index + 1])
+        low, high = np.searchsorted(rows["file"], [window.first_file + index, window.first_file + index + 1])
         begin, end = begins[low:high], ends[low:high]
-        is_new = any(isinstance(piece, LiteralSegment) for piece in template.base)
+        is_new = any(isinstance(piece, LiteralSegment) for piece in template.segments)
         if np.any(begin[1:] < end[:-1]):
             raise UnsupportedLayout(
                 f"{prefix}{template.name}: two tensors to be merged share bytes of it. "
@@ -160,10 +160,10 @@ def finished(
             )
         touched = tuple(
             crc
-            for crc in template.crcs
+            for crc in template.crc_fields
             if is_new or np.searchsorted(end, crc.offset, "right") < np.searchsorted(begin, crc.offset + crc.nbytes)
         )
-        pieces = around(template.base, begin, end)
+        pieces = around(template.segments, begin, end)
         outputs.append(OutputFile(window.output, prefix + template.name, template.nbytes, pieces, touched))
     return tuple(outputs)
 
@@ -176,7 +176,7 @@ def _template(
     is_optimizer = archive.path.name.endswith("optim_states.pt")
     if drop and (is_optimizer or is_stage0(tree)):
         _drop_states(tree["optimizer_state_dict" if is_optimizer else "optimizer"])
-        fresh = rewritten(archive.path.name, tree, archive, inputs, allowed_globals)
+        fresh = make_torch_template(archive.path.name, tree, archive, inputs, allowed_globals)
         return fresh.template, fresh.moved
     file = inputs.numbers[str(archive.path)]
     crcs = tuple(CrcField(r.offset, r.nbytes, r.crc_offsets) for r in archive.records.values() if r.crc)

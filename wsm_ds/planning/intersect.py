@@ -9,6 +9,7 @@ run per partition.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,24 @@ class Order:
         return np.concatenate([[0], np.cumsum(self.end - self.begin)]).astype(np.int64)
 
 
+class Place(NamedTuple):
+    """A run of stream elements that lie one after the other in one file.
+
+    A NamedTuple, not a dataclass: the engine makes millions of them.
+
+    Attributes:
+        element: first element, counted from the start of the stream.
+        numel: number of elements.
+        file: number of the file, an input's in a source's places and an output file's in a target's.
+        offset: byte offset of the first element in that file.
+    """
+
+    element: int
+    numel: int
+    file: int
+    offset: int
+
+
 @dataclass(frozen=True)
 class Places:
     """Where the elements of a stream lie: [starts[i], starts[i+1]) from byte offsets[i] of file files[i] on.
@@ -47,14 +66,14 @@ class Places:
     offsets: Ints
     dtypes: Ints
 
-    def parts(self, begin: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-        """(element, numel, file, byte offset) of what of [begin, end) has a place, in order."""
+    def within(self, begin: int, end: int) -> Iterator[Place]:
+        """Yields the places of the stream's elements [begin, end), in order; elements that lie NOWHERE are left out."""
         index = int(np.searchsorted(self.starts, begin, "right")) - 1
         while begin < end:
             stop = min(end, int(self.starts[index + 1]))
             if self.files[index] != NOWHERE:
                 skipped = (begin - int(self.starts[index])) * int(ITEMSIZES[self.dtypes[index]])
-                yield begin, stop - begin, int(self.files[index]), int(self.offsets[index]) + skipped
+                yield Place(begin, stop - begin, int(self.files[index]), int(self.offsets[index]) + skipped)
             begin, index = stop, index + 1
 
     def dtype(self, element: int) -> DType:
@@ -110,7 +129,7 @@ def order_of(outs: Sequence[Table], base: Ints) -> Order:
     return Order(begin[kept], end[kept])
 
 
-def places(order: Order, table: Table, base: Ints) -> Places:
+def locate(order: Order, table: Table, base: Ints) -> Places:
     """Where the elements of `order` lie in `table`; NOWHERE what it has not."""
     rows, starts, ends = _sorted_line(table, base)
     bounds = np.unique(np.concatenate([starts, ends]))

@@ -64,11 +64,11 @@ Segment = CopySegment | LiteralSegment | ZeroSegment
 
 @dataclass(frozen=True, slots=True)
 class CrcField:
-    """The CRC-32 of [offset, offset + nbytes) belongs, as 4 little-endian bytes, at each of `places`."""
+    """The CRC-32 of [offset, offset + nbytes) belongs, as 4 little-endian bytes, at each of `positions`."""
 
     offset: int
     nbytes: int
-    places: tuple[int, ...]
+    positions: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Template:
 
     name: str
     nbytes: int
-    base: list[Segment]
-    crcs: tuple[CrcField, ...]
+    segments: list[Segment]
+    crc_fields: tuple[CrcField, ...]
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,8 @@ class OutputFile:
     output: int
     name: str
     nbytes: int
-    pieces: tuple[Segment, ...]
-    crcs: tuple[CrcField, ...]
-
-    @property
-    def nbytes_of_streams(self) -> int:
-        """Bytes that streams write."""
-        return self.nbytes - sum(piece.nbytes for piece in self.pieces if not isinstance(piece, CopySegment))
+    segments: tuple[Segment, ...]
+    crc_fields: tuple[CrcField, ...]
 
 
 @dataclass(frozen=True)
@@ -106,14 +101,14 @@ class Target:
         places: in the plan's output files.
         members: which of the stream's sources make the window, oldest first.
         coefficients: float64, one a member.
-        rounded_like: another target of the stream: its stored value is what is cast here (module weights of masters).
+        cast_from: another target of the stream: its stored value is what is cast here (module weights of masters).
     """
 
     output: int
     places: Places
     members: tuple[int, ...]
     coefficients: tuple[float, ...]
-    rounded_like: int | None = None
+    cast_from: int | None = None
 
 
 @dataclass(frozen=True)
@@ -206,13 +201,14 @@ class Plan:
             "memory_bytes": self.memory_bytes,
             "threads": self.threads,
             "outputs": [
-                described(part) | {"files": [{"name": o.name, "bytes": o.nbytes} for _, o in self.files_of(number)]}
+                describe_output(part)
+                | {"files": [{"name": o.name, "bytes": o.nbytes} for _, o in self.files_of(number)]}
                 for number, part in enumerate(self.outputs)
             ],
         }
 
 
-def described(output: Output) -> dict[str, Any]:
+def describe_output(output: Output) -> dict[str, Any]:
     """A output's window as plain data."""
     return {
         "out": str(output.out),

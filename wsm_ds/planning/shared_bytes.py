@@ -5,6 +5,7 @@ saves the storage once, and all of their names with it.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,19 +13,34 @@ from wsm_ds.errors import UnsupportedLayout
 from wsm_ds.layouts.layout import Table
 from wsm_ds.planning.intersect import ITEMSIZES, Ints
 
-Shared = tuple[int, int, int, int, int]
-"""(tensor, start, numel, tensor, start): elements of one tensor that are those of another."""
+
+class SharedElements(NamedTuple):
+    """Elements [start, start + numel) of `tensor` that are stored in the bytes of another tensor's elements.
+
+    Attributes:
+        tensor: number of the tensor that was trimmed.
+        start: its first shared element.
+        numel: number of shared elements.
+        owner: number of the tensor that keeps the bytes.
+        owner_start: the element of `owner` that lies where element `start` lies.
+    """
+
+    tensor: int
+    start: int
+    numel: int
+    owner: int
+    owner_start: int
 
 
 @dataclass(frozen=True)
-class Once:
-    """Fragments of which no two have a byte in common, and what was taken away for that."""
+class TrimmedFragments:
+    """Fragments of which no two have a byte in common, and the elements that were trimmed for that."""
 
     table: Table
-    shared: frozenset[Shared]
+    shared: frozenset[SharedElements]
 
 
-def written_once(table: Table, where: str) -> Once:
+def trim_shared_bytes(table: Table, where: str) -> TrimmedFragments:
     """Takes from every fragment what one before it in its file (of the same place: of a lower number) has as well.
 
     Args:
@@ -38,16 +54,16 @@ def written_once(table: Table, where: str) -> Once:
     begin, end = rows["offset"], rows["offset"] + rows["numel"] * _itemsizes(rows)
     overlaps = (rows["file"][1:] == rows["file"][:-1]) & (begin[1:] < end[:-1])
     if not overlaps.any():
-        return Once(table, frozenset())
-    kept, shared = [], set[Shared]()
+        return TrimmedFragments(table, frozenset())
+    kept, shared = [], set[SharedElements]()
     for file in np.unique(rows["file"]):
         once = _once_in_a_file(rows[rows["file"] == file], where)
         kept.append(once.table)
         shared |= once.shared
-    return Once(np.concatenate(kept), frozenset(shared))
+    return TrimmedFragments(np.concatenate(kept), frozenset(shared))
 
 
-def _once_in_a_file(rows: Table, where: str) -> Once:
+def _once_in_a_file(rows: Table, where: str) -> TrimmedFragments:
     """The same of one file's fragments, which are in order."""
     itemsize = _itemsizes(rows)
     begin, end = rows["offset"], rows["offset"] + rows["numel"] * itemsize
@@ -65,12 +81,12 @@ def _once_in_a_file(rows: Table, where: str) -> Once:
         )
     cut = cut_bytes // itemsize
     columns = (rows["tensor"], rows["start"], cut, rows["tensor"][owner], rows["start"][owner] + distance // itemsize)
-    shared = frozenset(zip(*(column[is_cut].tolist() for column in columns), strict=True))
+    shared = frozenset(map(SharedElements, *(column[is_cut].tolist() for column in columns)))
     rows = rows.copy()
     rows["start"] += cut
     rows["numel"] -= cut
     rows["offset"] += cut_bytes
-    return Once(rows[rows["numel"] > 0], shared)
+    return TrimmedFragments(rows[rows["numel"] > 0], shared)
 
 
 def _itemsizes(rows: Table) -> Ints:

@@ -16,8 +16,8 @@ from wsm_ds.planning.intersect import (
     Order,
     Places,
     line_of,
+    locate,
     order_of,
-    places,
     require_all,
     without_repeats,
 )
@@ -138,17 +138,17 @@ def _stream(
     for number in checkpoints:
         table = tables.table(number, kind)
         own = table[table["replica"] == replica]
-        held = places(order, own if len(own) else table[table["replica"] == 0], base)
+        held = locate(order, own if len(own) else table[table["replica"] == 0], base)
         needed = [table for want, table in chosen if number in want.members]
         wanted_here = order if len(needed) == len(chosen) else order_of(needed, base)
-        require_all(places(wanted_here, own if len(own) else table[table["replica"] == 0], base), wanted_here,
+        require_all(locate(wanted_here, own if len(own) else table[table["replica"] == 0], base), wanted_here,
                     str(tables.layouts[number].path), base, tables.names)  # fmt: skip
         sources.append(held)
     stored = {want.output: index for index, (want, _) in enumerate(chosen) if not want.is_cast}
     targets = tuple(
         Target(
             want.output,
-            places(order, table, base),
+            locate(order, table, base),
             tuple(checkpoints.index(number) for number in want.members),
             want.coefficients,
             stored.get(want.output) if want.is_cast else None,
@@ -176,7 +176,7 @@ def carry_streams(inputs: Sequence[InputFile], outputs: Sequence[OutputFile]) ->
     byte = CODES["uint8"]
     rows_of: dict[int, list[tuple[int, ...]]] = {}
     for number, output in enumerate(outputs):
-        for piece in output.pieces:
+        for piece in output.segments:
             if isinstance(piece, CopySegment):
                 row = (piece.file, piece.source_offset, piece.nbytes, number, piece.offset, byte, 0)
                 rows_of.setdefault(output.output, []).append(row)
@@ -190,8 +190,8 @@ def carry_streams(inputs: Sequence[InputFile], outputs: Sequence[OutputFile]) ->
         for table in without_repeats(np.array(rows, dtype=FRAGMENT), base)
     ]
     order = order_of([table for _, table in chosen], base)
-    source = places(order, np.array(files, dtype=FRAGMENT), base)
-    targets = tuple(Target(part, places(order, table, base), (0,), (1.0,)) for part, table in chosen)
+    source = locate(order, np.array(files, dtype=FRAGMENT), base)
+    targets = tuple(Target(part, locate(order, table, base), (0,), (1.0,)) for part, table in chosen)
     return [Stream("carry", _numel(order), (source,), (), targets, np.zeros(0, np.int64), order, base)]
 
 

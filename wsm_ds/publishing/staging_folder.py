@@ -9,7 +9,6 @@ Beside OUT lies, while it is being made, `.OUT.wsm-staging` with
 """
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -24,7 +23,9 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from wsm_ds.engine.journal import journals_to_claims
-from wsm_ds.errors import OutputExists, OutputLocked, WsmError, few
+from wsm_ds.errors import OutputExists, WsmError, few
+from wsm_ds.filesystem.durable import move_into_place, replace_text, require_absent, write_text
+from wsm_ds.filesystem.locks import hold_lock
 from wsm_ds.filesystem.small_files import read_small
 
 log = logging.getLogger(__name__)
@@ -70,12 +71,6 @@ class _Begun(TypedDict):
     sources: Annotated[list[RecordedSource], Field(min_length=1)]
 
 
-def require_absent(out: Path) -> None:
-    """Raises OutputExists if there is anything at `out`."""
-    if out.exists() or out.is_symlink():
-        raise OutputExists(f"{out} exists; nothing is ever overwritten. Remove it or choose another --out.")
-
-
 def begun(out: Path) -> dict[str, Any] | None:
     """What a merge that did not end was making at `out`."""
     try:
@@ -119,7 +114,7 @@ def staged(out: Path, described: dict[str, Any], *, restart: bool = False) -> It
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Staging(out)
     staging.folder.mkdir(exist_ok=True)
-    with held(staging.folder / LOCK, f"another merge is writing {out}"):
+    with hold_lock(staging.folder / LOCK, f"another merge is writing {out}"):
         _take_over(staging, described, restart)
         try:
             yield staging
@@ -146,9 +141,7 @@ def _take_over(staging: Staging, described: dict[str, Any], restart: bool) -> No
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     staging.content.mkdir()
-    fresh = staging.folder / (PLAN + ".new")
-    fresh.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    fresh.rename(staging.folder / PLAN)
+    replace_text(staging.folder / PLAN, json.dumps(described, indent=2) + "\n")
 
 
 def _is_worth_going_on(error: BaseException) -> bool:
@@ -160,83 +153,13 @@ def _is_worth_going_on(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt | SystemExit)
 
 
-@contextmanager
-def held(lock: Path, what: str) -> Iterator[None]:
-    """Holds a lock as long as this process lives, whatever ends it; the file says who we are.
-
-    Raises:
-        OutputLocked: another process holds it: `what` is said, and which process.
-    """
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        if try_lock(descriptor, lock.parent):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
-        else:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-            raise OutputLocked(f"{what} ({holder or 'holder unknown'}).")
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def try_lock(descriptor: int, folder: Path) -> bool:
-    """Whether an open file is now locked by us: not if another process has locked it.
-
-    On a file system without locks, which is warned of, everybody gets it.
-    """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-            log.warning("%s is on a file system without locks: start no second process that writes there", folder)
-        elif error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return False
-        else:
-            raise
-    return True
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes and syncs a small file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def commit(staging: Staging, manifest: dict[str, Any]) -> None:
     """Writes the manifest, syncs the folders, renames the content to its place and removes the rest."""
     write_text(staging.content / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    appear(staging.content, staging.out)
+    move_into_place(staging.content, staging.out)
     discard(staging.out)
-
-
-def appear(content: Path, out: Path) -> None:
-    """Renames a folder, whose files are synced, to its place; both lie on one file system.
-
-    Raises:
-        OutputExists: something is there.
-    """
-    for folder in [path for path in content.rglob("*") if path.is_dir()] + [content]:
-        _sync_folder(folder)
-    require_absent(out)
-    content.rename(out)
-    _sync_folder(out.parent)
 
 
 def discard(out: Path) -> None:
     """Removes what a merge has left beside its finished output."""
     shutil.rmtree(Staging(out).folder, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems sync folders by themselves and refuse to be told
-            raise
-    finally:
-        os.close(descriptor)

@@ -13,10 +13,10 @@ from typing import Any
 
 from wsm_ds.distributed.agreement import Agreement
 from wsm_ds.errors import BrokenCheckpoint, CheckpointNotFound, RecipeError, few
+from wsm_ds.filesystem.durable import move_into_place, replace_shared_text, sync_file
 from wsm_ds.layouts import Layout, find_checkpoints, read_layout
 from wsm_ds.layouts.run import checkpoint_at
-from wsm_ds.publishing.staging_folder import appear
-from wsm_ds.training.job import JobFolder, replace_text, require_current
+from wsm_ds.training.job import JobFolder, require_current
 from wsm_ds.training.random_states import save_random_states
 
 log = logging.getLogger(__name__)
@@ -109,11 +109,7 @@ def sync_files(folder: Path) -> None:
     """Waits until all files of a folder are on the disk, those of other processes of this machine too."""
     for path in folder.rglob("*"):
         if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_file(path)
 
 
 def publish(job: JobFolder, attempt: int, tag: str) -> None:
@@ -137,8 +133,8 @@ def publish(job: JobFolder, attempt: int, tag: str) -> None:
             unusable.parent.mkdir(exist_ok=True)
             target.rename(unusable)
             log.warning("%s was broken; it was moved to %s", target, unusable)
-        appear(staged, target)
-    replace_text(job.run / "latest", tag)
+        move_into_place(staged, target)
+    replace_shared_text(job.run / "latest", tag)
     for name in RECOVERY_SCRIPTS:
         script = job.attempt_folder(attempt) / name
         if script.exists():

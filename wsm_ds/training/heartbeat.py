@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.training.job import JobFolder, read_attempt, replace_text, superseded
+from wsm_ds.filesystem.durable import replace_shared_text
+from wsm_ds.training.job import JobFolder, read_attempt, superseded
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Heartbeat:
             if self.step != written_step or time.monotonic() - written_s >= UNCHANGED_S:
                 written_step, written_s = self.step, time.monotonic()
                 try:
-                    replace_text(self.path, json.dumps(self._now()))
+                    replace_shared_text(self.path, json.dumps(self._now()))
                     self.newest_attempt, self.stop_is_asked = read_attempt(self.job), self.job.stop.exists()
                 except (OSError, ValueError) as error:
                     log.warning("the heartbeat could not be written: %s", error)

@@ -22,12 +22,11 @@ No `wsm-ds` command takes this folder for a checkpoint.
 
 import json
 import os
-import socket
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 from wsm_ds.errors import RecipeError, Superseded
+from wsm_ds.filesystem.durable import replace_shared_text
 
 ATTEMPT_VARIABLE = "WSM_ATTEMPT"
 """Set by a job script that has raised the number of the newest attempt before it started the ranks."""
@@ -98,14 +97,6 @@ class JobFolder:
         return self.folder / "bad_nodes"
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Replaces a small file so that a reader sees the old or the new text, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.new")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)
-
-
 def read_attempt(job: JobFolder) -> int:
     """Reads the number of the newest attempt; 0 if there was none."""
     try:
@@ -142,7 +133,7 @@ def begin_attempt(job: JobFolder) -> int:
         except FileExistsError:
             attempt += 1
     if read_attempt(job) < attempt:
-        replace_text(job.attempt, f"{attempt}\n")
+        replace_shared_text(job.attempt, f"{attempt}\n")
     return attempt
 
 
@@ -182,4 +173,4 @@ def is_done(job: JobFolder, until_step: int, *, attempt: int | None = None) -> b
 
 def mark_done(job: JobFolder, step: int, attempt: int) -> None:
     """Writes the marker of success. Ranks: rank 0, once the checkpoint of the last step is published."""
-    replace_text(job.done, json.dumps({"step": step, "attempt": attempt}) + "\n")
+    replace_shared_text(job.done, json.dumps({"step": step, "attempt": attempt}) + "\n")

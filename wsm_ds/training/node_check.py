@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from wsm_ds.errors import NodeUnfit, WsmError
+from wsm_ds.filesystem.durable import write_text
 from wsm_ds.sizes import format_size, parse_size
 from wsm_ds.training.job import JobFolder
 
@@ -40,10 +41,7 @@ def check_folder(run: Path) -> str:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         before_s = time.time()
-        with path.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        write_text(path, text)
         after_s = time.time()
         written_s, read_back = path.stat().st_mtime, path.read_text()
         path.unlink()

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from wsm_ds.errors import Interrupted, RecipeError
-from wsm_ds.publishing.staging_folder import try_lock, write_text
+from wsm_ds.filesystem.durable import replace_text
+from wsm_ds.filesystem.locks import try_lock
 from wsm_ds.watching.events import Event
 
 PLACE = "{}"
@@ -174,9 +175,7 @@ class Commands:
             "started": begun,
             "seconds": seconds,
         }
-        fresh = merged.out.with_name(f".{merged.out.name}.exec.new")
-        write_text(fresh, json.dumps(result, indent=2) + "\n")
-        fresh.replace(merged.beside("json"))
+        replace_text(merged.beside("json"), json.dumps(result, indent=2) + "\n")
         text = f"step {merged.step} {merged.window}: the command ended with code {code} after {seconds:.1f} s"
         values = {"step": merged.step, "window": merged.window, "out": str(merged.out)}
         return Event("command", text, values | result)

@@ -8,7 +8,6 @@ In RUN/.wsm-prune lie, of all prunes of a run,
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from wsm_ds.errors import RecipeError, UnsupportedLayout, few
+from wsm_ds.filesystem.durable import append_line
+from wsm_ds.filesystem.locks import hold_lock
 from wsm_ds.layouts import Checkpoint, find_checkpoints
 from wsm_ds.layouts.run import DELETED, deleted_steps, latest_step
-from wsm_ds.publishing.staging_folder import MANIFEST, begun_below, held
+from wsm_ds.publishing.staging_folder import MANIFEST, begun_below
 from wsm_ds.reporting.tables import table
 from wsm_ds.sizes import format_size
 from wsm_ds.watching.completeness import Checkpoints
@@ -190,7 +191,7 @@ def prune(
     _checkpoints_of(run, retention)
     trash = trash_of(run)
     trash.mkdir(parents=True, exist_ok=True)
-    with held(trash.parent / "lock", f"another prune deletes in {run}"):
+    with hold_lock(trash.parent / "lock", f"another prune deletes in {run}"):
         for path in left_in_trash(run):
             shutil.rmtree(path)
         fates = plan_prune(run, retention, allowed_globals)
@@ -206,13 +207,7 @@ def prune(
 
 def _record(path: Path, fate: Fate) -> None:
     """Says that a checkpoint is deleted, before it is."""
-    line = json.dumps(fate.to_json() | {"time": time.time()}) + "\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        os.write(descriptor, line.encode())
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    append_line(path, json.dumps(fate.to_json() | {"time": time.time()}))
 
 
 def prune_report(fates: Sequence[Fate], left: Sequence[Path], *, is_deleting: bool) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wsm_ds.errors import RecipeError, few
+from wsm_ds.filesystem.durable import replace_text
 from wsm_ds.filesystem.small_files import read_small
 from wsm_ds.planning.recipe import MergeRecipe, make_recipe, make_recipes
 from wsm_ds.publishing.manifest import read_manifest
@@ -96,9 +97,7 @@ def _checked(named: dict[str, MergeRecipe]) -> dict[str, MergeRecipe]:
 
 def write_spec(spec: WatchSpec) -> None:
     """Leaves the spec in its folder, where a prune finds it."""
-    fresh = spec.out / f".{SPEC}.new"
-    fresh.write_text(json.dumps(spec.to_json(), indent=2) + "\n", encoding="utf-8")
-    fresh.replace(spec.out / SPEC)
+    replace_text(spec.out / SPEC, json.dumps(spec.to_json(), indent=2) + "\n")
 
 
 def read_spec(out: Path) -> WatchSpec | None:

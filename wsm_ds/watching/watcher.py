@@ -24,11 +24,13 @@ from wsm_ds.errors import (
     WsmError,
     few,
 )
+from wsm_ds.filesystem.durable import replace_text
+from wsm_ds.filesystem.locks import hold_lock
 from wsm_ds.layouts.run import deleted_steps
 from wsm_ds.merging import plan_merge, run_plan
 from wsm_ds.planning.plan import Plan
 from wsm_ds.planning.recipe import MergeRecipe
-from wsm_ds.publishing.staging_folder import discard, held, write_text
+from wsm_ds.publishing.staging_folder import discard
 from wsm_ds.reporting.progress import Progress, Style
 from wsm_ds.sizes import format_size
 from wsm_ds.watching.commands import Commands, Merged
@@ -83,7 +85,7 @@ def watch(
         OSError: with `is_once`, what another look might get over.
     """
     spec.out.mkdir(parents=True, exist_ok=True)
-    with held(spec.out / LOCK, f"another watch merges into {spec.out}"), Commands(options.command) as commands:
+    with hold_lock(spec.out / LOCK, f"another watch merges into {spec.out}"), Commands(options.command) as commands:
         write_spec(spec)
         watcher = _Watcher(spec, options, commands)
         yield Event(
@@ -275,10 +277,8 @@ class _Watcher:
             "error": type(error).__name__,
             "message": str(error),
         }
-        path = self.spec.refusal(window.end, window.name)
-        fresh = path.with_name(f".{path.name}.new")
-        write_text(fresh, json.dumps(values | {"sources": window.steps, "time": time.time()}, indent=2) + "\n")
-        fresh.replace(path)
+        text = json.dumps(values | {"sources": window.steps, "time": time.time()}, indent=2) + "\n"
+        replace_text(self.spec.refusal(window.end, window.name), text)
         self.counts["refused"] += 1
         self.resolved.add((window.end, window.name))
         return Event("refused", f"step {window.end} {window.name} is refused: {error}", values)

@@ -13,7 +13,7 @@ from wsm_ds.layouts.layout import Table, TableBuilder, TensorInfo
 from wsm_ds.outputs.resharding.form import Form
 from wsm_ds.outputs.resharding.groups import in_partition_order, subgroups
 from wsm_ds.outputs.resharding.optimizer_file import alignment_paddings, partition_size
-from wsm_ds.planning.intersect import line_of, order_of, places
+from wsm_ds.planning.intersect import line_of, locate, order_of
 
 PADDING = -1.0
 Groups = list[list[int]]  # numbers of elements of each parameter
@@ -118,11 +118,11 @@ def test_every_rank_of_every_form_gets_its_elements_from_every_other_form(
     numels = np.array([numel for group in groups for numel in group], dtype=np.int64)
     base = line_of(numels)
     order = order_of([out_table], base)
-    targets = list(places(order, out_table, base).parts(0, int(order.starts[-1])))
+    targets = list(locate(order, out_table, base).within(0, int(order.starts[-1])))
     for k, flats in enumerate(held):
         made = [np.full(length, PADDING) for length in lengths]
         line = np.empty(int(order.starts[-1]))
-        for element, numel, file, offset in places(order, tables[k], base).parts(0, len(line)):
+        for element, numel, file, offset in locate(order, tables[k], base).within(0, len(line)):
             line[element : element + numel] = flats[file][offset // 4 : offset // 4 + numel]
         for element, numel, file, offset in targets:
             made[file][offset // 4 : offset // 4 + numel] = line[element : element + numel]

@@ -169,7 +169,7 @@ def cuts(form: Form, groups: tuple[Group, ...], layout: Layout) -> list[list[lis
 
 
 @dataclass(frozen=True)
-class WantedForm:
+class RequestedForm:
     """What a recipe asks for; None leaves it as it is. `like` is a checkpoint's folder, RUN/TAG."""
 
     is_universal: bool = False
@@ -180,7 +180,7 @@ class WantedForm:
     like: Path | None = None
 
 
-def target_form(origin: Origin, wanted: WantedForm, allowed_globals: frozenset[str]) -> Form | None:
+def target_form(origin: Origin, wanted: RequestedForm, allowed_globals: frozenset[str]) -> Form | None:
     """The form of `wanted.like`, or the origin's with what is wanted changed; None for a universal checkpoint.
 
     Raises:

@@ -19,7 +19,7 @@ from wsm_ds.outputs.resharding.groups import Group
 from wsm_ds.outputs.resharding.model_file import model_tree
 from wsm_ds.outputs.resharding.optimizer_file import entry, scaling
 from wsm_ds.outputs.resharding.placeholders import room
-from wsm_ds.outputs.torch_template import Rewritten, inputs_of, rewritten
+from wsm_ds.outputs.torch_template import TorchTemplate, inputs_of, make_torch_template
 from wsm_ds.planning.plan import Template
 from wsm_ds.torchfile import TorchFile
 
@@ -49,12 +49,12 @@ def universal_templates(
     if lost:
         log.warning("DeepSpeed's universal loading does not restore buffers and frozen parameters: %s", few(lost))
     builder = TableBuilder()
-    made: list[Rewritten] = []
+    made: list[TorchTemplate] = []
     for stage, name in MODEL_FILES.items():
         tree = model_tree(origin, replace(origin.form, stage=stage), 0)
         if stage == 3:  # counters and client state only: whole weights are in the other file, fragments nowhere
             tree |= {"module": OrderedDict(), "frozen_param_fragments": None}
-        made.append(rewritten(name, tree, origin.models[0].archive, inputs, allowed_globals))
+        made.append(make_torch_template(name, tree, origin.models[0].archive, inputs, allowed_globals))
     _place_module(builder, origin, made[0].file)
     like = origin.optimizer.archive
     numbers = {name: number for number, name in enumerate(layout.tensors)}
@@ -66,14 +66,16 @@ def universal_templates(
                 tensor = room(dtype, info.shape)
                 file = "fp32" if kind == "master" else kind
                 tree = {"cat_dim": 0, "param": tensor}
-                part = rewritten(f"{folder}/{file}.pt", tree, like, inputs, allowed_globals)
+                part = make_torch_template(f"{folder}/{file}.pt", tree, like, inputs, allowed_globals)
                 offset = part.file.byte_offset(part.file.tree["param"])
                 builder.add(kind, numbers[name], 0, info.numel, file=len(made), offset=offset, dtype=dtype)
                 made.append(part)
             if "step" in group.states:
-                made.append(rewritten(f"{folder}/step.pt", group.states["step"], like, inputs, allowed_globals))
+                made.append(
+                    make_torch_template(f"{folder}/step.pt", group.states["step"], like, inputs, allowed_globals)
+                )
     tree = _optimizer_state(origin)
-    made.append(rewritten("zero/optimizer_state.pt", tree, like, inputs, allowed_globals))
+    made.append(make_torch_template("zero/optimizer_state.pt", tree, like, inputs, allowed_globals))
     return [part.template for part in made], builder.tables()
 
 

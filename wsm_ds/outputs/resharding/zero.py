@@ -6,7 +6,7 @@ from wsm_ds.layouts.rank_files import RankFiles
 from wsm_ds.outputs.resharding.form import Form, Origin
 from wsm_ds.outputs.resharding.model_file import model_tree
 from wsm_ds.outputs.resharding.optimizer_file import optimizer_tree
-from wsm_ds.outputs.torch_template import Rewritten, inputs_of, rewritten
+from wsm_ds.outputs.torch_template import TorchTemplate, inputs_of, make_torch_template
 from wsm_ds.planning.plan import Template
 
 
@@ -21,17 +21,17 @@ def zero_templates(
     """
     inputs = inputs_of(origin.layout, first_input)
     ranks = range(form.world_size)
-    models: dict[int, Rewritten] = {}
-    optims: dict[int, Rewritten] = {}
+    models: dict[int, TorchTemplate] = {}
+    optims: dict[int, TorchTemplate] = {}
     prefix = "bf16_" if origin.has_bf16_enabled else ""
     for rank in ranks if form.stage == 3 else (0,):
         name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if form.stage == 3 else "mp_rank_00_model_states.pt"
         tree, like = model_tree(origin, form, rank), origin.models[0].archive
-        models[rank] = rewritten(name, tree, like, inputs, allowed_globals)
+        models[rank] = make_torch_template(name, tree, like, inputs, allowed_globals)
     for rank in ranks:
         name = f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         tree, like = optimizer_tree(origin, form, rank, keeps_states), origin.optimizer.archive
-        optims[rank] = rewritten(name, tree, like, inputs, allowed_globals)
+        optims[rank] = make_torch_template(name, tree, like, inputs, allowed_globals)
     made = [*models.values(), *optims.values()]
     layout = origin.layout
     files = RankFiles(
