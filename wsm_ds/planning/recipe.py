@@ -93,7 +93,7 @@ class MergeRecipe(BaseModel):
     def _bytes(cls, value: int | str) -> int:
         nbytes = parse_size(value)
         if nbytes < 1:
-            raise ValueError("at least one byte is needed")
+            raise ValueError(f"at least one byte is needed, found {value!r}")
         return nbytes
 
     @field_validator("rename")
@@ -113,8 +113,8 @@ class MergeRecipe(BaseModel):
         if [self.last is not None, by_range, self.tags is not None].count(True) != 1:
             found = self._found("last", "from_step", "to_step", "tags")
             raise ValueError(
-                "choose the window in exactly one way: last (with to_step, if it does not end at the newest "
-                f"checkpoint), from_step with to_step, or tags; found {found}"
+                "choose the window in exactly one way: last (--last N; with to_step, --to, if it does not end at the "
+                f"newest checkpoint), from_step with to_step (--from A --to B), or tags (--tags A,B); found {found}"
             )
         if by_range and (self.from_step is None or self.to_step is None or self.from_step > self.to_step):
             raise ValueError(
@@ -126,7 +126,8 @@ class MergeRecipe(BaseModel):
     @model_validator(mode="after")
     def _check_coefficients(self) -> "MergeRecipe":
         if (self.curve is None) == (self.coefficients is None):
-            raise ValueError(f"give either a curve or coefficients; found {self._found('curve', 'coefficients')}")
+            found = self._found("curve", "coefficients")
+            raise ValueError(f"give either a curve or coefficients (--curve, --coefficients); found {found}")
         if self.coefficients is not None and self.floor:
             raise ValueError(
                 f"floor ({self.floor}) belongs to a curve, and coefficients are used as they are; remove one of them"
@@ -197,7 +198,7 @@ def make_recipe(**values: Any) -> MergeRecipe:
 
 def _fault(kind: str, keys: tuple[int | str, ...], message: str, value: object) -> str:
     """One fault that pydantic found, in words for a user who knows the keys or the flags of a recipe."""
-    message = message.removeprefix("Value error, ")
+    message = message.removeprefix("Value error, ")  # pydantic's words before those of a validator
     if not keys:
         return message
     key = str(keys[0])
@@ -207,7 +208,9 @@ def _fault(kind: str, keys: tuple[int | str, ...], message: str, value: object) 
     where = f"{'.'.join(map(str, keys))} ({FLAGS.get(key, '--' + key.replace('_', '-'))})"
     if kind == "missing":
         return f"{where} is missing: give {REQUIRED[key]}"
-    return f"{where}: {message}, found {brief(str(value) if isinstance(value, Path) else value)}"
+    if kind == "value_error":  # of our validators, which show the value themselves
+        return f"{where}: {message.removesuffix('.')}"
+    return f"{where}: {message}, found {brief(value)}"
 
 
 SWEPT = {"last": "last{}", "to_step": "to{}", "curve": "{}", "floor": "floor{}", "format": "{}"}
