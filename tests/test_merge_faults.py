@@ -198,7 +198,7 @@ def test_wrong_recipes_say_what_is_wrong(run: Path, tmp_path: Path) -> None:
             make_recipe(**{"run": run, "out": tmp_path / "o", "curve": "linear"} | values)
     refused(run, WindowError, "4 complete checkpoints were asked for, 3 are there", last=4)
     refused(run, WindowError, "no checkpoint from step 7 to 9", last=None, from_step=7, to_step=9)
-    refused(run, WindowError, "2 coefficients were given for 3", curve=None, coefficients=(0.5, 0.5))
+    refused(run, WindowError, "2 were given for 3 checkpoints, steps 2, 4, 6", curve=None, coefficients=(0.5, 0.5))
     refused(
         run, WindowError, "step 4 is in the window more than once", last=None, tags=("global_step4", "global_step4")
     )
