@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from wsm_ds.distributed.ranks import local_world_size
 from wsm_ds.errors import RecipeError
 from wsm_ds.filesystem.small_files import read_small
+from wsm_ds.planning.recipe_errors import unknown_key, validation_sentences
 from wsm_ds.sizes import parse_size
 
 Allowance = Literal["warmup", "lr-change"]
@@ -100,24 +101,24 @@ class MergeRecipe(BaseModel):
     def _consistent(self) -> "MergeRecipe":
         by_range = self.from_step is not None or (self.to_step is not None and self.last is None)
         if [self.last is not None, by_range, self.tags is not None].count(True) != 1:
-            raise ValueError("choose the window by exactly one of: last (and to_step), from_step with to_step, tags")
+            raise ValueError("choose the window by one of: `last` (and `to_step`), `from_step` with `to_step`, `tags`")
         if by_range and (self.from_step is None or self.to_step is None or self.from_step > self.to_step):
-            raise ValueError("from_step and to_step go together, from_step <= to_step")
+            raise ValueError("`from_step` and `to_step` go together, and `from_step` is not larger")
         if (self.curve is None) == (self.coefficients is None):
-            raise ValueError("give either a curve or coefficients")
+            raise ValueError("give either `curve` or `coefficients`")
         if self.coefficients is not None and self.floor:
-            raise ValueError("floor belongs to a curve; coefficients are taken as they are")
+            raise ValueError("`floor` belongs to a curve; `coefficients` are taken as they are")
         if self.dtype is not None and self.format != "safetensors":
-            raise ValueError(f"dtype is for safetensors; a {self.format} output keeps the run's precision")
+            raise ValueError(f"`dtype` is for safetensors; a {self.format} output keeps the run's precision")
         shape = [self.world_size, self.stage, self.sub_group_size]
         if self.format != "zero" and (self.like is not None or any(value is not None for value in shape)):
-            raise ValueError("world_size, stage, sub_group_size and like are for zero outputs")
+            raise ValueError("`world_size`, `stage`, `sub_group_size` and `like` are for zero outputs")
         if self.like is not None and any(value is not None for value in shape):
-            raise ValueError("like decides world_size, stage and sub_group_size; give one or the other")
+            raise ValueError("`like` decides `world_size`, `stage` and `sub_group_size`; give one or the other")
         if self.rename and self.format != "safetensors":
-            raise ValueError(f"rename is for safetensors; a {self.format} output keeps the run's names")
+            raise ValueError(f"`rename` is for safetensors; a {self.format} output keeps the run's names")
         if self.optimizer_states != "carry" and self.format == "safetensors":
-            raise ValueError("optimizer_states is for zero; safetensors holds no optimizer states")
+            raise ValueError("`optimizer_states` is for zero; safetensors holds no optimizer states")
         if self.optimizer_states == "drop" and self.format == "universal":
             raise ValueError("a universal checkpoint without optimizer states is not loaded by DeepSpeed; keep them")
         return self
@@ -127,13 +128,13 @@ def make_recipe(**values: Any) -> MergeRecipe:
     """A validated recipe; None means not given.
 
     Raises:
-        RecipeError: with every fault that was found.
+        RecipeError: with every fault that was found: the key in backticks, the value, and what is allowed.
     """
     try:
         return MergeRecipe(**{key: value for key, value in values.items() if value is not None})
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()]
-        raise RecipeError("the recipe is not valid: " + "; ".join(faults)) from error
+        faults = validation_sentences(error, MergeRecipe.model_fields)
+        raise RecipeError(f"the recipe is not valid: {faults}") from error
 
 
 SWEPT = {"last": "last{}", "to_step": "to{}", "curve": "{}", "floor": "floor{}", "format": "{}"}
@@ -151,15 +152,15 @@ def make_recipes(*, named: Collection[str] = (), **values: Any) -> tuple[MergeRe
         values: those of a recipe file.
 
     Raises:
-        RecipeError: with every fault that was found.
+        RecipeError: with every fault that was found: the key in backticks, the value, and what is allowed.
     """
     common = {key: value for key, value in values.items() if value is not None and key != "outputs"}
     entries = [{}] if values.get("outputs") is None else values["outputs"]
     if not isinstance(entries, list | tuple) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise RecipeError("the recipe is not valid: outputs: a list of mappings is needed")
+        raise RecipeError("the recipe is not valid: `outputs`: a list of mappings is needed")
     for mapping in (common, *entries):
         if not isinstance(mapping.get("out", ""), str | Path):
-            raise RecipeError("the recipe is not valid: out: the path of a folder is needed")
+            raise RecipeError("the recipe is not valid: `out`: the path of a folder is needed")
     recipes: list[MergeRecipe] = []
     for entry in entries:
         own = common | entry
@@ -177,9 +178,9 @@ def _combinations(values: dict[str, Any], named: Collection[str]) -> Iterator[di
     lists |= {name: [values[name]] for name in SWEPT if name in named and name in values and name not in lists}
     for name, found in lists.items():
         if not all(isinstance(value, str | int | float) for value in found):
-            raise RecipeError(f"the recipe is not valid: {name}: a list of plain values is needed")
+            raise RecipeError(f"the recipe is not valid: `{name}`: a list of plain values is needed")
         if not found or len(set(map(str, found))) < len(found):
-            raise RecipeError(f"the recipe is not valid: {name}: an empty list, or a value twice")
+            raise RecipeError(f"the recipe is not valid: `{name}`: an empty list, or a value twice")
     for combination in product(*lists.values()):
         chosen = dict(zip(lists, combination, strict=True))
         is_named = {name: name in named or len(found) > 1 for name, found in lists.items()}
@@ -221,7 +222,7 @@ def load_values(path: Path, **overrides: Any) -> dict[str, Any]:
     )
     unknown = sorted({str(key) for mapping in given for key in mapping} - known)
     if unknown:
-        raise RecipeError(f"the recipe {path} has unknown names {unknown}; known are {sorted(known)}.")
+        raise RecipeError(f"the recipe {path} is not valid: {'; '.join(unknown_key(key, known) for key in unknown)}")
     return values | {key: value for key, value in overrides.items() if value is not None}
 
 
