@@ -184,15 +184,15 @@ def test_a_file_of_another_save_is_named(run: Path, name: str, words: str) -> No
 
 def test_wrong_recipes_say_what_is_wrong(run: Path, tmp_path: Path) -> None:
     for values, words in (
-        ({"last": 3, "tags": ("a",)}, "exactly one way: .* found last=3, tags="),
-        ({"last": 3, "curve": None}, "either a curve or coefficients"),
-        ({"last": 0}, r"last \(--last\): Input should be greater than or equal to 1, found 0"),
-        ({"last": 3, "dtype": "bf16"}, r"dtype \(bf16\) is for safetensors"),
+        ({"last": 3, "tags": ("a",)}, "choose the window by one of: .*found `last` 3, `tags` "),
+        ({"last": 3, "curve": None}, "either `curve` or `coefficients`; found none of them"),
+        ({"last": 0}, "`last` must be at least 1, not 0"),
+        ({"last": 3, "dtype": "bf16"}, r"`dtype` \(bf16\) is for safetensors"),
         ({"last": 3, "memory_budget": "lots"}, "'lots' is not a size"),
-        ({"last": 3, "colour": "red"}, "there is no key 'colour'"),
-        ({"last": 3, "thread": 1}, "do you mean threads"),
-        ({"last": "two"}, r"last \(--last\): .*, found 'two'"),
-        ({"last": 3, "out": None}, r"out \(--out\) is missing: give the folder to make"),
+        ({"last": 3, "colour": "red"}, "'colour' is not a key of a recipe"),
+        ({"last": 3, "thread": 1}, "did you mean 'threads'"),
+        ({"last": "two"}, "`last` must be a whole number, not 'two'"),
+        ({"last": 3, "out": None}, "`out` is missing"),
     ):
         with pytest.raises(RecipeError, match=words):
             make_recipe(**{"run": run, "out": tmp_path / "o", "curve": "linear"} | values)

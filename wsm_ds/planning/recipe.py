@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Collection, Iterator
-from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from wsm_ds.distributed.ranks import local_world_size
 from wsm_ds.errors import RecipeError, brief, few
 from wsm_ds.filesystem.small_files import read_small
+from wsm_ds.planning.recipe_errors import unknown_key, validation_sentences
 from wsm_ds.sizes import parse_size
 
 Allowance = Literal["warmup", "lr-change"]
@@ -20,9 +20,6 @@ MAX_RANKS = 1 << 17
 """Ranks of an output: more than any cluster has. A mistyped number must not fill the memory with a plan."""
 MAX_OUTPUTS = 1000
 """Outputs of one recipe: its lists multiply, and a mistyped list must not fill the memory with plans."""
-FLAGS = {"run": "RUN", "from_step": "--from", "to_step": "--to", "allow_globals": "--allow-global"}
-"""Keys whose argument on the command line is not simply `--key`."""
-REQUIRED = {"run": "the run's folder (DeepSpeed's save_dir)", "out": "the folder to make"}
 
 
 class MergeRecipe(BaseModel):
@@ -113,12 +110,12 @@ class MergeRecipe(BaseModel):
         if [self.last is not None, by_range, self.tags is not None].count(True) != 1:
             found = self._found("last", "from_step", "to_step", "tags")
             raise ValueError(
-                "choose the window in exactly one way: last (--last N; with to_step, --to, if it does not end at the "
-                f"newest checkpoint), from_step with to_step (--from A --to B), or tags (--tags A,B); found {found}"
+                "choose the window by one of: `last` (with `to_step`, if it does not end at the newest checkpoint), "
+                f"`from_step` with `to_step`, `tags`; found {found}"
             )
         if by_range and (self.from_step is None or self.to_step is None or self.from_step > self.to_step):
             raise ValueError(
-                "from_step (--from) and to_step (--to) go together, and from_step is not greater than to_step; found "
+                "`from_step` and `to_step` go together, and `from_step` is not larger; found "
                 f"{self._found('from_step', 'to_step')}"
             )
         return self
@@ -127,10 +124,10 @@ class MergeRecipe(BaseModel):
     def _check_coefficients(self) -> "MergeRecipe":
         if (self.curve is None) == (self.coefficients is None):
             found = self._found("curve", "coefficients")
-            raise ValueError(f"give either a curve or coefficients (--curve, --coefficients); found {found}")
+            raise ValueError(f"give either `curve` or `coefficients`; found {found}")
         if self.coefficients is not None and self.floor:
             raise ValueError(
-                f"floor ({self.floor}) belongs to a curve, and coefficients are used as they are; remove one of them"
+                f"`floor` ({self.floor}) belongs to a curve, `coefficients` are used as they are; remove one of them"
             )
         return self
 
@@ -139,22 +136,22 @@ class MergeRecipe(BaseModel):
         if self.format != "safetensors":
             if self.dtype is not None:
                 raise ValueError(
-                    f"dtype ({self.dtype}) is for safetensors, a {self.format} output keeps the run's precision; "
-                    "remove it, or set format to safetensors"
+                    f"`dtype` ({self.dtype}) is for safetensors; a {self.format} output keeps the run's precision; "
+                    "remove it, or set `format` to safetensors"
                 )
             if self.rename:
                 raise ValueError(
-                    f"rename is for safetensors, a {self.format} output keeps the run's names; remove it, or set "
-                    "format to safetensors"
+                    f"`rename` is for safetensors; a {self.format} output keeps the run's names; remove it, or set "
+                    "`format` to safetensors"
                 )
         if self.optimizer_states != "carry" and self.format == "safetensors":
             raise ValueError(
-                f"optimizer_states ({self.optimizer_states}) is for zero and universal outputs, safetensors hold no "
+                f"`optimizer_states` ({self.optimizer_states}) is for zero and universal outputs, safetensors hold no "
                 "optimizer states; remove it"
             )
         if self.optimizer_states == "drop" and self.format == "universal":
             raise ValueError(
-                "optimizer_states (drop) is for zero outputs: DeepSpeed does not load a universal checkpoint without "
+                "`optimizer_states` (drop) is for zero outputs: DeepSpeed does not load a universal checkpoint without "
                 "optimizer states; carry or merge them"
             )
         return self
@@ -165,19 +162,20 @@ class MergeRecipe(BaseModel):
         has_form = form != "none of them"
         if self.format != "zero" and (self.like is not None or has_form):
             raise ValueError(
-                "world_size, stage, sub_group_size and like are for zero outputs; found "
-                f"{self._found('world_size', 'stage', 'sub_group_size', 'like')} with format {self.format}"
+                "`world_size`, `stage`, `sub_group_size` and `like` are for zero outputs; found "
+                f"{self._found('world_size', 'stage', 'sub_group_size', 'like')} with `format` {self.format}"
             )
         if self.like is not None and has_form:
             raise ValueError(
-                f"like ({self.like}) decides world_size, stage and sub_group_size; found {form}; give one or the other"
+                f"`like` ({self.like}) decides `world_size`, `stage` and `sub_group_size`; found {form}; "
+                "give one or the other"
             )
         return self
 
     def _found(self, *keys: str) -> str:
         """The keys that are set, with their values, for an error message."""
         values = {key: getattr(self, key) for key in keys}
-        return ", ".join(f"{key}={value}" for key, value in values.items() if value is not None) or "none of them"
+        return ", ".join(f"`{key}` {value}" for key, value in values.items() if value is not None) or "none of them"
 
 
 def make_recipe(**values: Any) -> MergeRecipe:
@@ -192,25 +190,8 @@ def make_recipe(**values: Any) -> MergeRecipe:
     try:
         return MergeRecipe(**{key: value for key, value in values.items() if value is not None})
     except ValidationError as error:
-        faults = [_fault(fault["type"], fault["loc"], fault["msg"], fault["input"]) for fault in error.errors()]
-        raise RecipeError("the recipe is not valid: " + "; ".join(faults)) from error
-
-
-def _fault(kind: str, keys: tuple[int | str, ...], message: str, value: object) -> str:
-    """One fault that pydantic found, in words for a user who knows the keys or the flags of a recipe."""
-    message = message.removeprefix("Value error, ")  # pydantic's words before those of a validator
-    if not keys:
-        return message
-    key = str(keys[0])
-    if kind == "extra_forbidden":
-        guesses = get_close_matches(key, MergeRecipe.model_fields, 1)
-        return f"there is no key {brief(key)}" + (f"; do you mean {guesses[0]}?" if guesses else "")
-    where = f"{'.'.join(map(str, keys))} ({FLAGS.get(key, '--' + key.replace('_', '-'))})"
-    if kind == "missing":
-        return f"{where} is missing: give {REQUIRED[key]}"
-    if kind == "value_error":  # of our validators, which show the value themselves
-        return f"{where}: {message.removesuffix('.')}"
-    return f"{where}: {message}, found {brief(value)}"
+        faults = validation_sentences(error, MergeRecipe.model_fields)
+        raise RecipeError(f"the recipe is not valid: {faults}") from error
 
 
 SWEPT = {"last": "last{}", "to_step": "to{}", "curve": "{}", "floor": "floor{}", "format": "{}"}
@@ -239,11 +220,11 @@ def make_recipes(*, always_named: Collection[str] = (), **values: Any) -> tuple[
     common = {key: value for key, value in values.items() if value is not None and key != "outputs"}
     entries = [{}] if values.get("outputs") is None else values["outputs"]
     if not isinstance(entries, list | tuple) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise RecipeError(f"the recipe is not valid: outputs: a list of mappings is needed, found {brief(entries)}")
+        raise RecipeError(f"the recipe is not valid: `outputs`: a list of mappings is needed, found {brief(entries)}")
     for mapping in (common, *entries):
         if not isinstance(mapping.get("out", ""), str | Path):
             raise RecipeError(
-                f"the recipe is not valid: out (--out): the path of a folder is needed, found {brief(mapping['out'])}"
+                f"the recipe is not valid: `out`: the path of a folder is needed, found {brief(mapping['out'])}"
             )
     recipes: list[MergeRecipe] = []
     for entry in entries:
@@ -267,10 +248,10 @@ def _combinations(values: dict[str, Any], always_named: Collection[str]) -> Iter
     for key, options in lists.items():
         if not all(isinstance(value, str | int | float) for value in options):
             kinds = few(brief(value) for value in options)
-            raise RecipeError(f"the recipe is not valid: {key}: a list of plain values is needed, found {kinds}")
+            raise RecipeError(f"the recipe is not valid: `{key}`: a list of plain values is needed, found {kinds}")
         if not options or len(set(map(str, options))) < len(options):
             raise RecipeError(
-                f"the recipe is not valid: {key}: the list is empty or has a value twice, found [{few(options)}]"
+                f"the recipe is not valid: `{key}`: the list is empty or has a value twice, found [{few(options)}]"
             )
     for combination in product(*lists.values()):
         value_of = dict(zip(lists, combination, strict=True))
@@ -319,7 +300,7 @@ def load_values(path: Path, **overrides: Any) -> dict[str, Any]:
     known = {*MergeRecipe.model_fields, "outputs"}
     unknown = sorted({str(key) for mapping in mappings for key in mapping} - known)
     if unknown:
-        raise RecipeError(f"the recipe {path} has the unknown keys {unknown}; known are {sorted(known)}.")
+        raise RecipeError(f"the recipe {path} is not valid: {'; '.join(unknown_key(key, known) for key in unknown)}")
     return values | {key: value for key, value in overrides.items() if value is not None}
 
 

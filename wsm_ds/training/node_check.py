@@ -107,27 +107,49 @@ def check_accelerators(count: int) -> str:
     return f"{found} accelerators"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m wsm_ds.training.node_check", description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--accelerators", type=int, metavar="N", help="how many have to be visible")
-    parser.add_argument("--free-bytes", metavar="SIZE", help="free on RUN's storage: 500GB, 2TiB")
-    parser.add_argument("--rendezvous", action="append", default=[], metavar="HOST:PORT", help="to be reached")
-    options = parser.parse_args(arguments)
-    host, found = socket.gethostname(), []
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `run`, for `wsm-ds check-node` and for this module as a program."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of the training run; made if it is missing")
+    parser.add_argument("--accelerators", type=int, metavar="N", help="number of accelerators that must be visible")
+    parser.add_argument("--free-bytes", metavar="SIZE", help="free space that RUN's storage must have: 500GB, 2TiB")
+    parser.add_argument(
+        "--rendezvous",
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help="an address that the node must reach; may be given several times",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Checks this node and prints one line, "HOST: fit: FACTS" or "HOST: unfit: REASON".
+
+    Args:
+        options: the parsed arguments of `add_arguments`.
+
+    Returns:
+        The exit code: 0 if the node is fit, else 3.
+    """
+    host, facts = socket.gethostname(), []
     try:
-        found.append(check_folder(options.run))
+        facts.append(check_folder(options.run))
         if options.free_bytes is not None:
-            found.append(check_free(options.run, parse_size(options.free_bytes)))
-        found += [check_rendezvous(address) for address in options.rendezvous]
+            facts.append(check_free(options.run, parse_size(options.free_bytes)))
+        facts += [check_rendezvous(address) for address in options.rendezvous]
         if options.accelerators is not None:
-            found.append(check_accelerators(options.accelerators))
+            facts.append(check_accelerators(options.accelerators))
     except WsmError as error:
         print(f"{host}: unfit: {error}", flush=True)
         return 3
-    print(f"{host}: fit: {', '.join(found)}", flush=True)
+    print(f"{host}: fit: {', '.join(facts)}", flush=True)
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs `python -m wsm_ds.training.node_check`; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m wsm_ds.training.node_check", description=__doc__.split("\n")[0])
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

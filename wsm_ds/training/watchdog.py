@@ -135,15 +135,30 @@ def watch(run: Path, *, timeout_s: float, start_timeout_s: float, stop: threadin
         stop.wait(POLL_S)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m wsm_ds.training.watchdog", description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--timeout-s", type=float, required=True, help="longest time between two steps")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `run`, for `wsm-ds watchdog` and for this module as a program."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of the training run")
     parser.add_argument(
-        "--start-timeout-s", type=float, default=1800.0, help="until all ranks have begun; default %(default)g"
+        "--timeout-s", type=float, required=True, metavar="S", help="longest time between two steps of a rank"
     )
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--start-timeout-s",
+        type=float,
+        default=1800.0,
+        metavar="S",
+        help="longest time until all ranks have sent a heartbeat (default %(default)g)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Watches until the attempt is done, or SIGTERM comes, or a rank is silent for too long.
+
+    Args:
+        options: the parsed arguments of `add_arguments`.
+
+    Returns:
+        The exit code: 0, or 3 with a message on stderr.
+    """
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
     try:
@@ -152,6 +167,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"watchdog: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 3
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs `python -m wsm_ds.training.watchdog`; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m wsm_ds.training.watchdog", description=__doc__.split("\n")[0])
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":
