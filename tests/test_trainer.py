@@ -172,7 +172,7 @@ def test_names_are_changed_by_rules_and_never_made_equal(trained: Trained, tmp_p
         merge(**common, rename={".*proj.*": "x"})
     with pytest.raises(RecipeError, match="not a regular expression"):
         merge(**common, rename={"(": "x"})
-    with pytest.raises(RecipeError, match="rename is for safetensors"):
+    with pytest.raises(RecipeError, match="`rename` is for safetensors"):
         merge(**common | {"format": "zero"}, rename={"a": "b"})
     with pytest.raises(RecipeError, match=r"nothing\.json is not a file"):
         merge(**common, include=(run / "nothing.json",))

@@ -16,6 +16,7 @@ after any error.
 """
 
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class WsmError(Exception):
@@ -259,6 +260,16 @@ def brief(value: object) -> str:
     if isinstance(value, list | tuple | dict | set | frozenset):
         return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown `name`: the known one that resembles it most, or nothing.
+
+    >>> did_you_mean("cosin", ["linear", "cosine"])
+    " (did you mean 'cosine'?)"
+    """
+    matches = get_close_matches(str(name)[:100], known, n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 def one_line(text: str) -> str:

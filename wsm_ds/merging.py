@@ -22,7 +22,7 @@ from wsm_ds.outputs.resharding.form import RequestedForm
 from wsm_ds.outputs.safetensors import plan_safetensors
 from wsm_ds.outputs.trainer_files import trainer_files
 from wsm_ds.outputs.zero_checkpoint import OutputFiles, OutputWindow, plan_zero_checkpoint
-from wsm_ds.planning.plan import CopySegment, InputFile, Output, OutputFile, Plan, Source
+from wsm_ds.planning.plan import CopySegment, InputFile, InputNumber, Output, OutputFile, OutputNumber, Plan, Source
 from wsm_ds.planning.recipe import MergeRecipe, make_recipe
 from wsm_ds.planning.streams import ElementRequest, SourceTables, carry_streams, element_streams, source_tables
 from wsm_ds.planning.window import ReadLayout, Window, recorded_window, select_window, union_of
@@ -101,7 +101,7 @@ def plan_windows(
     inputs, outputs, wanted, parts = tables.inputs, list[OutputFile](), list[ElementRequest](), list[Output]()
     for part, (recipe, window) in enumerate(zip(recipes, windows, strict=True)):
         members = tuple(numbers[layout.path] for layout in window.layouts)
-        own = OutputWindow(part, members, tuple(window.coefficients.tolist()), len(outputs))
+        own = OutputWindow(OutputNumber(part), members, tuple(window.coefficients.tolist()), len(outputs))
         files, texts = _files(tables, own, recipe, any(map(_reads_states, recipes)))
         copies, copied = _beside(recipe, window.layouts[-1], own, files, texts, carried, len(inputs))
         outputs += [*files.files, *copies]
@@ -170,7 +170,7 @@ def _beside(
 
 
 def _included(
-    part: int, paths: tuple[Path, ...], first_input: int, taken: set[str]
+    part: OutputNumber, paths: tuple[Path, ...], first_input: int, taken: set[str]
 ) -> tuple[tuple[OutputFile, ...], tuple[InputFile, ...]]:
     """Files to be copied into the output's root, as outputs and as inputs."""
     outputs, inputs = [], []
@@ -180,7 +180,7 @@ def _included(
         taken = taken | {path.name}
         status = path.stat()
         inputs.append(InputFile(path.resolve(), status.st_size, status.st_mtime_ns))
-        pieces = (CopySegment(0, status.st_size, first_input + number, 0),) if status.st_size else ()
+        pieces = (CopySegment(0, status.st_size, InputNumber(first_input + number), 0),) if status.st_size else ()
         outputs.append(OutputFile(part, path.name, status.st_size, pieces, ()))
     return tuple(outputs), tuple(inputs)
 

@@ -50,13 +50,13 @@ def addresses(table: Table) -> dict[tuple[int, int], tuple[int, int]]:
 LAYOUT = st.tuples(st.sampled_from([flat_table, cut_table]), st.integers(1, 5))
 
 
-def elements(where: Places) -> list[tuple[int, int]]:
+def elements(places: Places) -> list[tuple[int, int]]:
     """(file, byte) of every element of a stream."""
-    found = [(NOWHERE, 0)] * int(where.starts[-1])
-    for element, numel, file, offset in where.within(0, len(found)):
-        for i in range(numel):
-            found[element + i] = (file, offset + 4 * i)
-    return found
+    addresses_of = [(NOWHERE, 0)] * int(places.starts[-1])
+    for place in places.within(0, len(addresses_of)):
+        for i in range(place.numel):
+            addresses_of[place.element + i] = (place.file, place.offset + 4 * i)
+    return addresses_of
 
 
 @given(
@@ -68,30 +68,30 @@ def elements(where: Places) -> list[tuple[int, int]]:
 def test_a_stream_finds_the_same_element_in_every_source_and_every_output(  # type: ignore[no-untyped-def]
     numels, out_layouts, source_layouts, random
 ) -> None:
-    outs = [make(numels, world_size) for make, world_size in out_layouts]
-    outs = [out[sorted(random.sample(range(len(out)), random.randint(1, len(out))))] for out in outs]
+    outputs = [make(numels, world_size) for make, world_size in out_layouts]
+    outputs = [out[sorted(random.sample(range(len(out)), random.randint(1, len(out))))] for out in outputs]
     sources = [make(numels, world_size) for make, world_size in source_layouts]
     base = line_of(np.array(numels, dtype=np.int64))
-    order = order_of(outs, base)
+    order = order_of(outputs, base)
     names = [
         (tensor, int(position - base[tensor]))
         for begin, end in zip(order.begin, order.end, strict=True)
         for position in range(begin, end)
         for tensor in [int(np.searchsorted(base, position, "right")) - 1]
     ]
-    assert sorted(names) == sorted({element for out in outs for element in addresses(out)})
-    for table in [*outs, *sources]:
-        wanted = addresses(table)
-        assert elements(locate(order, table, base)) == [wanted.get(name, (NOWHERE, 0)) for name in names]
-    first = [place for place in elements(locate(order, outs[0], base)) if place[0] != NOWHERE]
+    assert sorted(names) == sorted({element for out in outputs for element in addresses(out)})
+    for table in [*outputs, *sources]:
+        expected = addresses(table)
+        assert elements(locate(order, table, base)) == [expected.get(name, (NOWHERE, 0)) for name in names]
+    first = [place for place in elements(locate(order, outputs[0], base)) if place[0] != NOWHERE]
     assert first == sorted(first)
 
 
 def test_equal_layouts_are_one_run_a_partition() -> None:
     numels = [7, 30, 11, 100]
     table, base = flat_table(numels, 4), line_of(np.array(numels, dtype=np.int64))
-    found = locate(order_of([table], base), table, base)
-    assert found.starts.tolist() == [0, 37, 74, 111, 148]
+    places = locate(order_of([table], base), table, base)
+    assert places.starts.tolist() == [0, 37, 74, 111, 148]
 
 
 def test_elements_that_are_stored_twice_make_two_tables() -> None:
