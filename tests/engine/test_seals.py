@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from wsm_ds.engine import seals
 from wsm_ds.engine.seals import CrcFields, Fingerprint, block_count, block_of, block_range, block_sizes, read_seal
+from wsm_ds.filesystem import checksum
 from wsm_ds.planning.plan import CrcField, OutputFile
 
 NBYTES = 100
@@ -54,7 +55,7 @@ def test_a_seal_is_the_same_for_any_cuts_and_gives_the_crcs_of_the_fields(data: 
     for field in FIELDS:
         for position in field.positions:
             filled[position : position + 4] = b"\0\0\0\0"
-    digests = [seals.checksum.Hasher(bytes(filled[slice(*block_range(FILE, b))])).digest() for b in range(7)]
+    digests = [checksum.Hasher(bytes(filled[slice(*block_range(FILE, b))])).digest() for b in range(7)]
     assert [seal.digest for seal in sealed] == digests
 
 
