@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from forked import free_port
 
-from wsm_ds.distributed.ranks import Ranks, launched_ranks
+from wsm_ds.distributed.launcher import launched_ranks
+from wsm_ds.distributed.ranks import Ranks
 from wsm_ds.engine.tasks import share, tasks_of
 from wsm_ds.errors import RecipeError
 from wsm_ds.merging import merge, plan_merge

@@ -64,7 +64,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _carry_out(recipes: Sequence[Any], options: argparse.Namespace) -> int:
     """Plans and runs the merge: all ranks of a launcher do."""
-    from wsm_ds.distributed.ranks import launched_ranks
+    from wsm_ds.distributed.launcher import launched_ranks
     from wsm_ds.merging import plan_merge
     from wsm_ds.reporting.tables import plan_report
 

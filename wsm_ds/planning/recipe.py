@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from wsm_ds.distributed.ranks import local_world_size
+from wsm_ds.distributed.launcher import local_world_size
 from wsm_ds.errors import RecipeError
 from wsm_ds.filesystem.small_files import read_small
 from wsm_ds.sizes import parse_size

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.distributed.agreement import Agreement
+from wsm_ds.distributed.ranks import Ranks
 from wsm_ds.errors import BrokenCheckpoint, CheckpointNotFound, RecipeError, few
 from wsm_ds.filesystem.durable import move_into_place, replace_shared_text, sync_file
 from wsm_ds.layouts import Layout, find_checkpoints, read_layout
@@ -51,9 +51,7 @@ def newest_complete(run: Path) -> Layout | None:
     )
 
 
-def save_checkpoint(
-    engine: Any, job: JobFolder, attempt: int, agreement: Agreement, client_state: dict[str, Any]
-) -> Path:
+def save_checkpoint(engine: Any, job: JobFolder, attempt: int, ranks: Ranks, client_state: dict[str, Any]) -> Path:
     """Saves RUN/global_stepN, N being the engine's updates.
 
     Ranks: all. It takes two barriers beside DeepSpeed's own, so a save must not take longer than the process groups'
@@ -69,13 +67,13 @@ def save_checkpoint(
         raise RecipeError("a decoupled checkpoint writer saves later than it says; unset checkpoint.writer.")
     tag = f"global_step{engine.global_steps}"
     root = job.attempt_folder(attempt)
-    agreement.decided(lambda: _make_room(job, attempt, root / tag))
+    ranks.decide(lambda: _make_room(job, attempt, root / tag))
     save_random_states(root / tag, dist.get_rank())
     engine.save_checkpoint(str(root), tag=tag, client_state=client_state, save_latest=False)
     if int(os.environ["LOCAL_RANK"]) == 0:
         sync_files(root / tag)  # one process of each machine: what its kernel has not written yet
     dist.barrier()
-    agreement.decided(lambda: publish(job, attempt, tag))
+    ranks.decide(lambda: publish(job, attempt, tag))
     return job.run / tag
 
 

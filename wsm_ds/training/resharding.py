@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.distributed.ranks import Ranks, StoreRanks
+from wsm_ds.distributed.ranks import Ranks
 from wsm_ds.layouts import Layout
 from wsm_ds.merging import one_recipe, plan_merge, run_plan
 from wsm_ds.outputs.resharding.form import DEFAULT_SUB_GROUP_SIZE, zero_config
@@ -58,7 +58,7 @@ def resharded_folder(job: JobFolder, tag: str, shape: Shape) -> Path:
     return job.folder / f"resharded-{tag}-zero{shape.stage}-{shape.world_size}-ranks"
 
 
-def reshard_together(checkpoint: Path, shape: Shape, out: Path, *, store: Any, rank: int, world_size: int) -> None:
+def reshard_together(checkpoint: Path, shape: Shape, out: Path, ranks: Ranks) -> None:
     """Writes `checkpoint` in another form to `out`; goes on where a killed attempt stopped.
 
     Ranks: all.
@@ -68,7 +68,6 @@ def reshard_together(checkpoint: Path, shape: Shape, out: Path, *, store: Any, r
         InsufficientCapacity: the disk or the memory is too small.
         PeerFailed: another rank failed.
     """
-    ranks = StoreRanks(store, rank, world_size) if world_size > 1 else Ranks()
     with ranks.together():
         form = {"stage": shape.stage, "world_size": shape.world_size, "sub_group_size": shape.sub_group_size}
         recipe = one_recipe(checkpoint.parent, checkpoint.name, out, **form)
