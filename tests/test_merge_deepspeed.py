@@ -109,7 +109,7 @@ def test_safetensors_hold_the_rounded_merge_in_shards_with_an_index(
 
 def test_export_writes_one_file_of_the_chosen_dtype(runs: Path, tmp_path: Path) -> None:
     run = runs / "w2_s3_bf16"
-    export(run, "global_step4", tmp_path / "out", dtype="fp32")
+    export(run, tag="global_step4", out=tmp_path / "out", dtype="fp32")
     tensors = load_file(tmp_path / "out/model.safetensors")
     for name, wanted in merged_parameters([run / "global_step4"], [1.0], 3).items():
         assert torch.equal(tensors[name], wanted), name

@@ -185,7 +185,7 @@ def test_a_file_of_another_save_is_named(run: Path, name: str, words: str) -> No
 def test_wrong_recipes_say_what_is_wrong(run: Path, tmp_path: Path) -> None:
     for values, words in (
         ({"last": 3, "tags": ("a",)}, "exactly one of"),
-        ({"last": 3, "curve": None}, "either a curve or coefficients"),
+        ({"last": 3, "coefficients": (0.5, 0.3, 0.2)}, "either a curve or coefficients"),
         ({"last": 0}, "last: Input should be greater than or equal to 1"),
         ({"last": 3, "dtype": "bf16"}, "dtype is for safetensors"),
         ({"last": 3, "memory_budget": "lots"}, "'lots' is not a size"),

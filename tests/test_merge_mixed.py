@@ -72,7 +72,7 @@ def test_six_checkpoints_of_three_world_sizes_and_two_stages_merge_into_every_fo
         for name, value in wanted.items():
             held = torch.load(tmp_path / f"out/global_step6_universal/zero/{name}/fp32.pt")
             assert torch.equal(held["param"], value), name
-        export(tmp_path / "out", None, tmp_path / "model")
+        export(tmp_path / "out", out=tmp_path / "model")
     model = tmp_path / ("model" if form["format"] == "universal" else "out")
     tensors = load_file(model / "model.safetensors")
     assert all(torch.equal(tensors[name], value.bfloat16()) for name, value in wanted.items())

@@ -154,7 +154,7 @@ def test_a_run_without_trainer_carries_nothing_that_lies_about(trained: Trained,
 
 
 def test_a_resharded_trainer_folder_keeps_trainers_files(trained: Trained, tmp_path: Path) -> None:
-    reshard(trained[0] / "2True", "checkpoint-4", tmp_path / "out", world_size=3)
+    reshard(trained[0] / "2True", tag="checkpoint-4", out=tmp_path / "out", world_size=3)
     assert json.loads((tmp_path / "out/trainer_state.json").read_text())["global_step"] == 4
     assert len(list((tmp_path / "out/global_step4").glob("*_optim_states.pt"))) == 3
 

@@ -1,5 +1,6 @@
 """What a run's folder holds: every checkpoint, and whether it is whole."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,15 @@ class Inspected:
         return self.to_json() | {"tensors": tensors, "tied": self.layout.aliases}
 
 
-def inspect_run(run: Path, tag: str | None = None, allow_globals: frozenset[str] = frozenset()) -> list[Inspected]:
+def inspect_run(
+    run: str | os.PathLike[str], tag: str | None = None, allow_globals: frozenset[str] = frozenset()
+) -> list[Inspected]:
     """Reads the metadata of every checkpoint of `run`, or of the one called `tag`, oldest first.
 
     Raises:
         CheckpointNotFound: there is none.
     """
-    checkpoints = [find_tag(run, tag)] if tag else find_checkpoints(run)
+    checkpoints = [find_tag(Path(run), tag)] if tag else find_checkpoints(Path(run))
     return [_inspect(checkpoint, allow_globals) for checkpoint in checkpoints]
 
 

@@ -190,11 +190,11 @@ def test_windows_may_mix_data_parallel_degrees_and_stages(written: Path, tmp_pat
 def test_what_cannot_be_is_refused_by_name(written: Path, runs: Path, tmp_path: Path) -> None:
     source, out = written / "w4_s2", tmp_path / "out"
     with pytest.raises(UnsupportedLayout, match="do not say how each tensor is split"):
-        export(source, None, out)
+        export(source, out=out)
     with pytest.raises(UnsupportedLayout, match="it holds mp_rank_01_model_states"):
-        reshard(source, None, out, world_size=4)
+        reshard(source, out=out, world_size=4)
     with pytest.raises(UnsupportedLayout, match="it holds mp_rank_01_model_states"):
-        reshard(source, None, out, format="universal")
+        reshard(source, out=out, format="universal")
     run = tmp_path / "run"
     run.mkdir()
     (run / "global_step2").symlink_to(runs / "w2_s2_bf16/global_step2")

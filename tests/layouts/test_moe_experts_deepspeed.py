@@ -108,7 +108,7 @@ def test_every_expert_is_a_tensor_under_its_global_name(written: Path, tmp_path:
     """An export of the masters is compared with the module weights that DeepSpeed put beside them."""
     (found,) = inspect_run(written / name, "global_step4")
     assert found.layout is not None, found.problem
-    export(written / name, "global_step4", tmp_path / "out", dtype="fp32")
+    export(written / name, tag="global_step4", out=tmp_path / "out", dtype="fp32")
     tensors, said = load_file(tmp_path / "out/model.safetensors"), modules(written / name / "global_step4")
     assert set(tensors) == set(said)
     for fqn, value in said.items():

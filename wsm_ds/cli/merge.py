@@ -128,8 +128,8 @@ def _one_checkpoint(options: argparse.Namespace, **values: Any) -> int:
 
     recipe = one_recipe(
         options.run,
-        options.tag,
-        options.out,
+        out=options.out,
+        tag=options.tag,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
         memory_budget=options.memory_budget,

@@ -21,7 +21,7 @@ def require_disk(folder: Path, nbytes: int, files: int, what: str) -> None:
         raise InsufficientCapacity(f"{folder} has {found.f_favail} inodes free, {what} needs {files + INODES_BESIDE}.")
 
 
-def bytes_held(folder: Path) -> int:
+def disk_usage_bytes(folder: Path) -> int:
     """Bytes on the disk of all files below `folder`."""
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 

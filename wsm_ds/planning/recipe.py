@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from typing_extensions import Unpack
 
 from wsm_ds.distributed.launcher import local_world_size
 from wsm_ds.errors import RecipeError
 from wsm_ds.filesystem.small_files import read_small
+from wsm_ds.planning.recipe_options import RecipeOptions, SweepOptions
 from wsm_ds.sizes import parse_size
 
 Allowance = Literal["warmup", "lr-change"]
@@ -30,7 +32,8 @@ class MergeRecipe(BaseModel):
         last: the newest N complete checkpoints, up to `to_step` if that is given.
         from_step, to_step: all checkpoints with steps in this closed range.
         tags: checkpoints by name; their steps give the order.
-        curve: the decay curve to emulate ("linear", "cosine", "1-sqrt", "power:2", "ema:0.1", …).
+        curve: the decay curve to emulate ("linear", "cosine", "1-sqrt", "power:2", "ema:0.1", …); "linear" if neither
+            it nor `coefficients` is given.
         floor: the curve's final rate as a fraction of the peak, 0 to 1.
         coefficients: instead of a curve: one number a checkpoint, oldest first, summing to 1.
         oldest_interval: steps that the oldest checkpoint stands for; the median interval if not given.
@@ -96,6 +99,13 @@ class MergeRecipe(BaseModel):
                 raise ValueError(f"{pattern!r} → {replacement!r} is not a regular expression: {error}") from error
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_curve(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("curve") is None and values.get("coefficients") is None:
+            return values | {"curve": "linear"}
+        return values
+
     @model_validator(mode="after")
     def _consistent(self) -> "MergeRecipe":
         by_range = self.from_step is not None or (self.to_step is not None and self.last is None)
@@ -123,14 +133,15 @@ class MergeRecipe(BaseModel):
         return self
 
 
-def make_recipe(**values: Any) -> MergeRecipe:
+def make_recipe(**values: Unpack[RecipeOptions]) -> MergeRecipe:
     """A validated recipe; None means not given.
 
     Raises:
         RecipeError: with every fault that was found.
     """
+    given: dict[str, Any] = {key: value for key, value in values.items() if value is not None}
     try:
-        return MergeRecipe(**{key: value for key, value in values.items() if value is not None})
+        return MergeRecipe(**given)
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()]
         raise RecipeError("the recipe is not valid: " + "; ".join(faults)) from error
@@ -140,7 +151,7 @@ SWEPT = {"last": "last{}", "to_step": "to{}", "curve": "{}", "floor": "floor{}",
 """What may be a list of values, one output each, and what the output's folder is then called."""
 
 
-def make_recipes(*, named: Collection[str] = (), **values: Any) -> tuple[MergeRecipe, ...]:
+def make_recipes(*, named: Collection[str] = (), **values: Unpack[SweepOptions]) -> tuple[MergeRecipe, ...]:
     """The recipes of several outputs of one pass: every combination of the lists, for every entry of `outputs`.
 
     An entry of `outputs` counts before the common values; its `out` lies below the common one. Where a list has more
@@ -153,12 +164,12 @@ def make_recipes(*, named: Collection[str] = (), **values: Any) -> tuple[MergeRe
     Raises:
         RecipeError: with every fault that was found.
     """
-    common = {key: value for key, value in values.items() if value is not None and key != "outputs"}
+    common: dict[str, Any] = {key: value for key, value in values.items() if value is not None and key != "outputs"}
     entries = [{}] if values.get("outputs") is None else values["outputs"]
     if not isinstance(entries, list | tuple) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise RecipeError("the recipe is not valid: outputs: a list of mappings is needed")
     for mapping in (common, *entries):
-        if not isinstance(mapping.get("out", ""), str | Path):
+        if not isinstance(mapping.get("out", ""), str | os.PathLike):
             raise RecipeError("the recipe is not valid: out: the path of a folder is needed")
     recipes: list[MergeRecipe] = []
     for entry in entries:
@@ -189,7 +200,7 @@ def _combinations(values: dict[str, Any], named: Collection[str]) -> Iterator[di
         yield values | chosen | ({"out": Path(out) / folder} if out is not None and folder else {})
 
 
-def load_recipes(path: Path, **overrides: Any) -> tuple[MergeRecipe, ...]:
+def load_recipes(path: str | os.PathLike[str], **overrides: Unpack[SweepOptions]) -> tuple[MergeRecipe, ...]:
     """Recipes from a YAML file, see `make_recipes`; `overrides` that are not None count instead of the file's values.
 
     Raises:
@@ -198,7 +209,7 @@ def load_recipes(path: Path, **overrides: Any) -> tuple[MergeRecipe, ...]:
     return make_recipes(**load_values(path, **overrides))
 
 
-def load_values(path: Path, **overrides: Any) -> dict[str, Any]:
+def load_values(path: str | os.PathLike[str], **overrides: Unpack[SweepOptions]) -> dict[str, Any]:
     """The values for `make_recipes` of a YAML file.
 
     Raises:
@@ -207,7 +218,7 @@ def load_values(path: Path, **overrides: Any) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(read_small(path))
+        values = yaml.safe_load(read_small(Path(path)))
     except Exception as error:  # safe_load raises nearly anything for what its tags do not fit
         raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
@@ -225,7 +236,7 @@ def load_values(path: Path, **overrides: Any) -> dict[str, Any]:
     return values | {key: value for key, value in overrides.items() if value is not None}
 
 
-def load_recipe(path: Path, **overrides: Any) -> MergeRecipe:
+def load_recipe(path: str | os.PathLike[str], **overrides: Unpack[RecipeOptions]) -> MergeRecipe:
     """The recipe of a YAML file that has one output; see `load_recipes`."""
     recipes = load_recipes(path, **overrides)
     if len(recipes) > 1:

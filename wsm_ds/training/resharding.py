@@ -69,8 +69,14 @@ def reshard_together(checkpoint: Path, shape: Shape, out: Path, ranks: Ranks) ->
         PeerFailed: another rank failed.
     """
     with ranks.together():
-        form = {"stage": shape.stage, "world_size": shape.world_size, "sub_group_size": shape.sub_group_size}
-        recipe = one_recipe(checkpoint.parent, checkpoint.name, out, **form)
+        recipe = one_recipe(
+            checkpoint.parent,
+            out=out,
+            tag=checkpoint.name,
+            stage=shape.stage,
+            world_size=shape.world_size,
+            sub_group_size=shape.sub_group_size,
+        )
         ranks.barrier("met")
         plan = plan_merge(recipe)
         run_plan(plan, ranks=ranks)
