@@ -33,10 +33,10 @@ from wsm_ds.publishing.manifest import description, make_manifest, read_manifest
 from wsm_ds.publishing.staging_folder import (
     MANIFEST,
     Staging,
-    begun,
     commit,
     discard,
     staged,
+    unfinished_merge,
 )
 from wsm_ds.schedules.coefficients import effective_sample_size, lag
 
@@ -74,7 +74,7 @@ def plan_merge(recipes: MergeRecipe | Sequence[MergeRecipe] | None = None, /, **
 
 def _window(recipe: MergeRecipe, read: ReadLayout) -> Window:
     """The window that a killed merge of this recipe began with, or else the one that the recipe chooses now."""
-    unfinished = begun(recipe.out)
+    unfinished = unfinished_merge(recipe.out)
     if unfinished is not None:
         fields = recipe.model_dump(mode="json")
         recorded = unfinished.get("recipe")

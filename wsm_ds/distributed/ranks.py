@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from typing_extensions import override
+
 from wsm_ds.errors import PeerFailed, RecipeError, WsmError
 
 log = logging.getLogger(__name__)
@@ -87,11 +89,13 @@ class StoreRanks(Ranks):
         self.checked_s = 0.0
         store.set(f"wsm/host/{rank}", socket.gethostname())
 
+    @override
     def barrier(self, name: str) -> None:
         key = f"wsm/barrier/{name}"
         self._ask(self.store.add, key, 1)
         self._poll(lambda: self._ask(self.store.add, key, 0) >= self.world_size)
 
+    @override
     def check(self) -> None:
         if self._ask(self.store.check, ["wsm/error"]):
             code, _, message = self._ask(self.store.get, "wsm/error").decode().partition(" ")
@@ -107,6 +111,7 @@ class StoreRanks(Ranks):
             elif now - self.last_beats[rank][1] > SILENT_S:
                 raise PeerFailed(f"rank {rank} ({self._host(rank)}) has not answered for {SILENT_S:g} s.", 3)
 
+    @override
     def agree(self, name: str, value: str) -> None:
         key = f"wsm/agree/{name}"
         if self.rank == 0:
@@ -114,6 +119,7 @@ class StoreRanks(Ranks):
         if self._wait_for(key) != value:
             raise RecipeError(f"the ranks have planned different merges ({name}); start the merge again.")
 
+    @override
     def decide(self, decision: Callable[[], Any]) -> Any:
         self.decisions += 1
         key = f"wsm/decision/{self.decisions}"
@@ -126,6 +132,7 @@ class StoreRanks(Ranks):
             self._leave()
             raise
 
+    @override
     @contextmanager
     def together(self) -> Iterator[None]:
         # Only here: a training job runs for weeks, and has its own heartbeats.
