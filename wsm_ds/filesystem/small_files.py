@@ -3,8 +3,8 @@
 from pathlib import Path
 
 MOST_BYTES = 1 << 28
-"""256 MiB. A manifest takes about 180 bytes for each output file and a merge's plan about 220 bytes for each source file,
-so the plan of 64 checkpoints of 9 000 ranks is smaller."""
+"""256 MiB. A manifest takes about 180 bytes for each output file, a merge's plan about 220 bytes for each source
+file; so the plan of 64 checkpoints of 9 000 ranks is smaller."""
 
 
 def read_small(path: Path) -> str:

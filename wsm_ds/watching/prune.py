@@ -149,9 +149,7 @@ def _of_spec(spec: WatchSpec, steps: set[int], complete: set[int]) -> dict[int, 
 
 def _of_begun(run: Path, folders: Iterable[Path]) -> set[int]:
     """Steps of the run's checkpoints that merges need which have begun and not ended."""
-    sources = [
-        source for folder in folders for described in unfinished_merges(folder) for source in described["sources"]
-    ]
+    sources = [source for folder in folders for merge in unfinished_merges(folder) for source in merge["sources"]]
     return {int(source["step"]) for source in sources if Path(source["path"]).is_relative_to(run.resolve())}
 
 
