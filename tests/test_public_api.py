@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ def test_every_call_takes_paths_as_text(runs: Path, tmp_path: Path) -> None:
 
 
 def test_a_result_says_what_was_made_and_whether_it_was_there(runs: Path, tmp_path: Path) -> None:
-    options = {"run": runs / "w2_s2_bf16", "last": 2, "out": tmp_path / "out"}
+    options: dict[str, Any] = {"run": runs / "w2_s2_bf16", "last": 2, "out": tmp_path / "out"}
     first, again = wsm_ds.merge(**options), wsm_ds.merge(**options)
     assert (first.out, first.is_new, again.is_new) == (tmp_path / "out", True, False)
     assert first.manifest == again.manifest == json.loads((tmp_path / "out/wsm_merge.json").read_text())
@@ -31,7 +32,7 @@ def test_a_result_says_what_was_made_and_whether_it_was_there(runs: Path, tmp_pa
 
 
 def test_the_curve_is_linear_unless_something_else_is_given(runs: Path, tmp_path: Path) -> None:
-    options = {"run": runs / "w2_s2_bf16", "last": 3, "out": tmp_path / "out"}
+    options: dict[str, Any] = {"run": runs / "w2_s2_bf16", "last": 3, "out": tmp_path / "out"}
     default, linear = wsm_ds.plan_merge(**options), wsm_ds.plan_merge(**options, curve="linear")
     assert default == linear
     assert wsm_ds.make_recipe(**options, coefficients=(0.5, 0.25, 0.25)).curve is None
@@ -39,4 +40,4 @@ def test_the_curve_is_linear_unless_something_else_is_given(runs: Path, tmp_path
 
 def test_a_wrong_keyword_is_named(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="lsat"):
-        wsm_ds.merge(run=runs / "w2_s2_bf16", lsat=2, out=tmp_path / "out")
+        wsm_ds.merge(run=runs / "w2_s2_bf16", lsat=2, out=tmp_path / "out")  # type: ignore[call-arg]

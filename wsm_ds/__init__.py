@@ -22,6 +22,7 @@ from wsm_ds.schedules.deepspeed_registration import register
 
 __version__ = "0.1.0"
 
+# The same names three times: type checkers read neither a computed `__all__` nor __getattr__. A test compares them.
 _MODULES = {
     "WSMLR": "schedules.lr_schedules",
     "WSDLR": "schedules.lr_schedules",
@@ -44,6 +45,7 @@ _MODULES = {
     "verify": "verification",
     "VerificationResult": "verification",
     "inspect_run": "inspection",
+    "Inspected": "inspection",
     "parse_curve": "schedules.curves",
     "merge_coefficients": "schedules.coefficients",
     "coefficients_from_decay_factors": "schedules.coefficients",
@@ -53,11 +55,43 @@ _MODULES = {
     "lag": "schedules.coefficients",
     "WsmError": "errors",
 }
-__all__ = [*_MODULES, "__version__"]
+__all__ = [
+    "WSDLR",
+    "WSMLR",
+    "Inspected",
+    "MergeOutcome",
+    "MergeRecipe",
+    "MergeResult",
+    "Output",
+    "Plan",
+    "Source",
+    "VerificationResult",
+    "WsmError",
+    "__version__",
+    "coefficients_from_decay_factors",
+    "decay_factors_from_coefficients",
+    "effective_sample_size",
+    "export",
+    "inspect_run",
+    "lag",
+    "load_recipe",
+    "load_recipes",
+    "make_recipe",
+    "make_recipes",
+    "merge",
+    "merge_all",
+    "merge_coefficients",
+    "parse_curve",
+    "plan_merge",
+    "reshard",
+    "run_plan",
+    "verify",
+    "weight_decay_aware_coefficients",
+]
 
 if TYPE_CHECKING:
     from wsm_ds.errors import WsmError
-    from wsm_ds.inspection import inspect_run
+    from wsm_ds.inspection import Inspected, inspect_run
     from wsm_ds.merging import (
         MergeOutcome,
         MergeResult,

@@ -1,4 +1,4 @@
-"""What a run's folder holds: every checkpoint, and whether it is whole."""
+"""Reads the metadata of a run's checkpoints, and whether each of them is complete."""
 
 import os
 from dataclasses import dataclass
@@ -12,23 +12,32 @@ from wsm_ds.layouts.run import find_tag
 
 @dataclass(frozen=True)
 class Inspected:
-    """A checkpoint and its layout, or why it has none."""
+    """The metadata of one checkpoint.
+
+    Attributes:
+        checkpoint: the checkpoint's tag and folder.
+        layout: its layout; None if it is incomplete or cannot be read.
+        problem: why there is no layout; None if there is one.
+    """
 
     checkpoint: Checkpoint
     layout: Layout | None
     problem: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data. Bytes are those of all files; parameters count tied ones once."""
+        """Returns the metadata as plain data for JSON, without the tensors.
+
+        `bytes` counts all files of the checkpoint. `parameters` counts tied parameters once.
+        """
         layout = self.layout
-        head = {
+        description = {
             "tag": self.checkpoint.tag,
             "path": str(self.checkpoint.path),
             "is_complete": layout is not None,
         }
         if layout is None:
-            return head | {"problem": self.problem}
-        return head | {
+            return description | {"problem": self.problem}
+        return description | {
             "step": layout.step,
             "zero_stage": layout.stage,
             "dtype": layout.dtype.name,
@@ -42,7 +51,7 @@ class Inspected:
         }
 
     def details(self) -> dict[str, Any]:
-        """`to_json` and every tensor of the checkpoint."""
+        """Returns `to_json` with the name, shape, dtype and role of every tensor."""
         if self.layout is None:
             return self.to_json()
         tensors = {
@@ -55,12 +64,24 @@ class Inspected:
 def inspect_run(
     run: str | os.PathLike[str], tag: str | None = None, allow_globals: frozenset[str] = frozenset()
 ) -> list[Inspected]:
-    """Reads the metadata of every checkpoint of `run`, or of the one called `tag`, oldest first.
+    """Reads the metadata of a run's checkpoints. It reads no tensor and executes no pickle.
+
+    A checkpoint that is incomplete or cannot be read is not an error: its `problem` says why.
+
+    Args:
+        run: the run's folder, which was passed to `save_checkpoint`.
+        tag: the tag of one checkpoint; default: all checkpoints.
+        allow_globals: full names ("module.Class") that pickles may refer to beside the known ones. They are never
+            imported.
+
+    Returns:
+        One object for each checkpoint, the oldest first.
 
     Raises:
-        CheckpointNotFound: there is none.
+        CheckpointNotFound: the run does not exist, or holds no such checkpoint; names the checkpoints that exist.
     """
-    checkpoints = [find_tag(Path(run), tag)] if tag else find_checkpoints(Path(run))
+    folder = Path(run)
+    checkpoints = [find_tag(folder, tag)] if tag else find_checkpoints(folder)
     return [_inspect(checkpoint, allow_globals) for checkpoint in checkpoints]
 
 

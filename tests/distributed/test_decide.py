@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -41,10 +42,14 @@ def test_one_process_decides_for_itself_and_gets_what_json_keeps() -> None:
 
 
 def test_rank_0_alone_decides_and_all_ranks_get_its_decisions_in_order(server: TCPStore) -> None:
-    deciding = []
+    deciding: list[int] = []
 
     def work(member: Ranks) -> list[Any]:
-        return [member.decide(lambda n=n: deciding.append(member.rank) or [n, n * n]) for n in range(3)]
+        def square(number: int) -> list[int]:
+            deciding.append(member.rank)
+            return [number, number**2]
+
+        return [member.decide(partial(square, number)) for number in range(3)]
 
     assert on_ranks(server, "order", 3, work) == [[[0, 0], [1, 1], [2, 4]]] * 3
     assert deciding == [0, 0, 0]

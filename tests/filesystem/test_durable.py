@@ -2,7 +2,9 @@
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dying import dies_at
@@ -20,10 +22,19 @@ def test_a_write_that_writes_less_is_continued(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_text_is_synced_before_its_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("fsync") or fsync(descriptor))
-    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("replace") or replace(*paths))
+    calls: list[str] = []
+
+    def noting(name: str) -> Callable[..., None]:
+        operation = getattr(os, name)
+
+        def perform(*arguments: Any) -> None:
+            calls.append(name)
+            operation(*arguments)
+
+        return perform
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, noting(name))
     durable.replace_text(tmp_path / "a folder" / "file", "text\n")
     assert calls == ["fsync", "replace"]
     assert [path.name for path in (tmp_path / "a folder").iterdir()] == ["file"]
