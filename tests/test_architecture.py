@@ -19,7 +19,7 @@ ORDER = (
 )  # fmt: skip
 """The packages and top-level modules; each may import those before it."""
 MAY_IMPORT = {"deepspeed": {"schedules", "training"}, "torch": {"schedules", "distributed", "training"}}
-MAY_IMPORT_AT_ONCE = {"schedules/lr_schedules.py"}
+MAY_IMPORT_AT_ONCE = {"schedules/lr_schedules.py", "schedules/optimizer_hooks.py"}
 """Modules whose classes need torch; all others import it inside a function."""
 MOST_TOP_LEVEL_MODULES = 12
 
