@@ -20,11 +20,11 @@ from wsm_ds.errors import OutputExists, RecipeError, VerificationFailed
 from wsm_ds.filesystem.capacity import disk_usage_bytes, require_disk, require_memory
 from wsm_ds.filesystem.durable import require_absent, write_text
 from wsm_ds.layouts import Layout, read_layout
-from wsm_ds.outputs.resharding.form import WantedForm
+from wsm_ds.outputs.resharding.form import RequestedForm
 from wsm_ds.outputs.safetensors import plan_safetensors
-from wsm_ds.outputs.trainer_files import files_beside
+from wsm_ds.outputs.trainer_files import trainer_files
 from wsm_ds.outputs.zero_checkpoint import OutputFiles, OutputWindow, plan_zero_checkpoint
-from wsm_ds.planning.plan import CopySegment, InputFile, Output, OutputFile, Plan, Source
+from wsm_ds.planning.plan import CopySegment, InputFile, InputNumber, Output, OutputFile, OutputNumber, Plan, Source
 from wsm_ds.planning.recipe import MergeRecipe, make_recipe
 from wsm_ds.planning.recipe_options import CheckpointOptions, ExportOptions, RecipeOptions, ReshardOptions
 from wsm_ds.planning.streams import ElementRequest, SourceTables, carry_streams, element_streams, source_tables
@@ -119,14 +119,14 @@ def plan_windows(
     reads_states = any(map(_reads_states, recipes))
     for number, (recipe, window) in enumerate(zip(recipes, windows, strict=True)):
         members = tuple(layout_numbers[layout.path] for layout in window.layouts)
-        output_window = OutputWindow(number, members, tuple(window.coefficients.tolist()), len(files))
+        output_window = OutputWindow(OutputNumber(number), members, tuple(window.coefficients.tolist()), len(files))
         made, texts = _files(tables, output_window, recipe, reads_states)
-        names = {file.name for file in made.outputs} | set(texts)
+        names = {file.name for file in made.files} | set(texts)
         paths = _copied_paths(recipe, window.layouts[-1], sidecar_names)
-        copies, copied = _copies(number, paths, len(inputs), names)
-        files += [*made.outputs, *copies]
+        copies, copied = _copies(OutputNumber(number), paths, len(inputs), names)
+        files += [*made.files, *copies]
         inputs += copied
-        requests += made.wanted
+        requests += made.requests
         outputs.append(_output(recipe, window, texts))
     streams = element_streams(tables, requests) + carry_streams(inputs, files)
     budget = int(recipes[0].memory_budget)
@@ -150,7 +150,7 @@ def _files(
         dtype = BY_NAME[recipe.dtype] if recipe.dtype else None
         return plan_safetensors(tables, window, dtype, int(recipe.max_shard_size), recipe.rename)
     is_universal = recipe.format == "universal"
-    form = WantedForm(is_universal, recipe.stage, recipe.world_size, recipe.sub_group_size, recipe.like)
+    form = RequestedForm(is_universal, recipe.stage, recipe.world_size, recipe.sub_group_size, recipe.like)
     tag = f"global_step{window.newest(tables).step}" + ("_universal" if is_universal else "")
     allowed = frozenset(recipe.allow_globals)
     files = plan_zero_checkpoint(tables, window, tag, recipe.optimizer_states, allowed, form, reads_states=reads_states)
@@ -175,14 +175,14 @@ def _copied_paths(recipe: MergeRecipe, newest: Layout, sidecar_names: frozenset[
     included_names = {path.name for path in recipe.include}
     sidecar_files = tuple(
         path
-        for path in files_beside(newest, recipe.format)
+        for path in trainer_files(newest, recipe.format)
         if path.name not in included_names and (sidecar_names is None or path.name in sidecar_names)
     )
     return recipe.include + sidecar_files
 
 
 def _copies(
-    output: int, paths: tuple[Path, ...], first_input: int, used_names: set[str]
+    output: OutputNumber, paths: tuple[Path, ...], first_input: int, used_names: set[str]
 ) -> tuple[tuple[OutputFile, ...], tuple[InputFile, ...]]:
     """Files to copy, as files of the output and as inputs; the first input's number is `first_input`."""
     copies, inputs = [], []
@@ -192,7 +192,7 @@ def _copies(
         used_names = used_names | {path.name}
         status = path.stat()
         inputs.append(InputFile(path.resolve(), status.st_size, status.st_mtime_ns))
-        segments = (CopySegment(0, status.st_size, first_input + number, 0),) if status.st_size else ()
+        segments = (CopySegment(0, status.st_size, InputNumber(first_input + number), 0),) if status.st_size else ()
         copies.append(OutputFile(output, path.name, status.st_size, segments, ()))
     return tuple(copies), tuple(inputs)
 

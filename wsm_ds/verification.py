@@ -92,7 +92,7 @@ class _Comparison:
         self.paths = [out / file.name for file in plan.files]
         # A worker does not know the CRC-32s of a zip: they are filled in when the file is complete.
         self.crc_offsets = [
-            sorted(place + byte for crc in file.crcs for place in crc.places for byte in range(4))
+            sorted(place + byte for crc in file.crc_fields for place in crc.positions for byte in range(4))
             for file in plan.files
         ]
         self.nbytes = 0
@@ -130,7 +130,7 @@ def _recompute(plan: Plan, out: Path, full: bool) -> int:
             raise VerificationFailed(
                 f"{comparison.paths[number]}: the sources make {file.nbytes} bytes; have they changed?"
             )
-        for segment in file.pieces:
+        for segment in file.segments:
             if isinstance(segment, LiteralSegment):
                 comparison.write(number, segment.offset, memoryview(segment.data))
     workers = workers_for(plan, plan.memory_bytes, 1)

@@ -16,7 +16,7 @@ from wsm_ds.engine.tasks import BLOCK_BYTES
 from wsm_ds.errors import VerificationFailed, few
 from wsm_ds.filesystem import checksum
 from wsm_ds.filesystem.small_files import read_small
-from wsm_ds.planning.plan import Plan, described
+from wsm_ds.planning.plan import Plan, describe_output
 from wsm_ds.publishing.staging_folder import MANIFEST, RecordedSource
 
 FORMAT = 2
@@ -56,7 +56,7 @@ def description(plan: Plan, number: int) -> dict[str, Any]:
     inputs = [plan.inputs[file] for file in read if _is_input_of(plan, number, plan.inputs[file].path)]
     content = {
         "recipe": {name: value for name, value in output.recipe.items() if name not in NOT_OF_THE_RESULT},
-        "sources": described(output)["sources"],
+        "sources": describe_output(output)["sources"],
         "inputs": [[str(source.path.resolve()), source.nbytes, source.mtime_ns] for source in inputs],
         "files": [[file.name, file.nbytes] for _, file in plan.files_of(number)],
         "block_bytes": BLOCK_BYTES,
@@ -86,7 +86,7 @@ def make_manifest(plan: Plan, number: int, written: Sequence[Written]) -> dict[s
         "versions": {name: _version(name) for name in ("wsm_ds", "numpy")},
         "identity": description(plan, number)["identity"],
         "recipe": output.recipe,
-        **{name: value for name, value in described(output).items() if name != "out"},
+        **{name: value for name, value in describe_output(output).items() if name != "out"},
         "block_bytes": BLOCK_BYTES,
         "files": {file.name: {"bytes": file.nbytes, "xxh3_128_of_blocks": file.checksum} for file in written}
         | {name: _text_entry(text) for name, text in output.texts.items()},
