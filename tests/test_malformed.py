@@ -10,7 +10,7 @@ import pytest
 from dying import dies_at
 
 from wsm_ds.cli import main
-from wsm_ds.engine import staged_files, tasks
+from wsm_ds.engine import seals, tasks
 from wsm_ds.errors import CurveError, RecipeError, VerificationFailed, WsmError
 from wsm_ds.filesystem import small_files
 from wsm_ds.merging import merge, merge_all
@@ -102,7 +102,7 @@ def test_what_a_half_done_merge_was_is_never_guessed(runs: Path, tmp_path: Path,
 
 
 def test_a_malformed_journal_is_passed_over(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (staged_files, tasks, manifest):
+    for module in (seals, tasks, manifest):
         monkeypatch.setattr(module, "BLOCK_BYTES", 2048)
     recipe: dict[str, Any] = {"run": runs / "w2_s2_bf16", "last": 2, "curve": "linear", "out": tmp_path / "out"}
     assert dies_at(40, lambda: merge_all(make_recipes(**recipe)))

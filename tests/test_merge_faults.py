@@ -1,4 +1,4 @@
-"""Bad input gets a clear error; nothing is lost, and nothing half-made appears."""
+"""Bad input gets a clear error. No file is lost, and no incomplete output appears."""
 
 import json
 import os
@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from wsm_ds import merging
-from wsm_ds.engine import staged_files, tasks, worker
+from wsm_ds.engine import seals, tasks
+from wsm_ds.engine.threads import Workers
 from wsm_ds.errors import (
     BrokenCheckpoint,
     BudgetTooSmall,
@@ -38,7 +39,7 @@ def run(runs: Path, tmp_path: Path) -> Path:
 
 
 def edit(path: Path, change: Any) -> None:
-    """Loads a rank file, lets `change` alter it, and saves it."""
+    """Loads a rank file, changes it with `change`, and saves it."""
     content = torch.load(path, weights_only=False)
     change(content)
     torch.save(content, path)
@@ -53,7 +54,7 @@ def model(run: Path, step: int) -> Path:
 
 
 def refused(run: Path, error: type[Exception], match: str, **values: Any) -> None:
-    """The merge fails so, and leaves neither an output nor a staging folder."""
+    """Checks that the merge fails with this error, leaves no output and no staging folder, and changes no source."""
     out = run.parent / "out"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(error, match=match):
@@ -264,7 +265,7 @@ def optim_master_offset(path: Path) -> int:
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize(("block", "slice_numel"), [(64, 1), (1000, 7), (4096, 4096), (1 << 22, 50)])
-def test_no_chunk_size_and_no_number_of_threads_changes_a_bit(
+def test_no_slice_size_and_no_number_of_threads_changes_a_bit(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, block: int, slice_numel: int
 ) -> None:
     recipe = {"run": runs / "w2_s3_bf16", "last": 3, "curve": "1-sqrt", "optimizer_states": "merge"}
@@ -272,9 +273,9 @@ def test_no_chunk_size_and_no_number_of_threads_changes_a_bit(
         tag = f"{len(output)}"
         merge(**recipe | output | {"out": tmp_path / f"plain{tag}"})
         with monkeypatch.context() as patch:
-            patch.setattr(staged_files, "BLOCK_BYTES", block)
+            patch.setattr(seals, "BLOCK_BYTES", block)
             patch.setattr(tasks, "BLOCK_BYTES", block)
-            patch.setattr(merging, "workers_for", lambda *_: worker.Workers(threads, slice_numel))
+            patch.setattr(merging, "workers_for", lambda *_: Workers(threads, slice_numel))
             merge(**recipe | output | {"out": tmp_path / f"cut{tag}"})
         for path in (tmp_path / f"cut{tag}").rglob("*"):
             if path.is_file() and path.name != MANIFEST:

@@ -1,4 +1,4 @@
-"""A merge that was killed goes on where it stopped and ends in the same bytes; a wrong one is not gone on with."""
+"""A merge that was killed goes on where it stopped and ends in the same bytes. Another merge never goes on with it."""
 
 import errno
 import json
@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 from dying import dies_at
+from source_reads import Range, record_source_reads
 
 from wsm_ds.cli import main
-from wsm_ds.engine import reader, staged_files, tasks
+from wsm_ds.engine import reader, seals, staged_files, tasks
 from wsm_ds.errors import BrokenCheckpoint, InsufficientCapacity, OutputExists
 from wsm_ds.merging import merge, merge_all, plan_merge
 from wsm_ds.planning.recipe import make_recipe, make_recipes
@@ -23,23 +24,23 @@ from wsm_ds.publishing import manifest
 from wsm_ds.publishing.staging_folder import MANIFEST, Staging
 from wsm_ds.verification import verify
 
-MODULES = (staged_files, tasks, manifest)
+MODULES = (seals, tasks, manifest)
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of a few KB then have several blocks."""
+    """Makes files of a few KB have several blocks."""
     for module in MODULES:
         monkeypatch.setattr(module, "BLOCK_BYTES", 2048)
 
 
 def killed_at(count: int, recipe: dict[str, Any]) -> bool:
-    """Merges in a process that dies in its operation number `count`; whether it came so far."""
+    """Merges in a process that kills itself in its operation number `count`. Returns whether it reached it."""
     return dies_at(count, lambda: merge_all(make_recipes(**recipe)))
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Every file but the manifest, which has the time."""
+    """The bytes of every file except the manifest, which holds the time."""
     return {
         path.relative_to(out).as_posix(): path.read_bytes()
         for path in out.rglob("*")
@@ -88,19 +89,13 @@ def test_a_merge_killed_again_and_again_comes_to_its_end(runs: Path, tmp_path: P
 
 
 @pytest.fixture
-def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by what is read of the sources."""
-    count = [0]
-
-    def counting(self: reader.Reader, file: int, offset: int, nbytes: int) -> None:
-        count[0] += nbytes
-
-    monkeypatch.setattr(reader.Reader, "note", counting)
-    return count
+def source_reads(monkeypatch: pytest.MonkeyPatch) -> list[Range]:
+    """(path, begin, end) of every range of a source that is read."""
+    return record_source_reads(monkeypatch)
 
 
 def test_what_was_done_before_the_kill_is_not_read_again(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_read: list[int]
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source_reads: list[Range]
 ) -> None:
     for module in MODULES:
         monkeypatch.setattr(module, "BLOCK_BYTES", 128)
@@ -114,20 +109,21 @@ def test_what_was_done_before_the_kill_is_not_read_again(
         journal = Staging(tmp_path / "out").folder / "journal.0"
         done, count = len(journal.read_text().splitlines()) if journal.exists() else 0, count + 4
     merge(make_recipe(**recipe))
-    assert 0 < bytes_read[0] < plan.bytes_to_read * 0.6
+    bytes_read = sum(end - begin for _, begin, end in source_reads)
+    assert 0 < bytes_read < plan.bytes_to_read * 0.6
     merge(make_recipe(**recipe | {"out": tmp_path / "right"}))
     assert contents(tmp_path / "out") == contents(tmp_path / "right")
 
 
 def test_the_same_merge_again_is_done_and_another_one_is_refused(
-    runs: Path, tmp_path: Path, bytes_read: list[int], capsys: pytest.CaptureFixture[str]
+    runs: Path, tmp_path: Path, source_reads: list[Range], capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["merge", str(runs / "w2_s2_bf16"), "--last", "3", "--out", str(tmp_path / "out")]
     assert main(command) == 0
-    bytes_read[0] = 0
+    source_reads.clear()
     assert main([*command, "--threads", "1", "--memory-budget", "100MiB"]) == 0
     assert "by this same merge, before" in capsys.readouterr().out
-    assert bytes_read[0] == 0
+    assert source_reads == []
     assert main([*command, "--curve", "1-sqrt"]) == 2
     assert "exists and is another merge" in capsys.readouterr().err
 
@@ -185,7 +181,8 @@ def test_staged_bytes_that_are_not_those_of_the_journal_are_made_again(runs: Pat
     merge(make_recipe(**recipe | {"out": tmp_path / "right"}))
     assert killed_at(80, recipe | {"out": tmp_path / "out"})
     staged = Staging(tmp_path / "out")
-    for path in staged.content.rglob("*.pt"):  # a power failure: the journal reached the disk, the data did not
+    # As after a power failure: the journal reached the disk, the data did not.
+    for path in staged.content.rglob("*.pt"):
         path.write_bytes(bytes(path.stat().st_size))
     journal = staged.folder / "journal.0"
     lines = journal.read_text().splitlines()
@@ -195,7 +192,7 @@ def test_staged_bytes_that_are_not_those_of_the_journal_are_made_again(runs: Pat
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
-def test_passing_read_errors_are_tried_again(
+def test_a_read_that_fails_for_a_moment_is_tried_again(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
     recipe = {"run": runs / "w2_s2_bf16", "last": 3, "curve": "linear", "threads": 1}
@@ -208,7 +205,7 @@ def test_passing_read_errors_are_tried_again(
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, number: int, every: int) -> None:
-    """Every so manieth read of a source fails, and all of those that the kernel makes."""
+    """Makes one of `every` reads of a source fail, and all reads of the compiled kernel."""
     monkeypatch.setattr(reader.Reader, "descriptor", lambda *_: -1)
     read, calls = reader.Reader._read, [0]
 
@@ -221,7 +218,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, number: int, every: int) -> None:
     monkeypatch.setattr(reader.Reader, "_read", sometimes)
 
 
-def test_read_errors_that_stay_end_the_merge_and_leave_it_to_be_gone_on_with(
+def test_read_errors_that_stay_end_the_merge_and_the_next_one_goes_on(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = {"run": runs / "w2_s2_bf16", "last": 3, "curve": "linear", "out": tmp_path / "out"}
@@ -253,7 +250,7 @@ def test_a_source_that_vanishes_is_named(runs: Path, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_gives_its_room_back(
+def test_a_merge_that_fills_the_disk_removes_what_it_wrote(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     pwrite, calls = os.pwrite, [0]
@@ -270,7 +267,7 @@ def test_a_full_disk_gives_its_room_back(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_room_is_said_before_anything_is_written(
+def test_a_disk_or_memory_that_is_too_small_is_an_error_before_anything_is_written(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = {"run": runs / "w2_s2_bf16", "last": 3, "curve": "linear", "out": tmp_path / "out"}
@@ -324,14 +321,14 @@ def test_an_output_folder_that_cannot_be_written_to_is_an_error(runs: Path) -> N
         merge(make_recipe(run=runs / "w2_s2_bf16", last=3, curve="linear", out=Path("/proc/out")))
 
 
-def test_a_put_off_write_that_fails_when_it_is_synced_early_stops_the_merge(
+def test_a_deferred_write_that_fails_in_an_early_sync_stops_the_merge(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(staged_files, "SYNC_BYTES", 1)
     monkeypatch.setattr(staged_files, "SYNC_POLL_S", 0.0)
     fsync, calls = os.fsync, [0]
 
-    def once(descriptor: int) -> None:  # the kernel tells of a lost write once, and not again
+    def once(descriptor: int) -> None:  # the kernel reports a lost write once, and never again
         calls[0] += 1
         if calls[0] == 1:
             raise OSError(errno.EIO, os.strerror(errno.EIO))

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
+from source_reads import record_source_reads
 
 from wsm_ds.cli import main
-from wsm_ds.engine import reader
 from wsm_ds.errors import LayoutMismatch, OutputExists, RecipeError, WindowError
 from wsm_ds.merging import merge, merge_all, plan_merge
 from wsm_ds.planning.recipe import MergeRecipe, load_recipes, make_recipe, make_recipes
@@ -33,13 +33,7 @@ def alone(recipe: MergeRecipe, out: Path) -> dict[str, bytes]:
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     """(path, begin, end) of every range of a source that is read."""
-    ranges: list[tuple[str, int, int]] = []
-
-    def noting(self: reader.Reader, file: int, offset: int, nbytes: int) -> None:
-        ranges.append((str(self.inputs[file].path), offset, offset + nbytes))
-
-    monkeypatch.setattr(reader.Reader, "note", noting)
-    return ranges
+    return record_source_reads(monkeypatch)
 
 
 SWEEPS: dict[str, dict[str, Any]] = {

@@ -13,9 +13,10 @@ from typing_extensions import Unpack
 from wsm_ds.distributed.ranks import Ranks
 from wsm_ds.dtypes import BY_NAME
 from wsm_ds.engine.reader import check_unchanged
-from wsm_ds.engine.staged_files import StagedFiles, Timings
+from wsm_ds.engine.staged_files import StagedFiles
 from wsm_ds.engine.tasks import share, tasks_of
-from wsm_ds.engine.worker import run_tasks, workers_for
+from wsm_ds.engine.threads import run_tasks, workers_for
+from wsm_ds.engine.timings import Timings
 from wsm_ds.errors import OutputExists, RecipeError, VerificationFailed
 from wsm_ds.filesystem.capacity import disk_usage_bytes, require_disk, require_memory
 from wsm_ds.filesystem.durable import require_absent, write_text

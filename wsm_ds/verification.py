@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from wsm_ds.engine.reader import Reader
-from wsm_ds.engine.staged_files import Timings
 from wsm_ds.engine.tasks import Task, tasks_of
-from wsm_ds.engine.worker import Worker, workers_for
+from wsm_ds.engine.threads import workers_for
+from wsm_ds.engine.timings import Timings
+from wsm_ds.engine.worker import Worker
 from wsm_ds.errors import VerificationFailed, WsmError, few
 from wsm_ds.filesystem import checksum
 from wsm_ds.merging import plan_windows

@@ -24,8 +24,8 @@ from wsm_ds.verification import verify
 CLI = "import sys; from wsm_ds.cli import main; sys.exit(main(sys.argv[1:]))"
 SLOW = (
     "import os, sys, time; from wsm_ds import cli; from wsm_ds.publishing import manifest\n"
-    "from wsm_ds.engine import staged_files, tasks, worker\n"
-    "for module in (staged_files, tasks, manifest): module.BLOCK_BYTES = 1024\n"
+    "from wsm_ds.engine import seals, tasks, worker\n"
+    "for module in (seals, tasks, manifest): module.BLOCK_BYTES = 1024\n"
     "run = worker.Worker.run\n"
     "def slow(*a):\n    run(*a); print('did one', flush=True); {then}\n"
     "worker.Worker.run = slow\n"

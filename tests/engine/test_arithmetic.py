@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from wsm_ds.dtypes import BY_NAME, DType, narrow, widen
 from wsm_ds.engine import arithmetic
-from wsm_ds.engine.arithmetic import Elements, kernel, rounded, sums_of, weighted_sum
+from wsm_ds.engine.arithmetic import StoredElements, fused_sums, kernel, rounded, weighted_sum
 
 FP32, BF16 = BY_NAME["fp32"], BY_NAME["bf16"]
 PIECE_NUMEL = 8192
@@ -88,17 +88,17 @@ def test_sums_that_are_read_by_the_kernel_are_those_of_what_is_read(
     read, write = os.memfd_create("sources"), b"".join(values.tobytes() for values in slices)
     os.write(read, b"xyz!" + write)
     offsets = 4 + np.concatenate([[0], np.cumsum([values.nbytes for values in slices])])
-    answer = sums_of([Elements(read, int(o), d) for o, d in zip(offsets[:-1], dtypes, strict=True)], sums, numel)
+    sources = [StoredElements(read, int(o), d) for o, d in zip(offsets[:-1], dtypes, strict=True)]
+    fused = fused_sums(sources, sums, numel)
     os.close(read)
     if kernel() is None:
-        assert answer is None
+        assert fused is None
         return
-    assert answer is not None
-    outs, is_finite, _ = answer
-    assert is_finite
-    for out, (members, coefficients) in zip(outs, sums, strict=True):
+    assert fused is not None
+    assert fused.is_finite
+    for summed, (members, coefficients) in zip(fused.sums, sums, strict=True):
         own = [slices[m] for m in members], [dtypes[m] for m in members]
-        assert out.tobytes() == in_numpy(*own, list(coefficients)).tobytes()
+        assert summed.tobytes() == in_numpy(*own, list(coefficients)).tobytes()
 
 
 @pytest.mark.usefixtures("loops")
@@ -115,9 +115,9 @@ def test_a_value_that_is_not_finite_is_noticed_wherever_it_is(bad: float) -> Non
 def test_a_source_that_ends_early_or_cannot_be_read_is_left_to_the_caller() -> None:
     file = os.memfd_create("short")
     os.write(file, bytes(40))
-    assert sums_of([Elements(file, 0, FP32)], [((0,), (1.0,))], 11) is None
-    assert sums_of([Elements(-1, 0, FP32)], [((0,), (1.0,))], 10) is None
-    assert sums_of([Elements(file, 0, BY_NAME["fp16"])], [((0,), (1.0,))], 10) is None
+    assert fused_sums([StoredElements(file, 0, FP32)], [((0,), (1.0,))], 11) is None
+    assert fused_sums([StoredElements(-1, 0, FP32)], [((0,), (1.0,))], 10) is None
+    assert fused_sums([StoredElements(file, 0, BY_NAME["fp16"])], [((0,), (1.0,))], 10) is None
     os.close(file)
 
 

@@ -194,9 +194,9 @@ def test_a_watch_killed_at_any_operation_and_started_again_ends_in_the_same_byte
 
 SLOW = """
 import os, time
-from wsm_ds.engine import worker, staged_files, tasks
+from wsm_ds.engine import worker, seals, tasks
 from wsm_ds.publishing import manifest
-for module in (staged_files, tasks, manifest):
+for module in (seals, tasks, manifest):
     module.BLOCK_BYTES = 2048
 run = worker.Worker.run
 def slow(*arguments):

@@ -1,1 +1,1 @@
-"""A plan becomes bytes: the only arithmetic and the only large reads and writes of the project."""
+"""Turns a plan into bytes. The only arithmetic and the only large reads and writes of the project are here."""

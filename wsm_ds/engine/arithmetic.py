@@ -1,6 +1,8 @@
-"""Σ c_k θ_k in float64, in order, rounded once: fused in C where a compiler was there at installation, else in numpy.
+"""Weighted sums of stored elements, Σ c_k θ_k, and their rounding to the dtype of an output.
 
-Both give the same bits. The compiled kernel takes fp32 and bf16 sources; everything else goes through numpy.
+The sum is taken in float64, oldest source first, and rounded once to float32 (THEORY.md section 3). So every result has
+one right bit pattern. Two implementations give these bits: `kernel.c`, which reads and sums fp32 and bf16 sources and
+is built when a C compiler is there at installation; and numpy, for everything else.
 """
 
 import ctypes
@@ -9,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,17 +20,18 @@ from wsm_ds.dtypes import DType, narrow, widen
 
 Array = NDArray[Any]
 SCRATCH_BYTES_PER_ELEMENT = 32
-"""Upper bound of the temporary arrays of one sum, with what it returns."""
+"""Upper bound of the temporary arrays and the result of one sum, per element."""
 SCRATCH_BYTES = 1 << 20
-"""Upper bound of what the compiled kernel needs besides, however many elements it sums."""
+"""Upper bound of what the compiled kernel needs besides, for any number of elements."""
 PADDED_NUMEL = 32
-"""`BLOCK` of `kernel.c`."""
+"""`BLOCK` of `kernel.c`: it writes whole blocks, so its output arrays have a multiple of so many elements."""
 IN_MEMORY = -(1 << 31)
+"""`IN_MEMORY` of `kernel.c`."""
 
 
 @lru_cache(maxsize=1)
 def kernel() -> ctypes.CDLL | None:
-    """The compiled loops of `kernel.c`, if they were built."""
+    """The compiled loops of `kernel.c`; None if they were not built."""
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = Path(__file__).with_name("_kernel" + suffix)
         if path.is_file():
@@ -43,103 +46,145 @@ def kernel() -> ctypes.CDLL | None:
     return None
 
 
-def weighted_sum(
-    slices: Sequence[Array], dtypes: Sequence[DType], coefficients: Sequence[float], *, keeps_fp64: bool = False
-) -> tuple[Array, bool]:
-    """The sum of stored elements, and whether all of it is finite.
-
-    Args:
-        slices: stored elements of each source, shape [n] each.
-        dtypes: what they are.
-        coefficients: float64, one a source.
-        keeps_fp64: whether the sum is left in float64.
-
-    Returns:
-        [n], summed in float64 in the given order and rounded once to float32, unless `keeps_fp64`.
-    """
-    if not keeps_fp64:
-        held = [Elements(IN_MEMORY, values.ctypes.data, dtype) for values, dtype in zip(slices, dtypes, strict=True)]
-        answer = sums_of(held, [(tuple(range(len(held))), tuple(coefficients))], len(slices[0]))
-        if answer is not None:
-            return answer[0][0], answer[1]
-    with np.errstate(all="ignore"):
-        total = np.multiply(widen(slices[0], dtypes[0]), coefficients[0], dtype=np.float64)
-        for values, dtype, coefficient in zip(slices[1:], dtypes[1:], coefficients[1:], strict=True):
-            total += np.multiply(widen(values, dtype), coefficient, dtype=np.float64)
-        summed: Array = total if keeps_fp64 else total.astype(np.float32)
-    return summed, bool(np.isfinite(summed).all())
-
-
 @dataclass(frozen=True)
-class Elements:
-    """Where a source's elements begin, and what they are: at a byte of an open file, or, if `descriptor` is
-    IN_MEMORY, at an address."""
+class StoredElements:
+    """Where the elements of a source lie, one after the other.
+
+    Attributes:
+        descriptor: of an open file, or IN_MEMORY.
+        position: byte offset of the first element in the file; its address if `descriptor` is IN_MEMORY.
+        dtype: of the elements.
+    """
 
     descriptor: int
-    place: int
+    position: int
     dtype: DType
 
 
+class FusedSums(NamedTuple):
+    """What `fused_sums` returns.
+
+    Attributes:
+        sums: float32, [numel] each.
+        is_finite: whether every element of every sum is finite.
+        read_s: seconds that were spent in reading.
+    """
+
+    sums: list[Array]
+    is_finite: bool
+    read_s: float
+
+
 class Scratch:
-    """Arrays that one thread uses again and again: of new ones the system would have to clear every page."""
+    """Arrays that one thread uses again for every slice.
+
+    A new large array costs time: the system clears each of its pages when it is first touched.
+    """
 
     def __init__(self) -> None:
         self._arrays: dict[tuple[str, int], Array] = {}
 
     def array(self, use: str, number: int, size: int, dtype: type[np.generic]) -> Array:
-        """One of `size` elements, [size]; it holds what its last user left there."""
-        held = self._arrays.get((use, number))
-        if held is None or len(held) < size:
-            held = self._arrays[use, number] = np.empty(size, dtype=dtype)
-        return held[:size]
+        """An array that holds any values, shape [size].
+
+        Args:
+            use: what it is for. Every use has its own arrays, always of the same dtype.
+            number: of the array within this use.
+            size: elements. The array grows if it is smaller.
+            dtype: of the array.
+        """
+        array = self._arrays.get((use, number))
+        if array is None or len(array) < size:
+            array = self._arrays[use, number] = np.empty(size, dtype=dtype)
+        return array[:size]
 
 
-def sums_of(
-    sources: Sequence[Elements],
-    sums: Sequence[tuple[tuple[int, ...], tuple[float, ...]]],
-    numel: int,
-    scratch: Scratch | None = None,
-) -> tuple[list[Array], bool, float] | None:
-    """Several weighted sums of the same elements, read on the way, piece by piece, while they are in the cache.
+def weighted_sum(
+    elements: Sequence[Array], dtypes: Sequence[DType], coefficients: Sequence[float], *, keeps_fp64: bool = False
+) -> tuple[Array, bool]:
+    """Sums stored elements with weights, Σ c_k θ_k.
 
     Args:
-        sources: all that any sum wants.
-        sums: for each sum, which of the sources it is made of, in order, and their coefficients.
-        numel: elements of each source.
-        scratch: the sums are held there, until its next use.
+        elements: stored elements of each source, oldest source first, shape [n] each.
+        dtypes: one for each source.
+        coefficients: float64, one for each source.
+        keeps_fp64: whether the sum stays in float64.
 
     Returns:
-        The sums (float32 [numel] each), whether all are finite, and the seconds spent in reading; None if there is no
-        kernel for this, or a source could not be read: `weighted_sum` of what is read otherwise is the same.
+        The sum, [n], taken in float64 in the given order and rounded once to float32 (unless `keeps_fp64`); and whether
+        all of it is finite.
+    """
+    if not keeps_fp64:
+        sources = [
+            StoredElements(IN_MEMORY, values.ctypes.data, dtype) for values, dtype in zip(elements, dtypes, strict=True)
+        ]
+        fused = fused_sums(sources, [(tuple(range(len(sources))), tuple(coefficients))], len(elements[0]))
+        if fused is not None:
+            return fused.sums[0], fused.is_finite
+    with np.errstate(all="ignore"):
+        total = np.multiply(widen(elements[0], dtypes[0]), coefficients[0], dtype=np.float64)
+        for values, dtype, coefficient in zip(elements[1:], dtypes[1:], coefficients[1:], strict=True):
+            total += np.multiply(widen(values, dtype), coefficient, dtype=np.float64)
+        summed: Array = total if keeps_fp64 else total.astype(np.float32)
+    return summed, bool(np.isfinite(summed).all())
+
+
+def fused_sums(
+    sources: Sequence[StoredElements],
+    wanted_sums: Sequence[tuple[tuple[int, ...], tuple[float, ...]]],
+    numel: int,
+    scratch: Scratch | None = None,
+) -> FusedSums | None:
+    """Reads sources and makes several weighted sums of them in the compiled kernel.
+
+    It reads a few thousand elements at a time, so that every sum finds them in the processor's cache.
+
+    Args:
+        sources: all that any sum is made of.
+        wanted_sums: for each sum, the numbers of its sources, rising, and their coefficients.
+        numel: elements of each source.
+        scratch: gives the arrays for the sums, which are valid until its next use.
+
+    Returns:
+        The sums. None if there is no kernel for these sources, or if a source could not be read in full. The caller
+        then reads by itself and calls `weighted_sum`, which gives the same bits.
     """
     library = kernel()
     is_known = all(source.dtype.name in ("fp32", "bf16") for source in sources)
-    in_order = all(list(members) == sorted(set(members)) for members, _ in sums)
-    if library is None or not is_known or not in_order or not sums:
+    in_order = all(list(members) == sorted(set(members)) for members, _ in wanted_sums)
+    if library is None or not is_known or not in_order or not wanted_sums:
         return None
     scratch = scratch or Scratch()
     padded = -(-numel // PADDED_NUMEL) * PADDED_NUMEL
-    outs = [scratch.array("sum", number, padded, np.float32) for number in range(len(sums))]
-    coefficients = np.zeros((len(sums), len(sources)))
-    is_member = np.zeros((len(sums), len(sources)), dtype=np.uint8)
-    for row, (members, own) in enumerate(sums):
-        coefficients[row, list(members)] = own
+    sums = [scratch.array("sum", number, padded, np.float32) for number in range(len(wanted_sums))]
+    coefficients = np.zeros((len(wanted_sums), len(sources)))
+    is_member = np.zeros((len(wanted_sums), len(sources)), dtype=np.uint8)
+    for row, (members, coefficients_of_members) in enumerate(wanted_sums):
+        coefficients[row, list(members)] = coefficients_of_members
         is_member[row, list(members)] = 1
     descriptors = np.array([source.descriptor for source in sources], dtype=np.int32)
-    places = np.array([source.place for source in sources], dtype=np.int64)
+    positions = np.array([source.position for source in sources], dtype=np.int64)
     is_bf16 = np.array([source.dtype.name == "bf16" for source in sources], dtype=np.uint8)
-    addresses = (ctypes.c_void_p * len(outs))(*(out.ctypes.data for out in outs))
+    addresses = (ctypes.c_void_p * len(sums))(*(array.ctypes.data for array in sums))
     pieces = scratch.array("pieces", 0, library.wsm_scratch_bytes(len(sources)), np.uint8)
-    spent_s = ctypes.c_double(0.0)
-    answer = library.wsm_sums(
-        addresses, descriptors.ctypes.data, places.ctypes.data, is_bf16.ctypes.data, coefficients.ctypes.data,
-        is_member.ctypes.data, len(sources), len(sums), numel, pieces.ctypes.data, ctypes.byref(spent_s),
+    read_s = ctypes.c_double(0.0)
+    status = library.wsm_sums(
+        addresses, descriptors.ctypes.data, positions.ctypes.data, is_bf16.ctypes.data, coefficients.ctypes.data,
+        is_member.ctypes.data, len(sources), len(sums), numel, pieces.ctypes.data, ctypes.byref(read_s),
     )  # fmt: skip
-    return None if answer < 0 else ([out[:numel] for out in outs], bool(answer), spent_s.value)
+    return None if status < 0 else FusedSums([array[:numel] for array in sums], bool(status), read_s.value)
 
 
 def rounded(values: Array, dtype: DType) -> Array:
-    """Finite float32 (or float64) values as stored elements of `dtype`; see `dtypes.narrow`."""
+    """Rounds float32 or float64 values to stored elements of `dtype`, to nearest even.
+
+    Args:
+        values: finite, shape [n].
+        dtype: a floating dtype. Values that it cannot hold become infinities, see `dtypes.narrow`.
+
+    Returns:
+        [n], of the numpy dtype that has the same bits.
+    """
     library = kernel()
     if library is None or dtype.name != "bf16" or values.dtype != np.float32:
         return narrow(values, dtype)

@@ -1,16 +1,18 @@
 """CRC-32 of a concatenation from the CRC-32s of its parts, so that parts can be written in any order.
 
-Appending n zero bytes is a linear map over GF(2) on the 32-bit state; its matrix for n bytes is found by
-repeated squaring, as in zlib's `crc32_combine`.
+To append n zero bytes is a linear map over GF(2) on the 32-bit state of a CRC-32. The map for n bytes comes from
+repeated squaring of the map for one bit, as in zlib's `crc32_combine` (zlib, crc32.c).
 """
 
 from functools import lru_cache
 
 POLYNOMIAL = 0xEDB88320
 Matrix = tuple[int, ...]
+"""A linear map on 32 bits: row i is the image of bit i."""
 
 
 def _times(matrix: Matrix, vector: int) -> int:
+    """The image of `vector`: the exclusive or of the rows of its bits."""
     total = 0
     for row in matrix:
         if not vector:
@@ -26,19 +28,29 @@ def _square(matrix: Matrix) -> Matrix:
 
 
 @lru_cache(maxsize=64)
-def _zeros(power: int) -> Matrix:
+def _append_zeros(power: int) -> Matrix:
     """The map that appends 2**power zero bits."""
     if power == 0:
         return (POLYNOMIAL, *(1 << bit for bit in range(31)))
-    return _square(_zeros(power - 1))
+    return _square(_append_zeros(power - 1))
 
 
 def combine(first: int, second: int, second_nbytes: int) -> int:
-    """CRC-32 of a + b, from that of a, that of b and the length of b in bytes."""
-    power, remaining = 3, second_nbytes
+    """CRC-32 of a + b from the CRC-32s of a and b.
+
+    >>> import zlib
+    >>> combine(zlib.crc32(b"warmup "), zlib.crc32(b"stable"), 6) == zlib.crc32(b"warmup stable")
+    True
+
+    Args:
+        first: CRC-32 of a.
+        second: CRC-32 of b.
+        second_nbytes: length of b.
+    """
+    power, remaining = 3, second_nbytes  # 2**3 bits are a byte
     while remaining:
         if remaining & 1:
-            first = _times(_zeros(power), first)
+            first = _times(_append_zeros(power), first)
         remaining >>= 1
         power += 1
     return first ^ second

@@ -1,82 +1,86 @@
-"""What was finished before a merge was killed: a line a block, believed only if the staged bytes agree.
+"""The record of finished blocks, so that a merge that was killed does not write them again.
 
-A line is appended after its block was written, and nothing waits for the disk: after a kill the page cache has both,
-after a power failure any of them may be lost, and then the block's bytes are not those of its line.
+Each rank appends one line of JSON per finished block to its own journal in the staging folder. Lines are not synced to
+the disk. After a kill of the process the page cache still has both the line and the block. After a power failure
+either may be lost. So a line is never trusted: the block is read again, and it counts as finished only if its seal
+is the line's.
+
+When a merge starts again, the old journals become the *claims* of the new attempt, which starts new journals.
 """
 
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from wsm_ds.engine.seals import Seal
 from wsm_ds.filesystem.durable import replace_text
 
 CLAIMS = "claims"
-Block = tuple[str, int]
+BlockName = tuple[str, int]
 """(name of an output file, number of the block in it)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Seal:
-    """What a finished block is known by.
-
-    Attributes:
-        digest: of its bytes (`checksum.Hasher`); those of a zip's CRC-32s count as zeros, they are filled in last.
-        crcs: CRC-32 of what it has of each of the file's CRC fields, in their order.
-    """
-
-    digest: bytes
-    crcs: tuple[int, ...]
-
-
 class Journal:
-    """The blocks of one part that this process has finished, as a file that grows."""
+    """The journal of one rank for one output, open for appending.
+
+    Args:
+        folder: the staging folder of the output.
+        rank: of this process.
+    """
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.descriptor = os.open(folder / f"journal.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
-    def add(self, block: Block, seal: Seal) -> None:
-        """Appends a line."""
-        line = json.dumps([*block, seal.digest.hex(), seal.crcs]) + "\n"
-        os.write(self.descriptor, line.encode())
+    def add(self, block: BlockName, seal: Seal) -> None:
+        """Appends the line of a finished block, in one write."""
+        os.write(self.descriptor, _line(block, seal).encode())
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Closes the file."""
         os.close(self.descriptor)
 
 
-def read_journals(folder: Path) -> dict[Block, Seal]:
-    """All blocks of the journals in `folder`, of every rank."""
+def read_journals(folder: Path) -> dict[BlockName, Seal]:
+    """The blocks that all ranks of this attempt have finished, from the journals in a staging folder."""
     return {block: seal for path in sorted(folder.glob("journal.*")) for block, seal in _entries(path)}
 
 
-def read_claims(folder: Path) -> dict[Block, Seal]:
-    """The blocks that an earlier attempt says it has finished."""
+def read_claims(folder: Path) -> dict[BlockName, Seal]:
+    """The blocks that earlier attempts had finished, if their bytes are still those of the seals."""
     return dict(_entries(folder / CLAIMS))
 
 
 def journals_to_claims(folder: Path) -> None:
-    """Makes the journals of an earlier attempt the claims of this one."""
+    """Adds the journals of an earlier attempt to the claims and removes them.
+
+    A kill at any moment loses nothing: the claims are replaced before a journal is removed.
+
+    Ranks: rank 0, before any rank opens a journal.
+
+    Args:
+        folder: the staging folder of an output.
+    """
     journals = sorted(folder.glob("journal.*"))
     if not journals:
         return
-    lines = [
-        json.dumps([*block, seal.digest.hex(), seal.crcs]) + "\n"
-        for block, seal in {**read_claims(folder), **read_journals(folder)}.items()
-    ]
-    replace_text(folder / CLAIMS, "".join(lines))
+    seals = {**read_claims(folder), **read_journals(folder)}
+    replace_text(folder / CLAIMS, "".join(_line(block, seal) for block, seal in seals.items()))
     for path in journals:
         path.unlink()
 
 
-def _entries(path: Path) -> Iterator[tuple[Block, Seal]]:
-    """Whole lines of a journal; one that was cut short by a kill is passed over."""
+def _line(block: BlockName, seal: Seal) -> str:
+    return json.dumps([*block, seal.digest.hex(), seal.crcs]) + "\n"
+
+
+def _entries(path: Path) -> Iterator[tuple[BlockName, Seal]]:
+    """The entries of a journal. A line that a kill cut short, or that is malformed, is ignored."""
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            name, index, digest, crcs = json.loads(line)
-            yield (str(name), int(index)), Seal(bytes.fromhex(digest), tuple(map(int, crcs)))
+            name, block, digest, crcs = json.loads(line)
+            yield (str(name), int(block)), Seal(bytes.fromhex(digest), tuple(map(int, crcs)))
         except (ValueError, TypeError, OverflowError, RecursionError):
             continue

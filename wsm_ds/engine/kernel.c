@@ -1,8 +1,9 @@
-/* The inner loops of a merge, fused. `arithmetic.py` has the same in numpy, and a test holds them equal bit for bit.
+/* The inner loops of a merge: read, sum and round. `arithmetic.py` has the same sums in numpy, and a test checks that
+ * both give the same bits.
  *
- * No Python headers are needed: the functions are called through ctypes, which lets go of the interpreter's lock.
- * Built with -ffp-contract=off: a fused multiply-add rounds once where multiply and add round twice, so that the
- * result would depend on the machine.
+ * The functions are called through ctypes, which releases Python's global lock, so no Python headers are needed.
+ * Built with -ffp-contract=off: a fused multiply-add rounds once, a multiplication and an addition round twice. With
+ * contraction the result would depend on the machine.
  */
 #define _GNU_SOURCE
 #define _FILE_OFFSET_BITS 64
@@ -17,13 +18,13 @@
 #endif
 
 enum {
-    BLOCK = 32,             /* elements whose sums stay in registers, over all sources */
-    MAX_PIECE = 1 << 15,    /* elements of each source that are read and summed at a time, */
-    STORED_BYTES = 1 << 19, /* so that all of them stay in the second-level cache */
-    IN_MEMORY = INT32_MIN,  /* instead of a descriptor; no failed call returns it */
+    BLOCK = 32,             /* elements whose sums stay in registers while all sources are added */
+    MAX_PIECE = 1 << 15,    /* most elements of a source that are read and summed at a time */
+    STORED_BYTES = 1 << 19, /* bytes of such pieces of all sources: they fit into the second-level cache */
+    IN_MEMORY = INT32_MIN,  /* stands for a descriptor; unlike -1, no system call returns it */
 };
 
-/* One source in a sum: its elements, what they are, and its coefficient. */
+/* One source in a sum: its elements as they are stored, their dtype (bf16, else fp32), and its coefficient. */
 typedef struct {
     const char *stored;
     int64_t is_bf16;
@@ -43,8 +44,8 @@ static inline float widened(const Term *term, size_t at) {
     return value;
 }
 
-/* out = float32(sum of the terms, in order): multiplied and added in float64, each rounded. Takes whole blocks.
- * Returns whether every sum is finite. */
+/* out = float32(sum of the terms, in order). Each product and each sum is rounded to float64. `count` is a multiple of
+ * BLOCK. Returns whether every sum is finite. */
 static int summed_anywhere(float *out, const Term *terms, size_t term_count, size_t count) {
     int is_finite = 1;
     for (size_t at = 0; at < count; at += BLOCK) {
@@ -60,10 +61,10 @@ static int summed_anywhere(float *out, const Term *terms, size_t term_count, siz
     return is_finite;
 }
 
-int wsm_vector_bits = 0; /* 512, 256 or 0; set when the library is loaded, and lowered by a test */
+int wsm_vector_bits = 0; /* 512, 256 or 0. Set when the library is loaded; a test lowers it. */
 
 #ifdef __x86_64__
-__attribute__((constructor)) static void find_out(void) {
+__attribute__((constructor)) static void detect_vector_bits(void) {
     wsm_vector_bits = __builtin_cpu_supports("avx512f") ? 512 : __builtin_cpu_supports("avx2") ? 256 : 0;
 }
 
@@ -71,7 +72,7 @@ __attribute__((constructor)) static void find_out(void) {
 #define AVX512 __attribute__((target("avx512f")))
 #define INLINE __attribute__((always_inline)) static inline
 
-/* Four elements of a term, scaled. */
+/* Four elements of a term, times c. */
 AVX2 INLINE __m256d scaled_4(const Term *term, size_t at, __m256d c) {
     __m128 values;
     if (term->is_bf16) {
@@ -83,7 +84,7 @@ AVX2 INLINE __m256d scaled_4(const Term *term, size_t at, __m256d c) {
     return _mm256_mul_pd(_mm256_cvtps_pd(values), c);
 }
 
-/* Eight. */
+/* Eight elements of a term, times c. */
 AVX512 INLINE __m512d scaled_8(const Term *term, size_t at, __m512d c) {
     __m256 values;
     if (term->is_bf16) {
@@ -95,7 +96,8 @@ AVX512 INLINE __m512d scaled_8(const Term *term, size_t at, __m512d c) {
     return _mm512_mul_pd(_mm512_cvtps_pd(values), c);
 }
 
-/* The same with the sums in registers, where compilers do not keep them by themselves: twice as fast. */
+/* The same as summed_anywhere. The sums are explicitly in registers, where compilers do not keep them by themselves:
+ * twice as fast. */
 AVX2 static int summed_avx2(float *out, const Term *terms, size_t term_count, size_t count) {
     const __m128i exponent = _mm_set1_epi32(0x7f800000);
     __m128i not_finite = _mm_setzero_si128();
@@ -140,6 +142,7 @@ AVX512 static int summed_avx512(float *out, const Term *terms, size_t term_count
 #define summed_avx512 summed_anywhere
 #endif
 
+/* summed_anywhere, in the version for this processor. */
 static int summed(float *out, const Term *terms, size_t term_count, size_t count) {
     if (wsm_vector_bits == 512) return summed_avx512(out, terms, term_count, count);
     if (wsm_vector_bits == 256) return summed_avx2(out, terms, term_count, count);
@@ -152,6 +155,7 @@ static double seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
+/* Returns whether all of the bytes could be read. */
 static int read_all(int descriptor, char *into, size_t nbytes, int64_t offset) {
     while (nbytes) {
         ssize_t got = pread(descriptor, into, nbytes, (off_t)offset);
@@ -161,6 +165,7 @@ static int read_all(int descriptor, char *into, size_t nbytes, int64_t offset) {
     return 1;
 }
 
+/* Elements of each source that are read and summed at a time; a multiple of BLOCK. */
 static size_t piece_numel(size_t source_count) {
     size_t numel = STORED_BYTES / (4 * source_count) / BLOCK * BLOCK;
     return numel > MAX_PIECE ? MAX_PIECE : numel < BLOCK ? BLOCK : numel;
@@ -171,21 +176,24 @@ size_t wsm_scratch_bytes(size_t source_count) {
     return source_count * (sizeof(Term) + 4 * piece_numel(source_count));
 }
 
-/* Several weighted sums of the same elements, which are read here, piece by piece, and summed while they are hot.
+/* Makes several weighted sums of the same elements. Reads the elements piece by piece and sums each piece while the
+ * cache holds it.
  *
- *   outs           sum_count arrays of numel floats, with room up to the next multiple of BLOCK
- *   descriptors, places, is_bf16
- *                  where each source's elements begin: at a byte of an open file, or, if the descriptor is IN_MEMORY,
- *                  at an address; and what they are
- *   coefficients   [sum_count][source_count]; is_member says which of them count
+ *   outs           sum_count arrays of numel floats, with space up to the next multiple of BLOCK
+ *   descriptors    [source_count]; of an open file, or IN_MEMORY
+ *   positions      [source_count]; byte offset of the first element in the file, or its address if IN_MEMORY
+ *   is_bf16        [source_count]; else the elements are fp32
+ *   coefficients   [sum_count][source_count]
+ *   is_member      [sum_count][source_count]; whether the source is in the sum (a coefficient of 0 times an infinity
+ *                  is not 0)
  *   scratch        see wsm_scratch_bytes
- *   spent_s        gets the seconds spent in reading
+ *   read_s         the seconds spent in reading are added to it
  *
- * Returns 1 if every sum is finite, 0 if not, -1 if a source could not be read in full: the caller then reads again in
- * its own, slower way, which tells why. */
-int wsm_sums(float *const *outs, const int *descriptors, const int64_t *places, const uint8_t *is_bf16,
+ * Returns 1 if every sum is finite, 0 if not, -1 if a source could not be read in full. After -1 the caller reads again
+ * in Python, which is slower and says what is wrong. */
+int wsm_sums(float *const *outs, const int *descriptors, const int64_t *positions, const uint8_t *is_bf16,
              const double *coefficients, const uint8_t *is_member, size_t source_count, size_t sum_count, size_t numel,
-             void *scratch, double *spent_s) {
+             void *scratch, double *read_s) {
     Term *terms = scratch;
     char *stored = (char *)(terms + source_count);
     size_t piece = piece_numel(source_count);
@@ -195,15 +203,15 @@ int wsm_sums(float *const *outs, const int *descriptors, const int64_t *places, 
         double started_s = seconds();
         for (size_t k = 0; k < source_count; k++) {
             size_t size = is_bf16[k] ? 2 : 4;
-            char *own = stored + 4 * piece * k;
-            int64_t place = places[k] + (int64_t)(begin * size);
+            char *elements = stored + 4 * piece * k;
+            int64_t position = positions[k] + (int64_t)(begin * size);
             if (descriptors[k] == IN_MEMORY)
-                memcpy(own, (const char *)(intptr_t)place, count * size);
-            else if (!read_all(descriptors[k], own, count * size, place))
+                memcpy(elements, (const char *)(intptr_t)position, count * size);
+            else if (!read_all(descriptors[k], elements, count * size, position))
                 return -1;
-            memset(own + count * size, 0, (padded - count) * size);
+            memset(elements + count * size, 0, (padded - count) * size);
         }
-        *spent_s += seconds() - started_s;
+        *read_s += seconds() - started_s;
         for (size_t s = 0; s < sum_count; s++) {
             size_t term_count = 0;
             for (size_t k = 0; k < source_count; k++)

@@ -1,12 +1,12 @@
-"""Reads input files: whole ranges, never less than asked, and again after passing faults of network file systems."""
+"""Reads ranges of input files. Never returns less than a range, and tries again when a network file system fails."""
 
 import errno
 import logging
 import os
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 
+from wsm_ds.engine.open_files import OpenFiles
 from wsm_ds.errors import BrokenCheckpoint
 from wsm_ds.planning.plan import InputFile
 
@@ -16,87 +16,101 @@ OPEN_FILES = 64
 TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
 """What NFS, Lustre and GPFS answer while a server fails over."""
 PAUSES_S = (0.1, 0.5, 2.0, 8.0)
+"""Pauses before the second, third, ... attempt to read a range after such an error."""
 
 
 class Reader:
-    """Open input files of one thread, the least recently used closed first."""
+    """Reads the inputs of a plan for one thread. A context manager that closes the files.
+
+    Args:
+        inputs: the plan's inputs. A file is named by its number in them.
+    """
 
     def __init__(self, inputs: Sequence[InputFile]) -> None:
         self.inputs = inputs
-        self.nbytes = 0
-        self.descriptors: OrderedDict[int, int] = OrderedDict()
+        self.open_files = OpenFiles(lambda file: inputs[file].path, os.O_RDONLY, OPEN_FILES)
 
     def __enter__(self) -> "Reader":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for descriptor in self.descriptors.values():
-            os.close(descriptor)
-        self.descriptors.clear()
+        self.open_files.close_all()
 
     def read(self, file: int, offset: int, into: memoryview) -> None:
         """Fills `into` with the bytes at `offset` of an input.
 
+        Errors in TRANSIENT are logged, and the range is read again after each of PAUSES_S.
+
+        Args:
+            file: number of the input.
+            offset: in bytes.
+            into: writable memory of as many bytes as are wanted.
+
         Raises:
-            BrokenCheckpoint: the file is gone, or ends before.
-            OSError: it cannot be read, again and again.
+            BrokenCheckpoint: the file is gone, or it ends too early; the message names the file.
+            OSError: the file cannot be read, and the pauses did not help.
         """
         for pause_s in (*PAUSES_S, None):
             try:
-                self._read(file, offset, into)
-                return self.note(file, offset, len(into))
+                return self._read(file, offset, into)
             except FileNotFoundError as error:
-                raise BrokenCheckpoint(f"{self.inputs[file].path} vanished while it was read.") from error
+                raise BrokenCheckpoint(
+                    f"{self.inputs[file].path} vanished while it was read. Does a clean-up of old checkpoints run?"
+                ) from error
             except OSError as error:
                 if error.errno not in TRANSIENT or pause_s is None:
                     raise
                 log.warning("%s: %s; reading it again in %g s", self.inputs[file].path, error.strerror, pause_s)
-                self._close(file)
+                # A new descriptor: after ESTALE the old one never works again.
+                self.open_files.close(file)
                 time.sleep(pause_s)
         raise AssertionError
 
     def descriptor(self, file: int) -> int:
-        """The open file, for others to read from; valid until so many other files were opened."""
-        return self._descriptor(file)
+        """The open descriptor of an input, for the compiled kernel and for sharing blocks on the disk.
 
-    def note(self, file: int, offset: int, nbytes: int) -> None:
-        """Counts bytes at `offset` of an input that were read, here or through `descriptor`."""
-        self.nbytes += nbytes
+        It stays valid until OPEN_FILES other inputs have been used.
+
+        Raises:
+            OSError: the file cannot be opened.
+        """
+        return self.open_files.descriptor(file)
 
     def will_read(self, file: int, offset: int, nbytes: int) -> None:
-        """Tells the kernel to fetch a range ahead."""
-        os.posix_fadvise(self._descriptor(file), offset, nbytes, os.POSIX_FADV_WILLNEED)
+        """Tells the operating system to fetch a range of an input into the page cache in the background.
+
+        Raises:
+            OSError: the file cannot be opened.
+        """
+        os.posix_fadvise(self.open_files.descriptor(file), offset, nbytes, os.POSIX_FADV_WILLNEED)
 
     def _read(self, file: int, offset: int, into: memoryview) -> None:
-        descriptor = self._descriptor(file)
+        descriptor = self.open_files.descriptor(file)
         done = 0
         while done < len(into):
             count = os.preadv(descriptor, [into[done:]], offset + done)
             if count == 0:
-                raise BrokenCheckpoint(f"{self.inputs[file].path} ends at byte {offset + done}; it was cut off.")
+                raise BrokenCheckpoint(
+                    f"{self.inputs[file].path} ends at byte {offset + done}, expected {offset + len(into)} bytes or "
+                    "more: it was truncated while it was read."
+                )
             done += count
-
-    def _descriptor(self, file: int) -> int:
-        if file in self.descriptors:
-            self.descriptors.move_to_end(file)
-            return self.descriptors[file]
-        if len(self.descriptors) >= OPEN_FILES:
-            self._close(next(iter(self.descriptors)))
-        self.descriptors[file] = os.open(self.inputs[file].path, os.O_RDONLY)
-        return self.descriptors[file]
-
-    def _close(self, file: int) -> None:
-        descriptor = self.descriptors.pop(file, None)
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def check_unchanged(inputs: Sequence[InputFile]) -> None:
-    """Raises BrokenCheckpoint if an input's size or time of change is no longer what the plan saw."""
+    """Checks that no input has changed since the plan was made.
+
+    Raises:
+        BrokenCheckpoint: the size or the modification time of an input differs, or the input is gone; the message
+            names the file.
+    """
     for source in inputs:
         try:
             now = source.path.stat()
         except FileNotFoundError as error:
             raise BrokenCheckpoint(f"{source.path} vanished while it was read; nothing was published.") from error
         if (now.st_size, now.st_mtime_ns) != (source.nbytes, source.mtime_ns):
-            raise BrokenCheckpoint(f"{source.path} changed while it was read; nothing was published.")
+            raise BrokenCheckpoint(
+                f"{source.path} changed while it was read; nothing was published. Merge again when no process writes "
+                "to it."
+            )

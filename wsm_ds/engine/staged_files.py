@@ -1,402 +1,357 @@
-"""The staged files of a merge: bytes come in any order, blocks are hashed as soon as they are whole, and journaled."""
+"""The output files of a merge while they are written: which blocks are finished, and their seals.
+
+Threads and ranks write the bytes of a file in any order. A block is hashed while its bytes come, if they come in order
+(they mostly do: a task ends where a block does). Else it is read again when it is complete. The seal of a finished
+block goes to the journal, so that a merge that was killed goes on after the last finished block.
+"""
 
 import os
 import threading
 import time
-import zlib
-from bisect import bisect_left, bisect_right
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from wsm_ds.engine import crc32
-from wsm_ds.engine.journal import Block, Journal, Seal, read_claims, read_journals
-from wsm_ds.engine.tasks import BLOCK_BYTES, Task
+from wsm_ds.engine.journal import BlockName, Journal, read_claims, read_journals
+from wsm_ds.engine.seals import (
+    CRC_BYTES,
+    CrcFields,
+    Fingerprint,
+    Seal,
+    block_count,
+    block_of,
+    block_range,
+    block_sizes,
+    read_digest,
+    read_seal,
+)
+from wsm_ds.engine.tasks import Task
+from wsm_ds.engine.timings import Timings
 from wsm_ds.filesystem import checksum
 from wsm_ds.filesystem.durable import sync_file, write_all
-from wsm_ds.filesystem.reflink import clone_range
 from wsm_ds.planning.intersect import Ints
 from wsm_ds.planning.plan import LiteralSegment, OutputFile, Plan, ZeroSegment
 
-OPEN_FILES = 32
-READ_BYTES = 1 << 18
 SEEN_WITHIN_S = 120.0
 SYNC_BYTES, SYNC_POLL_S = 1 << 27, 0.02
-
-
-def block_count(output: OutputFile) -> int:
-    """Blocks of a file; an empty one has none."""
-    return -(-output.nbytes // BLOCK_BYTES)
-
-
-def block_range(output: OutputFile, index: int) -> tuple[int, int]:
-    """[begin, end) in bytes of a block."""
-    return index * BLOCK_BYTES, min((index + 1) * BLOCK_BYTES, output.nbytes)
+MAX_FILES_PER_EARLY_SYNC = 32
+Block = tuple[int, int]
+"""(number of the output file in the plan, number of the block in the file)."""
 
 
 @dataclass(frozen=True)
-class Written:
-    """A finished output file: its length, and its `checksum`."""
+class WrittenFile:
+    """A finished output file.
+
+    Attributes:
+        name: path below its output folder.
+        nbytes: its length.
+        checksum: of its bytes, see `filesystem.checksum`.
+    """
 
     name: str
     nbytes: int
     checksum: str
 
 
-@dataclass
-class Timings:
-    """Seconds of one thread."""
-
-    read_s: float = 0.0
-    arithmetic_s: float = 0.0
-    write_s: float = 0.0
-    hash_s: float = 0.0
-
-    def add(self, other: "Timings") -> None:
-        """Adds another thread's."""
-        for name, seconds in vars(other).items():
-            setattr(self, name, getattr(self, name) + seconds)
-
-
-class Fingerprint:
-    """The seal of a block, from its bytes in order."""
-
-    def __init__(self, file: "_Fields", output: OutputFile, index: int) -> None:
-        self.file = file
-        self.position, self.end = block_range(output, index)
-        self.hasher = checksum.Hasher()
-        first = bisect_right(file.ends, self.position)
-        last = bisect_left(file.begins, self.end)
-        self.fields = range(first, last)
-        self.crcs = [0] * len(self.fields)
-
-    def update(self, data: memoryview) -> None:
-        """Takes the bytes that follow."""
-        begin, end = self.position, self.position + len(data)
-        for number, index in enumerate(self.fields):
-            low, high = max(self.file.begins[index], begin), min(self.file.ends[index], end)
-            if low < high:
-                self.crcs[number] = zlib.crc32(data[low - begin : high - begin], self.crcs[number])
-        places = self.file.places
-        first, last = bisect_left(places, begin), bisect_left(places, end)
-        if first < last:
-            masked = bytearray(data)
-            for place in places[first:last]:
-                masked[place - begin] = 0
-            data = memoryview(masked)
-        self.hasher.update(data)
-        self.position = end
-
-    def seal(self) -> Seal:
-        """What the block is known by."""
-        return Seal(self.hasher.digest(), tuple(self.crcs))
-
-
-class _Fields:
-    """An output file's CRC fields by offset, and the bytes that will hold CRC-32s."""
-
-    def __init__(self, output: OutputFile) -> None:
-        self.crcs = sorted((crc for crc in output.crc_fields if crc.nbytes), key=lambda crc: crc.offset)
-        self.begins = [crc.offset for crc in self.crcs]
-        self.ends = [crc.offset + crc.nbytes for crc in self.crcs]
-        self.places = sorted(place + byte for crc in output.crc_fields for place in crc.positions for byte in range(4))
-
-
 class StagedFiles:
-    """The output files of a plan below their parts' staging folders, as one process writes them.
+    """The output files of a plan in the staging folders of their outputs, as one process writes them.
+
+    Its threads share one object. The order of calls on each rank is `create` (rank 0), `open`, the writes, `seal_rest`,
+    `sync`, `finish` (rank 0), `close`. There is a barrier before `open`, before `seal_rest` and before `finish`.
 
     Args:
-        content: for each part the folder that its files go into.
-        records: for each part the folder of its journals.
+        plan: the same on all ranks.
+        content_folders: for each output of the plan, the folder that its files go into.
+        journal_folders: for each output of the plan, the folder of its journals.
         rank: of this process.
+
+    Memory: a few integers per block of the plan's output, about 100 bytes for each finished block.
     """
 
-    def __init__(self, plan: Plan, content: Sequence[Path], records: Sequence[Path], rank: int = 0) -> None:
-        self.plan, self.content, self.records, self.rank = plan, content, records, rank
-        self.paths = [content[output.output] / output.name for output in plan.files]
-        self.fields = [_Fields(output) for output in plan.files]
-        self.numbers = [{output.name: number for number, output in plan.files_of(part)} for part in range(len(content))]
+    def __init__(
+        self, plan: Plan, content_folders: Sequence[Path], journal_folders: Sequence[Path], rank: int = 0
+    ) -> None:
+        self.plan, self.journal_folders, self.rank = plan, journal_folders, rank
+        self.paths = [content_folders[file.output] / file.name for file in plan.files]
+        self.crc_fields = [CrcFields(file) for file in plan.files]
+        self.numbers_by_name = [
+            {file.name: number for number, file in plan.files_of(output)} for output in range(len(content_folders))
+        ]
         self.journals: list[Journal] = []
-        self.claims: dict[tuple[int, int], Seal] = {}
-        self.sealed: set[tuple[int, int]] = set()
-        self.fingerprints: dict[tuple[int, int], Fingerprint | None] = {}
-        self.touched: set[int] = set()
-        self.remaining: list[Ints] = []
+        self.claims: dict[Block, Seal] = {}
+        self.sealed: set[Block] = set()
+        # None: the bytes of the block did not come in order, so it will be read again.
+        self.fingerprints: dict[Block, Fingerprint | None] = {}
+        self.written_files: set[int] = set()
+        self.remaining_bytes: list[Ints] = []
         self.unsynced_bytes = 0
         self.lock = threading.Lock()
 
     def create(self) -> None:
-        """Makes all files at full length, with the bytes that the plan itself knows. One rank does so for all."""
-        for path, output in zip(self.paths, self.plan.files, strict=True):
+        """Creates all files at full length and writes the bytes that the plan itself holds (pickles, zip headers).
+
+        Ranks: rank 0, before any rank calls `open`.
+
+        Raises:
+            OSError: the disk is full, or a file cannot be written.
+        """
+        for path, file in zip(self.paths, self.plan.files, strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                os.ftruncate(descriptor, output.nbytes)
-                for piece in output.segments:
-                    if isinstance(piece, LiteralSegment):
-                        write_all(descriptor, memoryview(piece.data), piece.offset)
+                os.ftruncate(descriptor, file.nbytes)
+                for segment in file.segments:
+                    if isinstance(segment, LiteralSegment):
+                        write_all(descriptor, memoryview(segment.data), segment.offset)
             finally:
                 os.close(descriptor)
 
     def open(self) -> None:
-        """Begins to write: after `create`, on every rank."""
-        for part, folder in enumerate(self.records):
-            _wait_until_seen(folder)
-            for (name, index), seal in read_claims(folder).items():
-                if name in self.numbers[part]:
-                    self.claims[self.numbers[part][name], index] = seal
+        """Reads what earlier attempts have finished and opens this rank's journals.
+
+        Ranks: all, after `create` on rank 0.
+        """
+        for output, folder in enumerate(self.journal_folders):
+            _wait_until_visible(folder)
+            numbers = self.numbers_by_name[output]
+            for (name, block), seal in read_claims(folder).items():
+                if name in numbers:
+                    self.claims[numbers[name], block] = seal
             self.journals.append(Journal(folder, self.rank))
-        self.remaining = [_bytes_of_streams(output) for output in self.plan.files]
+        self.remaining_bytes = [_bytes_from_streams(file) for file in self.plan.files]
 
     def close(self) -> None:
-        """Lets go of the journals."""
+        """Closes the journals."""
         for journal in self.journals:
             journal.close()
         self.journals = []
 
     def is_done(self, task: Task) -> bool:
-        """Whether all blocks that a task writes to were finished by an earlier attempt, and still are."""
+        """Whether an earlier attempt has finished all blocks that a task writes to.
+
+        The blocks are read again: their bytes must be those of the earlier attempt's seals.
+
+        Raises:
+            OSError: a staged file cannot be read.
+        """
         if not self.claims:
             return False
         for target in self.plan.streams[task.stream].targets:
             places = target.places
             for element, numel, file, offset in places.within(task.begin, task.end):
                 last = offset + numel * places.dtype(element).itemsize - 1
-                if not all(
-                    self._is_sealed(file, index) for index in range(offset // BLOCK_BYTES, last // BLOCK_BYTES + 1)
-                ):
+                if not all(self._is_sealed((file, block)) for block in range(block_of(offset), block_of(last) + 1)):
                     return False
         return True
 
-    def _is_sealed(self, number: int, index: int) -> bool:
-        if (number, index) in self.sealed:
-            return True
-        claim = self.claims.get((number, index))
-        if claim is None:
-            return False
-        held = self._reread(number, index)
-        with self.lock:
-            if held == claim:
-                self._seal(number, index, held)
-            else:
-                self.claims.pop((number, index), None)
-        return held == claim
+    def hash_data(self, number: int, offset: int, data: memoryview, timings: Timings) -> list[tuple[int, int]]:
+        """Hashes bytes that are about to be written, where they continue a block's earlier bytes.
 
-    def note(self, number: int, offset: int, data: memoryview, timings: Timings) -> Iterator[tuple[int, int]]:
-        """Hashes what is being written, block by block, if it comes in order; yields the blocks."""
-        position = offset
+        Args:
+            number: of the output file in the plan.
+            offset: of `data` in that file, in bytes.
+            data: the bytes.
+            timings: the seconds are added to its `hash_s`.
+
+        Returns:
+            (number of the block, bytes) for each block that `data` has bytes of. Pass them to `mark_written` when
+            they are written.
+        """
+        blocks = []
         while len(data):
-            index = position // BLOCK_BYTES
-            _, end = block_range(self.plan.files[number], index)
-            part = data[: end - position]
+            key = number, block_of(offset)
+            _, block_end = block_range(self.plan.files[number], key[1])
+            piece = data[: block_end - offset]
             with self.lock:
-                mine = self._next_fingerprint(number, index, position)
-            if mine is not None:
+                fingerprint = self._take_fingerprint(key, offset)
+            if fingerprint is not None:
                 begun = time.perf_counter()
-                mine.update(part)
+                fingerprint.update(piece)
                 timings.hash_s += time.perf_counter() - begun
                 with self.lock:
-                    self.fingerprints.setdefault((number, index), mine)
-            yield index, len(part)
-            data, position = data[len(part) :], position + len(part)
+                    self.fingerprints.setdefault(key, fingerprint)
+            blocks.append((key[1], len(piece)))
+            data, offset = data[len(piece) :], offset + len(piece)
+        return blocks
 
-    def _next_fingerprint(self, number: int, index: int, position: int) -> Fingerprint | None:
-        """The block's fingerprint, taken out, if it is exactly here that it goes on; else the block has none."""
-        key = (number, index)
-        if key in self.sealed:
-            return None
-        if key not in self.fingerprints and position == index * BLOCK_BYTES:
-            return Fingerprint(self.fields[number], self.plan.files[number], index)
-        found = self.fingerprints.pop(key, None)
-        if found is not None and found.position == position:
-            return found
-        self.fingerprints[key] = None
-        return None
+    def mark_written(self, number: int, block: int, nbytes: int, timings: Timings) -> None:
+        """Counts bytes that have been written. With the last bytes of a block, seals the block.
 
-    def wrote(self, number: int, index: int, nbytes: int, timings: Timings) -> None:
-        """Counts bytes that have been written, and seals the block with its last one."""
-        key = (number, index)
+        Args:
+            number: of the output file in the plan.
+            block: number of the block in that file.
+            nbytes: how many bytes of it were written.
+            timings: the seconds are added to its `hash_s`.
+
+        Raises:
+            OSError: the block must be read again and cannot be, or the journal cannot be written.
+        """
+        key = number, block
         with self.lock:
-            self.touched.add(number)
+            self.written_files.add(number)
             if key in self.sealed:
                 return
-            self.remaining[number][index] -= nbytes
-            if self.remaining[number][index]:
+            self.remaining_bytes[number][block] -= nbytes
+            if self.remaining_bytes[number][block]:
                 return
-            found = self.fingerprints.pop(key, None)
-        _, end = block_range(self.plan.files[number], index)
+            fingerprint = self.fingerprints.pop(key, None)
+        begin, end = block_range(self.plan.files[number], block)
         begun = time.perf_counter()
-        seal = found.seal() if found is not None and found.position == end else self._reread(number, index)
+        is_whole = fingerprint is not None and fingerprint.position == end
+        seal = fingerprint.seal() if fingerprint is not None and is_whole else self._read_seal(key)
         timings.hash_s += time.perf_counter() - begun
         with self.lock:
-            self._seal(number, index, seal)
-            self.unsynced_bytes += end - index * BLOCK_BYTES
+            self._seal(key, seal)
+            self.unsynced_bytes += end - begin
 
     def sync_early(self, is_over: threading.Event) -> None:
-        """Lets the disk work beside the arithmetic: syncs whenever enough has been written, until it is over."""
+        """Syncs files whenever SYNC_BYTES have been written, so that the disk works during the arithmetic.
+
+        Args:
+            is_over: when it is set, the call returns.
+
+        Raises:
+            OSError: the system could not write bytes to the disk that it had taken before.
+        """
         while not is_over.wait(SYNC_POLL_S):
             if self.unsynced_bytes >= SYNC_BYTES:
                 with self.lock:
-                    numbers, self.unsynced_bytes = sorted(self.touched), 0
-                for number in numbers[-OPEN_FILES:]:
+                    numbers, self.unsynced_bytes = sorted(self.written_files), 0
+                for number in numbers[-MAX_FILES_PER_EARLY_SYNC:]:
                     sync_file(self.paths[number])
 
-    def _seal(self, number: int, index: int, seal: Seal) -> None:
-        if (number, index) not in self.sealed:
-            self.sealed.add((number, index))
-            output = self.plan.files[number]
-            self.journals[output.output].add((output.name, index), seal)
-
-    def _reread(self, number: int, index: int) -> Seal:
-        output = self.plan.files[number]
-        found = Fingerprint(self.fields[number], output, index)
-        with self.paths[number].open("rb", buffering=0) as file:
-            file.seek(found.position)
-            for data in _chunks(file.fileno(), found.position, found.end):
-                found.update(data)
-        return found.seal()
-
     def seal_rest(self, rank: int, world_size: int) -> None:
-        """Seals what no rank has: blocks without elements, and those of which several ranks wrote a part."""
-        own = {block for block in self._blocks() if sum(block) % world_size == rank}  # whatever others seal meanwhile
-        for number, index in sorted(own - self._sealed_by_all()):
-            seal = self._reread(number, index)
+        """Seals the blocks that no rank has sealed: those without elements, and those that several ranks wrote to.
+
+        Ranks: all, after all writes of all ranks; each reads a share of these blocks.
+
+        Args:
+            rank: of this process.
+            world_size: number of ranks.
+        """
+        # By block, not by position in the list: other ranks seal while this one reads their journals.
+        share = {block for block in self._all_blocks() if sum(block) % world_size == rank}
+        for block in sorted(share - self._sealed_by_all_ranks()):
+            seal = self._read_seal(block)
             with self.lock:
-                self._seal(number, index, seal)
+                self._seal(block, seal)
 
     def sync(self) -> None:
-        """Waits until what this process wrote is on the disk."""
-        for number in sorted(self.touched) if self.rank else range(len(self.paths)):
+        """Waits until the files that this rank wrote to are on the disk; rank 0, which created them, syncs all.
+
+        Raises:
+            OSError: the system could not write bytes to the disk that it had taken before.
+        """
+        for number in sorted(self.written_files) if self.rank else range(len(self.paths)):
             sync_file(self.paths[number])
 
-    def finish(self, part: int) -> list[Written]:
-        """Fills in the checksums of the zips, once all blocks of all ranks are sealed."""
-        seals = read_journals(self.records[part])
-        return [self._finish(number, output, seals) for number, output in self.plan.files_of(part)]
+    def finish(self, output: int) -> list[WrittenFile]:
+        """Fills in the CRC-32s of zip archives and computes the checksums of an output's files.
 
-    def _finish(self, number: int, output: OutputFile, seals: dict[Block, Seal]) -> Written:
-        own = [seals[output.name, index] for index in range(block_count(output))]
-        digests = [seal.digest for seal in own]
-        fields = self.fields[number]
-        if fields.places:
+        Ranks: rank 0, after `seal_rest` and `sync` of all ranks.
+
+        Args:
+            output: number of the output in the plan.
+        """
+        seals = read_journals(self.journal_folders[output])
+        return [self._finish(number, file, seals) for number, file in self.plan.files_of(output)]
+
+    def _is_sealed(self, block: Block) -> bool:
+        if block in self.sealed:
+            return True
+        claim = self.claims.get(block)
+        if claim is None:
+            return False
+        seal = self._read_seal(block)
+        with self.lock:
+            if seal == claim:
+                self._seal(block, seal)
+            else:
+                self.claims.pop(block, None)
+        return seal == claim
+
+    def _take_fingerprint(self, block: Block, offset: int) -> Fingerprint | None:
+        """Removes and returns the block's fingerprint if it continues at `offset`. Else the block gets none any more.
+
+        It is removed so that no other thread takes it while this one hashes without the lock.
+        """
+        if block in self.sealed:
+            return None
+        number, index = block
+        if block not in self.fingerprints and offset == block_range(self.plan.files[number], index)[0]:
+            return Fingerprint(self.crc_fields[number], index)
+        fingerprint = self.fingerprints.pop(block, None)
+        if fingerprint is not None and fingerprint.position == offset:
+            return fingerprint
+        self.fingerprints[block] = None
+        return None
+
+    def _seal(self, block: Block, seal: Seal) -> None:
+        """Journals the seal of a block once. The caller holds the lock."""
+        if block not in self.sealed:
+            self.sealed.add(block)
+            file = self.plan.files[block[0]]
+            self.journals[file.output].add((file.name, block[1]), seal)
+
+    def _read_seal(self, block: Block) -> Seal:
+        number, index = block
+        with self.paths[number].open("rb", buffering=0) as file:
+            return read_seal(file.fileno(), self.crc_fields[number], index)
+
+    def _finish(self, number: int, file: OutputFile, seals: dict[BlockName, Seal]) -> WrittenFile:
+        seals_of_file = [seals[file.name, block] for block in range(block_count(file))]
+        digests = [seal.digest for seal in seals_of_file]
+        filled_bytes = self.crc_fields[number].filled_bytes
+        if filled_bytes:
             descriptor = os.open(self.paths[number], os.O_RDWR)
             try:
-                self._fill_in(descriptor, output, fields, own)
-                for index in sorted({place // BLOCK_BYTES for place in fields.places}):
-                    held = checksum.Hasher()
-                    for data in _chunks(descriptor, *block_range(output, index)):
-                        held.update(data)
-                    digests[index] = held.digest()
+                self._fill_in(descriptor, number, seals_of_file)
+                for block in sorted({block_of(offset) for offset in filled_bytes}):
+                    digests[block] = read_digest(descriptor, file, block)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        return Written(output.name, output.nbytes, checksum.of_blocks(digests))
+        return WrittenFile(file.name, file.nbytes, checksum.of_blocks(digests))
 
-    def _fill_in(self, descriptor: int, output: OutputFile, fields: _Fields, seals: Sequence[Seal]) -> None:
-        totals = dict.fromkeys(range(len(fields.crcs)), 0)
-        for index, seal in enumerate(seals):
-            shape = Fingerprint(fields, output, index)
-            for number, crc in zip(shape.fields, seal.crcs, strict=True):
-                begin, end = max(fields.begins[number], shape.position), min(fields.ends[number], shape.end)
-                totals[number] = crc32.combine(totals[number], crc, end - begin)
-        values = {crc: totals[number] for number, crc in enumerate(fields.crcs)}
-        for field in output.crc_fields:
-            for place in field.positions:
-                write_all(descriptor, memoryview(values.get(field, 0).to_bytes(4, "little")), place)
+    def _fill_in(self, descriptor: int, number: int, seals: Sequence[Seal]) -> None:
+        """Writes the CRC-32s, little-endian as in every zip. That of an empty entry is 0."""
+        crcs = self.crc_fields[number].values(seals)
+        for field in self.plan.files[number].crc_fields:
+            for position in field.positions:
+                write_all(descriptor, memoryview(crcs.get(field, 0).to_bytes(CRC_BYTES, "little")), position)
 
-    def _blocks(self) -> set[tuple[int, int]]:
+    def _all_blocks(self) -> set[Block]:
+        return {(number, block) for number, file in enumerate(self.plan.files) for block in range(block_count(file))}
+
+    def _sealed_by_all_ranks(self) -> set[Block]:
         return {
-            (number, index) for number, output in enumerate(self.plan.files) for index in range(block_count(output))
-        }
-
-    def _sealed_by_all(self) -> set[tuple[int, int]]:
-        return {
-            (self.numbers[part][name], index)
-            for part, folder in enumerate(self.records)
-            for name, index in read_journals(folder)
+            (self.numbers_by_name[output][name], block)
+            for output, folder in enumerate(self.journal_folders)
+            for name, block in read_journals(folder)
         }
 
 
-def _wait_until_seen(folder: Path) -> None:
-    """A network file system may go on answering for a while that a folder is not there, once it was asked too early."""
+def _wait_until_visible(folder: Path) -> None:
+    """Waits for a folder that rank 0 has made: NFS caches for a while that a name does not exist.
+
+    Listing the parent makes the client ask the server again.
+    """
     deadline = time.monotonic() + SEEN_WITHIN_S
     while not folder.is_dir() and time.monotonic() < deadline:
         list(folder.parent.iterdir())
         time.sleep(0.2)
 
 
-def _bytes_of_streams(output: OutputFile) -> Ints:
-    """For every block, the bytes that streams will write to it."""
-    count = block_count(output)
-    remaining = np.full(count, BLOCK_BYTES, dtype=np.int64)
-    if count:
-        remaining[-1] = output.nbytes - (count - 1) * BLOCK_BYTES
-    for piece in output.segments:
-        if isinstance(piece, LiteralSegment | ZeroSegment):
-            position, end = piece.offset, piece.offset + piece.nbytes
+def _bytes_from_streams(file: OutputFile) -> Ints:
+    """Bytes of each block that streams will write, shape [block_count]; the others are there after `create`."""
+    nbytes = block_sizes(file)
+    for segment in file.segments:
+        if isinstance(segment, LiteralSegment | ZeroSegment):
+            position, end = segment.offset, segment.offset + segment.nbytes
             while position < end:
-                index = position // BLOCK_BYTES
-                stop = min(end, (index + 1) * BLOCK_BYTES)
-                remaining[index] -= stop - position
+                block = block_of(position)
+                stop = min(end, block_range(file, block)[1])
+                nbytes[block] -= stop - position
                 position = stop
-    return remaining
-
-
-class Writer:
-    """Open staged files of one thread, the least recently used closed first."""
-
-    def __init__(self, files: StagedFiles, timings: Timings) -> None:
-        self.files, self.timings = files, timings
-        self.descriptors: OrderedDict[int, int] = OrderedDict()
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self.descriptors.values():
-            os.close(descriptor)
-        self.descriptors.clear()
-
-    def write(self, number: int, offset: int, data: memoryview) -> None:
-        """Writes bytes of an output file, hashes them on the way, and seals the blocks that they complete."""
-        self._put(number, offset, data, (offset, offset))
-
-    def carry(self, number: int, offset: int, data: memoryview, source: int, source_offset: int) -> None:
-        """The same; blocks of the file system that can be shared with the open `source` are, instead of written."""
-        begun = time.perf_counter()
-        shared = clone_range(source, source_offset, self._descriptor(number), offset, len(data))
-        self.timings.write_s += time.perf_counter() - begun
-        self._put(number, offset, data, shared or (offset, offset))
-
-    def _put(self, number: int, offset: int, data: memoryview, there: tuple[int, int]) -> None:
-        """Writes what of `data` is not in the range `there`, and counts all of it."""
-        descriptor = self._descriptor(number)
-        blocks = list(self.files.note(number, offset, data, self.timings))
-        begun = time.perf_counter()
-        write_all(descriptor, data[: there[0] - offset], offset)
-        write_all(descriptor, data[there[1] - offset :], there[1])
-        self.timings.write_s += time.perf_counter() - begun
-        for index, nbytes in blocks:
-            self.files.wrote(number, index, nbytes, self.timings)
-
-    def _descriptor(self, number: int) -> int:
-        if number in self.descriptors:
-            self.descriptors.move_to_end(number)
-            return self.descriptors[number]
-        if len(self.descriptors) >= OPEN_FILES:
-            os.close(self.descriptors.popitem(last=False)[1])
-        self.descriptors[number] = os.open(self.files.paths[number], os.O_RDWR)
-        return self.descriptors[number]
-
-
-def _chunks(descriptor: int, begin: int, end: int) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(min(READ_BYTES, end - begin)))
-    while begin < end:
-        count = os.preadv(descriptor, [buffer[: end - begin]], begin)
-        if count == 0:
-            raise OSError(f"a staged file ends at byte {begin}; something else has cut it off")
-        yield buffer[:count]
-        begin += count
+    return nbytes

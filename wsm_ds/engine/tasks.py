@@ -1,4 +1,7 @@
-"""A plan cut into tasks, and tasks dealt out to ranks by bytes. Every rank that has the plan gets the same answer."""
+"""Cuts a plan into tasks and divides the tasks among ranks.
+
+Every rank computes the same tasks from the same plan, so ranks need not tell each other who does what.
+"""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,12 +12,20 @@ from wsm_ds.planning.intersect import ITEMSIZES, NOWHERE, Ints, Places
 from wsm_ds.planning.plan import Plan, Stream
 
 BLOCK_BYTES = 4 << 20
-"""Output bytes per block. The manifest's checksums are of blocks, so it is a constant of the format."""
+"""Bytes of a block of an output file. The checksums of the manifest are those of blocks, so it is a constant of the
+manifest's format."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Elements [begin, end) of a stream. `nbytes` are read and written for it."""
+    """The unit of work of a thread: elements [begin, end) of a stream.
+
+    Attributes:
+        stream: number of the stream in the plan.
+        begin: first element.
+        end: element behind the last one.
+        nbytes: bytes that are read and written for it.
+    """
 
     stream: int
     begin: int
@@ -23,7 +34,11 @@ class Task:
 
 
 def tasks_of(plan: Plan) -> list[Task]:
-    """The whole plan, in file order; tasks end where blocks of the stream's first target end, if they can."""
+    """Cuts the whole plan into tasks, in the order of the output files.
+
+    Tasks end where blocks of the stream's first target end, if they can: then one task writes a block alone and in
+    order, and no block must be read again for its checksum.
+    """
     tasks = []
     for number, stream in enumerate(plan.streams):
         cost = bytes_per_element(stream)
@@ -33,35 +48,46 @@ def tasks_of(plan: Plan) -> list[Task]:
 
 
 def bytes_per_element(stream: Stream) -> float:
-    """Bytes that an element of a stream is read and written as, on average."""
+    """Bytes that are read and written for an element of a stream, on average."""
     return sum(where.nbytes for where in [*stream.sources, *(t.places for t in stream.targets)]) / stream.numel
 
 
 def share(tasks: list[Task], rank: int, world_size: int) -> list[Task]:
-    """The consecutive tasks of one rank: about as many bytes as any other's."""
+    """The tasks of one rank: consecutive ones, with about as many bytes as those of any other rank.
+
+    Args:
+        tasks: of the whole plan.
+        rank: from 0 to world_size - 1.
+        world_size: number of ranks.
+    """
     if world_size == 1:
         return tasks
     nbytes = np.array([task.nbytes for task in tasks], dtype=np.int64)
     middle = np.cumsum(nbytes) - nbytes / 2
-    owner = np.minimum(middle * world_size / max(int(nbytes.sum()), 1), world_size - 1).astype(np.int64)
-    return [task for task, held_by in zip(tasks, owner.tolist(), strict=True) if held_by == rank]
+    rank_of_task = np.minimum(middle * world_size / max(int(nbytes.sum()), 1), world_size - 1).astype(np.int64)
+    return [task for task, owner in zip(tasks, rank_of_task.tolist(), strict=True) if owner == rank]
 
 
 def _cuts(stream: Stream) -> Ints:
-    """Elements at which tasks begin: borders of the first target's blocks, and so many more that none is larger."""
+    """Elements at which tasks begin, and the end of the stream.
+
+    They are the borders of the first target's blocks, and further elements where blocks alone would make too large a
+    task.
+    """
     places = stream.targets[0].places
     borders = _block_borders(places)
     inner = borders[(borders > 0) & (borders < stream.numel)]
     cuts = np.concatenate([[0], inner, [stream.numel]]).astype(np.int64)
-    most = max(1, BLOCK_BYTES // int(ITEMSIZES[places.dtypes].max()))
+    max_numel = max(1, BLOCK_BYTES // int(ITEMSIZES[places.dtypes].max()))
     extra = [
-        np.arange(cuts[at] + most, cuts[at + 1], most, dtype=np.int64) for at in np.flatnonzero(np.diff(cuts) > most)
+        np.arange(cuts[at] + max_numel, cuts[at + 1], max_numel, dtype=np.int64)
+        for at in np.flatnonzero(np.diff(cuts) > max_numel)
     ]
     return np.unique(np.concatenate([cuts, *extra]))
 
 
 def _block_borders(places: Places) -> Ints:
-    """The first element that lies wholly behind each block border inside the places."""
+    """For each block border inside a place, the first element that lies wholly behind the border."""
     sizes = ITEMSIZES[places.dtypes]
     numel = np.diff(places.starts)
     first = places.offsets // BLOCK_BYTES + 1

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from wsm_ds.engine.staged_files import Written
+from wsm_ds.engine.staged_files import WrittenFile
 from wsm_ds.engine.tasks import BLOCK_BYTES
 from wsm_ds.errors import VerificationFailed, few
 from wsm_ds.filesystem import checksum
@@ -71,7 +71,7 @@ def _is_input_of(plan: Plan, number: int, path: Path) -> bool:
     return not any(path.resolve().is_relative_to(other) for other in other_sources)
 
 
-def make_manifest(plan: Plan, number: int, written: Sequence[Written]) -> dict[str, Any]:
+def make_manifest(plan: Plan, number: int, written: Sequence[WrittenFile]) -> dict[str, Any]:
     """The manifest of one output: recipe, sources with steps and coefficients, files with checksums, versions.
 
     Args:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from wsm_ds.engine.staged_files import Timings
+from wsm_ds.engine.timings import Timings
 from wsm_ds.errors import one_line
 from wsm_ds.inspection import Inspected
 from wsm_ds.planning.plan import Plan

@@ -1,0 +1,160 @@
+"""The threads of one process: how many the memory budget holds, and how they run the tasks."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from wsm_ds.engine import arithmetic
+from wsm_ds.engine.reader import Reader
+from wsm_ds.engine.staged_files import StagedFiles
+from wsm_ds.engine.tasks import Task
+from wsm_ds.engine.timings import Timings
+from wsm_ds.engine.worker import Worker
+from wsm_ds.engine.writer import Writer
+from wsm_ds.errors import BudgetTooSmall
+from wsm_ds.planning.plan import Plan
+
+MIN_SLICE_NUMEL, MAX_SLICE_NUMEL = 4096, 1 << 18
+WORKER_BYTES = 1 << 20
+"""What a worker needs besides its slices: buffers for reading blocks again, open files."""
+CHECK_INTERVAL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How a process divides its memory budget.
+
+    Attributes:
+        threads: number of threads, each with one worker.
+        slice_numel: most elements of a slice.
+    """
+
+    threads: int
+    slice_numel: int
+
+
+def workers_for(plan: Plan, memory_bytes: int, threads: int) -> Workers:
+    """Finds how many threads and which slices the memory budget holds.
+
+    Args:
+        plan: gives the largest number of sources and of targets of a stream.
+        memory_bytes: the budget of all threads together.
+        threads: number of threads that the user wants. It is reduced if the budget is too small for them.
+
+    Raises:
+        BudgetTooSmall: the budget is too small for one thread; the message gives the least that is enough.
+    """
+    sources = max((len(stream.sources) for stream in plan.streams), default=1)
+    targets = max((len(stream.targets) for stream in plan.streams), default=1)
+    # An element has at most 8 bytes in a source; in a target 8 as it is stored, and 4 in the float32 sum.
+    bytes_per_element = 8 * sources + 12 * targets + 2 * arithmetic.SCRATCH_BYTES_PER_ELEMENT
+    fixed_bytes = WORKER_BYTES + arithmetic.SCRATCH_BYTES
+    least_bytes = fixed_bytes + MIN_SLICE_NUMEL * bytes_per_element
+    if memory_bytes < least_bytes:
+        raise BudgetTooSmall(f"a memory budget of {memory_bytes} bytes is too small; the least is {least_bytes} bytes.")
+    count = max(1, min(threads, memory_bytes // least_bytes))
+    numel = (memory_bytes // count - fixed_bytes) // bytes_per_element
+    return Workers(count, int(min(numel, MAX_SLICE_NUMEL)))
+
+
+def run_tasks(
+    plan: Plan,
+    tasks: Sequence[Task],
+    files: StagedFiles,
+    workers: Workers,
+    on_bytes: Callable[[int], None] = lambda nbytes: None,
+    check: Callable[[], None] = lambda: None,
+) -> Timings:
+    """Runs tasks on threads. The first error stops all threads and is raised.
+
+    Args:
+        plan: the whole plan.
+        tasks: those of this process.
+        files: open staged files.
+        workers: see `workers_for`.
+        on_bytes: is told the bytes read and written of each finished task. One thread at a time calls it.
+        check: is called several times a second. An error that it raises stops the work.
+
+    Returns:
+        The seconds of all threads together.
+
+    Raises:
+        NonFiniteValue: a source holds a NaN or an infinity (the message names file and tensor), or a sum does not fit
+            the dtype of the output.
+        LayoutMismatch: a frozen tensor differs between sources; the message names it.
+        BrokenCheckpoint: a source is gone or ends too early; the message names it.
+        OSError: the disk is full, or a file cannot be read or written.
+    """
+    queue = _TaskQueue(plan, tasks, files, workers.slice_numel, on_bytes)
+    worker_threads = [threading.Thread(target=queue.work, name=f"merge-{number}") for number in range(workers.threads)]
+    all_threads = [*worker_threads, threading.Thread(target=queue.sync, name="sync")]
+    for thread in all_threads:
+        thread.start()
+    try:
+        for thread in worker_threads:
+            while thread.is_alive():
+                thread.join(CHECK_INTERVAL_S)
+                check()
+    finally:
+        queue.stop.set()
+        for thread in all_threads:
+            thread.join()
+    if queue.errors:
+        raise queue.errors[0]
+    return queue.timings
+
+
+class _TaskQueue:
+    """What the threads of one `run_tasks` share: the tasks that are left, the errors, the seconds.
+
+    Attributes:
+        stop: set when there is an error or nothing more to do; every thread then ends.
+        errors: in the order in which they happened.
+        timings: the seconds of the threads that have ended.
+    """
+
+    def __init__(
+        self, plan: Plan, tasks: Sequence[Task], files: StagedFiles, slice_numel: int, on_bytes: Callable[[int], None]
+    ) -> None:
+        self.plan, self.files, self.slice_numel, self.on_bytes = plan, files, slice_numel, on_bytes
+        self.stop = threading.Event()
+        self.errors: list[BaseException] = []
+        self.timings = Timings()
+        self._tasks = iter(tasks)
+        self._lock = threading.Lock()
+        self._already_reported: set[str] = set()
+
+    def work(self) -> None:
+        """Runs tasks until none is left or `stop` is set. The body of a worker's thread."""
+        timings = Timings()
+        try:
+            self._run_tasks(timings)
+        except BaseException as error:
+            self._fail(error)
+        with self._lock:
+            self.timings.add(timings)
+
+    def sync(self) -> None:
+        """Syncs files until `stop` is set. The body of the sync thread."""
+        try:
+            self.files.sync_early(self.stop)
+        except BaseException as error:
+            # The kernel reports a write that it had put off and that failed once, here. The last sync would pass.
+            self._fail(error)
+
+    def _run_tasks(self, timings: Timings) -> None:
+        with Reader(self.plan.inputs) as reader, Writer(self.files, timings) as writer:
+            worker = Worker(self.plan, reader, writer, self.slice_numel, self._already_reported, timings)
+            while not self.stop.is_set():
+                with self._lock:
+                    task = next(self._tasks, None)
+                if task is None:
+                    return
+                if not self.files.is_done(task):
+                    worker.run(task, self.stop.is_set)
+                with self._lock:
+                    self.on_bytes(task.nbytes)
+
+    def _fail(self, error: BaseException) -> None:
+        self.errors.append(error)
+        self.stop.set()

@@ -1,0 +1,73 @@
+"""Writes bytes of staged files and has them hashed on the way."""
+
+import os
+import time
+
+from wsm_ds.engine.open_files import OpenFiles
+from wsm_ds.engine.staged_files import StagedFiles
+from wsm_ds.engine.timings import Timings
+from wsm_ds.filesystem.durable import write_all
+from wsm_ds.filesystem.reflink import clone_range
+
+OPEN_FILES = 32
+
+
+class Writer:
+    """The sink of a worker of a merge: writes to staged files for one thread. A context manager that closes them.
+
+    Args:
+        files: the staged files, which all threads share.
+        timings: of this thread; the seconds of hashing and writing are added to them.
+    """
+
+    def __init__(self, files: StagedFiles, timings: Timings) -> None:
+        self.files, self.timings = files, timings
+        self.open_files = OpenFiles(files.paths.__getitem__, os.O_RDWR, OPEN_FILES)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.open_files.close_all()
+
+    def write(self, number: int, offset: int, data: memoryview) -> None:
+        """Writes bytes of an output file, and seals the blocks that they complete.
+
+        Args:
+            number: of the output file in the plan.
+            offset: of `data` in that file, in bytes.
+            data: the bytes.
+
+        Raises:
+            OSError: the disk is full, or the file cannot be written.
+        """
+        self._write(number, offset, data, (offset, offset))
+
+    def carry(self, number: int, offset: int, data: memoryview, source: int, source_offset: int) -> None:
+        """Writes bytes that are copied from an input. Blocks of the file system that both files can share are shared.
+
+        Args:
+            number: of the output file in the plan.
+            offset: of `data` in that file, in bytes.
+            data: the bytes.
+            source: open descriptor of the input.
+            source_offset: of the same bytes in the input.
+
+        Raises:
+            OSError: the disk is full, or the file cannot be written.
+        """
+        begun = time.perf_counter()
+        shared = clone_range(source, source_offset, self.open_files.descriptor(number), offset, len(data))
+        self.timings.write_s += time.perf_counter() - begun
+        self._write(number, offset, data, shared or (offset, offset))
+
+    def _write(self, number: int, offset: int, data: memoryview, shared: tuple[int, int]) -> None:
+        """Writes `data` except for the range `shared` of the file, which has its bytes already. Hashes all of it."""
+        descriptor = self.open_files.descriptor(number)
+        blocks = list(self.files.hash_data(number, offset, data, self.timings))
+        begun = time.perf_counter()
+        write_all(descriptor, data[: shared[0] - offset], offset)
+        write_all(descriptor, data[shared[1] - offset :], shared[1])
+        self.timings.write_s += time.perf_counter() - begun
+        for block, nbytes in blocks:
+            self.files.mark_written(number, block, nbytes, self.timings)
