@@ -1,12 +1,11 @@
 # shellcheck shell=bash
-# What the job scripts know about a run and its attempts. Sourced, with WSM_REPO set, by pretrain.sbatch and pretrain.sh.
+# Functions that the scripts of launch/ share. They source this file after they have set WSM_REPO.
 #
-# RUN/job: attempt (number of the newest), done (the only proof of success), latest beside it (the only proof of
-# progress), crashes, bad_nodes, logs/attempt-K/, and two files that people may care about:
-#   RUN/job/stop    make it, and the ranks see it, save and leave; no job of this run goes on before it is removed
-#   RUN/job/failed  why the scripts gave up; no job of this run goes on before it is removed
-#
-# After srun only builtins are used where it matters: on a node failure Slurm kills the shell's children, too.
+# The scripts start processes, wait for them and pass signals on. They ask `python -m wsm_ds.training.decide` what to do
+# next; it also writes the files in RUN/job that last from one attempt to the next. wsm_ds/training/job.py lists all
+# files in RUN/job. Two of them are for people:
+#   RUN/job/stop    make it to let the ranks save and leave; no job of this run goes on before you remove it
+#   RUN/job/failed  says why the scripts gave up; no job of this run goes on before you remove it
 
 log() { printf '[%(%F %T)T attempt %s] %s\n' -1 "${WSM_ATTEMPT:-?}" "$*"; }
 
@@ -15,13 +14,14 @@ die() {
   exit 1
 }
 
-# first_line FILE: into REPLY; empty if there is none
+# first_line FILE: sets REPLY to the first line of a file; empty if there is no file
 first_line() {
   REPLY=
   [ ! -r "$1" ] || read -r REPLY < "$1" || true
 }
 
-# read_arguments ARGUMENTS OF PRETRAIN.PY: sets RUN and UNTIL_STEP
+# read_arguments ARGUMENTS OF PRETRAIN.PY: sets RUN, JOB and UNTIL_STEP. In the shell, because chain.sh needs no Python:
+# it runs on a login node, without the site's file.
 read_arguments() {
   RUN='' UNTIL_STEP=''
   while [ $# -gt 0 ]; do
@@ -34,13 +34,13 @@ read_arguments() {
     shift
   done
   [ -n "$RUN" ] || die "--run is missing: give the arguments of launch/pretrain.py"
-  [[ $UNTIL_STEP =~ ^[0-9]+$ ]] || die "--until-step is missing, or no number: '$UNTIL_STEP'"
+  [[ $UNTIL_STEP =~ ^[0-9]+$ ]] || die "--until-step is missing, or not a number: '$UNTIL_STEP'"
   [[ $RUN = /* ]] || RUN=$PWD/$RUN
   JOB=$RUN/job
   mkdir -p "$JOB/logs" || die "$RUN cannot be written"
 }
 
-# absolute_arguments ARGUMENTS…: into ARGUMENTS, with the paths among them absolute, for launchers that go elsewhere
+# absolute_arguments ARGUMENTS…: sets ARGUMENTS to them, with absolute paths, because some launchers change the folder
 absolute_arguments() {
   local previous=''
   ARGUMENTS=()
@@ -54,7 +54,7 @@ absolute_arguments() {
   done
 }
 
-# load_site: the site's file; all that it sets reaches the ranks
+# load_site: sources the site's file, and exports all that it sets, so that it reaches the ranks
 load_site() {
   WSM_SITE=${WSM_SITE:-$WSM_REPO/configs/cluster.env}
   [ -r "$WSM_SITE" ] || die "the site's file $WSM_SITE cannot be read; name yours with WSM_SITE"
@@ -62,51 +62,54 @@ load_site() {
   # shellcheck source=configs/cluster.env
   source "$WSM_SITE" || die "$WSM_SITE failed"
   set +a
-  [ -x "$WSM_PYTHON" ] || die "WSM_PYTHON=$WSM_PYTHON is no program; set it in $WSM_SITE"
+  [ -x "$WSM_PYTHON" ] || die "WSM_PYTHON=$WSM_PYTHON is not a program; set it in $WSM_SITE"
 }
 
-# leave_if_settled: ends the job if there is nothing to do, or if people must act first
+# decide COMMAND ARGUMENTS…: asks wsm_ds.training.decide. Logs its messages, and ends this script with exit code 1 if it
+# answers "fail". Sets ACTION and ARGUMENT to any other answer, which the caller acts upon.
+decide() {
+  local answer verb words
+  # On a node failure Slurm sends TERM to this shell's children just when srun returns. It must not end Python before
+  # Python has answered.
+  answer=$(trap '' TERM INT USR1 && exec "$WSM_PYTHON" -m wsm_ds.training.decide "$@") ||
+    die "wsm_ds.training.decide $1 has failed"
+  ACTION='' ARGUMENT=''
+  while read -r verb words; do
+    case $verb in
+      log) log "$words" ;;
+      fail) die "$words" ;;
+      *) ACTION=$verb ARGUMENT=$words ;;
+    esac
+  done <<< "$answer"
+}
+
+# leave_if_settled: ends this script if the run is done, or if people must act first
 leave_if_settled() {
-  if is_done; then
-    log "done: step $UNTIL_STEP was reached"
-    exit 0
-  fi
-  first_line "$JOB/failed"
-  [ ! -e "$JOB/failed" ] || die "gave up before: $REPLY. Mend it, remove $JOB/failed, and submit again"
-  leave_if_stopped
+  decide start "$RUN" --until-step="$UNTIL_STEP"
+  [ "$ACTION" != "done" ] || exit 0
 }
 
-leave_if_stopped() { [ ! -e "$JOB/stop" ] || die "stopped by $JOB/stop; remove it to go on"; }
-
+# is_done: the same rule as wsm_ds.training.job.is_done. In builtins, because `attend` asks every 2 s
 is_done() {
   first_line "$JOB/done"
   [[ $REPLY =~ \"step\":\ *([0-9]+) ]] && [ "${BASH_REMATCH[1]}" -ge "$UNTIL_STEP" ]
 }
 
-# begin_attempt: sets and exports WSM_ATTEMPT, and LOGS. From here on, ranks of older attempts can publish nothing.
+# begin_attempt: sets WSM_ATTEMPT (exported), LATEST_BEFORE and LOGS. Older attempts can publish nothing any more
 begin_attempt() {
-  first_line "$JOB/attempt"
-  WSM_ATTEMPT=$((${REPLY:-0} + 1))
-  until mkdir "$JOB/attempt-$WSM_ATTEMPT" 2> /dev/null; do # of two jobs that start at once, one gets this number
-    [ -e "$JOB/attempt-$WSM_ATTEMPT" ] || die "$JOB cannot be written"
-    WSM_ATTEMPT=$((WSM_ATTEMPT + 1))
-  done
+  decide begin "$RUN"
+  read -r WSM_ATTEMPT LATEST_BEFORE <<< "$ARGUMENT"
   export WSM_ATTEMPT
   LOGS=$JOB/logs/attempt-$WSM_ATTEMPT
-  if ! { mkdir -p "$LOGS" && echo "$WSM_ATTEMPT" > "$LOGS/attempt" && mv "$LOGS/attempt" "$JOB/attempt"; }; then
-    die "$JOB cannot be written"
-  fi
-  first_line "$RUN/latest"
-  LATEST_BEFORE=$REPLY
 }
 
-# leave_if_superseded: a node that was cut off and came back has no say in what becomes of the run
-leave_if_superseded() {
-  first_line "$JOB/attempt"
-  [ "$REPLY" = "$WSM_ATTEMPT" ] || die "superseded by attempt $REPLY"
+# decide_for_attempt COMMAND ARGUMENTS…: `decide`, with the arguments that describe this attempt
+decide_for_attempt() {
+  decide "$1" "$RUN" --until-step="$UNTIL_STEP" --attempt="$WSM_ATTEMPT" --latest-before="$LATEST_BEFORE" \
+    --max-crashes="$WSM_MAX_CRASHES" "${@:2}"
 }
 
-# note_provenance ARGUMENTS…: what this attempt is made of, in LOGS/provenance
+# note_provenance ARGUMENTS…: writes LOGS/provenance: commit, versions, arguments and environment of this attempt
 note_provenance() {
   {
     printf 'started %(%F %T %z)T\nrun %s\ncheckpoint %s\narguments' -1 "$RUN" "${LATEST_BEFORE:-none}"
@@ -122,27 +125,7 @@ for name in ("torch", "deepspeed", "wsm_ds"): print(name, m.version(name))' 2>&1
   } > "$LOGS/provenance"
 }
 
-# judge_crash WHY: the ranks have ended by themselves; gives up (exit 1) when that leads nowhere
-judge_crash() {
-  first_line "$RUN/latest"
-  local latest=${REPLY:-none} line crashes=0
-  [ "$latest" = "${LATEST_BEFORE:-none}" ] || return 0
-  echo "$latest attempt $WSM_ATTEMPT: $1" >> "$JOB/crashes"
-  while read -r line; do
-    if [ "${line%% *}" = "$latest" ]; then crashes=$((crashes + 1)); else crashes=0; fi
-  done < "$JOB/crashes"
-  [ "$crashes" -lt "$WSM_MAX_CRASHES" ] || give_up "$crashes attempts in a row ended without a new checkpoint, the last: $1"
-  log "no new checkpoint since $latest ($crashes of $WSM_MAX_CRASHES attempts)"
-}
-
-# give_up REASON: says so where people look, and stops all jobs of this run
-give_up() {
-  echo "- gave up" >> "$JOB/crashes" # a new count begins after it
-  echo "$1 (logs: $LOGS)" > "$JOB/failed"
-  die "GIVING UP: $1. See $LOGS; remove $JOB/failed to try again"
-}
-
-# start_watchdog: sets WATCHDOG, the pid of what ends with 3 when the ranks have stood still for too long
+# start_watchdog: sets WATCHDOG, the pid of a process that ends with 3 when the ranks make no progress for too long
 start_watchdog() {
   "$WSM_PYTHON" -m wsm_ds.training.watchdog "$RUN" --timeout-s "$WSM_HANG_S" --start-timeout-s "$WSM_START_S" \
     > "$LOGS/watchdog" 2>&1 &
@@ -151,23 +134,24 @@ start_watchdog() {
 
 is_alive() { kill -0 "$1" 2> /dev/null; }
 
-# attend PID: returns when the ranks that PID started have ended. Meanwhile it ends what hangs with end_ranks, which the
-# caller defines. Sets HUNG to the watchdog's words.
+# attend PID: waits until the ranks that PID started have ended. Calls end_ranks, which the script defines, when they
+# hang. Sets HUNG to the watchdog's message then. This loop is in the shell because only the shell can wait for its
+# children and run its traps at the same time.
 attend() {
   local ranks=$1 pause done_s='' code=''
   HUNG=''
   while is_alive "$ranks"; do
     sleep 2 &
     pause=$!
-    wait -n "$ranks" "$pause" # a trapped signal ends it, too
+    wait -n "$ranks" "$pause" # a trapped signal ends this too
     kill "$pause" 2> /dev/null
-    if is_done; then # the watchdog has left; ranks that cannot leave would keep the nodes
+    if is_done; then # the watchdog has ended; ranks that hang while they leave would keep the nodes for ever
       : "${done_s:=$SECONDS}"
       [ $((SECONDS - done_s)) -le "$WSM_SAVE_S" ] || end_ranks
     elif [ -z "$code" ] && ! is_alive "$WATCHDOG" && is_alive "$ranks"; then
       wait "$WATCHDOG"
       code=$?
-      if [ $code != 0 ] && [ $code != 143 ]; then # those are of SIGTERM, which this script and the ranks get, too
+      if [ $code != 0 ] && [ $code != 143 ]; then # it ends with these on SIGTERM, which the ranks get as well
         HUNG=$(tail -n 1 "$LOGS/watchdog")
         log "ending the ranks: ${HUNG:=the watchdog has died}"
         end_ranks
@@ -177,12 +161,13 @@ attend() {
   kill "$WATCHDOG" 2> /dev/null
 }
 
-# requeue_job: this Slurm job starts again. A job that was cancelled must stay so, although scontrol would start it again,
-# and one that Slurm has requeued already is left to it: both are no longer running.
+# requeue_job [UNFIT NODES]: lets this Slurm job start again, if it may. With unfit nodes, sets ARGUMENT to all nodes
+# that the job must not get then.
 requeue_job() {
-  scontrol show job --oneliner "$SLURM_JOB_ID" | grep -qE ' JobState=RUNNING | Reason=TimeLimit ' ||
-    die "Slurm is ending this job; not requeued by this script"
+  local job code
+  job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
+  decide requeue --unfit-nodes="${1:-}" <<< "$job"
   scontrol requeue "$SLURM_JOB_ID"
-  local code=$? # above 128: the TERM of this very requeue was faster than the answer
+  code=$? # above 128: the requeue succeeded, and its TERM has ended scontrol before scontrol could say so
   [ $code = 0 ] || [ $code -gt 128 ] || die "Slurm does not requeue this job"
 }

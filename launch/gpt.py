@@ -1,4 +1,4 @@
-"""A GPT of any size, for the scripts of this folder."""
+"""A GPT of any size, the model of the scripts in this folder."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class GPTSize:
-    """What decides the shape of a GPT; the default has about 0.6 M parameters."""
+    """The hyperparameters of a GPT's shape. The default has about 0.6 M parameters.
+
+    Attributes:
+        layers: number of blocks.
+        width: size of a token's vector; a multiple of `heads`.
+        heads: attention heads per block.
+        context: tokens that a sample is predicted from.
+        vocabulary: number of different tokens.
+        dropout: probability, in each block.
+    """
 
     layers: int = 3
     width: int = 128
@@ -20,7 +29,7 @@ class GPTSize:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP."""
+    """Causal attention and an MLP, each after a layer norm and with a residual."""
 
     def __init__(self, size: GPTSize) -> None:
         super().__init__()
@@ -31,7 +40,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [batch, length, width]."""
+        """Returns the block's output for `x`; both have shape [batch, length, width]."""
         batch, length, width = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -43,7 +52,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tied embeddings. Returns the mean loss of predicting tokens[:, 1:]."""
+    """A decoder with learned positions, whose input and output embeddings are the same tensor."""
 
     def __init__(self, size: GPTSize | None = None) -> None:
         super().__init__()
@@ -56,7 +65,11 @@ class GPT(nn.Module):
         self.head.weight = self.tokens.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: int64 [batch, context + 1]."""
+        """Returns the mean loss of predicting each token of a sample from those before it.
+
+        Args:
+            tokens: int64, shape [batch, context + 1].
+        """
         x = self.tokens(tokens[:, :-1]) + self.positions.weight
         for block in self.blocks:
             x = block(x)
@@ -65,7 +78,7 @@ class GPT(nn.Module):
 
 
 def mean_loss(engine: Any, batches: list[Tensor]) -> float:
-    """Mean loss on batches, of whatever the engine holds."""
+    """Returns the mean loss of an engine's weights on batches of tokens. Ranks: all."""
     engine.eval()
     with torch.no_grad():
         losses = [engine(tokens).item() for tokens in batches]

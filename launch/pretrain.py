@@ -1,10 +1,10 @@
-"""Pretrains a GPT with DeepSpeed: a run that may be killed, preempted, extended and moved to other nodes at any time.
+"""Pretrains a GPT with DeepSpeed. The run may be killed, preempted, extended and moved to other nodes at any time.
 
     torchrun --nproc-per-node 8 launch/pretrain.py --run RUN --config configs/zero2_bf16.json --until-step 10000 \
         --save-every 500 --data tokens.bin --layers 24 --width 1024 --heads 16 --context 2048 --vocabulary 50304
 
-The same command again goes on; a larger --until-step extends the run. The global batch is `train_batch_size` of the
-config on any number of ranks: DeepSpeed accumulates as many micro batches as that takes.
+The same command again goes on where the run stopped. A larger --until-step extends the run. The global batch is the
+config's `train_batch_size` on any number of ranks: DeepSpeed accumulates as many micro batches as that needs.
 """
 
 import argparse
@@ -25,14 +25,14 @@ from wsm_ds.training.matmul_speed import warn_if_dtype_is_slow
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    # torchrun takes --run for its own --run-path, unless the script stands behind a --
-    add("--run", "--run-folder", type=Path, required=True, help="the run's folder, on storage that all nodes share")
+    # --run-folder, because torchrun takes --run for an abbreviation of its own --run-path, unless -- stands before it
+    add("--run", "--run-folder", type=Path, required=True, help="the run's folder, on storage that all nodes see")
     add("--config", type=Path, required=True, help="DeepSpeed's config; configs/ has some")
     add("--until-step", type=int, required=True, metavar="N", help="updates after which the run is done")
-    add("--save-every", type=int, required=True, metavar="M", help="a checkpoint at each multiple")
+    add("--save-every", type=int, required=True, metavar="M", help="save a checkpoint at each multiple of M updates")
     add("--data", type=Path, required=True, help="a .bin file of uint16 or uint32 tokens, or text: a file or a folder")
     add("--layers", type=int, default=GPTSize.layers)
     add("--width", type=int, default=GPTSize.width)
@@ -40,19 +40,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--context", type=int, default=GPTSize.context)
     add("--vocabulary", type=int, default=GPTSize.vocabulary)
     add("--dropout", type=float, default=GPTSize.dropout)
-    add("--seed", type=int, default=0, help="of the weights, the order of the data, and dropout")
-    add("--collective-timeout-s", type=float, default=600.0, metavar="T", help="ends ranks that wait for a hung one")
-    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it; LOCAL_RANK says the same
+    add("--seed", type=int, default=0, help="decides the weights, the order of the data, and dropout")
+    add(
+        "--collective-timeout-s",
+        type=float,
+        default=600.0,
+        metavar="T",
+        help="seconds after which ranks that wait for a hung one end (default %(default)g)",
+    )
+    # The deepspeed launcher passes it (launcher/launch.py); LOCAL_RANK says the same.
+    add("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.width % options.heads:
-        parser.error(f"--width {options.width} is no multiple of --heads {options.heads}")
+        parser.error(f"--width {options.width} is not a multiple of --heads {options.heads}")
     if not options.config.is_file():
-        parser.error(f"--config {options.config} is no file")
+        parser.error(f"--config {options.config} is not a file")
     return options
 
 
 def train_step(engine: Any, samples: Samples) -> float:
-    """One update on the next `train_batch_size` samples of the run; returns their mean loss."""
+    """Makes one update on the next `train_batch_size` samples of the run; returns their mean loss. Ranks: all."""
     micro, ranks = engine.train_micro_batch_size_per_gpu(), dist.get_world_size()
     first, total = engine.global_samples + dist.get_rank() * micro, torch.zeros((), device=engine.device)
     for number in range(engine.gradient_accumulation_steps()):
@@ -66,7 +73,7 @@ def train_step(engine: Any, samples: Samples) -> float:
 
 
 def train(options: argparse.Namespace) -> int:
-    """Trains until it is done, or a signal comes; returns the exit code."""
+    """Trains until the run is done or a signal comes; returns the exit code. Ranks: all."""
     job = TrainingJob(
         options.run,
         until_step=options.until_step,
@@ -91,7 +98,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The program: 0 done, 75 saved after a signal, 1 an error."""
+    """Runs the program; returns the exit code: 0 done, 75 saved after a signal, 1 an error."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%F %T", level=logging.WARNING)
     try:
         return train(parse(arguments))

@@ -1,6 +1,7 @@
-"""The whole path on a laptop: train with WSMLR, merge the window, let DeepSpeed load it, compare.
+"""Shows all steps on a laptop: trains with WSMLR, merges the last checkpoints, loads the merges, compares the losses.
 
-`python launch/quickstart.py --out DIR` starts itself again under torchrun for the two parts that are distributed.
+`python launch/quickstart.py --out DIR` starts itself again under torchrun for the two parts that run on several ranks:
+the training and the evaluation.
 """
 
 import argparse
@@ -19,16 +20,16 @@ if TYPE_CHECKING:
 
 STEPS, EVERY, WINDOW, RANKS = 1600, 25, 8, 2
 LEAST_STEPS = EVERY * (WINDOW + 2)
-"""The window then begins after the warmup."""
+"""With fewer updates the window would begin in the warmup of the learning rate."""
 CONFIGS = Path(__file__).parent.parent / "configs"
 CURVES = ("linear", "1-sqrt")
 PROGRESS_EVERY_S = 5.0
 
 
 def choose_config() -> Path:
-    """The config of the dtype that this machine multiplies fast; prints which, and why.
+    """Returns the config of the dtype that this machine multiplies fast, and prints the reason.
 
-    Ends the program where a start of DeepSpeed would wait for ever (see `wsm_ds.training.compilation`).
+    Ends the program if a start of DeepSpeed would wait without end (see `wsm_ds.training.compilation`).
     """
     from wsm_ds.errors import StaleLock
     from wsm_ds.training.compilation import extensions_folder, require_no_stale_locks
@@ -45,7 +46,7 @@ def choose_config() -> Path:
 
 
 def make_engine(config_path: Path) -> Any:
-    """A DeepSpeed engine on a small GPT. `import wsm_ds` is what makes "WSMLR" a name of the config."""
+    """Makes a DeepSpeed engine of a small GPT. `import wsm_ds` makes "WSMLR" a scheduler of DeepSpeed's. Ranks: all."""
     import deepspeed
     import torch
     from gpt import GPT
@@ -57,24 +58,28 @@ def make_engine(config_path: Path) -> Any:
     deepspeed.init_distributed("gloo" if os.environ.get("DS_ACCELERATOR") == "cpu" else None, verbose=False)
     torch.manual_seed(0)
     model = GPT()
-    config = json.loads(config_path.read_text()) | {"train_micro_batch_size_per_gpu": 8}  # no accumulation on two ranks
+    # 8 samples per rank on two ranks are the global batch: no accumulation, so each backward pass is an update.
+    config = json.loads(config_path.read_text()) | {"train_micro_batch_size_per_gpu": 8}
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     return engine
 
 
 def texts() -> tuple["Tensor", "Tensor"]:
-    """(training, validation) bytes of the Python standard library's sources as uint8; every 16th file is held out."""
+    """Returns the training text and the validation text, uint8: the sources of Python's standard library.
+
+    Every 16th file is kept for the validation.
+    """
     import torch
 
     folder = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(path for path in folder.glob("*.py") if path.stat().st_size)
     parts = [path for index, path in enumerate(files) if index % 16], files[::16]
-    learned, held_out = (bytearray(b"".join(path.read_bytes() for path in part)) for part in parts)
-    return torch.frombuffer(learned, dtype=torch.uint8), torch.frombuffer(held_out, dtype=torch.uint8)
+    training, validation = (bytearray(b"".join(path.read_bytes() for path in part)) for part in parts)
+    return torch.frombuffer(training, dtype=torch.uint8), torch.frombuffer(validation, dtype=torch.uint8)
 
 
 def batch(text: "Tensor", size: int, seed: int) -> "Tensor":
-    """int64 [size, context + 1]: the same for the same seed."""
+    """Returns random windows of the text, int64, shape [size, context + 1]. The seed decides which."""
     import torch
     from gpt import GPTSize
 
@@ -84,7 +89,10 @@ def batch(text: "Tensor", size: int, seed: int) -> "Tensor":
 
 
 def train(run: Path, config: Path, steps: int) -> None:
-    """Trains `steps` updates at a rate that never decays, and saves every EVERY. Rank 0 prints its progress."""
+    """Trains `steps` updates at a learning rate that never decays, and saves every EVERY updates.
+
+    Ranks: all; rank 0 prints the progress.
+    """
     engine, (text, _) = make_engine(config), texts()
     began_s = time.monotonic()
     printed_s = began_s - PROGRESS_EVERY_S
@@ -108,7 +116,7 @@ def train(run: Path, config: Path, steps: int) -> None:
 
 
 def evaluate(out: Path, config: Path) -> None:
-    """Loads every raw checkpoint and every merge with `engine.load_checkpoint`; writes their validation losses."""
+    """Loads each checkpoint of the window and each merge, and writes their validation losses. Ranks: all."""
     from gpt import mean_loss
 
     engine, (_, text) = make_engine(config), texts()
@@ -125,7 +133,7 @@ def evaluate(out: Path, config: Path) -> None:
 
 
 def torchrun(part: str, out: Path, config: Path, steps: int) -> None:
-    """This file again, on RANKS processes; its output in OUT/PART.log."""
+    """Runs a part of this program on RANKS processes, with its output in OUT/PART.log; ends the program if it fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     log_path = out / f"{part}.log"
     arguments = [__file__, "--part", part, "--out", str(out), "--config", str(config), "--steps", str(steps)]
@@ -140,13 +148,18 @@ def torchrun(part: str, out: Path, config: Path, steps: int) -> None:
 
 
 def wsm_ds_command(*arguments: str) -> None:
-    """One `wsm-ds` command, shown as a user would type it."""
+    """Runs a `wsm-ds` command, and prints it as a user would type it."""
     print(f"\n$ wsm-ds {' '.join(arguments)}", flush=True)
     subprocess.run([sys.executable, "-m", "wsm_ds", *arguments], check=True)
 
 
 def show(losses: dict[str, float], last: str) -> None:
-    """The table: every checkpoint of the window, and the merges."""
+    """Prints the losses of the window's checkpoints and of the merges.
+
+    Args:
+        losses: by name.
+        last: the name of the checkpoint that the merges are compared with.
+    """
     print(f"\n{'':16}  validation loss")
     for name, loss in losses.items():
         note = f"  {loss - losses[last]:+.4f} against the last raw checkpoint" if "merge" in name else ""
@@ -154,7 +167,7 @@ def show(losses: dict[str, float], last: str) -> None:
 
 
 def main() -> None:
-    """Parses the command line and runs a part, or all of them."""
+    """Parses the command line, and runs one part or everything."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--config", type=Path, help="DeepSpeed's; default: the dtype that this machine multiplies fast")
@@ -167,7 +180,7 @@ def main() -> None:
     if options.part == "evaluate":
         return evaluate(out, options.config)
     if options.steps % EVERY or options.steps < LEAST_STEPS:
-        parser.error(f"--steps {options.steps} is no multiple of {EVERY} from {LEAST_STEPS} on")
+        parser.error(f"--steps {options.steps} is not a multiple of {EVERY} that is at least {LEAST_STEPS}")
     logging.basicConfig(format="%(message)s")
     if out.exists():
         sys.exit(f"{out} exists; remove it (rm -r {out}) or choose another --out")

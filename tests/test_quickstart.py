@@ -45,4 +45,4 @@ def test_a_stale_lock_is_named_with_the_command_that_removes_it(tmp_path: Path) 
 def test_a_number_of_steps_that_makes_no_window_is_refused(tmp_path: Path) -> None:
     done = quickstart("--out", str(tmp_path / "out"), "--steps", "225")
     assert done.returncode == 2
-    assert "--steps 225 is no multiple of 25 from 250 on" in done.stderr
+    assert "--steps 225 is not a multiple of 25 that is at least 250" in done.stderr

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The run of launch/slurm/pretrain.sbatch without Slurm: DeepSpeed's pdsh launcher on the hosts of a list, started again
-# until it is done. Run it where ssh to all hosts works without a question, in tmux or under nohup:
+# Trains as launch/slurm/pretrain.sbatch does, without Slurm: it starts DeepSpeed's pdsh launcher on a list of hosts,
+# again and again until the run is done. Run it in tmux or under nohup, where ssh to all hosts works without a password:
 #
 #   launch/pdsh/pretrain.sh HOSTFILE --run RUN --config configs/zero2_bf16.json --data DATA \
 #     --until-step 100000 --save-every 500
 #
-# HOSTFILE: "HOST slots=RANKS" a line, DeepSpeed's. To let the ranks save and leave: touch RUN/job/stop, or end this
-# script with SIGTERM. Environment, patience and network: configs/cluster.env.
+# HOSTFILE is DeepSpeed's: one "HOST slots=RANKS" per line. To let the ranks save and leave, touch RUN/job/stop, or send
+# SIGTERM to this script. configs/cluster.env sets the environment, the timeouts and the network.
 set -uo pipefail
 
 WSM_REPO=${WSM_REPO:-$(cd "$(dirname "$0")/../.." && pwd)}
@@ -14,8 +14,8 @@ export WSM_REPO
 # shellcheck source=launch/attempt.sh
 source "$WSM_REPO/launch/attempt.sh" || exit 1
 
-# quoted TEXT: into REPLY. DeepSpeed hands its command line to pdsh, and pdsh to the remote shell, without quotes; so what
-# is not plain goes as $'\x20…', which has no space for DeepSpeed to act on, and no % for pdsh.
+# quoted TEXT: sets REPLY to the text, quoted for the remote shell. DeepSpeed splits its command line at spaces, and
+# pdsh expands %, so unusual text becomes $'\x20…', which has neither.
 quoted() {
   local text=$1 code i LC_ALL=C
   REPLY=$text
@@ -28,7 +28,7 @@ quoted() {
   REPLY+="'"
 }
 
-# site_variables: NAME=VALUE a line, of the names at the start of a line in the site's file, and those of this attempt
+# site_variables: prints NAME=VALUE for each variable of the site's file that begins a line there, and for two of ours
 site_variables() {
   local name
   for name in WSM_ATTEMPT WSM_REPO $(grep -oE '^[A-Za-z_][A-Za-z_0-9]*=' "$WSM_SITE" | tr -d = | sort -u); do
@@ -36,9 +36,9 @@ site_variables() {
   done
 }
 
-# The hosts of HOSTFILE that are fit; the others are left out of this attempt.
+# Sets FIRST_HOST, the first host that is fit, and EXCLUDE, the hosts that are left out of this attempt.
 check_nodes() {
-  local host line command=env unfit=()
+  local line command=env
   while read -r line; do
     quoted "$line"
     command+=" $REPLY"
@@ -47,23 +47,14 @@ check_nodes() {
   command+=" $WSM_PYTHON -m wsm_ds.training.node_check $REPLY --free-bytes $WSM_FREE_BYTES"
   command+=" --rendezvous ${HOSTS[0]}:$MASTER_PORT"
   timeout "$WSM_CHECK_S" pdsh -R ssh -w "$(IFS=, && echo "${HOSTS[*]}")" "$command" > "$LOGS/check" 2>&1
-  FIT=()
-  for host in "${HOSTS[@]}"; do
-    if grep -q "^$host: .*: fit: " "$LOGS/check"; then
-      FIT+=("$host")
-    else
-      log "$host is left out: $(grep -m 1 "$host: " "$LOGS/check" || echo "no answer within $WSM_CHECK_S s")"
-      unfit+=("$host")
-    fi
-  done
-  [ ${#FIT[@]} -gt 0 ] || give_up "no host is fit: $(tail -n 1 "$LOGS/check")"
-  EXCLUDE=$(IFS=@ && echo "${unfit[*]}")
+  decide_for_attempt nodes --launcher=pdsh --hosts="$NODES" --timeout-s="$WSM_CHECK_S"
+  read -r FIRST_HOST EXCLUDE <<< "$ARGUMENT"
 }
 
-# From /, because DeepSpeed's remote `cd` does not quote the folder that it is started in.
+# From /, because DeepSpeed's remote `cd` does not quote the current folder.
 start_ranks() {
   local argument arguments=()
-  site_variables | sed 's/[\\"$`]/\\&/g' > "$LOGS/deepspeed_env" # DeepSpeed puts the values between double quotes
+  site_variables | sed 's/[\\"$`]/\\&/g' > "$LOGS/deepspeed_env" # DeepSpeed puts the values in double quotes
   absolute_arguments --collective-timeout-s "$WSM_COLLECTIVE_S" "$@"
   for argument in "$WSM_REPO/launch/pretrain.py" "${ARGUMENTS[@]}"; do
     quoted "$argument"
@@ -73,26 +64,21 @@ start_ranks() {
     cd / || exit 1
     export DS_ENV_FILE="$LOGS/deepspeed_env"
     exec "$WSM_PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --launcher pdsh --force_multi \
-      ${EXCLUDE:+--exclude="$EXCLUDE"} --master_addr "${FIT[0]}" --master_port "$MASTER_PORT" "${arguments[@]}"
+      ${EXCLUDE:+--exclude="$EXCLUDE"} --master_addr "$FIRST_HOST" --master_port "$MASTER_PORT" "${arguments[@]}"
   ) > "$LOGS/ranks" 2>&1 &
   RANKS=$!
 }
 
-# signal_ranks SIGNAL: to the processes that the heartbeats of this attempt name. Not by DeepSpeed's own way, pkill -f on
-# all hosts, which hits other jobs.
+# signal_ranks SIGNAL: signals the processes that the heartbeats of this attempt name. Fails if there are none.
+# DeepSpeed's own way, pkill -f on all hosts, would hit other jobs.
 signal_ranks() {
-  local file host
-  local -A processes=()
-  for file in "$JOB"/heartbeat/rank_*.json; do
-    first_line "$file"
-    [[ $REPLY =~ \"attempt\":\ $WSM_ATTEMPT, && $REPLY =~ \"host\":\ \"([^\"]+)\" ]] || continue
-    host=${BASH_REMATCH[1]}
-    [[ $REPLY =~ \"pid\":\ ([0-9]+) ]] && processes[$host]+=" ${BASH_REMATCH[1]}"
-  done
-  for host in "${!processes[@]}"; do
-    timeout 20 ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$host" "kill -s $1${processes[$host]}"
-  done
-  [ ${#processes[@]} -gt 0 ]
+  local host processes code=1
+  while read -r host processes; do
+    timeout 20 ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$host" "kill -s $1 $processes"
+    code=0
+  done < <(trap '' TERM INT USR1 &&
+    exec "$WSM_PYTHON" -m wsm_ds.training.decide processes "$RUN" --attempt="$WSM_ATTEMPT")
+  return "$code"
 }
 ask_to_save() { signal_ranks USR1 || kill "$RANKS"; }
 end_ranks() { signal_ranks KILL || kill "$RANKS"; }
@@ -104,7 +90,7 @@ load_site
 [[ $WSM_PYTHON =~ ^[A-Za-z0-9_@+=:,./-]+$ ]] || die "DeepSpeed's pdsh launcher needs a plain path, not $WSM_PYTHON"
 readarray -t HOSTS < <(grep -oE '^[^#[:space:]]+' "$HOSTFILE")
 NODES=${HOSTS[*]} SIGNALLED='' RANKS=''
-trap 'SIGNALLED=1; [ -z "$RANKS" ] || ask_to_save' TERM INT USR1
+trap 'SIGNALLED=yes; [ -z "$RANKS" ] || ask_to_save' TERM INT USR1
 
 while :; do
   leave_if_settled
@@ -118,9 +104,9 @@ while :; do
   attend "$RANKS"
   wait "$RANKS"
   log "deepspeed has ended with code $?"
-  is_done && continue
-  leave_if_superseded
-  [ -z "$SIGNALLED" ] || exit 75
-  leave_if_stopped
-  judge_crash "${HUNG:-the ranks ended by themselves}"
+  decide_for_attempt end --signal="$SIGNALLED" --hang="$HUNG"
+  case $ACTION in
+    "done") exit 0 ;;
+    saved) exit 75 ;;
+  esac
 done

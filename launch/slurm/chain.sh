@@ -3,13 +3,15 @@
 #
 #   launch/slurm/chain.sh 10000,20000,30000 [SBATCH OPTIONS…] -- --run RUN --config C --data D --save-every 500
 #
-# After the -- stand the arguments of launch/pretrain.py but --until-step. Call it again, with other sbatch options (more
-# nodes, say) or further steps, and the new jobs queue behind the old ones. Where jobs may not requeue, give a step as
-# often as it takes jobs to reach it: 30000,30000,30000; those that come too late end at once.
+# The arguments after -- are those of launch/pretrain.py without --until-step.
 #
-# Jobs of one run have one name of their own, and Slurm starts one of a name at a time (--dependency=singleton), in the
-# order of submission: so the next starts whether the one before it ended well, failed, lost its nodes or was cancelled,
-# and never beside it, as it would with --dependency=afterany when a link between them is cancelled.
+# Call chain.sh again, with other sbatch options (more nodes, say) or further steps, to queue new jobs behind the old
+# ones. Where jobs may not requeue, repeat a step as often as jobs are needed to reach it: 30000,30000,30000. Jobs that
+# are not needed end at once.
+#
+# All jobs of a run have the same name. Slurm starts one job of a name at a time (--dependency=singleton), in the order
+# of submission. So the next job starts when the one before it has ended, failed, lost its nodes or was cancelled, and
+# never at the same time. With --dependency=afterany two could run at once after a job between them is cancelled.
 set -euo pipefail
 
 usage() {
@@ -32,11 +34,11 @@ WSM_REPO=${WSM_REPO:-$PWD}
 # shellcheck source=launch/attempt.sh
 source "$WSM_REPO/launch/attempt.sh"
 for step in "${steps[@]}"; do
-  read_arguments "$@" --until-step "$step" # refuses what no job could use
+  read_arguments "$@" --until-step "$step" # fails here, not in the queue, if they are wrong
 done
 name=pretrain-$(basename -- "$RUN" | tr -c 'A-Za-z0-9\n' _)-$(realpath -- "$RUN" | cksum | cut -d ' ' -f 1)
 dependency=singleton
-first_line "$JOB/slurm_job" # one that was submitted by hand, and has another name
+first_line "$JOB/slurm_job" # the running job may have another name, if it was submitted by hand
 [ -z "$REPLY" ] || [ -z "$(squeue --noheader --jobs="$REPLY" 2> /dev/null)" ] || dependency=afterany:$REPLY,singleton
 for step in "${steps[@]}"; do
   sbatch --parsable "${options[@]}" --job-name="$name" --dependency="$dependency" \

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One task a node, before the ranks: is this node fit? Prints a line, "HOST: fit: …" or "HOST: unfit: …".
+# Runs once on each node before the ranks start. Prints a line, "HOST: fit: …" or "HOST: unfit: …".
 #   check_node.sh RUN [OPTIONS OF wsm_ds.training.node_check]
 set -uo pipefail
-exec 2>&1 # one stream: what fails is said before what follows from it
+exec 2>&1 # one stream keeps messages in their order
 
-# A lock in this job's own folder is of an attempt that was killed while it compiled; torch would wait for it for ever.
+# A lock in this job's own folder is of an attempt that was killed while it compiled. torch would wait for it for ever.
 if [ -d "${TORCH_EXTENSIONS_DIR:?}" ]; then
   find "$TORCH_EXTENSIONS_DIR" -name lock -delete
 fi

@@ -31,7 +31,7 @@ def test_a_chain_that_no_job_could_serve_submits_nothing(cluster: Cluster, tmp_p
     run = ["--run", tmp_path / "run"]
     for arguments, message in (
         ([], "launch/slurm/chain.sh 10000,20000,30000"),
-        (["10,twenty", "--", *run], "--until-step is missing, or no number: 'twenty'"),
+        (["10,twenty", "--", *run], "--until-step is missing, or not a number: 'twenty'"),
         (["10", "--nodes=2", "--", "--config", "c"], "--run is missing"),
     ):
         done = cluster.run("head", "launch/slurm/chain.sh", *arguments, check=False)

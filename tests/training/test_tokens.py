@@ -34,7 +34,7 @@ def test_binary_files_are_mapped_and_text_is_bytes(tmp_path: Path) -> None:
     np.arange(7, dtype="<u2").tofile(path)
     assert isinstance(open_tokens(path, 65536), np.memmap)
     assert open_tokens(path, 65536).tolist() == list(range(7))
-    with pytest.raises(SystemExit, match="14 bytes are no whole number of uint32 tokens"):
+    with pytest.raises(SystemExit, match="14 bytes are not a whole number of uint32 tokens"):
         open_tokens(path, 65537)
     np.arange(70000, 70003, dtype="<u4").tofile(path)
     assert open_tokens(tmp_path, 100000).tolist() == [70000, 70001, 70002]

@@ -89,7 +89,7 @@ def test_heartbeats_of_older_attempts_do_not_count(job: JobFolder) -> None:
     beat(job, 0)
     watching = Watch(job, 2, timeout_s=60, start_timeout_s=300)
     watching.look(0.0)
-    assert not watching.seen
+    assert not watching.last_beats
     begin_attempt(job)
     with pytest.raises(Superseded):
         watching.look(1.0)

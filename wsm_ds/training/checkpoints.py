@@ -1,8 +1,8 @@
-"""Checkpoints that appear whole, and only those of the newest attempt.
+"""Saves checkpoints that appear complete or not at all, and only those of the newest attempt.
 
-Every rank saves into RUN/job/attempt-K; when all are through a barrier, rank 0 checks that K is still the newest
-attempt and renames the folder to its place. Between the check and the rename no attempt can publish half a checkpoint
-either: a newer attempt has removed the older ones' folders.
+Every rank saves into RUN/job/attempt-K. After a barrier, rank 0 checks that K is still the newest attempt, and renames
+the folder to RUN/global_stepN. A newer attempt that begins between the check and the rename removes the folders of the
+older attempts. So an old attempt publishes a complete checkpoint or none.
 """
 
 import logging
@@ -22,96 +22,115 @@ from wsm_ds.training.random_states import save_random_states
 log = logging.getLogger(__name__)
 
 RECOVERY_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
+"""DeepSpeed copies these beside the checkpoints (`runtime/engine.py`, `_copy_recovery_script`)."""
 
 
 def newest_complete(run: Path) -> Layout | None:
-    """The newest checkpoint whose every file is there and whole; None if the run has no checkpoint at all.
+    """Reads the newest checkpoint of which every file is there and complete.
 
-    `latest` is not asked: it may be stale, or name a broken one. Broken ones are named in the log.
+    The file `latest` is not used, because it may be old or name a broken checkpoint. Broken checkpoints are named in
+    the log.
+
+    Returns:
+        Its layout. None if the run has no checkpoint at all.
 
     Raises:
-        BrokenCheckpoint: there are checkpoints, and all are broken.
+        BrokenCheckpoint: there are checkpoints, and all of them are broken.
         UnsupportedLayout, UnsafePickle: see `read_layout`.
     """
     try:
-        found = find_checkpoints(run)
+        run_checkpoints = find_checkpoints(run)
     except CheckpointNotFound:
         return None
-    for checkpoint in reversed(found):
+    for checkpoint in reversed(run_checkpoints):
         try:
             layout = read_layout(checkpoint)
         except BrokenCheckpoint as error:
-            log.warning("%s is passed over: %s", checkpoint.tag, error)
+            log.warning("%s is not used: %s", checkpoint.tag, error)
             continue
         if not layout.is_universal:
             return layout
     raise BrokenCheckpoint(
-        f"none of the checkpoints of {run} is complete: {few(checkpoint.tag for checkpoint in found)}. "
+        f"none of the checkpoints of {run} is complete: {few(checkpoint.tag for checkpoint in run_checkpoints)}. "
         "Move them away to begin the run anew."
     )
 
 
 def save_checkpoint(engine: Any, job: JobFolder, attempt: int, ranks: Ranks, client_state: dict[str, Any]) -> Path:
-    """Saves RUN/global_stepN, N being the engine's updates.
+    """Saves RUN/global_stepN, where N is the engine's number of updates.
 
-    Ranks: all. It takes two barriers beside DeepSpeed's own, so a save must not take longer than the process groups'
-    timeout.
+    Args:
+        engine: DeepSpeed's.
+        job: the run's.
+        attempt: the number of this attempt.
+        ranks: of the job.
+        client_state: plain data to save with the checkpoint.
+
+    Returns:
+        The checkpoint's folder.
+
+    Ranks: all. It holds two barriers and two decisions of rank 0 beside DeepSpeed's own collectives. Ranks wait in
+    them for the slowest one, so a save must be faster than the timeout of the process groups.
 
     Raises:
-        Superseded: on rank 0, another attempt has been started since (PeerFailed on the others).
+        Superseded: on rank 0, another attempt was started after this one (PeerFailed on the other ranks).
+        RecipeError: DeepSpeed's config names a decoupled checkpoint writer.
         OSError: the disk is full, or fails.
     """
     import deepspeed.comm as dist
 
     if engine.checkpoint_engine.is_decoupled():
-        raise RecipeError("a decoupled checkpoint writer saves later than it says; unset checkpoint.writer.")
+        raise RecipeError(
+            "DeepSpeed's config names a decoupled checkpoint writer, which still writes when save_checkpoint returns. "
+            "The checkpoint would be published incomplete; remove checkpoint.writer from the config."
+        )
     tag = f"global_step{engine.global_steps}"
     root = job.attempt_folder(attempt)
-    ranks.decide(lambda: _make_room(job, attempt, root / tag))
+    ranks.decide(lambda: _make_empty_folder(job, attempt, root / tag))
     save_random_states(root / tag, dist.get_rank())
     engine.save_checkpoint(str(root), tag=tag, client_state=client_state, save_latest=False)
-    if int(os.environ["LOCAL_RANK"]) == 0:
-        sync_files(root / tag)  # one process of each machine: what its kernel has not written yet
+    if int(os.environ["LOCAL_RANK"]) == 0:  # one process per machine: it flushes that machine's page cache
+        sync_files(root / tag)
     dist.barrier()
     ranks.decide(lambda: publish(job, attempt, tag))
     return job.run / tag
 
 
-def _make_room(job: JobFolder, attempt: int, staged: Path) -> None:
+def _make_empty_folder(job: JobFolder, attempt: int, staged: Path) -> None:
     require_current(job, attempt)
-    if staged.exists():  # of a launcher that has restarted the ranks within this attempt
+    if staged.exists():  # a launcher has restarted the ranks within this attempt
         shutil.rmtree(staged)
     staged.mkdir(parents=True)
 
 
 def sync_files(folder: Path) -> None:
-    """Waits until the files of a folder are on the disk."""
+    """Waits until all files of a folder are on the disk, those of other processes of this machine too."""
     for path in folder.rglob("*"):
         if path.is_file():
             sync_file(path)
 
 
 def publish(job: JobFolder, attempt: int, tag: str) -> None:
-    """Lets a saved checkpoint appear as RUN/TAG, and `latest` name it.
+    """Moves a saved checkpoint to RUN/TAG, and writes TAG into `latest`.
 
-    A broken checkpoint of that name is moved to RUN/job/unusable; a complete one stays, as it is of the same step.
+    A broken checkpoint at RUN/TAG is moved to RUN/job/unusable. A complete one stays, because it is of the same step.
 
-    Ranks: rank 0, when all have saved.
+    Ranks: rank 0, when all ranks have saved.
 
     Raises:
-        Superseded: another attempt has been started since.
+        Superseded: another attempt was started after this one.
     """
     require_current(job, attempt)
     staged, target = job.attempt_folder(attempt) / tag, job.run / tag
     if target.exists() and _is_complete(target):
-        log.warning("%s is there already, and complete; it is kept", target)
+        log.warning("%s exists already and is complete; it is kept", target)
         shutil.rmtree(staged)
     else:
         if target.exists():
-            aside = job.unusable / f"{tag}-attempt-{attempt}"
-            aside.parent.mkdir(exist_ok=True)
-            target.rename(aside)
-            log.warning("%s was broken and lies in %s now", target, aside)
+            unusable = job.unusable / f"{tag}-attempt-{attempt}"
+            unusable.parent.mkdir(exist_ok=True)
+            target.rename(unusable)
+            log.warning("%s was broken; it was moved to %s", target, unusable)
         move_into_place(staged, target)
     replace_shared_text(job.run / "latest", tag)
     for name in RECOVERY_SCRIPTS:
@@ -129,7 +148,7 @@ def _is_complete(path: Path) -> bool:
 
 
 def remove_older_attempts(job: JobFolder, attempt: int) -> None:
-    """Removes what older attempts had not published. Ranks: rank 0."""
+    """Removes what older attempts have saved and not published. Ranks: rank 0."""
     for folder in job.folder.glob("attempt-*"):
         number = folder.name.removeprefix("attempt-")
         if number.isdigit() and int(number) < attempt:

@@ -1,7 +1,8 @@
-"""DeepSpeed's just-in-time compilation, kept from hanging a job.
+"""Keeps the just-in-time compilation of DeepSpeed's ops from hanging a job.
 
-torch holds a file `lock` in the folder of an op while it compiles (`torch/utils/file_baton.py`), and waits for a lock
-of others without limit and without a word. A job that is killed while it compiles leaves its lock for ever.
+While torch compiles an op it holds a file `lock` in the op's folder (`torch/utils/file_baton.py`). It waits for the
+locks of other processes without a limit and without a message. A job that is killed while it compiles leaves its lock
+behind, and every later start waits for it without end.
 """
 
 import logging
@@ -17,10 +18,14 @@ POLL_S = 1.0
 
 
 def prepare_compilation(*, stale_after_s: float = 600.0) -> None:
-    """Makes sure that no lock of a dead process is waited for; on CPUs, that nothing is compiled at all.
+    """Checks that a start will not wait for the lock of a dead process; on CPUs, it also avoids a needless compilation.
 
-    On CPUs `init_distributed` would compile `deepspeed_shm_comm` (a minute), which training does not use.
-    A config that names FusedAdam or CPUAdam compiles them all the same; `"torch_adam": true` does not.
+    On CPUs `init_distributed` would compile `deepspeed_shm_comm` for a minute. Only inference uses it
+    (`comm/torch.py`, `inference_all_reduce`). A config that names FusedAdam or CPUAdam still compiles those;
+    `"torch_adam": true` avoids it.
+
+    Args:
+        stale_after_s: see `require_no_stale_locks`.
 
     Ranks: any, before `start_process_groups`.
 
@@ -31,12 +36,13 @@ def prepare_compilation(*, stale_after_s: float = 600.0) -> None:
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() == "cpu":
+        # The cache of the ops that can be built (`ops/__init__.py`): an empty one makes comm/torch.py skip the op.
         deepspeed.ops.__dict__["__compatible_ops__"] = {}
     require_no_stale_locks(extensions_folder(), stale_after_s=stale_after_s)
 
 
 def extensions_folder() -> Path:
-    """Where torch keeps compiled ops (`torch/utils/cpp_extension.py`, `_get_build_directory`)."""
+    """Returns the folder in which torch keeps compiled ops (`torch/utils/cpp_extension.py`, `_get_build_directory`)."""
     if "TORCH_EXTENSIONS_DIR" in os.environ:
         return Path(os.environ["TORCH_EXTENSIONS_DIR"])
     from torch.utils.cpp_extension import get_default_build_root
@@ -45,20 +51,20 @@ def extensions_folder() -> Path:
 
 
 def require_no_stale_locks(folder: Path, *, stale_after_s: float) -> None:
-    """Waits while ops are being compiled. Returns when there is no lock.
+    """Waits while other processes compile ops. Returns when there is no lock.
 
-    A lock is stale if it is older than `stale_after_s` and no process of this machine has it open, twice in a row
-    (torch closes the lock's file a moment before it removes it).
+    A lock is stale if it is older than `stale_after_s` and no process of this machine has it open. Two looks in a row
+    must agree, because torch closes the lock's file a moment before it removes it.
 
     Args:
         folder: see `extensions_folder`.
-        stale_after_s: 0 for a folder that only this machine uses. Where other machines share the folder, longer than
-            the compilation of any op takes (600).
+        stale_after_s: age in seconds. 0 for a folder that only this machine uses. Where other machines share the
+            folder, more than the compilation of any op takes: 600.
 
     Raises:
-        StaleLock: the lock is named, with the command that removes it.
+        StaleLock: the message names the lock and the command that removes it.
     """
-    warned, unheld_before = False, set[Path]()
+    has_warned, unheld_before = False, set[Path]()
     while locks := {lock: age for lock in (*folder.glob("*/lock"), *folder.glob("*/*/lock")) if (age := _age_s(lock))}:
         open_files = _open_files()
         unheld = {lock for lock in locks if lock.resolve() not in open_files}
@@ -66,12 +72,12 @@ def require_no_stale_locks(folder: Path, *, stale_after_s: float) -> None:
             if locks[lock] > stale_after_s:
                 raise StaleLock(
                     f"{lock} is {locks[lock]:.0f} s old and no process of this machine holds it: a start was killed "
-                    "while it compiled, and every later start would wait for it without end. "
+                    "while it compiled an op, and every later start would wait for it without end. "
                     f"Remove it (rm '{lock}') and start again. A TORCH_EXTENSIONS_DIR of each job's own avoids it."
                 )
-        if not warned:
-            log.warning("waiting for the compilation of others: %s", ", ".join(map(str, locks)))
-            warned = True
+        if not has_warned:
+            log.warning("waiting for other processes, which compile ops: %s", ", ".join(map(str, locks)))
+            has_warned = True
         unheld_before = unheld
         time.sleep(POLL_S)
 
@@ -84,11 +90,11 @@ def _age_s(lock: Path) -> float | None:
 
 
 def _open_files() -> set[Path]:
-    """Every file that a process of this machine, as far as we may look, has open."""
-    found = set()
+    """Every file that a process of this machine has open, as far as this user may see."""
+    open_files = set()
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         try:
-            found.add(link.readlink())
+            open_files.add(link.readlink())
         except OSError:
             continue
-    return found
+    return open_files

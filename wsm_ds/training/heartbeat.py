@@ -1,4 +1,4 @@
-"""A rank's sign of life on shared storage, which the watchdog reads; and what others left there for the rank."""
+"""A rank's sign of life on shared storage. The watchdog reads it; the rank learns there of stops and newer attempts."""
 
 import json
 import logging
@@ -23,9 +23,16 @@ UNCHANGED_S = 2.0
 class Heartbeat:
     """Replaces RUN/job/heartbeat/rank_NNNNN.json in a thread, so that slow storage does not slow the training.
 
-    The file holds `attempt`, `step` (whose end was reached last), `time` (when), `host`, `rank`, `world_size`, `pid`,
-    `alive` (when it was written: a stopped process or a dead host writes no more) and `where` (the line at which the
-    main thread is: the rank for which the others wait is at another one than they are).
+    The file holds `attempt`, `step` (the last one that ended), `time` (when it ended), `host`, `rank`, `world_size`,
+    `pid`, `alive` (when the file was written: a stopped process or a dead host writes no more) and `where` (the line of
+    code at which the main thread is: the rank that the others wait for is usually at another line than they are).
+
+    Args:
+        job: the run's.
+        attempt: the number of this attempt.
+        rank: of this process.
+        world_size: number of ranks.
+        step: the last step that ended before this attempt.
 
     Attributes:
         stop_is_asked: whether RUN/job/stop was there when the file was last replaced.
@@ -43,10 +50,10 @@ class Heartbeat:
         self.thread.start()
 
     def reached(self, step: int) -> None:
-        """The end of a step is reached.
+        """Notes the end of a step.
 
         Raises:
-            Superseded: another attempt has been started since.
+            Superseded: another attempt was started after this one.
         """
         self.step, self.time = step, time.time()
         if self.newest_attempt != self.attempt:
@@ -66,7 +73,7 @@ class Heartbeat:
                     replace_shared_text(self.path, json.dumps(self._now()))
                     self.newest_attempt, self.stop_is_asked = read_attempt(self.job), self.job.stop.exists()
                 except (OSError, ValueError) as error:
-                    log.warning("no heartbeat could be written: %s", error)
+                    log.warning("the heartbeat could not be written: %s", error)
             self.stopped.wait(INTERVAL_S)
 
     def _now(self) -> dict[str, Any]:

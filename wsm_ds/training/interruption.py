@@ -1,4 +1,4 @@
-"""A signal, or a file, asks the run to end; all ranks end at the same step."""
+"""Lets a signal, or a file, end the training on all ranks at the same step."""
 
 import logging
 import signal
@@ -10,15 +10,22 @@ log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_CODE = 75
-"""EX_TEMPFAIL: saved after a signal, start me again."""
+"""EX_TEMPFAIL of sysexits.h: the ranks saved after a signal; start them again."""
 
 
 class Interruption:
-    """Remembers what interrupted this rank: by default a signal that came.
+    """Remembers that this rank was asked to stop.
 
-    A second one changes nothing: Slurm signals every process of a step, torchrun passes the signal on as well, so each
-    rank sees it twice. Make it right before the loop: a process that only remembers SIGTERM while it starts up cannot
-    be ended by anything but SIGKILL.
+    A second signal changes nothing: Slurm signals every process of a step, and torchrun passes the signal on as well,
+    so each rank sees it twice. Make the object right before the training loop: a process that only remembers SIGTERM
+    while it starts up can be ended by SIGKILL alone.
+
+    Args:
+        signals: those to catch from now on.
+
+    Attributes:
+        received: the name of the first signal, or the reason given to `ask`; None while nobody has asked.
+        previous: the handlers that were there before.
     """
 
     def __init__(self, signals: Iterable[signal.Signals] = SIGNALS) -> None:
@@ -26,7 +33,7 @@ class Interruption:
         self.previous = {number: signal.signal(number, self._receive) for number in signals}
 
     def ask(self, reason: str) -> None:
-        """Interrupts as a signal does; the first reason counts."""
+        """Asks this rank to stop, as a signal does. The first reason is kept."""
         if self.received is None:
             self.received = reason
 
@@ -34,14 +41,14 @@ class Interruption:
         self.ask(signal.Signals(number).name)
 
     def uninstall(self) -> None:
-        """Puts the former handlers back."""
+        """Restores the handlers that were there before."""
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
     def agreed(self) -> bool:
-        """Whether any rank was interrupted.
+        """Tells whether any rank was asked to stop.
 
-        Ranks: all, at a step's boundary; it holds an all-reduce of one number.
+        Ranks: all, between two steps. It holds an all-reduce of one number.
         """
         import deepspeed.comm as dist
         import torch

@@ -1,15 +1,23 @@
-"""What lies in RUN/job: everything that belongs to the running of jobs, and not to the checkpoints.
+"""The folder RUN/job: everything that belongs to running jobs, and not to the checkpoints.
 
     attempt               the number of the newest attempt; it rises by 1 at each start
     attempt-K/            what attempt K writes before it is published
-    resharded/            the newest checkpoint for another number of ranks, while it is loaded
+    resharded-TAG-…/      a checkpoint rewritten for another number of ranks or stage, while it is loaded
     unusable/             broken checkpoints that stood where a new one had to go
-    heartbeat/            a file a rank
-    steps.jsonl           a line a step
+    heartbeat/            one file per rank
+    steps.jsonl           one line per step
     stop                  made by people: the ranks save and leave, and do not start before it is removed
     done                  {"step", "attempt"}: the only proof that a run has reached its last step
 
-`wsm-ds` passes this folder over.
+The job scripts of launch/ add:
+
+    logs/attempt-K/       what the ranks, the watchdog and the node check of attempt K printed
+    crashes               one line per attempt that ended by itself without a new checkpoint
+    failed                why the scripts gave up; no job of the run starts before people remove it
+    bad_nodes             one line per node that a job left out
+    slurm_job             the id of the newest Slurm job
+
+No `wsm-ds` command takes this folder for a checkpoint.
 """
 
 import json
@@ -26,7 +34,7 @@ ATTEMPT_VARIABLE = "WSM_ATTEMPT"
 
 @dataclass(frozen=True)
 class JobFolder:
-    """The files of RUN/job by name."""
+    """Paths of the files in RUN/job. Making one reads nothing."""
 
     run: Path
 
@@ -37,36 +45,31 @@ class JobFolder:
 
     @property
     def attempt(self) -> Path:
-        """The number of the newest attempt."""
+        """The file that holds the number of the newest attempt."""
         return self.folder / "attempt"
 
     def attempt_folder(self, attempt: int) -> Path:
-        """What attempt K may write in."""
+        """The folder in which attempt K writes what it has not published yet."""
         return self.folder / f"attempt-{attempt}"
 
     @property
-    def resharded(self) -> Path:
-        """A checkpoint in another form, while it is loaded."""
-        return self.folder / "resharded"
-
-    @property
     def unusable(self) -> Path:
-        """Broken checkpoints that were in the way."""
+        """The folder of broken checkpoints that stood where a new one had to go."""
         return self.folder / "unusable"
 
     @property
     def heartbeats(self) -> Path:
-        """A file a rank."""
+        """The folder of heartbeats, one file per rank."""
         return self.folder / "heartbeat"
 
     @property
     def steps(self) -> Path:
-        """A JSON line a step."""
+        """The file of steps, one JSON line per step."""
         return self.folder / "steps.jsonl"
 
     @property
     def stop(self) -> Path:
-        """People's wish that the run pauses."""
+        """The file with which people ask the run to save and stop."""
         return self.folder / "stop"
 
     @property
@@ -74,9 +77,28 @@ class JobFolder:
         """The marker of success."""
         return self.folder / "done"
 
+    def logs(self, attempt: int) -> Path:
+        """The folder of what an attempt's processes print."""
+        return self.folder / "logs" / f"attempt-{attempt}"
+
+    @property
+    def crashes(self) -> Path:
+        """The file of attempts that ended by themselves without a new checkpoint."""
+        return self.folder / "crashes"
+
+    @property
+    def failed(self) -> Path:
+        """The file that says why the job scripts gave up."""
+        return self.folder / "failed"
+
+    @property
+    def bad_nodes(self) -> Path:
+        """The file of nodes that jobs left out, with the reasons."""
+        return self.folder / "bad_nodes"
+
 
 def read_attempt(job: JobFolder) -> int:
-    """The number of the newest attempt; 0 if there was none."""
+    """Reads the number of the newest attempt; 0 if there was none."""
     try:
         return int(job.attempt.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -84,19 +106,25 @@ def read_attempt(job: JobFolder) -> int:
 
 
 def given_attempt() -> int | None:
-    """The number that a job script has raised and exported; None if it did not.
+    """Returns the attempt's number that a job script has exported as WSM_ATTEMPT; None if there is none.
 
     Raises:
-        RecipeError: it is no number.
+        RecipeError: WSM_ATTEMPT is not a number.
     """
-    given = os.environ.get(ATTEMPT_VARIABLE, "")
-    if given and not given.isdigit():
-        raise RecipeError(f"{ATTEMPT_VARIABLE} is {given!r}; it must be the number in RUN/job/attempt.")
-    return int(given) if given else None
+    text = os.environ.get(ATTEMPT_VARIABLE, "")
+    if text and not text.isdigit():
+        raise RecipeError(f"{ATTEMPT_VARIABLE} is {text!r}; it must be the number in RUN/job/attempt.")
+    return int(text) if text else None
 
 
 def begin_attempt(job: JobFolder) -> int:
-    """Raises the number of the newest attempt and returns it. Two callers at once get different numbers."""
+    """Starts a new attempt; older ones can publish nothing from here on.
+
+    Returns:
+        The attempt's number. Two callers at once get different numbers, because only one of them can make a folder.
+
+    Ranks: rank 0, or the job script before the ranks start.
+    """
     attempt = read_attempt(job) + 1
     while True:
         try:
@@ -110,14 +138,18 @@ def begin_attempt(job: JobFolder) -> int:
 
 
 def require_current(job: JobFolder, attempt: int) -> None:
-    """Raises Superseded if another attempt has been started since."""
+    """Checks that `attempt` is still the newest one.
+
+    Raises:
+        Superseded: another attempt was started after it.
+    """
     newest = read_attempt(job)
     if newest != attempt:
         raise superseded(job, attempt, newest)
 
 
 def superseded(job: JobFolder, attempt: int, newest: int) -> Superseded:
-    """The error of an attempt that is not the newest."""
+    """Builds the error of an attempt that is not the newest one."""
     return Superseded(
         f"attempt {attempt} of {job.run} was superseded by attempt {newest}; it ends here and publishes nothing more. "
         "A node that was cut off and came back ends so; nothing has to be done."
@@ -125,7 +157,13 @@ def superseded(job: JobFolder, attempt: int, newest: int) -> Superseded:
 
 
 def is_done(job: JobFolder, until_step: int, *, attempt: int | None = None) -> bool:
-    """Whether the run has reached `until_step` (by this attempt, if one is given), and its checkpoint is published."""
+    """Tells whether the run has reached `until_step` and has published the checkpoint of its last step.
+
+    Args:
+        job: the run's.
+        until_step: number of updates.
+        attempt: the attempt that must have got there; None for any.
+    """
     try:
         done = json.loads(job.done.read_text(encoding="utf-8"))
         return bool(done["step"] >= until_step and attempt in (None, done["attempt"]))
@@ -134,5 +172,5 @@ def is_done(job: JobFolder, until_step: int, *, attempt: int | None = None) -> b
 
 
 def mark_done(job: JobFolder, step: int, attempt: int) -> None:
-    """Writes the marker; rank 0 does, when the checkpoint of the last step is published."""
+    """Writes the marker of success. Ranks: rank 0, once the checkpoint of the last step is published."""
     replace_shared_text(job.done, json.dumps({"step": step, "attempt": attempt}) + "\n")

@@ -40,14 +40,14 @@ class MatmulSpeed:
 
 
 def measure_matmul(dtype: str) -> MatmulSpeed:
-    """Times products in `dtype` and in fp32 on the device that DeepSpeed trains on, with torch's current threads.
+    """Times matrix products in `dtype` and in fp32 on DeepSpeed's device, with torch's current number of threads.
 
-    It takes a fraction of a second: the best of REPEATS products counts, after one that is not timed.
+    It takes a fraction of a second: the fastest of REPEATS products counts, after one that is not timed.
 
     Args:
         dtype: "bf16" or "fp16".
 
-    Ranks: any; it communicates with none.
+    Ranks: any; it does not communicate.
     """
     import torch
     from deepspeed.accelerator import get_accelerator
@@ -72,12 +72,15 @@ def measure_matmul(dtype: str) -> MatmulSpeed:
 
 
 def warn_if_dtype_is_slow(dtype: str) -> bool:
-    """Logs a warning if training in `dtype` is slow on this CPU; returns whether it did. Other devices are not timed.
+    """Logs a warning if training in `dtype` is slow on this CPU. Other devices are not timed.
 
     Args:
         dtype: of the model's weights: "bf16", "fp16" or "fp32".
 
-    Ranks: any; rank 0 is enough.
+    Returns:
+        Whether it warned.
+
+    Ranks: any; call it on one of them.
     """
     from deepspeed.accelerator import get_accelerator
 

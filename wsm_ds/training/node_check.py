@@ -1,8 +1,9 @@
-"""Is this node fit to take part? One line, before the ranks start on it.
+"""Checks whether this node is fit to train, and prints one line about it.
 
-    srun --ntasks-per-node=1 python -m wsm_ds.training.node_check RUN --accelerators 8 --free-bytes 2TB
+    srun --ntasks-per-node=1 wsm-ds check-node RUN --accelerators 8 --free-bytes 2TB
 
-Exit code 0, or 3 and the reason: the job script can leave the node out and let the job requeue.
+It runs on each node before the ranks start. `python -m wsm_ds.training.node_check` does the same. The exit code is 0,
+or 3 if the node is unfit; the line then gives the reason. The job script can leave the node out and requeue the job.
 """
 
 import argparse
@@ -23,10 +24,16 @@ CONNECT_S = 10.0
 
 
 def check_folder(run: Path) -> str:
-    """RUN/job can be written, synced and read back, and its clock is ours.
+    """Checks that RUN/job can be written, synced and read back, and that the clocks of node and storage agree.
+
+    Args:
+        run: the run's folder; it is made if it is missing.
+
+    Returns:
+        What was found, for the line of a fit node. So do the other checks.
 
     Raises:
-        NodeUnfit: it cannot, or the clocks of the node and of the storage differ by more than a minute.
+        NodeUnfit: the folder cannot be used, or the clocks differ by more than CLOCK_SKEW_S.
     """
     folder = JobFolder(run).folder
     path = folder / f".node_check.{socket.gethostname()}.{os.getpid()}"
@@ -36,23 +43,23 @@ def check_folder(run: Path) -> str:
         before_s = time.time()
         write_text(path, text)
         after_s = time.time()
-        written_s, found = path.stat().st_mtime, path.read_text()
+        written_s, read_back = path.stat().st_mtime, path.read_text()
         path.unlink()
     except OSError as error:
         raise NodeUnfit(f"{folder} cannot be written: {error}") from error
-    if found != text:
-        raise NodeUnfit(f"{folder} gives back other bytes than were written.")
+    if read_back != text:
+        raise NodeUnfit(f"{folder}: the bytes that were read are not those that were written.")
     skew_s = max(written_s - after_s, before_s - written_s, 0.0)
     if skew_s > CLOCK_SKEW_S:
-        raise NodeUnfit(f"the clock differs from that of the storage of {folder} by {skew_s:.0f} s; set it by NTP.")
+        raise NodeUnfit(f"the clock differs by {skew_s:.0f} s from that of the storage of {folder}; set it by NTP.")
     return "folder writable"
 
 
 def check_free(run: Path, nbytes: int) -> str:
-    """The storage of `run` has so many bytes free, for us.
+    """Checks that the storage of `run` has `nbytes` free for this user.
 
     Raises:
-        NodeUnfit: it has not.
+        NodeUnfit: it has fewer; the message names both sizes.
     """
     free = shutil.disk_usage(run).free
     if free < nbytes:
@@ -61,14 +68,17 @@ def check_free(run: Path, nbytes: int) -> str:
 
 
 def check_rendezvous(address: str) -> str:
-    """A packet gets to HOST:PORT and back. That nobody listens there yet is no fault; that the host is unknown is.
+    """Checks that packets reach a host and come back. It is no fault if no program listens at the port yet.
+
+    Args:
+        address: "HOST:PORT".
 
     Raises:
-        NodeUnfit: it is no HOST:PORT, the name is unknown, or the host cannot be reached.
+        NodeUnfit: the address is not HOST:PORT, the host's name is unknown, or the host cannot be reached.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
-        raise NodeUnfit(f"--rendezvous {address}: HOST:PORT is needed.")
+        raise NodeUnfit(f"--rendezvous {address} is not HOST:PORT.")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S):
             pass
@@ -80,10 +90,12 @@ def check_rendezvous(address: str) -> str:
 
 
 def check_accelerators(count: int) -> str:
-    """So many accelerators are visible, and each adds two numbers rightly. On DS_ACCELERATOR=cpu there are none.
+    """Checks that at least `count` accelerators are visible, and that each of them adds numbers correctly.
+
+    With DS_ACCELERATOR=cpu it checks nothing.
 
     Raises:
-        NodeUnfit: there are fewer, or one fails.
+        NodeUnfit: fewer are visible, or one fails.
     """
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return "accelerators not counted (DS_ACCELERATOR=cpu)"
@@ -91,9 +103,9 @@ def check_accelerators(count: int) -> str:
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
-    found = accelerator.device_count()
-    if found < count:
-        raise NodeUnfit(f"{found} accelerators ({accelerator.device_name()}) are visible, {count} are needed.")
+    visible = accelerator.device_count()
+    if visible < count:
+        raise NodeUnfit(f"{visible} accelerators ({accelerator.device_name()}) are visible, {count} are needed.")
     for index in range(count):
         name = accelerator.device_name(index)
         try:
@@ -102,30 +114,52 @@ def check_accelerators(count: int) -> str:
             raise NodeUnfit(f"accelerator {name} fails: {error}") from error
         if total != 1024:
             raise NodeUnfit(f"accelerator {name} sums 1024 ones to {total}.")
-    return f"{found} accelerators"
+    return f"{visible} accelerators"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m wsm_ds.training.node_check", description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--accelerators", type=int, metavar="N", help="how many have to be visible")
-    parser.add_argument("--free-bytes", metavar="SIZE", help="free on RUN's storage: 500GB, 2TiB")
-    parser.add_argument("--rendezvous", action="append", default=[], metavar="HOST:PORT", help="to be reached")
-    options = parser.parse_args(arguments)
-    host, found = socket.gethostname(), []
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `run`, for `wsm-ds check-node` and for this module as a program."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of the training run; made if it is missing")
+    parser.add_argument("--accelerators", type=int, metavar="N", help="number of accelerators that must be visible")
+    parser.add_argument("--free-bytes", metavar="SIZE", help="free space that RUN's storage must have: 500GB, 2TiB")
+    parser.add_argument(
+        "--rendezvous",
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help="an address that the node must reach; may be given several times",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Checks this node and prints one line, "HOST: fit: FACTS" or "HOST: unfit: REASON".
+
+    Args:
+        options: the parsed arguments of `add_arguments`.
+
+    Returns:
+        The exit code: 0 if the node is fit, else 3.
+    """
+    host, facts = socket.gethostname(), []
     try:
-        found.append(check_folder(options.run))
+        facts.append(check_folder(options.run))
         if options.free_bytes is not None:
-            found.append(check_free(options.run, parse_size(options.free_bytes)))
-        found += [check_rendezvous(address) for address in options.rendezvous]
+            facts.append(check_free(options.run, parse_size(options.free_bytes)))
+        facts += [check_rendezvous(address) for address in options.rendezvous]
         if options.accelerators is not None:
-            found.append(check_accelerators(options.accelerators))
+            facts.append(check_accelerators(options.accelerators))
     except WsmError as error:
         print(f"{host}: unfit: {error}", flush=True)
         return 3
-    print(f"{host}: fit: {', '.join(found)}", flush=True)
+    print(f"{host}: fit: {', '.join(facts)}", flush=True)
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs `python -m wsm_ds.training.node_check`; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m wsm_ds.training.node_check", description=__doc__.split("\n")[0])
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Process groups whose every collective ends in time, and ranks from whichever launcher there is."""
+"""Starts process groups in which no collective hangs without end, under any launcher."""
 
 import os
 import socket
@@ -11,13 +11,13 @@ NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def find_ranks() -> None:
-    """Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where no launcher has.
+    """Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment, if the launcher has not.
 
-    torchrun and `deepspeed` set them; a Slurm step of one task a rank (`srun`, `deepspeed --launcher slurm`) has
-    SLURM_PROCID and its kin instead. Without any of them the process is alone.
+    torchrun and `deepspeed` set them. A Slurm step with one task per rank (`srun`, `deepspeed --launcher slurm`) has
+    SLURM_PROCID and similar variables instead. Without any of these the process is the only rank.
 
     Raises:
-        RecipeError: only some of them are set.
+        RecipeError: only some of the variables are set; the message names those that are missing.
     """
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         os.environ.update(slurm_variables(os.environ) | {"LOCAL_RANK": os.environ["SLURM_LOCALID"]})
@@ -35,10 +35,14 @@ def _free_port() -> str:
 
 
 def start_process_groups(timeout_s: float) -> None:
-    """`deepspeed.init_distributed`, so that no collective of any group waits longer than `timeout_s`.
+    """Calls `deepspeed.init_distributed` so that no collective of any group waits longer than `timeout_s`.
 
-    DeepSpeed makes its own groups by `new_group(ranks)` without a timeout (`comm/torch.py`), so those have torch's
-    defaults, 30 minutes with gloo and 10 with NCCL, whatever `init_distributed` was told. Here the defaults are set.
+    DeepSpeed makes groups of its own by `new_group(ranks)` without a timeout (`comm/torch.py`). Those get torch's
+    defaults, 30 minutes with gloo and 10 with NCCL, whatever timeout `init_distributed` gets. So this changes torch's
+    defaults.
+
+    Args:
+        timeout_s: in seconds.
 
     Ranks: all.
     """

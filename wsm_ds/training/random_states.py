@@ -1,7 +1,7 @@
-"""Random states of a rank, in a file beside its part of the checkpoint.
+"""Saves the random states of each rank in a file of the checkpoint, and restores them.
 
-DeepSpeed saves none, and its client state is no place for them: in stages 1 and 2 only rank 0 of the data-parallel
-ranks writes it (`runtime/engine.py`, `_save_checkpoint`). JSON, so that reading it runs nothing.
+DeepSpeed saves none. Its client state cannot hold them: in stages 1 and 2 only rank 0 of the data-parallel ranks writes
+it (`runtime/engine.py`, `_save_checkpoint`). The file is JSON, so that reading it executes nothing.
 """
 
 import base64
@@ -17,12 +17,12 @@ from wsm_ds.errors import BrokenCheckpoint
 
 
 def states_file(checkpoint: Path, rank: int) -> Path:
-    """The file of a rank."""
+    """Returns the path of a rank's file."""
     return checkpoint / f"random_state_rank_{rank:05d}.json"
 
 
 def random_states() -> dict[str, Any]:
-    """The states of Python, numpy, torch and the accelerator's device, as plain data."""
+    """Returns the states of Python, numpy, torch and the accelerator's device, as plain data."""
     import torch
     from deepspeed.accelerator import get_accelerator
 
@@ -39,7 +39,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Puts them back, on this process's device."""
+    """Restores what `random_states` returned, on this process's device."""
     import torch
     from deepspeed.accelerator import get_accelerator
 
@@ -54,7 +54,7 @@ def restore_random_states(states: dict[str, Any]) -> None:
 
 
 def seed_random_states(seed: int, step: int, rank: int) -> None:
-    """States that the run's seed, the step and the rank decide: of a rank that has no saved ones."""
+    """Sets states that the run's seed, the step and the rank decide, for a rank that has no saved ones."""
     import torch
 
     number = int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:8], "little")
@@ -64,18 +64,21 @@ def seed_random_states(seed: int, step: int, rank: int) -> None:
 
 
 def save_random_states(checkpoint: Path, rank: int) -> None:
-    """Writes this rank's file into the checkpoint's folder, which DeepSpeed has made.
+    """Writes this rank's file into the folder of a checkpoint, which must exist.
 
-    Ranks: each its own.
+    Ranks: all; each writes its own file.
     """
     states_file(checkpoint, rank).write_text(json.dumps(random_states()), encoding="utf-8")
 
 
 def load_random_states(checkpoint: Path, rank: int) -> bool:
-    """Restores this rank's states; False if the checkpoint has none for it.
+    """Restores this rank's states.
+
+    Returns:
+        False if the checkpoint has none for this rank.
 
     Raises:
-        BrokenCheckpoint: the file is not what was written.
+        BrokenCheckpoint: the file is damaged.
     """
     path = states_file(checkpoint, rank)
     try:

@@ -1,9 +1,10 @@
-"""A checkpoint of another number of ranks, or of another ZeRO stage, rewritten so that DeepSpeed loads it.
+"""Rewrites a checkpoint of another number of ranks, or of another ZeRO stage, so that DeepSpeed loads it.
 
-DeepSpeed refuses it ("The checkpoint being loaded used a DP world size of 2 but the current world size is 4"): each of
-its files is the partition of one rank. Its own way, a universal checkpoint, restores neither buffers nor frozen
-parameters, and costs a conversion. So all ranks of the job write the checkpoint anew in its native form, sharing the
-work by bytes; it lies in RUN/job until it is loaded, and takes as much room as one checkpoint for so long.
+DeepSpeed refuses such a checkpoint ("The checkpoint being loaded used a DP world size of 2 but the current world size
+is 4"), because each file holds the partition of one rank. DeepSpeed's own way, a universal checkpoint, restores neither
+buffers nor frozen parameters, and needs a conversion as well. So all ranks of the job write the checkpoint anew in its
+native form, and share the work by bytes. The rewritten checkpoint lies in RUN/job until it is loaded. It needs as much
+disk space as one checkpoint.
 """
 
 import logging
@@ -22,29 +23,33 @@ from wsm_ds.training.job import JobFolder
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What must be equal for DeepSpeed to load a checkpoint. `sub_group_size` counts in stage 3 alone."""
+@dataclass(frozen=True, slots=True)
+class Partitioning:
+    """How a checkpoint is split into partitions: what must be equal for DeepSpeed to load it.
+
+    Attributes:
+        stage: ZeRO stage, 0 to 3.
+        world_size: data-parallel ranks.
+        sub_group_size: elements, as in DeepSpeed's config; None below stage 3, where nothing depends on it.
+    """
 
     stage: int
     world_size: int
     sub_group_size: int | None
 
-    @property
-    def words(self) -> str:
-        """For people."""
+    def __str__(self) -> str:
         return f"ZeRO-{self.stage} on {self.world_size} ranks"
 
 
-def shape_of_layout(layout: Layout) -> Shape:
-    """How a checkpoint was saved."""
-    return Shape(layout.stage, layout.world_size, _sub_group_size(layout) if layout.stage == 3 else None)
+def partitioning_of_layout(layout: Layout) -> Partitioning:
+    """Returns how a checkpoint was saved."""
+    return Partitioning(layout.stage, layout.world_size, _sub_group_size(layout) if layout.stage == 3 else None)
 
 
-def shape_of_engine(engine: Any) -> Shape:
-    """How an engine would save."""
+def partitioning_of_engine(engine: Any) -> Partitioning:
+    """Returns how a DeepSpeed engine saves, and what it loads."""
     stage = int(engine.zero_optimization_stage())
-    return Shape(stage, int(engine.dp_world_size), int(engine.zero_sub_group_size()) if stage == 3 else None)
+    return Partitioning(stage, int(engine.dp_world_size), int(engine.zero_sub_group_size()) if stage == 3 else None)
 
 
 def _sub_group_size(layout: Layout) -> int:
@@ -53,13 +58,19 @@ def _sub_group_size(layout: Layout) -> int:
     return int(size) if isinstance(size, int | float) else DEFAULT_SUB_GROUP_SIZE
 
 
-def resharded_folder(job: JobFolder, tag: str, shape: Shape) -> Path:
-    """Where the rewritten checkpoint lies until it is loaded."""
-    return job.folder / f"resharded-{tag}-zero{shape.stage}-{shape.world_size}-ranks"
+def resharded_folder(job: JobFolder, tag: str, target: Partitioning) -> Path:
+    """Returns the folder in which the rewritten checkpoint lies until it is loaded."""
+    return job.folder / f"resharded-{tag}-zero{target.stage}-{target.world_size}-ranks"
 
 
-def reshard_together(checkpoint: Path, shape: Shape, out: Path, ranks: Ranks) -> None:
-    """Writes `checkpoint` in another form to `out`; goes on where a killed attempt stopped.
+def reshard_together(checkpoint: Path, target: Partitioning, out: Path, ranks: Ranks) -> None:
+    """Rewrites a checkpoint with another partitioning. Goes on where a killed attempt stopped.
+
+    Args:
+        checkpoint: RUN/TAG.
+        target: the partitioning of the engine that will load it.
+        out: the folder to write.
+        ranks: the processes that share the work, in an object for this call alone.
 
     Ranks: all.
 
@@ -73,17 +84,24 @@ def reshard_together(checkpoint: Path, shape: Shape, out: Path, ranks: Ranks) ->
             checkpoint.parent,
             out=out,
             tag=checkpoint.name,
-            stage=shape.stage,
-            world_size=shape.world_size,
-            sub_group_size=shape.sub_group_size,
+            stage=target.stage,
+            world_size=target.world_size,
+            sub_group_size=target.sub_group_size,
         )
         ranks.barrier("met")
         plan = plan_merge(recipe)
         run_plan(plan, ranks=ranks)
 
 
-def remove_resharded(job: JobFolder, but: Path | None = None) -> None:
-    """Removes rewritten checkpoints, and what is left of unfinished ones. Ranks: rank 0."""
+def remove_resharded(job: JobFolder, keep: Path | None = None) -> None:
+    """Removes rewritten checkpoints and their staging folders, finished or not.
+
+    Args:
+        job: the run's.
+        keep: a rewritten checkpoint that stays, with its staging folder: an attempt will finish or load it.
+
+    Ranks: rank 0.
+    """
     for folder in [*job.folder.glob("resharded-*"), *job.folder.glob(".resharded-*.wsm-staging")]:
-        if but is None or folder.name not in (but.name, f".{but.name}.wsm-staging"):
+        if keep is None or folder.name not in (keep.name, f".{keep.name}.wsm-staging"):
             shutil.rmtree(folder, ignore_errors=True)

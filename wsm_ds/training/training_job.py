@@ -1,4 +1,4 @@
-"""One attempt of a training run: started, resumed, interrupted, extended."""
+"""One attempt of a training run: it starts or resumes the run, saves, and ends when it is done or asked to stop."""
 
 import json
 import logging
@@ -19,33 +19,40 @@ from wsm_ds.training.random_states import load_random_states, seed_random_states
 
 log = logging.getLogger(__name__)
 CONSTANTS = "wsm_training"
-"""The key of the client state under which a run's constants are saved."""
+"""The key of a run's constants in the client state that DeepSpeed saves."""
 
 
 class TrainingJob:
-    """What a training script needs to be killed at any moment and started again; see the package's example.
+    """Makes a training script safe to kill at any moment and to start again; see the package's example.
+
+    It starts the process groups. Make it before `deepspeed.initialize`.
 
     Args:
         run: the run's folder, on storage that all ranks see.
-        until_step: updates after which the run is done. Started again with more, it goes on.
-        save_every: checkpoints at its multiples (and after a signal, at whatever step that is).
+        until_step: number of updates after which the run is done. A later start with a larger number extends the run.
+        save_every: in updates: checkpoints are saved at its multiples, after the last update, and after a signal.
         seed: decides the random states of a new run, and of ranks that the resumed checkpoint did not have.
-        collective_timeout_s: after which a collective whose other ranks do not come fails. It must be longer than a
-            save takes.
-        constants: plain data that the run must be resumed with, such as what decides the order of the batches.
+        collective_timeout_s: a collective fails after this time if the other ranks do not take part. It must be longer
+            than a save takes.
+        constants: plain data that must not change in a run, such as what decides the order of the batches. It is saved
+            with each checkpoint and compared when the run is resumed.
 
     Attributes:
-        attempt: the number of this start.
-        is_done: whether an earlier attempt has reached `until_step`, so that nothing is left to do.
-        client_state: what was given to `steps` when the checkpoint that it resumed from was saved.
-        exit_code: of the program: 0 done, 75 saved after an interruption and to be started again, else 1.
+        attempt: the number of this start, from 1.
+        is_done: whether an earlier attempt has reached `until_step` already. `steps` then yields nothing.
+        rank: of this process.
+        world_size: number of ranks.
+        client_state: the `client_state` that `steps` saved with the checkpoint from which this attempt resumed.
+        exit_code: what the program should exit with: 0 if the run is done, 75 if it saved after a signal and should be
+            started again, else 1.
 
     Ranks: all.
 
     Raises:
         Superseded: WSM_ATTEMPT is not the newest attempt.
         TrainingError: RUN/job/stop is there.
-        StaleLock, RecipeError: see `prepare_compilation`, `find_ranks`.
+        StaleLock: see `prepare_compilation`.
+        RecipeError: a number is below 1, or see `find_ranks`.
     """
 
     def __init__(
@@ -73,54 +80,63 @@ class TrainingJob:
         self.values: dict[str, Any] = {}
 
     def resume(self, engine: Any) -> int:
-        """Loads the newest complete checkpoint, if there is one; returns the number of updates made so far.
+        """Loads the newest complete checkpoint, if there is one. `steps` calls it.
 
-        The checkpoint is rewritten first where it is of another number of ranks or another stage. The scheduler and
-        the count of samples come back with it, and random states of each rank; with another number of ranks, and for a
-        new run, those follow from seed, step and rank.
+        A checkpoint of another number of ranks or another ZeRO stage is rewritten first. The checkpoint restores the
+        scheduler, the count of samples and each rank's random states. In a new run, and after a change of the number
+        of ranks, the random states follow from the seed, the step and the rank.
 
-        Ranks: all; rank 0 chooses.
+        Args:
+            engine: DeepSpeed's.
+
+        Returns:
+            The number of updates made so far.
+
+        Ranks: all; rank 0 chooses the checkpoint.
 
         Raises:
             BrokenCheckpoint: there are checkpoints, and none is complete.
-            UnsupportedLayout, InsufficientCapacity: it is of another form and cannot be rewritten.
+            UnsupportedLayout, InsufficientCapacity: the checkpoint needs to be rewritten, and cannot be.
             TrainingError: the checkpoint was saved with other `constants`.
         """
         import deepspeed.comm as dist
 
-        wanted = resharding.shape_of_engine(engine)
-        chosen = self.ranks.decide(lambda: self._choose(wanted))
-        if chosen is None:
+        target = resharding.partitioning_of_engine(engine)
+        choice = self.ranks.decide(lambda: self._choose(target))
+        if choice is None:
             seed_random_states(self.constants["seed"], 0, self.rank)
             return 0
-        source = Path(chosen["path"])
-        if chosen["reshard"]:
-            out = resharding.resharded_folder(self.job, source.name, wanted)
-            resharding.reshard_together(source, wanted, out, process_group_ranks())
+        source = Path(choice["path"])
+        if choice["reshard"]:
+            out = resharding.resharded_folder(self.job, source.name, target)
+            resharding.reshard_together(source, target, out, process_group_ranks())
             self._load(engine, out, None)
             dist.barrier()
             self.ranks.decide(lambda: resharding.remove_resharded(self.job))
         else:
             self._load(engine, source.parent, source.name)
-        has_states = chosen["world_size"] == wanted.world_size and load_random_states(source, self.rank)
+        has_states = choice["world_size"] == target.world_size and load_random_states(source, self.rank)
         if not has_states:
             seed_random_states(self.constants["seed"], engine.global_steps, self.rank)
         return int(engine.global_steps)
 
     def steps(self, engine: Any, client_state: dict[str, Any] | None = None) -> Iterator[int]:
-        """Yields the number of each update to be made, from 1, in a loop whose body makes it.
+        """Yields the number of each update that is still to be made, up to `until_step`; the loop's body makes it.
 
-        It resumes first. After each step it beats, writes what `record` was given, saves on the grid, after a
-        signal and when somebody has made RUN/job/stop, and ends the loop where all ranks have to stop.
+        It resumes the run first. After each update it writes the heartbeat and the line of `record`, and saves where a
+        checkpoint is due. The loop ends early, after a save, if a signal came or if somebody made RUN/job/stop.
 
         Args:
-            engine: DeepSpeed's. The body makes one update, `engine.step()` at the accumulation boundary.
-            client_state: plain data to be saved with each checkpoint.
+            engine: DeepSpeed's. The loop's body makes one update: `engine.step()` at the accumulation boundary.
+            client_state: plain data to save with each checkpoint.
 
-        Ranks: all.
+        Yields:
+            The number of the update, counted from 1 in the whole run.
+
+        Ranks: all. After each update it holds an all-reduce of one number, so that all ranks stop at the same one.
 
         Raises:
-            Superseded: another attempt has been started.
+            Superseded: another attempt was started after this one.
             TrainingError: the loop's body made no update, or several.
         """
         first = self.resume(engine) + 1
@@ -128,14 +144,16 @@ class TrainingJob:
             self.job, attempt=self.attempt, rank=self.rank, world_size=self.world_size, step=first - 1
         )
         saved = {**(client_state or {}), CONSTANTS: self.constants}
-        # only now: while it starts up, a process is to be ended by a signal at once
+        # Not earlier: while a process starts up, a signal must end it at once (see Interruption).
         interrupted = interruption.Interruption()
         try:
             for step in range(first, self.until_step + 1):
                 began_s = time.monotonic()
                 yield step
                 if engine.global_steps != step:
-                    raise TrainingError(f"step {step} ended with {engine.global_steps} updates; make one each time.")
+                    raise TrainingError(
+                        f"step {step} ended with {engine.global_steps} updates in all; the loop's body must make one."
+                    )
                 heartbeat.reached(step)
                 if heartbeat.stop_is_asked:
                     interrupted.ask(f"{self.job.stop} is there")
@@ -153,11 +171,25 @@ class TrainingJob:
             heartbeat.stop()
 
     def record(self, **values: float) -> None:
-        """What the line of this step in RUN/job/steps.jsonl says beside its time. Rank 0's values count."""
+        """Sets what the line of this step in RUN/job/steps.jsonl says beside the step's number and its time.
+
+        Args:
+            values: by name, such as `loss=2.5`.
+
+        Ranks: rank 0's values are written; calls on other ranks do nothing.
+        """
         self.values = values
 
     def close(self) -> int:
-        """Ends the process groups when all ranks are here (rank 0 holds the store); returns `exit_code`. Ranks: all."""
+        """Waits for all ranks, and ends the process groups.
+
+        Rank 0 holds the store at which the ranks meet. If it left first, the others would fail.
+
+        Returns:
+            The `exit_code` for the program.
+
+        Ranks: all.
+        """
         import torch.distributed
 
         torch.distributed.barrier()
@@ -166,27 +198,25 @@ class TrainingJob:
 
     def _begin(self) -> tuple[int, bool]:
         done = is_done(self.job, self.until_step)
-        if self.job.stop.exists() and not done:  # before a new attempt supersedes one that saves just now
+        if self.job.stop.exists() and not done:  # checked first: a new attempt would supersede one that still saves
             raise TrainingError(f"{self.job.stop} is there; remove it to go on.")
         attempt = given_attempt() or begin_attempt(self.job)
         require_current(self.job, attempt)
         checkpoints.remove_older_attempts(self.job, attempt)
         return attempt, done
 
-    def _choose(self, wanted: resharding.Shape) -> dict[str, Any] | None:
+    def _choose(self, target: resharding.Partitioning) -> dict[str, Any] | None:
         layout = checkpoints.newest_complete(self.job.run)
         if layout is None:
             log.warning("%s holds no checkpoint: a new run", self.job.run)
             return None
-        saved = resharding.shape_of_layout(layout)
-        log.warning(
-            "resuming from %s (%s)%s", layout.path, saved.words, "" if saved == wanted else f" as {wanted.words}"
-        )
-        resharding.remove_resharded(self.job, but=resharding.resharded_folder(self.job, layout.path.name, wanted))
+        saved = resharding.partitioning_of_layout(layout)
+        log.warning("resuming from %s (%s)%s", layout.path, saved, "" if saved == target else f" as {target}")
+        resharding.remove_resharded(self.job, keep=resharding.resharded_folder(self.job, layout.path.name, target))
         return {
             "path": str(layout.path),
             "world_size": saved.world_size,
-            "reshard": saved != wanted and wanted.stage > 0,
+            "reshard": saved != target and target.stage > 0,
         }
 
     def _load(self, engine: Any, root: Path, tag: str | None) -> None:
@@ -194,13 +224,13 @@ class TrainingJob:
         if path is None:
             raise TrainingError(f"DeepSpeed loaded nothing from {root}.")
         saved = self.client_state.get(CONSTANTS, {})
-        unlike = [
+        differences = [
             f"{name} {saved[name]!r}, now {self.constants.get(name)!r}"
             for name in saved
             if saved[name] != self.constants.get(name)
         ]
-        if unlike:
-            raise TrainingError(f"{path} was saved with {few(unlike)}; these must not change in a run.")
+        if differences:
+            raise TrainingError(f"{path} was saved with {few(differences)}; these must not change in a run.")
 
     def _write_line(self, step: int, seconds: float) -> None:
         if self.rank == 0:

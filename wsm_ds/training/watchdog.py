@@ -1,13 +1,15 @@
-"""Ends a job whose ranks make no progress, and says which of them is to blame.
+"""Watches the ranks of a run, and names the slowest one when they make no progress.
 
-    python -m wsm_ds.training.watchdog RUN --timeout-s 600 --start-timeout-s 1800 &
+    wsm-ds watchdog RUN --timeout-s 600 --start-timeout-s 1800 &
 
-It runs beside the ranks, on one node. Collectives end by their own timeout; this is for what hangs outside of them: a
-data loader, a file system, a stopped process, a start that never gets to its first step. It ends with 0 on SIGTERM or
-when the attempt is done, and with 3 and a message that names the slowest rank when one is silent for too long. The
-job script then ends the ranks and starts again.
+It runs on one node while the ranks train; `python -m wsm_ds.training.watchdog` does the same. Collectives end by their
+own timeout. The watchdog is for what hangs outside of them: a data loader, a file system, a stopped process, a start
+that never reaches its first step. It ends with exit code 0 on SIGTERM or when the attempt is done. It ends with 3, and
+a message that names the slowest rank, when a rank is silent for too long. The job script then ends the ranks and starts
+them again.
 
-Ages are measured by this process's clock, from when it saw a heartbeat change: hosts need not agree on the time.
+It measures all ages by its own clock, from the moment at which it saw a heartbeat change. So the clocks of the hosts
+may differ.
 """
 
 import argparse
@@ -28,12 +30,18 @@ from wsm_ds.training.job import JobFolder, given_attempt, is_done, read_attempt,
 
 POLL_S = 1.0
 STOPPED_S = 3 * UNCHANGED_S
-"""A rank whose file was last replaced so much earlier than another's is stopped or dead, or its host is."""
+"""If a rank's file is so much older than the newest one, the rank is stopped or dead, or its host is gone."""
 
 
 @dataclass
 class LastBeat:
-    """A rank's newest heartbeat, and when (monotonic seconds) its step and the file itself last changed."""
+    """The newest heartbeat of a rank.
+
+    Attributes:
+        beat: the fields of the file; see `Heartbeat`.
+        step_s: when the step last changed, in seconds of the monotonic clock.
+        alive_s: when the file itself last changed.
+    """
 
     beat: dict[str, Any]
     step_s: float
@@ -41,26 +49,32 @@ class LastBeat:
 
 
 class Watch:
-    """What is known of one attempt's ranks.
+    """The heartbeats of one attempt, and the limits that they must keep.
 
     Args:
         job: the run's.
-        attempt: whose heartbeats count.
-        timeout_s: longest time between two steps; longer than a save takes.
+        attempt: the one whose ranks are watched.
+        timeout_s: longest time between two steps of a rank. A save must be faster.
         start_timeout_s: longest time until all ranks have sent a heartbeat.
+
+    Attributes:
+        last_beats: the newest heartbeat of each rank.
     """
 
     def __init__(self, job: JobFolder, attempt: int, *, timeout_s: float, start_timeout_s: float) -> None:
         self.job, self.attempt = job, attempt
         self.timeout_s, self.start_timeout_s = timeout_s, start_timeout_s
         self.began_s = time.monotonic()
-        self.seen: dict[int, LastBeat] = {}
+        self.last_beats: dict[int, LastBeat] = {}
 
     def look(self, now_s: float) -> None:
-        """Reads the heartbeats.
+        """Reads the heartbeats once.
+
+        Args:
+            now_s: the time, in seconds of the monotonic clock.
 
         Raises:
-            RanksSilent: one was silent for too long; the slowest is named.
+            RanksSilent: a rank is silent for too long; the message names the slowest one.
             Superseded: a newer attempt was started.
         """
         require_current(self.job, self.attempt)
@@ -68,41 +82,41 @@ class Watch:
             with contextlib.suppress(OSError, ValueError, KeyError):
                 self._note(json.loads(path.read_text(encoding="utf-8")), now_s)
         self._require_started(now_s)
-        if any(now_s - seen.step_s > self.timeout_s for seen in self.seen.values()):
+        if any(now_s - last.step_s > self.timeout_s for last in self.last_beats.values()):
             raise RanksSilent(self._blame(now_s))
 
     def _note(self, beat: dict[str, Any], now_s: float) -> None:
         if beat["attempt"] != self.attempt:
             return
-        last = self.seen.get(beat["rank"])
+        last = self.last_beats.get(beat["rank"])
         step_s = last.step_s if last and last.beat["step"] == beat["step"] else now_s
         alive_s = last.alive_s if last and last.beat["alive"] == beat["alive"] else now_s
-        self.seen[beat["rank"]] = LastBeat(beat, step_s, alive_s)
+        self.last_beats[beat["rank"]] = LastBeat(beat, step_s, alive_s)
 
     def _require_started(self, now_s: float) -> None:
-        expected = max((seen.beat["world_size"] for seen in self.seen.values()), default=1)
-        missing = [rank for rank in range(expected) if rank not in self.seen]
+        expected = max((last.beat["world_size"] for last in self.last_beats.values()), default=1)
+        missing = [rank for rank in range(expected) if rank not in self.last_beats]
         if missing and now_s - self.began_s > self.start_timeout_s:
             raise RanksSilent(
                 f"attempt {self.attempt} of {self.job.run}: after {self.start_timeout_s:g} s "
-                + (f"ranks {few(missing)} of {expected} have" if self.seen else "no rank has")
-                + " sent no heartbeat. The ranks' own logs say how far they came."
+                + (f"ranks {few(missing)} of {expected} have" if self.last_beats else "no rank has")
+                + " sent no heartbeat. Read the ranks' own logs to see how far they came."
             )
 
     def _blame(self, now_s: float) -> str:
-        """The slowest rank: one that lives no more, else the lowest step, else one that waits elsewhere than most."""
-        places = Counter(seen.beat["where"] for seen in self.seen.values())
-        newest_sign_s = max(seen.alive_s for seen in self.seen.values())
+        """Describes the slowest rank: a dead one, else one at the lowest step, else one at another line than most."""
+        places = Counter(last.beat["where"] for last in self.last_beats.values())
+        newest_sign_s = max(last.alive_s for last in self.last_beats.values())
         slowest = min(
-            self.seen.values(),
-            key=lambda seen: (
-                seen.alive_s > newest_sign_s - STOPPED_S,
-                seen.beat["step"],
-                places[seen.beat["where"]],
-                seen.step_s,
+            self.last_beats.values(),
+            key=lambda last: (
+                last.alive_s > newest_sign_s - STOPPED_S,
+                last.beat["step"],
+                places[last.beat["where"]],
+                last.step_s,
             ),
         )
-        beat, others = slowest.beat, [seen for seen in self.seen.values() if seen is not slowest]
+        beat, others = slowest.beat, [last for last in self.last_beats.values() if last is not slowest]
         stopped = "" if slowest.alive_s > newest_sign_s - STOPPED_S else " (stopped, or its host is gone)"
         text = (
             f"attempt {self.attempt} of {self.job.run} makes no progress: the slowest is rank {beat['rank']} on "
@@ -110,18 +124,24 @@ class Watch:
             f"{beat['where']}; its last sign of life was {now_s - slowest.alive_s:.0f} s ago{stopped}."
         )
         if others:
-            steps = sorted({seen.beat["step"] for seen in others})
+            steps = sorted({last.beat["step"] for last in others})
             waiting = few(f"{count} in {place}" for place, count in _places(others))
             text += f" The others are at step {few(steps)}: {waiting}."
         return text
 
 
-def _places(seen: list[LastBeat]) -> list[tuple[str, int]]:
-    return Counter(one.beat["where"] for one in seen).most_common()
+def _places(beats: list[LastBeat]) -> list[tuple[str, int]]:
+    return Counter(last.beat["where"] for last in beats).most_common()
 
 
 def watch(run: Path, *, timeout_s: float, start_timeout_s: float, stop: threading.Event) -> None:
-    """Watches the newest attempt until it is done, or `stop` is set.
+    """Watches an attempt until it is done, or `stop` is set. The attempt is WSM_ATTEMPT, or the newest one.
+
+    Args:
+        run: the run's folder.
+        timeout_s: see `Watch`.
+        start_timeout_s: see `Watch`.
+        stop: ends the watching when another thread, or a signal's handler, sets it.
 
     Raises:
         RanksSilent: a rank was silent for too long.
@@ -135,15 +155,30 @@ def watch(run: Path, *, timeout_s: float, start_timeout_s: float, stop: threadin
         stop.wait(POLL_S)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m wsm_ds.training.watchdog", description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--timeout-s", type=float, required=True, help="longest time between two steps")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `run`, for `wsm-ds watchdog` and for this module as a program."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of the training run")
     parser.add_argument(
-        "--start-timeout-s", type=float, default=1800.0, help="until all ranks have begun; default %(default)g"
+        "--timeout-s", type=float, required=True, metavar="S", help="longest time between two steps of a rank"
     )
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--start-timeout-s",
+        type=float,
+        default=1800.0,
+        metavar="S",
+        help="longest time until all ranks have sent a heartbeat (default %(default)g)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Watches until the attempt is done, or SIGTERM comes, or a rank is silent for too long.
+
+    Args:
+        options: the parsed arguments of `add_arguments`.
+
+    Returns:
+        The exit code: 0, or 3 with a message on stderr.
+    """
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
     try:
@@ -152,6 +187,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"watchdog: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 3
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs `python -m wsm_ds.training.watchdog`; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m wsm_ds.training.watchdog", description=__doc__.split("\n")[0])
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":
