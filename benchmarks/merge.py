@@ -1,22 +1,26 @@
-"""How long a merge takes, side by side in one run: ours, DeepSpeed's own way, and the limit of the machine.
+"""Measures how long a merge takes: wsm-ds, DeepSpeed's own script, and the limit of the machine.
 
     python benchmarks/merge.py --folder /tmp/bench
 
-DeepSpeed trains a model of 5·width² parameters (4·width² trained, the others frozen) on 2 CPU ranks for two updates
-and writes a checkpoint after each; the others are copies with steps of their own. They are kept in --folder. Then
-processes take turns, --rounds times, to make fp32 safetensors of the newest checkpoints:
+First it makes a run. DeepSpeed trains a model of 5·width² parameters (4·width² are trained, the others are frozen) on
+2 CPU ranks for two updates, and writes a checkpoint after each. The other checkpoints are copies with other step
+numbers. The run stays in --folder.
 
-    ours      wsm-ds merge --format safetensors --dtype fp32: the mean of the newest 4, or 16
-    limit     reads the bytes that ours reads and writes and syncs the bytes that ours writes, with as many threads and
-              nothing in between
-    peer      zero_to_fp32 on each of 4 checkpoints, then an average with torch; as they leave it, in the page cache
-    synced    the same, until it is on the disk, as ours is
-    sweep     wsm-ds merge of 10 windows (newest 7 to 16), 10 outputs of one pass
-    writing   writes and syncs what the sweep writes beyond one output, and nothing else
-    two       ours of 16 by two processes of one thread, against one process of one thread (one)
+Then the contenders take turns, --rounds times. Each makes fp32 safetensors of the newest checkpoints:
 
-Shown are medians of wall seconds, whole commands with the interpreter's start, and the peak resident memory of each
-process. --sizes measures 4 checkpoints of several widths instead, beside --dry-run (the start), limit and peer.
+    ours      wsm-ds merge --format safetensors --dtype fp32: the mean of the newest 4, or of the newest 16
+    limit     reads the bytes that `ours` reads; writes and syncs the bytes that `ours` writes; with as many threads
+              and no arithmetic in between
+    peer      zero_to_fp32 on each of 4 checkpoints, then an average with torch; the result stays in the page cache
+    synced    `peer`, and then a sync to the disk, as `ours` does
+    sweep     wsm-ds merge of 10 windows (newest 7 to 16): 10 outputs of one pass
+    writing   writes and syncs the bytes that `sweep` writes beyond one output, and does nothing else
+    one       `ours` with 16 checkpoints, as one process of one thread
+    two       `ours` with 16 checkpoints, as two processes of one thread
+
+It prints the median of the wall time in seconds and the peak resident memory of each contender. Times are those of
+whole commands, with the start of the interpreter. With --sizes it measures 4 checkpoints of several widths instead:
+ours, --dry-run (`start`), limit and peer.
 """
 
 import argparse
@@ -33,13 +37,24 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 WRITTEN = 2
+"""Checkpoints that DeepSpeed writes; the others are copies."""
 
 from wsm_ds.engine.tasks import Task, tasks_of  # noqa: E402
 from wsm_ds.planning.plan import Plan  # noqa: E402
 
 
 def make_run(folder: Path, stage: int, width: int, checkpoints: int) -> Path:
-    """A run of so many checkpoints of two ranks: WRITTEN by DeepSpeed, the others copies with a step of their own."""
+    """Makes a run of two ranks, or reuses the one in `folder`.
+
+    Args:
+        folder: where the run is kept.
+        stage: ZeRO stage.
+        width: width of the model, which has 5·width² parameters.
+        checkpoints: number of checkpoints; DeepSpeed writes WRITTEN of them, the others are copies.
+
+    Returns:
+        The run's folder.
+    """
     from deepspeed_runs import launch
 
     from wsm_ds.inspection import inspect_run
@@ -55,22 +70,34 @@ def make_run(folder: Path, stage: int, width: int, checkpoints: int) -> Path:
             shutil.copytree(run / f"global_step{1 + (step - 1) % WRITTEN}", copy)
             for path in copy.glob("*_model_states.pt"):
                 set_step(path, step)
-    steps = [found.layout.step for found in inspect_run(run) if found.layout]
+    steps = [checkpoint.layout.step for checkpoint in inspect_run(run) if checkpoint.layout]
     assert set(range(1, checkpoints + 1)) <= set(steps), f"{run} holds {steps}"
     return run
 
 
 def set_step(path: Path, step: int) -> None:
-    """Changes `global_steps` of a model file, whose pickle has it as one byte behind its name and a memo's number."""
+    """Changes `global_steps` in a model file, without reading its tensors.
+
+    Args:
+        path: the model file.
+        step: the new step, below 256.
+    """
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as data:
         at = data.find(b"global_steps") + len(b"global_steps")
+        # In the pickle, BINPUT (q, 1 byte) or LONG_BINPUT (r, 4 bytes) follows the key, then BININT1 (K) and the value.
         at += {b"q": 2, b"r": 5}[data[at : at + 1]]
         assert data[at : at + 1] == b"K", f"{path}: no byte at {at}"
         data[at + 1] = step
 
 
 def peer(run: Path, out: Path, tags: list[str]) -> None:
-    """What one does without wsm_ds."""
+    """Averages checkpoints without wsm_ds: DeepSpeed's zero_to_fp32 on each of them, then a mean with torch.
+
+    Args:
+        run: the run's folder.
+        out: where the fp32 weights and the mean are written.
+        tags: the checkpoints' tags.
+    """
     import torch
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
     from safetensors.torch import save_file
@@ -78,18 +105,24 @@ def peer(run: Path, out: Path, tags: list[str]) -> None:
     total: dict[str, torch.Tensor] = {}
     for tag in tags:
         folder = out / tag
-        convert_zero_checkpoint_to_fp32_state_dict(
-            str(run), str(folder), tag=tag
-        )  # its safetensors refuses tied weights
+        # Not as safetensors, which refuses tied weights.
+        convert_zero_checkpoint_to_fp32_state_dict(str(run), str(folder), tag=tag)
         for file in folder.glob("*.bin"):
             for name, tensor in torch.load(file, mmap=True).items():
-                if name != "head.weight" and tensor.is_floating_point():  # tied; a counter
+                # head.weight is tied to the embedding; one buffer counts in integers.
+                if name != "head.weight" and tensor.is_floating_point():
                     total[name] = total[name].add_(tensor) if name in total else tensor.clone()
     save_file({name: tensor.div_(len(tags)) for name, tensor in total.items()}, out / "model.safetensors")
 
 
 def plan_of(run: Path, out: Path, count: int) -> Plan:
-    """What ours does."""
+    """Returns the plan of `ours`.
+
+    Args:
+        run: the run's folder.
+        out: the output's folder.
+        count: number of checkpoints.
+    """
     from wsm_ds.merging import plan_merge
     from wsm_ds.planning.recipe import make_recipe
 
@@ -97,7 +130,13 @@ def plan_of(run: Path, out: Path, count: int) -> Plan:
 
 
 def limit(run: Path, out: Path, count: int) -> None:
-    """The same bytes read and written (and synced), by the same number of threads, with nothing in between."""
+    """Reads and writes the bytes that `ours` reads and writes, with as many threads, and syncs them.
+
+    Args:
+        run: the run's folder.
+        out: the output's folder, which must not exist.
+        count: number of checkpoints.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     plan = plan_of(run, out, count)
@@ -129,7 +168,13 @@ def limit(run: Path, out: Path, count: int) -> None:
 
 
 def writing(run: Path, out: Path, outputs: int) -> None:
-    """What so many outputs cost to be written."""
+    """Writes and syncs the bytes of several outputs, and does nothing else.
+
+    Args:
+        run: the run's folder.
+        out: the folder of the written files, which must not exist.
+        outputs: number of outputs.
+    """
     out.mkdir()
     plan = plan_of(run, out / "none", 1)
     buffer = memoryview(bytearray(1 << 22))
@@ -141,40 +186,61 @@ def writing(run: Path, out: Path, outputs: int) -> None:
 
 
 def measure(commands: list[list[str]], environments: list[dict[str, str]]) -> tuple[float, int]:
-    """(wall seconds, peak resident bytes of the largest) of commands that run at the same time."""
+    """Runs commands at the same time.
+
+    Args:
+        commands: the processes to start.
+        environments: variables to add to each process's environment.
+
+    Returns:
+        Wall seconds, and the peak resident bytes of the largest process.
+    """
     begun = time.monotonic()
     processes = [
-        subprocess.Popen(command, env=os.environ | own, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for command, own in zip(commands, environments, strict=True)
+        subprocess.Popen(command, env=os.environ | variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for command, variables in zip(commands, environments, strict=True)
     ]
     peak = 0
-    for process in processes:
+    for process, command in zip(processes, commands, strict=True):
         _, status, usage = os.wait4(process.pid, 0)
         peak = max(peak, usage.ru_maxrss * 1024)
         if status:
-            raise SystemExit(f"{process.args} failed")
+            raise SystemExit(f"{' '.join(command)} failed")
     return time.monotonic() - begun, peak
 
 
 def turns(rounds: int, out: Path, contenders: dict[str, list[list[str]]]) -> dict[str, tuple[float, int]]:
-    """Median seconds and highest peak of each contender; they take turns, after one that does not count."""
-    found: dict[str, list[tuple[float, int]]] = {name: [] for name in contenders}
+    """Runs the contenders in turn.
+
+    Args:
+        rounds: turns of each contender. One more is made first, and not counted.
+        out: the output's folder, which is removed before each turn.
+        contenders: the commands of each contender, by its name; several run at the same time.
+
+    Returns:
+        The median of the wall seconds and the highest peak of resident bytes of each contender, by its name.
+    """
+    measured: dict[str, list[tuple[float, int]]] = {name: [] for name in contenders}
     for round_number in range(rounds + 1):
         for name, commands in contenders.items():
             shutil.rmtree(out, ignore_errors=True)
             os.sync()
-            took = measure(commands, environments(len(commands)))
+            figures = measure(commands, environments(len(commands)))
             if round_number:
-                found[name].append(took)
+                measured[name].append(figures)
     shutil.rmtree(out, ignore_errors=True)
     return {
         name: (statistics.median(seconds for seconds, _ in values), max(peak for _, peak in values))
-        for name, values in found.items()
+        for name, values in measured.items()
     }
 
 
 def environments(world_size: int) -> list[dict[str, str]]:
-    """What a launcher sets for each of so many processes."""
+    """Returns the variables that a launcher sets for each process.
+
+    Args:
+        world_size: number of processes.
+    """
     if world_size == 1:
         return [{}]
     from forked import free_port
@@ -187,13 +253,20 @@ def environments(world_size: int) -> list[dict[str, str]]:
 
 
 def ours(run: Path, out: Path, last: str, *more: str) -> list[str]:
-    """Our command."""
+    """Returns the command of `ours`.
+
+    Args:
+        run: the run's folder.
+        out: the output's folder.
+        last: value of --last.
+        *more: further arguments.
+    """
     return [sys.executable, "-m", "wsm_ds", "merge", str(run), "--last", last, "--out", str(out),
             "--format", "safetensors", "--dtype", "fp32", *more]  # fmt: skip
 
 
 def main() -> None:
-    """Measures one stage after the other and prints a table and JSON."""
+    """Measures one stage after the other; prints tables and lines of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--width", type=int, default=7100)
@@ -213,7 +286,7 @@ def main() -> None:
     if options.only:
         return {"limit": limit, "writing": writing}[options.only](options.run, out, options.count)
     options.folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(out, ignore_errors=True)  # of a run that was ended
+    shutil.rmtree(out, ignore_errors=True)  # an earlier benchmark that was killed has left it
     for stage in options.stages:
         if options.sizes:
             measure_sizes(stage, options, out)
@@ -223,17 +296,31 @@ def main() -> None:
 
 
 def again(options: argparse.Namespace, run: Path, only: str, count: int) -> list[str]:
-    """This script as a contender."""
+    """Returns the command that runs one contender of this script.
+
+    Args:
+        options: the options of this script.
+        run: the run's folder.
+        only: the contender's name.
+        count: number of checkpoints, or of outputs for `writing`.
+    """
     return [sys.executable, __file__, "--folder", str(options.folder), "--run", str(run), "--only", only,
             "--count", str(count)]  # fmt: skip
 
 
 def measure_stage(stage: int, options: argparse.Namespace, out: Path) -> None:
-    """All contenders on one run of 16 checkpoints."""
+    """Measures all contenders on one run of 16 checkpoints.
+
+    Args:
+        stage: ZeRO stage.
+        options: the options of this script.
+        out: the output's folder.
+    """
     run = make_run(options.folder, stage, options.width, 16)
     sweep = ",".join(map(str, range(7, 17)))
     alone = ours(run, out, "16", "--threads", "1")
-    groups = {  # those that would push each other's files out of the page cache are kept apart
+    # Contenders that would push each other's files out of the page cache are in different groups.
+    groups = {
         "4 checkpoints": {
             "ours": [ours(run, out, "4")],
             "limit": [again(options, run, "limit", 4)],
@@ -254,16 +341,22 @@ def measure_stage(stage: int, options: argparse.Namespace, out: Path) -> None:
     }
     print(f"ZeRO-{stage}, {4 * options.width**2 / 1e6:.0f} M trained parameters")
     for title, contenders in groups.items():
-        found = turns(options.rounds, out, {n: c for n, c in contenders.items() if n not in options.without})
+        measured = turns(options.rounds, out, {n: c for n, c in contenders.items() if n not in options.without})
         print(title)
-        for name, (seconds, peak) in found.items():
-            ratio = seconds / found["ours"][0]
+        for name, (seconds, peak) in measured.items():
+            ratio = seconds / measured["ours"][0]
             print(f"  {name:8} {seconds:8.2f} s  {ratio:6.2f} × ours   peak {peak / 2**20:7.0f} MiB")
-        print(json.dumps({"stage": stage, "width": options.width, "group": title, "found": found}), flush=True)
+        print(json.dumps({"stage": stage, "width": options.width, "group": title, "found": measured}), flush=True)
 
 
 def measure_sizes(stage: int, options: argparse.Namespace, out: Path) -> None:
-    """Seconds per byte of models of several sizes, 4 checkpoints each, beside the start and the plan, and the limit."""
+    """Measures the time per byte for models of several sizes, with 4 checkpoints each.
+
+    Args:
+        stage: ZeRO stage.
+        options: the options of this script.
+        out: the output's folder.
+    """
     for width in options.sizes:
         run = make_run(options.folder, stage, width, 4)
         plan = plan_of(run, out, 4)
@@ -274,15 +367,15 @@ def measure_sizes(stage: int, options: argparse.Namespace, out: Path) -> None:
             "limit": [again(options, run, "limit", 4)],
             "peer": [again(options, run, "peer", 4)],
         }
-        found = turns(options.rounds, out, {n: c for n, c in contenders.items() if n not in options.without})
-        seconds = {name: value for name, (value, _) in found.items()}
-        own_s = seconds["ours"] - seconds["start"]
+        measured = turns(options.rounds, out, {n: c for n, c in contenders.items() if n not in options.without})
+        seconds = {name: value for name, (value, _) in measured.items()}
+        work_s = seconds["ours"] - seconds["start"]
         others = ", ".join(f"{name} {s / seconds['ours']:.2f} × ours" for name, s in seconds.items() if name != "ours")
         print(
             f"ZeRO-{stage}, {4 * width**2 / 1e6:5.0f} M: {seconds['ours']:6.2f} s ({others}); "
-            f"{own_s / gigabytes:.3f} s/GB without the start"
+            f"{work_s / gigabytes:.3f} s/GB without the start"
         )
-        print(json.dumps({"stage": stage, "width": width, "GB": gigabytes, "found": found}), flush=True)
+        print(json.dumps({"stage": stage, "width": width, "GB": gigabytes, "found": measured}), flush=True)
 
 
 if __name__ == "__main__":

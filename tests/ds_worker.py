@@ -11,7 +11,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ def moe_engine(job: dict[str, Any]) -> Any:
 
 
 def ds_config(job: dict[str, Any]) -> dict[str, Any]:
-    precision = {"bf16": {"enabled": True}} if job["dtype"] == "bf16" else {}
+    precision: dict[str, Any] = {"bf16": {"enabled": True}} if job["dtype"] == "bf16" else {}
     if job["dtype"] == "fp16":
         precision = {"fp16": {"enabled": True, "initial_scale_power": 4}}
     scheduler = {"warmup_max_lr": job.get("lr", 1e-2), "warmup_num_steps": job.get("warmup", 2)}
@@ -373,7 +373,7 @@ def do_schedule(job: dict[str, Any]) -> dict[str, Any]:
 
 def client_scheduler(kind: str | None, optimizer: torch.optim.Optimizer) -> Any:
     """What a user may pass to `deepspeed.initialize` as lr_scheduler."""
-    peak = {"warmup_max_lr": 1.0, "warmup_num_steps": 4}
+    peak: dict[str, Any] = {"warmup_max_lr": 1.0, "warmup_num_steps": 4}
     if kind == "class":
         return wsm_ds.WSMLR
     if kind == "factory":
@@ -424,7 +424,7 @@ def one_update(engine: Any, optimizer: RecordingAdamW, job: dict[str, Any], upda
     return sorted(optimizer.used)
 
 
-def run_jobs(jobs: dict[str, Callable[[dict[str, Any]], dict[str, Any]]]) -> None:
+def run_jobs(jobs: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]) -> None:
     """Does what the jobs file says, each job by the function of its name, and writes down their reports."""
     jobs_file = Path(sys.argv[1])
     deepspeed.init_distributed("gloo", verbose=False)

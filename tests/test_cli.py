@@ -65,7 +65,13 @@ def test_the_plan_is_shown_before_anything_is_written(
 
 
 def test_one_recipe_or_the_same_flags_give_the_same_bytes(runs: Path, tmp_path: Path) -> None:
-    recipe = {"run": str(runs / "w2_s2_bf16"), "from_step": 2, "to_step": 4, "curve": "cosine", "floor": 0.1}
+    recipe: dict[str, Any] = {
+        "run": str(runs / "w2_s2_bf16"),
+        "from_step": 2,
+        "to_step": 4,
+        "curve": "cosine",
+        "floor": 0.1,
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"out": str(tmp_path / "a")}))
     assert main(["merge", "--recipe", str(tmp_path / "recipe.yaml")]) == 0
     flags = ["--from", "2", "--to", "4", "--curve", "cosine", "--floor", "0.1", "--out", str(tmp_path / "b")]

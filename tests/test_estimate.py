@@ -1,4 +1,4 @@
-"""What is said before a run starts agrees with what DeepSpeed then writes, and with what merges then read and write."""
+"""The estimate made before a run starts agrees with what DeepSpeed then writes and what merges then move."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_the_traffic_of_a_merge_is_what_its_plan_moves(
     layout = layout_of(run)
     recipe = make_recipe(run=run, last=1, curve="linear", out=tmp_path / "out", **values)
     plan = plan_merge(recipe)
-    found = estimate(size_of(layout), {"it": recipe}, Pace(interval=1, every=1))
+    found = estimate(size_of(layout), {"it": recipe}, Pace(interval_steps=1, every_steps=1))
     frozen = sum(info.numel * info.dtype.itemsize for info in layout.tensors.values() if info.role == "frozen")
     slack = frozen / layout.nbytes + WITHIN  # a third of this model is frozen or small; of a real one nothing is
     assert found.written_bytes == pytest.approx(plan.bytes_to_write, rel=slack)

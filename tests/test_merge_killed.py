@@ -60,7 +60,7 @@ def contents(out: Path) -> dict[str, bytes]:
 def test_a_merge_killed_at_any_operation_and_started_again_ends_in_the_same_bytes(
     runs: Path, tmp_path: Path, stage: int, values: dict[str, Any]
 ) -> None:
-    recipe = {"run": runs / f"w2_s{stage}_bf16", "last": 3, "curve": "1-sqrt", "threads": 1} | values
+    recipe: dict[str, Any] = {"run": runs / f"w2_s{stage}_bf16", "last": 3, "curve": "1-sqrt", "threads": 1} | values
     merge_all(make_recipes(**recipe | {"out": tmp_path / "right"}))
     right = contents(tmp_path / "right")
     count = 0
@@ -159,7 +159,7 @@ def test_a_killed_merge_goes_on_although_its_run_is_a_relative_path_or_a_link(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("link").symlink_to(runs / "w2_s2_bf16")
-    recipe = {"run": Path("link"), "last": [2, 3], "curve": "linear", "out": Path("out")}
+    recipe: dict[str, Any] = {"run": Path("link"), "last": [2, 3], "curve": "linear", "out": Path("out")}
     assert killed_at(30, recipe)
     merge_all(make_recipes(**recipe))
     for last in (2, 3):

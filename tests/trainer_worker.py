@@ -29,7 +29,7 @@ def ds_config(job: dict[str, Any]) -> dict[str, Any]:
     """Everything that Trainer can fill in is "auto"."""
     warmup = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps")
     adam = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
-    config = {
+    config: dict[str, Any] = {
         "bf16": {"enabled": "auto"},
         "zero_optimization": {"stage": job["stage"], "reduce_bucket_size": "auto"},
         "optimizer": {"type": "AdamW", "params": adam},
@@ -52,7 +52,7 @@ class Watch(TrainerCallback):
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.job = job
-        self.trainer: Trainer | None = None
+        self.trainer: Any = None
         self.report: dict[str, Any] = {"first_step": None, "rates": [], "generators": [], "losses": []}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:

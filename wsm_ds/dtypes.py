@@ -1,7 +1,8 @@
-"""The dtypes that checkpoints store, as bytes on disk and as numpy arrays (numpy has no bfloat16).
+"""The element types that checkpoints store: their names, and the conversion from and to floats.
 
-A tensor's bytes are little-endian. `widen` and `narrow` convert between stored elements and the float32
-that all arithmetic passes through; `narrow` rounds to nearest even.
+The bytes of a tensor are little-endian. numpy has no bfloat16 and no 8-bit floats, so arrays of these types hold the
+bits as unsigned integers. `widen` and `narrow` convert between stored elements and the float32 (for fp64: float64)
+in which values are summed and rounded (THEORY.md section 3).
 """
 
 from dataclasses import dataclass
@@ -15,21 +16,33 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """One element type: its name here, in torch and in safetensors, and how numpy holds its bits."""
+    """One element type.
+
+    Attributes:
+        name: the name in recipes, plans and manifests.
+        torch_name: the name of torch's dtype, without "torch.".
+        safetensors_name: the name in a safetensors header.
+        storage: the numpy dtype of an array that holds the same bits, little-endian.
+    """
 
     name: str
     torch_name: str
     safetensors_name: str
-    storage: str  # numpy dtype that has the same bits
+    storage: str
 
     @property
     def itemsize(self) -> int:
-        """Bytes per element."""
+        """Bytes per element.
+
+        Example:
+            >>> BY_NAME["bf16"].itemsize
+            2
+        """
         return np.dtype(self.storage).itemsize
 
     @property
     def is_floating(self) -> bool:
-        """Whether elements of this type can be summed with weights."""
+        """Whether a merge can sum elements of this type. It copies those of other types, 8-bit floats among them."""
         return self.name in ("fp64", "fp32", "fp16", "bf16")
 
 
@@ -54,26 +67,56 @@ ALL = (
 BY_NAME = {dtype.name: dtype for dtype in ALL}
 BY_TORCH_NAME = {dtype.torch_name: dtype for dtype in ALL}
 CODES = {dtype.name: code for code, dtype in enumerate(ALL)}
-"""Small integers for the `dtype` column of fragment tables."""
+"""Places in `ALL` by name: the small integers in the `dtype` column of fragment tables."""
 
 
 def widen(stored: Array, dtype: DType) -> Array:
-    """Stored elements as the float array they stand for: float64 for fp64, else float32, exactly."""
+    """Returns stored elements as floats, without a change of value.
+
+    Example:
+        >>> widen(np.array([0x3F80, 0xC000], dtype=np.uint16), BY_NAME["bf16"]).tolist()
+        [1.0, -2.0]
+
+    Args:
+        stored: elements of `dtype`, as an array of `dtype.storage`, of any shape.
+        dtype: the type of the stored elements.
+
+    Returns:
+        float64 for fp64, float32 for every other type, of the same shape; `stored` itself if nothing has to change.
+    """
+    # The upper half of a float32 is a bfloat16.
     if dtype.name == "bf16":
-        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        bits: Array = stored.astype(np.uint32) << np.uint32(16)
+        return bits.view(np.float32)
     if dtype.name == "fp64":
         return stored
     return stored.astype(np.float32, copy=False)
 
 
 def narrow(values: Array, dtype: DType) -> Array:
-    """Finite float values as stored elements of `dtype`, rounded to nearest even.
+    """Returns floats as stored elements, rounded to nearest even, as torch rounds.
 
-    fp16 overflows to infinity above 65504 and bf16 above about 3.39e38: callers check.
+    A value that is too large becomes an infinity (fp16: from 65520 on, bf16: from about 3.396e38 on). The caller has
+    to check for it.
+
+    Example:
+        >>> [hex(bits) for bits in narrow(np.array([1.0, -2.0], dtype=np.float32), BY_NAME["bf16"])]
+        ['0x3f80', '0xc000']
+        >>> narrow(np.array([2049.0, 2051.0], dtype=np.float32), BY_NAME["fp16"]).tolist()
+        [2048.0, 2052.0]
+
+    Args:
+        values: finite float32 or float64 values, of any shape.
+        dtype: the type of the stored elements.
+
+    Returns:
+        An array of `dtype.storage`, of the same shape.
     """
+    # Adds half of the dropped bits' range, minus one where the kept part is even: a tie then rounds to even.
     if dtype.name == "bf16":
-        bits = values.astype(np.float32, copy=False).view(np.uint32)
-        half = ((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF)
-        return ((bits + half) >> np.uint32(16)).astype(np.uint16)
+        bits: Array = values.astype(np.float32, copy=False).view(np.uint32)
+        half: Array = ((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF)
+        rounded: Array = (bits + half) >> np.uint32(16)
+        return rounded.astype(np.uint16)
     with np.errstate(over="ignore"):
         return values.astype(dtype.storage, copy=False)

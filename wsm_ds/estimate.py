@@ -1,12 +1,12 @@
-"""What a run's checkpoints and the merges of its windows cost in disk and traffic, before the run starts.
+"""Estimates, before a run starts, the disk space of its checkpoints and the traffic of its merges.
 
-Bytes a trained parameter, as DeepSpeed writes them (`tests/test_storage.py` compares them with real checkpoints):
+DeepSpeed writes for each trained parameter (`tests/test_estimate.py` compares this with real checkpoints):
 
-    master        4, in every stage
-    states        as many as the optimizer keeps: 8 for Adam
-    module        2 (bf16, fp16) or 4 (fp32) in stages 1 and 2; none in stage 3, where the masters are all there is
+    master        4 bytes, in every ZeRO stage
+    states        the optimizer's states: 8 bytes for Adam
+    module        2 bytes (bf16, fp16) or 4 (fp32) in stages 1 and 2; 0 in stage 3, which stores the masters alone
 
-A merge reads the masters of its window and, where it carries or merges optimizer states, those; never the rest.
+A merge reads the masters of its window. It reads optimizer states only if it carries or merges them.
 """
 
 from collections.abc import Sequence
@@ -25,20 +25,25 @@ from wsm_ds.sizes import format_size
 
 MASTER_BYTES = 4
 STATE_BYTES = {"adam": 8, "lion": 4, "momentum": 4, "sgd": 0}
+"""Bytes of optimizer states for each parameter: two fp32 moments for Adam, one for Lion and momentum."""
 KEEP_LAST = 2
+"""Checkpoints that `wsm-ds prune` always keeps by default, for restarting training (`--keep-last`)."""
 DAY_S = 86400.0
 
 
 @dataclass(frozen=True)
 class CheckpointSize:
-    """One checkpoint on disk, in bytes by what they are.
+    """The size of one checkpoint on disk.
 
     Attributes:
-        parameters, trained: all of them, and those that are trained.
-        master, states, module: see above; a frozen parameter's weights count as module.
-        weights: of all parameters in the training dtype, stored or not.
-        rest: everything else.
-        files: how many.
+        parameters: number of parameters; tied ones count once.
+        trained: number of trained parameters.
+        master: bytes of the fp32 masters.
+        states: bytes of the optimizer's states.
+        module: bytes of the module's weights and buffers, and of frozen parameters.
+        weights: bytes of all parameters in the training dtype, whether the checkpoint stores them or not.
+        rest: bytes of everything else.
+        files: number of files.
     """
 
     parameters: int
@@ -52,28 +57,47 @@ class CheckpointSize:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole checkpoint."""
+        """Bytes of all files of the checkpoint."""
         return self.master + self.states + self.module + self.rest
 
 
 def checkpoint_size(
     parameters: float, *, stage: int, world_size: int = 1, dtype: str = "bf16", optimizer: str = "adam"
 ) -> CheckpointSize:
-    """The size of a checkpoint of so many trained parameters.
+    """Returns the size of a checkpoint that DeepSpeed would write.
+
+    Example:
+        >>> checkpoint_size(1e9, stage=2, world_size=8).nbytes
+        14000000000
+
+    Args:
+        parameters: number of trained parameters, 1 or more; a float for numbers such as 7e9.
+        stage: ZeRO stage, 1 to 3.
+        world_size: number of data-parallel ranks.
+        dtype: training dtype: "bf16", "fp16" or "fp32".
+        optimizer: a key of `STATE_BYTES`.
 
     Raises:
-        RecipeError: a number is not positive.
+        RecipeError: `parameters` or `world_size` is below 1; names both.
     """
     if parameters < 1 or world_size < 1:
-        raise RecipeError(f"{parameters:g} parameters on {world_size} ranks make no checkpoint.")
+        raise RecipeError(
+            f"parameters and world size must be 1 or more, found {parameters:g} parameters on {world_size} ranks."
+        )
     numel = int(parameters)
     weights = numel * BY_NAME[dtype].itemsize
+    # Each rank writes its optimizer file. In stage 3 it writes a model file too, else rank 0 alone does
+    # (deepspeed/runtime/engine.py, _get_ckpt_name).
     module, files = (0, 2 * world_size) if stage == 3 else (weights, world_size + 1)
     return CheckpointSize(numel, numel, numel * MASTER_BYTES, numel * STATE_BYTES[optimizer], module, weights, 0, files)
 
 
 def size_of(layout: Layout) -> CheckpointSize:
-    """The size of a real checkpoint."""
+    """Returns the size of a real checkpoint.
+
+    Args:
+        layout: the checkpoint's layout.
+    """
     kinds = {
         kind: int((rows["numel"] * ITEMSIZES[rows["dtype"].astype(np.int64)]).sum())
         for kind, rows in layout.fragments.items()
@@ -95,24 +119,36 @@ def size_of(layout: Layout) -> CheckpointSize:
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast a run goes: steps between two checkpoints and two end points, and what is known of time and tokens."""
+    """How often a run saves and merges, and how fast it is.
 
-    interval: int
-    every: int
+    Attributes:
+        interval_steps: steps between two checkpoints.
+        every_steps: steps between two end points, at which the windows are merged.
+        step_time_s: seconds of a training step, or None if unknown.
+        tokens_per_step: tokens of a training step, or None if unknown.
+        bandwidth_bytes_per_s: of the storage, or None if unknown.
+    """
+
+    interval_steps: int
+    every_steps: int
     step_time_s: float | None = None
     tokens_per_step: float | None = None
-    bandwidth: float | None = None  # bytes a second
+    bandwidth_bytes_per_s: float | None = None
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What it costs.
+    """The cost of a run's checkpoints and merges.
 
     Attributes:
-        kept: checkpoints that a prune leaves when all windows are merged.
-        peak: with the one whose windows are being merged, and the one that is being written.
-        outputs: bytes of each output of an end point.
-        read_bytes: bytes that the pass of one end point reads: every source once for all outputs.
+        size: the size of one checkpoint.
+        pace: how often the run saves and merges.
+        kept: number of checkpoints that `wsm-ds prune` keeps when all windows are merged.
+        peak: the largest number of checkpoints on disk: those kept, one whose windows are being merged, and one that
+            is being written.
+        outputs: bytes of each output of an end point, by the window's name.
+        counts: number of checkpoints of each window, by its name.
+        read_bytes: bytes that the merges of one end point read. Each source is read once for all outputs.
     """
 
     size: CheckpointSize
@@ -125,30 +161,31 @@ class Estimate:
 
     @property
     def written_bytes(self) -> int:
-        """Bytes that the pass of one end point writes."""
+        """Bytes that the merges of one end point write."""
         return sum(self.outputs.values())
 
     @property
     def merge_s(self) -> float | None:
-        """Seconds of a pass, if the bandwidth is its limit."""
-        return (self.read_bytes + self.written_bytes) / self.pace.bandwidth if self.pace.bandwidth else None
+        """Seconds of the merges of one end point, if the bandwidth is the limit; None if it is unknown."""
+        bandwidth = self.pace.bandwidth_bytes_per_s
+        return (self.read_bytes + self.written_bytes) / bandwidth if bandwidth else None
 
     @property
     def per_day(self) -> dict[str, float]:
-        """Checkpoints, and bytes that training and merging move."""
+        """Checkpoints and bytes that training and merging write and read in a day; empty if the time is unknown."""
         if not self.pace.step_time_s:
             return {}
         steps = DAY_S / self.pace.step_time_s
-        ends = steps / self.pace.every
+        ends = steps / self.pace.every_steps
         return {
-            "checkpoints": round(steps / self.pace.interval, 2),
-            "checkpoint_bytes_written": int(steps / self.pace.interval * self.size.nbytes),
+            "checkpoints": round(steps / self.pace.interval_steps, 2),
+            "checkpoint_bytes_written": int(steps / self.pace.interval_steps * self.size.nbytes),
             "merge_bytes_read": int(ends * self.read_bytes),
             "merge_bytes_written": int(ends * self.written_bytes),
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; bytes, steps, seconds."""
+        """Returns plain data for JSON; sizes in bytes, durations in steps, times in seconds."""
         tokens = self.pace.tokens_per_step
         return {
             "checkpoint": asdict(self.size) | {"bytes": self.size.nbytes},
@@ -159,8 +196,8 @@ class Estimate:
                 {
                     "name": name,
                     "checkpoints": count,
-                    "steps": count * self.pace.interval,
-                    "tokens": count * self.pace.interval * tokens if tokens else None,
+                    "steps": count * self.pace.interval_steps,
+                    "tokens": count * self.pace.interval_steps * tokens if tokens else None,
                     "output_bytes": self.outputs[name],
                 }
                 for name, count in self.counts.items()
@@ -171,16 +208,24 @@ class Estimate:
 
 
 def estimate(size: CheckpointSize, recipes: dict[str, MergeRecipe], pace: Pace) -> Estimate:
-    """What the windows of recipes cost, by name, if they end at every `pace.every` steps.
+    """Returns the cost of merging windows at every end point of a run.
+
+    Args:
+        size: the size of one checkpoint.
+        recipes: the recipes by the windows' names; each has `last`, the number of checkpoints of its window.
+        pace: how often the run saves and merges.
 
     Raises:
-        RecipeError: the pace is not possible.
+        RecipeError: a number of `pace` is not above 0, or `every_steps` is not a multiple of `interval_steps`.
     """
-    rates = (pace.step_time_s, pace.tokens_per_step, pace.bandwidth)
-    if pace.interval < 1 or any(rate is not None and rate <= 0 for rate in rates):
+    rates = (pace.step_time_s, pace.tokens_per_step, pace.bandwidth_bytes_per_s)
+    if pace.interval_steps < 1 or any(rate is not None and rate <= 0 for rate in rates):
         raise RecipeError("interval, step time, tokens and bandwidth must be above 0.")
-    if pace.every % pace.interval:
-        raise RecipeError(f"windows cannot end every {pace.every} steps with a checkpoint every {pace.interval}.")
+    if pace.every_steps % pace.interval_steps:
+        raise RecipeError(
+            f"windows cannot end every {pace.every_steps} steps with a checkpoint every {pace.interval_steps}; "
+            "--every must be a multiple of --interval."
+        )
     counts = {name: recipe.last or 0 for name, recipe in recipes.items()}
     longest = max(counts.values())
     kept = max(longest - 1, KEEP_LAST)
@@ -198,7 +243,10 @@ def _output_bytes(size: CheckpointSize, recipe: MergeRecipe) -> int:
 
 
 def _read_bytes(size: CheckpointSize, recipes: Any, longest: int) -> int:
-    """Masters of the longest window; states of the newest if they are carried, of a window if they are merged."""
+    """Bytes of the masters of the longest window, and of the optimizer states that are read.
+
+    A recipe that carries the states reads those of the newest checkpoint; one that merges them, those of its window.
+    """
     states = 0
     for recipe in recipes:
         if recipe.format != "safetensors" and recipe.optimizer_states != "drop":
@@ -206,32 +254,38 @@ def _read_bytes(size: CheckpointSize, recipes: Any, longest: int) -> int:
     return size.master * longest + size.states * states
 
 
-def estimate_report(found: Estimate) -> str:
-    """The estimate for people."""
-    size, pace = found.size, found.pace
+def estimate_report(costs: Estimate) -> str:
+    """Returns the estimate as tables for people.
+
+    Args:
+        costs: the estimate.
+    """
+    size, pace = costs.size, costs.pace
     rows = [
         ["checkpoint", f"{format_size(size.nbytes)} in {size.files} files"],
-        ["kept by prune", f"{found.kept} checkpoints, {format_size(found.kept * size.nbytes)}"],
-        ["at most, while one is merged and one written", f"{found.peak}, {format_size(found.peak * size.nbytes)}"],
-        [f"merging, every {pace.every} steps", f"reads {format_size(found.read_bytes)}"],
-        ["", f"writes {format_size(found.written_bytes)}"],
+        ["kept by prune", f"{costs.kept} checkpoints, {format_size(costs.kept * size.nbytes)}"],
+        ["at most, while one is merged and one written", f"{costs.peak}, {format_size(costs.peak * size.nbytes)}"],
+        [f"merging, every {pace.every_steps} steps", f"reads {format_size(costs.read_bytes)}"],
+        ["", f"writes {format_size(costs.written_bytes)}"],
     ]
-    if found.merge_s is not None:
-        saving_s = size.nbytes / (pace.bandwidth or 1)
-        rows.append(["time, if the bandwidth is the limit", f"save {saving_s:.0f} s, merge {found.merge_s:.0f} s"])
-    for name, value in found.per_day.items():
+    if costs.merge_s is not None:
+        saving_s = size.nbytes / (pace.bandwidth_bytes_per_s or 1)
+        rows.append(["time, if the bandwidth is the limit", f"save {saving_s:.0f} s, merge {costs.merge_s:.0f} s"])
+    for name, value in costs.per_day.items():
         text = f"{value:g}" if name == "checkpoints" else format_size(value)
         rows.append([f"a day: {name.replace('_bytes', '').replace('_', ' ')}", text])
-    lines = [table(["window", "checkpoints", "duration", "output"], _window_rows(found)), table(["", ""], rows)]
-    if found.merge_s is not None and pace.step_time_s and found.merge_s > pace.every * pace.step_time_s:
-        lines.append("a merge takes longer than the run needs to its next end point: more bandwidth, or --every")
+    lines = [table(["window", "checkpoints", "duration", "output"], _window_rows(costs)), table(["", ""], rows)]
+    if costs.merge_s is not None and pace.step_time_s and costs.merge_s > pace.every_steps * pace.step_time_s:
+        lines.append(
+            "A merge takes longer than the run needs to its next end point: use more bandwidth, or a larger --every."
+        )
     return "\n".join(lines)
 
 
-def _window_rows(found: Estimate) -> Sequence[Sequence[str]]:
+def _window_rows(costs: Estimate) -> Sequence[Sequence[str]]:
     rows = []
-    for name, count in found.counts.items():
-        steps = count * found.pace.interval
-        tokens = f", {steps * found.pace.tokens_per_step:.3g} tokens" if found.pace.tokens_per_step else ""
-        rows.append([name, str(count), f"{steps} steps{tokens}", format_size(found.outputs[name])])
+    for name, count in costs.counts.items():
+        steps = count * costs.pace.interval_steps
+        tokens = f", {steps * costs.pace.tokens_per_step:.3g} tokens" if costs.pace.tokens_per_step else ""
+        rows.append([name, str(count), f"{steps} steps{tokens}", format_size(costs.outputs[name])])
     return rows

@@ -30,4 +30,4 @@ def do_as_readme(
     paths = [REPOSITORY / "tests/launch/bin", Path(sys.executable).parent, SYSTEM_PATH]
     environment |= {"RUN": str(run), "DATA": str(data), "MODEL": " ".join(MODEL), "PATH": ":".join(map(str, paths))}
     environment |= {"TEST_SBATCH_OPTIONS": "\n".join(map(str, options)), "PYTHONPATH": str(REPOSITORY)}
-    return cluster.run("head", "bash", "-c", the_command(words), timeout_s=240, **environment)
+    return cluster.run("head", "bash", "-c", the_command(words), timeout_s=240, **environment)  # type: ignore[arg-type]

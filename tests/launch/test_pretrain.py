@@ -48,7 +48,7 @@ def test_preempted_a_node_lost_the_time_limit_near_cancelled_and_every_loss_is_t
     urgent = cluster.submit("-p", "urgent", "--nodes=2", "--nodelist=n1,n2", "--exclusive", "--output=/dev/null",
                             "--wrap", "sleep 1")  # fmt: skip
     for job, run in zip(both, runs.values(), strict=True):
-        wait_for(f"job {job} is preempted", lambda job=job: cluster.job(job)["PreemptTime"] != "None", 30)
+        wait_for(f"job {job} is preempted", lambda job=job: cluster.job(job)["PreemptTime"] != "None", 30)  # type: ignore[misc]
         run.go_on(cluster)
     cluster.wait(urgent, "COMPLETED")
     for run in runs.values():
@@ -73,7 +73,7 @@ def test_preempted_a_node_lost_the_time_limit_near_cancelled_and_every_loss_is_t
         hours, minutes, _ = map(int, cluster.job(job)["RunTime"].split(":"))
         cluster.run("head", "scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
     for job, run in zip(both, runs.values(), strict=True):
-        wait_for("USR1", lambda job=job: "USR1: the time limit" in cluster.output(job), 60)
+        wait_for("USR1", lambda job=job: "USR1: the time limit" in cluster.output(job), 60)  # type: ignore[misc]
         run.go_on(cluster)
     for job in both:
         cluster.wait(job, "PENDING", "COMPLETING", timeout_s=60)

@@ -16,7 +16,14 @@ TEMPLATES = [path for path in SCRIPTS if path.suffix == ".sbatch"]
 
 def test_shellcheck_finds_nothing(cluster: Cluster) -> None:
     assert len(SCRIPTS) >= 10
-    command = ["shellcheck", "--external-sources", "--source-path=SCRIPTDIR", "--source-path=.", ".ci/run", *SCRIPTS]
+    command = [
+        "shellcheck",
+        "--external-sources",
+        "--source-path=SCRIPTDIR",
+        "--source-path=.",
+        ".ci/run",
+        *map(str, SCRIPTS),
+    ]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
@@ -41,7 +48,7 @@ def test_a_chain_that_no_job_could_serve_submits_nothing(cluster: Cluster, tmp_p
 
 
 def test_a_missing_site_and_a_wrong_folder_are_named(cluster: Cluster, tmp_path: Path) -> None:
-    arguments = [tmp_path / "hosts", "--run", tmp_path / "run", "--until-step", "1"]
+    arguments = [str(tmp_path / "hosts"), "--run", str(tmp_path / "run"), "--until-step", "1"]
     (tmp_path / "hosts").write_text("n1 slots=1\n")
     done = cluster.run("head", "launch/pdsh/pretrain.sh", *arguments, check=False, WSM_SITE="/no/such/site")
     assert (done.returncode, "the site's file /no/such/site cannot be read" in done.stderr) == (1, True)

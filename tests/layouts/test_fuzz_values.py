@@ -17,7 +17,7 @@ from wsm_ds.torchfile import Stub, Tensor, open_torch_file
 from wsm_ds.torchfile.repickle import repickle
 
 ABSENT = object()
-VALUES = (None, -1, 2**70, "x", [], {}, float("nan"), ABSENT)
+VALUES: tuple[Any, ...] = (None, -1, 2**70, "x", [], {}, float("nan"), ABSENT)
 FREE = ("ds_config", "lr_scheduler")
 """Not looked into: their insides are read tolerantly."""
 

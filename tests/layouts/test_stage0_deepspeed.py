@@ -102,7 +102,7 @@ def test_states_are_merged_by_name(written: Path, tmp_path: Path, name: str) -> 
 def test_deepspeed_loads_the_merge_and_trains_on(
     written: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    jobs = []
+    jobs: list[dict[str, Any]] = []
     for number, (name, case) in enumerate(CASES.items()):
         for policy in ("carry", "drop"):
             out = tmp_path / f"{number}{policy}"

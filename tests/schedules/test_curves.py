@@ -1,6 +1,7 @@
-"""Decay curves: their values, their texts, and what a wrong one is told."""
+"""Decay curves: their values, their texts, and the errors of wrong ones."""
 
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,14 +33,16 @@ relaxed = settings(deadline=None)
         ("table:0=1,0.5=0.2,1=0.1", 1.0, 0.6, 0.1),
     ],
 )
-def test_a_curve_has_its_values_at_the_start_a_quarter_and_the_end(text, start, quarter, end):
+def test_a_curve_has_its_values_at_the_start_a_quarter_and_the_end(
+    text: str, start: float, quarter: float, end: float
+) -> None:
     curve = parse_curve(text)
     assert curve(0.0) == start
     assert curve(0.25) == pytest.approx(quarter, rel=1e-15)
     assert curve(1.0) == pytest.approx(end, rel=1e-15)
 
 
-def test_ema_starts_at_one_minus_its_ratio_and_ends_at_zero():
+def test_ema_starts_at_one_minus_its_ratio_and_ends_at_zero() -> None:
     curve = parse_curve("ema:0.0625")
     assert curve(0.0) == 0.9375
     assert curve(0.5) == pytest.approx(0.75, rel=1e-15)
@@ -47,7 +50,7 @@ def test_ema_starts_at_one_minus_its_ratio_and_ends_at_zero():
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_curve_gives_a_float64_scalar_for_a_float_and_an_array_for_an_array(text):
+def test_a_curve_gives_a_float64_scalar_for_a_float_and_an_array_for_an_array(text: str) -> None:
     curve = parse_curve(text)
     positions = np.linspace(0.0, 1.0, 33)
     values = curve(positions)
@@ -61,7 +64,7 @@ def test_a_curve_gives_a_float64_scalar_for_a_float_and_an_array_for_an_array(te
 
 @given(st.sampled_from(TEXTS), FRACTIONS, FRACTIONS)
 @relaxed
-def test_no_curve_rises_or_leaves_the_unit_interval(text, a, b):
+def test_no_curve_rises_or_leaves_the_unit_interval(text: str, a: float, b: float) -> None:
     curve = parse_curve(text)
     earlier, later = curve(min(a, b)), curve(max(a, b))
     assert 1.0 >= earlier >= later - 1e-15
@@ -70,7 +73,7 @@ def test_no_curve_rises_or_leaves_the_unit_interval(text, a, b):
 
 @given(st.sampled_from(["inverse-sqrt", "exponential"]), RATIOS)
 @relaxed
-def test_curves_with_a_final_ratio_run_from_one_to_it(name, ratio):
+def test_curves_with_a_final_ratio_run_from_one_to_it(name: str, ratio: float) -> None:
     curve = named_curve(name, ratio)
     assert curve(0.0) == 1.0
     assert curve(1.0) == pytest.approx(ratio, rel=1e-12)
@@ -78,13 +81,13 @@ def test_curves_with_a_final_ratio_run_from_one_to_it(name, ratio):
 
 @given(st.floats(1e-3, 1.0, exclude_max=True), FRACTIONS)
 @relaxed
-def test_inverse_sqrt_is_its_textbook_formula(ratio, s):
+def test_inverse_sqrt_is_its_textbook_formula(ratio: float, s: float) -> None:
     expected = 1.0 / np.sqrt(1.0 + (1.0 / ratio**2 - 1.0) * s)
     assert named_curve("inverse-sqrt", ratio)(s) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_curve_survives_its_text_and_pickle(text):
+def test_a_curve_survives_its_text_and_pickle(text: str) -> None:
     curve = parse_curve(text)
     assert str(curve) == text
     assert parse_curve(str(curve)) == curve
@@ -95,14 +98,14 @@ def test_a_curve_survives_its_text_and_pickle(text):
 
 @given(st.sampled_from(["power", "inverse-sqrt", "exponential", "ema"]), RATIOS)
 @relaxed
-def test_any_parameter_survives_the_text(name, parameter):
+def test_any_parameter_survives_the_text(name: str, parameter: float) -> None:
     curve = named_curve(name, parameter)
     assert parse_curve(str(curve)) == curve
 
 
 @given(st.lists(FRACTIONS, min_size=1, max_size=20))
 @relaxed
-def test_any_table_survives_the_text_and_goes_through_its_values(tail):
+def test_any_table_survives_the_text_and_goes_through_its_values(tail: list[float]) -> None:
     values = [1.0, *sorted(tail, reverse=True)]
     curve = curve_from_values(values)
     assert parse_curve(str(curve)) == curve
@@ -122,18 +125,18 @@ def test_any_table_survives_the_text_and_goes_through_its_values(tail):
         ("table:1,0.5,0", "table:0=1,0.5=0.5,1=0"),
     ],
 )
-def test_aliases_defaults_and_spellings_lead_to_one_canonical_text(text, canonical):
+def test_aliases_defaults_and_spellings_lead_to_one_canonical_text(text: str, canonical: str) -> None:
     assert str(parse_curve(text)) == canonical
     assert parse_curve(text) == parse_curve(canonical)
 
 
-def test_a_curve_of_ones_own_is_called_with_its_parameters():
+def test_a_curve_of_ones_own_is_called_with_its_parameters() -> None:
     curve = Curve("two stairs", (0.5, 0.25), lambda s, edge, low: np.where(s < edge, 1.0, low))
     assert [curve(0.25), curve(0.5)] == [1.0, 0.25]
     assert str(curve) == "two stairs:0.5,0.25"
 
 
-def test_a_wrong_name_lists_every_curve_with_its_parameters_and_defaults():
+def test_a_wrong_name_lists_every_curve_with_its_parameters_and_defaults() -> None:
     with pytest.raises(CurveError) as caught:
         parse_curve("lineer")
     assert str(caught.value) == (
@@ -172,19 +175,19 @@ def test_a_wrong_name_lists_every_curve_with_its_parameters_and_defaults():
         ("table:0=1,0.9=0", r"end at s = 1, found .*\(0\.9, 0\.0\)"),
     ],
 )
-def test_a_wrong_text_is_told_what_is_wrong(text, message):
+def test_a_wrong_text_is_told_what_is_wrong(text: str, message: str) -> None:
     with pytest.raises(CurveError, match=message):
         parse_curve(text)
 
 
 @pytest.mark.parametrize("points", [[(0, 1, 2), (1, 0)], [0.0, 1.0], [("a", 1), (1, 0)]])
-def test_a_table_that_is_no_list_of_pairs_is_refused(points):
+def test_a_table_that_is_no_list_of_pairs_is_refused(points: Any) -> None:
     with pytest.raises(CurveError, match="a table is a list of pairs of numbers"):
         curve_from_points(points)
 
 
 @pytest.mark.parametrize("s", [-1e-9, 1.0 + 1e-9, float("nan")])
-def test_a_curve_refuses_a_position_outside_the_decay(s):
+def test_a_curve_refuses_a_position_outside_the_decay(s: float) -> None:
     with pytest.raises(CurveError, match=r"curve 1-sqrt is defined on 0 <= s <= 1, found s = "):
         parse_curve("1-sqrt")(s)
     with pytest.raises(CurveError, match=r"found s = "):

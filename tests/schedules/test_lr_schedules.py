@@ -10,7 +10,8 @@ import torch
 
 from wsm_ds.errors import ScheduleError
 from wsm_ds.schedules.curves import parse_curve
-from wsm_ds.schedules.lr_schedules import WSDLR, WSMLR, wsd_rate, wsm_rate
+from wsm_ds.schedules.lr_schedules import WSDLR, WSMLR
+from wsm_ds.schedules.rates import wsd_rate, wsm_rate
 
 
 class Recorder(torch.optim.SGD):
@@ -51,7 +52,7 @@ def test_no_warmup_means_the_peak_from_the_first_update(steps: int) -> None:
 
 
 def test_the_decay_starts_after_its_start_step_and_ends_with_its_last_update() -> None:
-    common = {"peak": 8.0, "warmup_num_steps": 2, "decay_start_step": 4, "decay_num_steps": 4}
+    common: dict[str, Any] = {"peak": 8.0, "warmup_num_steps": 2, "decay_start_step": 4, "decay_num_steps": 4}
     linear = [wsd_rate(t, **common, curve=parse_curve("linear")) for t in range(1, 11)]
     assert linear == [4, 8, 8, 8, 6, 4, 2, 0, 0, 0]
     floored = [wsd_rate(t, **common, curve=parse_curve("linear"), end=4.0) for t in range(4, 10)]
@@ -170,7 +171,7 @@ def test_a_changed_schedule_is_refused_with_both_values_or_applied_at_once(
     second = optimizer()
     resumed = WSMLR(second, **changed, on_change="apply")
     resumed.load_state_dict(scheduler.state_dict())
-    assert "goes on with changed parameters" in caplog.text
+    assert "continues with changed parameters" in caplog.text
     assert train(second, resumed, 1) == [resumed.rate(0, 3)]
     assert resumed.rate(0, 3) != scheduler.rate(0, 3)
 
@@ -211,7 +212,7 @@ def test_no_saved_state_keeps_the_count_that_was_given(caplog: pytest.LogCapture
     recorder = optimizer()
     scheduler = WSMLR(recorder, warmup_max_lr=8.0, warmup_num_steps=8, last_batch_iteration=3)
     scheduler.load_state_dict(None)
-    assert "goes on from update 5" in caplog.text
+    assert "continues with update 5" in caplog.text
     assert train(recorder, scheduler, 1) == [5]
 
 
@@ -219,7 +220,7 @@ def test_a_decay_branches_from_a_stable_state_and_refuses_to_start_in_the_past()
     first = optimizer()
     stable = WSMLR(first, warmup_max_lr=8.0, warmup_num_steps=2)
     train(first, stable, 6)
-    decay = {"decay_num_steps": 4, "decay_curve": "linear", "warmup_max_lr": 8.0, "warmup_num_steps": 2}
+    decay: dict[str, Any] = {"decay_num_steps": 4, "decay_curve": "linear", "warmup_max_lr": 8.0, "warmup_num_steps": 2}
     second = optimizer()
     branch = WSDLR(second, decay_start_step=6, **decay)
     branch.load_state_dict(stable.state_dict())
@@ -236,13 +237,13 @@ def test_a_decay_branches_from_a_stable_state_and_refuses_to_start_in_the_past()
         (lambda o: WSMLR(o, warmup_steps=3), r"no parameter warmup_steps; it has warmup_min_lr \(0\)"),
         (lambda o: WSMLR(o, warmup_type="log"), 'only a "linear" warmup'),
         (lambda o: WSMLR(o, warmup_num_steps=-1), "warmup_num_steps is -1"),
-        (lambda o: WSMLR(o, warmup_num_steps=2.5), r"warmup_num_steps is 2\.5"),
+        (lambda o: WSMLR(o, warmup_num_steps=2.5), r"warmup_num_steps is 2\.5"),  # type: ignore[arg-type]
         (lambda o: WSMLR(o, warmup_max_lr=float("nan")), "warmup_max_lr is nan"),
-        (lambda o: WSMLR(o, warmup_max_lr="auto"), "warmup_max_lr is 'auto'"),
+        (lambda o: WSMLR(o, warmup_max_lr="auto"), "warmup_max_lr is 'auto'"),  # type: ignore[arg-type]
         (lambda o: WSMLR(o, warmup_max_lr=[1.0, 2.0]), "2 values for 1 parameter groups"),
         (lambda o: WSMLR(o, warmup_min_lr=9.0, warmup_max_lr=8.0), "warmup_min_lr 9 is above warmup_max_lr 8"),
-        (lambda o: WSMLR(o, on_change="ignore"), "on_change is 'ignore'"),
-        (lambda o: WSMLR(o, last_batch_iteration="auto"), "last_batch_iteration is 'auto'"),
+        (lambda o: WSMLR(o, on_change="ignore"), "on_change is 'ignore'"),  # type: ignore[arg-type]
+        (lambda o: WSMLR(o, last_batch_iteration="auto"), "last_batch_iteration is 'auto'"),  # type: ignore[arg-type]
         (lambda o: WSDLR(o, decay_start_step=9, decay_num_steps=1, decay_curve="steep"), "decay_curve: unknown"),
         (lambda o: WSMLR(torch.nn.Linear(1, 1)), "Linear is neither a torch optimizer"),
         (lambda o: WSDLR(o), "needs decay_start_step"),

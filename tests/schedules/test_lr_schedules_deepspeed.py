@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from deepspeed_runs import launch
 
-WSM = {"type": "WSMLR", "params": {"warmup_max_lr": 1.0, "warmup_num_steps": 4}}
+WSM: dict[str, Any] = {"type": "WSMLR", "params": {"warmup_max_lr": 1.0, "warmup_num_steps": 4}}
 WARMUP = [0.25, 0.5, 0.75, 1.0, 1.0]
 BF16_OPTIMIZER = {"config": {"data_types": {"grad_accum_dtype": "fp32"}}}
 OFFLOAD = {"zero": {"offload_optimizer": {"device": "cpu"}}, "config": {"zero_force_ds_cpu_optimizer": False}}
@@ -49,7 +49,10 @@ def cases(root: Path) -> dict[str, dict[str, Any]]:
     zero2 = ENGINES["stage 2 bf16"]
     decay = {"decay_start_step": 2, "decay_num_steps": 2, "decay_curve": "linear", "warmup_num_steps": 2}
     stable = {"type": "WSMLR", "params": {"warmup_max_lr": 1.0, "warmup_num_steps": 2}}
-    native = {"type": "WarmupLR", "params": {"warmup_max_lr": 1.0, "warmup_num_steps": 4, "warmup_type": "linear"}}
+    native: dict[str, Any] = {
+        "type": "WarmupLR",
+        "params": {"warmup_max_lr": 1.0, "warmup_num_steps": 4, "warmup_type": "linear"},
+    }
     jobs |= {
         "accumulation": zero2 | {"updates": 5, "scheduler": WSM, "config": {"gradient_accumulation_steps": 3}},
         "overflow": {"stage": 2, "dtype": "fp16", "updates": 7, "scheduler": WSM, "overflow": [0, 3]}

@@ -111,7 +111,7 @@ def test_every_damage_to_a_real_file_is_read_or_is_one_of_our_errors(tmp_path: P
         for _ in range(chance.randint(1, 4)):
             flipped[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
     for changed in [*cuts, *flips]:
-        damaged.write_bytes(changed)
+        damaged.write_bytes(bytes(changed))
         try:
             file = open_torch_file(damaged)
         except WsmError:

@@ -29,7 +29,7 @@ def test_a_checkpoint_appears_by_its_name_and_latest_follows(job: JobFolder, who
     publish(job, attempt, tag)
     assert (job.run / "latest").read_text() == "global_step12"
     assert {path.name for path in job.run.iterdir()} == {"global_step12", "job", "latest", "zero_to_fp32.py"}
-    assert newest_complete(job.run).step == 12
+    assert newest_complete(job.run).step == 12  # type: ignore[union-attr]
     assert not list(job.attempt_folder(attempt).iterdir())
 
 
@@ -56,7 +56,7 @@ def test_a_complete_checkpoint_is_never_replaced_and_a_broken_one_is_kept_aside(
     assert (job.run / tag).stat().st_ino == before
     next((job.run / tag).glob("*optim_states.pt")).unlink()
     publish(job, attempt, staged(job, attempt, whole_runs[2] / tag))
-    assert newest_complete(job.run).step == 12
+    assert newest_complete(job.run).step == 12  # type: ignore[union-attr]
     assert (job.unusable / f"{tag}-attempt-1").stat().st_ino == before
 
 
@@ -67,7 +67,7 @@ def test_latest_is_not_believed_and_broken_checkpoints_are_named(
     next((run / "global_step24").glob("*rank_1*model_states.pt")).unlink()
     (run / "latest").write_text("global_step6")
     with caplog.at_level(logging.WARNING):
-        assert newest_complete(run).tag == "global_step18"
+        assert newest_complete(run).tag == "global_step18"  # type: ignore[union-attr]
     assert "global_step24 is not used" in caplog.text
     assert "rank_1" in caplog.text
 

@@ -172,7 +172,7 @@ def test_a_watch_killed_at_any_operation_and_started_again_ends_in_the_same_byte
     run: PlayedRun, tmp_path: Path
 ) -> None:
     run.save(2, 4)
-    values = {"last": [1, 2], "threads": 1, "memory_budget": "64MiB"}
+    values: dict[str, Any] = {"last": [1, 2], "threads": 1, "memory_budget": "64MiB"}
     once(spec_for(run, tmp_path / "right", **values))
     right = contents(tmp_path / "right" / "step4")
     count = deaths = 0
@@ -370,7 +370,7 @@ def test_errors_that_may_pass_are_tried_again_and_others_end_the_watch(
 ) -> None:
     run.save(2)
     spec = spec_for(run, tmp_path / "out", EndPoints(until=2), last=1)
-    run_plan, failures = watcher.run_plan, [2]
+    run_plan, failures = watcher.run_plan, [2]  # type: ignore[attr-defined]
 
     def failing(*arguments: Any, **keywords: Any) -> Any:
         failures[0] -= 1

@@ -1,1 +1,1 @@
-"""What people and machines are shown: tables, progress, events."""
+"""Output of the command line: tables and progress for people, JSON events for programs."""

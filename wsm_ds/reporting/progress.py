@@ -1,4 +1,4 @@
-"""How far a merge is: a bar on a terminal, a line every few seconds in a log, JSON lines for machines."""
+"""The progress of a merge: a bar on a terminal, a line every few seconds in a log, or JSON lines for programs."""
 
 import json
 import sys
@@ -8,16 +8,28 @@ from typing import Any, Literal
 from wsm_ds.sizes import format_size
 
 LOG_EVERY_S = 10.0
+"""Seconds between two lines of progress, where no terminal shows a bar."""
 Style = Literal["people", "json", "quiet"]
+"""Who reads the progress: people, a program, or nobody."""
 
 
 def event(name: str, **values: Any) -> None:
-    """Prints one line of JSON: what happened, when, and its figures."""
+    """Prints one line of JSON on stdout.
+
+    Args:
+        name: what happened, the value of "event".
+        **values: the other keys of the line; "time_s" (seconds since 1970) is added.
+    """
     print(json.dumps({"event": name, "time_s": round(time.time(), 3), **values}), flush=True)
 
 
 class Progress:
-    """Counts the bytes that are read and written."""
+    """Counts the bytes that are read and written, and shows the count. It is a context manager, which closes the bar.
+
+    Args:
+        total_bytes: bytes that the merge will read and write.
+        style: who reads the progress.
+    """
 
     def __init__(self, total_bytes: int, style: Style) -> None:
         self.total_bytes, self.done_bytes, self.style = total_bytes, 0, style
@@ -37,11 +49,15 @@ class Progress:
 
     @property
     def wall_s(self) -> float:
-        """Seconds since the start."""
+        """Seconds since this object was made."""
         return round(time.monotonic() - self.started_s, 3)
 
     def add(self, nbytes: int) -> None:
-        """Notes `nbytes` more."""
+        """Counts more bytes, and shows the progress if the last line is old enough.
+
+        Args:
+            nbytes: bytes read or written since the last call.
+        """
         self.done_bytes += nbytes
         if self.bar is not None:
             self.bar.update(nbytes)

@@ -1,4 +1,4 @@
-"""Tables for people: plans, coefficients, inspections. Text in, text out."""
+"""Tables for people: plans, coefficients, inspections. The functions return text and print nothing."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,20 @@ from wsm_ds.sizes import format_size
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell; the first is left-aligned, the others right. Names may hold anything."""
+    """Returns a table with padded columns. The first column is aligned to the left, the others to the right.
+
+    Characters that are not printable become escapes (`wsm_ds.errors.one_line`).
+
+    Example:
+        >>> print(table(["step", "coefficient"], [["1000", "0.25"], ["2000", "0.75"]]))
+        step  coefficient
+        1000         0.25
+        2000         0.75
+
+    Args:
+        header: the columns' names.
+        rows: cells, as many in each row as in `header`.
+    """
     rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [
@@ -22,15 +35,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plan_report(plan: Plan) -> str:
-    """The plan as it is shown before anything is written."""
+    """Returns a plan's sources, coefficients and costs, as they are shown before anything is written.
+
+    Args:
+        plan: the plan.
+    """
     lines = []
-    for part in plan.outputs:
-        rows = [[source.tag, str(source.step), f"{source.coefficient:.6f}"] for source in part.sources]
+    for output in plan.outputs:
+        rows = [[source.tag, str(source.step), f"{source.coefficient:.6f}"] for source in output.sources]
         lines += [
             table(["checkpoint", "step", "coefficient"], rows),
-            f"curve {part.curve}  effective sample size {part.ess:.2f} of {len(part.sources)}  "
-            f"lag {part.lag_steps:g} steps",
-            f"out  {part.out}",
+            f"curve {output.curve}  effective sample size {output.ess:.2f} of {len(output.sources)}  "
+            f"lag {output.lag_steps:g} steps",
+            f"out  {output.out}",
         ]
     lines.append(
         f"read {format_size(plan.bytes_to_read)}  write {format_size(plan.bytes_to_write)} in {len(plan.files)} files"
@@ -40,7 +57,14 @@ def plan_report(plan: Plan) -> str:
 
 
 def summary_report(plan: Plan, timings: Timings, wall_s: float, world_size: int) -> str:
-    """Where the time went, after the merge."""
+    """Returns one line about a finished merge: bytes, speed, and the seconds of each kind of work.
+
+    Args:
+        plan: the plan of this rank.
+        timings: seconds of each kind of work, summed over the threads of this rank.
+        wall_s: duration of the merge in seconds.
+        world_size: number of ranks.
+    """
     moved = plan.bytes_to_read + plan.bytes_to_write
     ranks = f", rank 0 of {world_size}" if world_size > 1 else ""
     return (
@@ -51,10 +75,14 @@ def summary_report(plan: Plan, timings: Timings, wall_s: float, world_size: int)
     )
 
 
-def inspection_report(found: Sequence[Inspected]) -> str:
-    """One line a checkpoint, and the problems of the broken ones below."""
+def inspection_report(checkpoints: Sequence[Inspected]) -> str:
+    """Returns a table with one line for each checkpoint, and below it the problems of the broken ones.
+
+    Args:
+        checkpoints: the inspected checkpoints, oldest first.
+    """
     rows, problems = [], []
-    for item in found:
+    for item in checkpoints:
         layout = item.layout
         if layout is None:
             rows.append([item.checkpoint.tag, *["-"] * 7, "no"])
@@ -72,7 +100,14 @@ def inspection_report(found: Sequence[Inspected]) -> str:
 
 
 def coefficients_report(coefficients: Sequence[float], steps: Sequence[int], ess: float, lag_steps: float) -> str:
-    """Coefficients, oldest first."""
+    """Returns a table of coefficients and the figures that describe them.
+
+    Args:
+        coefficients: [N], oldest first.
+        steps: [N], the checkpoints' steps.
+        ess: effective sample size.
+        lag_steps: lag of the merge.
+    """
     rows = [[str(step), f"{c:.6f}"] for step, c in zip(steps, coefficients, strict=True)]
     return "\n".join(
         [table(["step", "coefficient"], rows), f"effective sample size {ess:.2f}   lag {lag_steps:g} steps"]

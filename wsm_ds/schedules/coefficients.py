@@ -1,23 +1,20 @@
 """Coefficients of a merge, from a decay curve or from the user, and the figures that describe them.
 
-Checkpoints θ_0 … θ_k, oldest first, N = k + 1, and updates θ_i = θ_{i-1} - g_i between them. Then
+Let θ_0 … θ_k be checkpoints, oldest first, N = k + 1, with the updates θ_i = θ_{i-1} - g_i between them. Then
 
     Σ_j c_j θ_j  =  θ_0 - Σ_{i=1..k} w_i g_i,      w_i = Σ_{j>=i} c_j,      c_j = w_j - w_{j+1}
 
-with w_0 = 1 and w_{k+1} = 0: the *coefficients* c_0 … c_k scale the i-th segment of updates by the *decay
-factor* w_i. All arrays here are float64, oldest first: N coefficients, N - 1 decay factors.
+with w_0 = 1 and w_{k+1} = 0. So a merge with the *coefficients* c_0 … c_k equals a run whose i-th segment of updates
+is scaled by the *decay factor* w_i. All arrays here are float64, oldest first: N coefficients, N - 1 decay factors.
 
-Source: Tian et al., arXiv 2507.17634, Theorem 3.1. The grid is the paper's (it gives the weights of its
-Figure 2, to the printed digit) and that of Megatron-LM's merge tool.
+Source: Tian et al., arXiv 2507.17634, Theorem 3.1 (THEORY.md sections 1 and 2). The grid is that of the paper, whose
+printed weights (Figure 2) it gives to the last digit, and that of Megatron-LM's merge tool.
 """
 
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Iterable, Sequence
-from fractions import Fraction
-from itertools import pairwise
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -25,45 +22,11 @@ from numpy.typing import ArrayLike
 
 from wsm_ds.errors import CurveError
 from wsm_ds.schedules.curves import Array, Curve, parse_curve
+from wsm_ds.schedules.grid import exact_steps, grid
 
 SUM_TOLERANCE = 1e-9
-MOST_CHECKPOINTS = 1_000_000
-"""Of an even window, which is given as a number alone."""
-_RISE_TOLERANCE = 1e-12  # of a curve's own rounding; a user's table may not rise at all
-
-
-def grid(n: int | None = None, *, steps: Iterable[float] | None = None, oldest_interval: float | None = None) -> Array:
-    """Positions s_1 … s_k at which the curve is read.
-
-    Even: s_i = i / N. Uneven: with τ_i = steps_i - steps_{i-1} and τ_0 = oldest_interval,
-    s_i = Σ_{m<i} τ_m / Σ_{m<=k} τ_m, which is i / N again if all τ are equal. Exact fractions, rounded
-    once. Never i / k: that would give the newest checkpoint the weight 0.
-
-    Args:
-        n: number of checkpoints N >= 1, evenly spaced; or else
-        steps: the checkpoints' positions, rising, in steps or tokens (any unit); ints of any size.
-        oldest_interval: what the oldest checkpoint stands for, in the unit of `steps`; the median of the
-            other intervals if not given.
-
-    Returns:
-        float64[N - 1], rising, within (0, 1).
-
-    Raises:
-        CurveError: both or neither of `n` and `steps`, N < 1, steps that do not rise (names the index and
-            the values), an interval that is not positive.
-    """
-    if (n is None) == (steps is None):
-        raise CurveError("give either n or steps, found " + ("neither" if n is None else "both"))
-    if steps is not None:
-        return _uneven_grid(_exact_steps(steps), oldest_interval)
-    if oldest_interval is not None:
-        raise CurveError("oldest_interval needs steps: n alone means evenly spaced checkpoints")
-    count = _exact(n, "n")
-    if count < 1 or count.denominator != 1:
-        raise CurveError(f"n, the number of checkpoints, must be a whole number >= 1, found {n}")
-    if count > MOST_CHECKPOINTS:
-        raise CurveError(f"n, the number of checkpoints, is at most {MOST_CHECKPOINTS}, found {n}")
-    return np.arange(1, int(count), dtype=np.float64) / float(count)
+"""How far the sum of the user's coefficients may be from 1."""
+_RISE_TOLERANCE = 1e-12  # a curve's function may round; a table from the user must not rise at all
 
 
 def decay_factors(
@@ -74,11 +37,17 @@ def decay_factors(
     oldest_interval: float | None = None,
     floor: float = 0.0,
 ) -> Array:
-    """Decay factors w_i = m + (1 - m) d(s_i), i = 1 … k, with the floor m.
+    """Returns the decay factors w_i = m + (1 - m) d(s_i), i = 1 … k, with the floor m.
+
+    Example:
+        >>> decay_factors("linear", n=4, floor=0.5).tolist()
+        [0.875, 0.75, 0.625]
 
     Args:
         curve: a curve, or a text for `parse_curve`.
-        n: as in `grid`; so are `steps` and `oldest_interval`.
+        n: as in `grid`.
+        steps: as in `grid`.
+        oldest_interval: as in `grid`.
         floor: m = min_lr / peak_lr, within [0, 1].
 
     Returns:
@@ -104,13 +73,26 @@ def merge_coefficients(
     oldest_interval: float | None = None,
     floor: float = 0.0,
 ) -> Array:
-    """Coefficients of the merge that emulates `curve`: c = m e_k + (1 - m) c⁰ with the floor m.
+    """Returns the coefficients of the merge that emulates `curve`.
 
-    >>> merge_coefficients("linear", n=4).tolist()
-    [0.25, 0.25, 0.25, 0.25]
+    With the floor m they are c = m e_k + (1 - m) c⁰: e_k is the newest checkpoint alone, c⁰ the merge without floor.
+
+    Example:
+        >>> merge_coefficients("linear", n=4).tolist()
+        [0.25, 0.25, 0.25, 0.25]
+        >>> merge_coefficients("cosine", n=4).round(6).tolist()
+        [0.146447, 0.353553, 0.353553, 0.146447]
+        >>> merge_coefficients("1-sqrt", n=4).round(6).tolist()
+        [0.5, 0.207107, 0.158919, 0.133975]
+        >>> merge_coefficients("ema", n=10).round(3).tolist()
+        [0.126, 0.033, 0.041, 0.052, 0.065, 0.082, 0.103, 0.13, 0.163, 0.206]
 
     Args:
-        curve: as in `decay_factors`; so are the others.
+        curve: a curve, or a text for `parse_curve`.
+        n: as in `grid`.
+        steps: as in `grid`.
+        oldest_interval: as in `grid`.
+        floor: m = min_lr / peak_lr, within [0, 1].
 
     Returns:
         float64[N], oldest first, not negative; [1.0] for N = 1.
@@ -123,12 +105,20 @@ def merge_coefficients(
 
 
 def apply_floor(w: ArrayLike, floor: float) -> Array:
-    """Decay factors m + (1 - m) w_i, for a decay that ends at the ratio m = min_lr / peak_lr.
+    """Returns the decay factors m + (1 - m) w_i, for a decay that ends at the ratio m = min_lr / peak_lr.
 
-    Done here and not on the coefficients, so that these still telescope to the sum 1.
+    The floor is applied to the decay factors and not to the coefficients, so that the coefficients, which are their
+    differences, still sum to 1.
+
+    Args:
+        w: float64[N - 1], decay factors, not rising, within [0, 1].
+        floor: m, within [0, 1].
+
+    Returns:
+        float64[N - 1], not rising, within [m, 1].
 
     Raises:
-        CurveError: m is not within [0, 1], or `w` is no valid row of decay factors.
+        CurveError: m is not within [0, 1], or `w` rises or leaves [0, 1]; names the value.
     """
     if not 0.0 <= floor <= 1.0:
         raise CurveError(f"floor, the ratio min_lr / peak_lr, must be within [0, 1], found {floor}")
@@ -136,13 +126,18 @@ def apply_floor(w: ArrayLike, floor: float) -> Array:
 
 
 def coefficients_from_decay_factors(w: ArrayLike) -> Array:
-    """c_0 = 1 - w_1, c_j = w_j - w_{j+1}, c_k = w_k (Theorem 3.1), also for a table w of your own.
+    """Returns c_0 = 1 - w_1, c_j = w_j - w_{j+1}, c_k = w_k (Theorem 3.1), from any row of decay factors.
+
+    Example:
+        >>> coefficients_from_decay_factors([0.75, 0.5, 0.25]).tolist()
+        [0.25, 0.25, 0.25, 0.25]
 
     Args:
         w: float64[N - 1], w_1 … w_k, within [0, 1], not rising.
 
     Returns:
-        float64[N], not negative. Differences of neighbours are nearly always exact, so the sum is too.
+        float64[N], not negative. The difference of two neighbours is nearly always exact in float64, so the sum is
+        nearly always exactly 1.
 
     Raises:
         CurveError: `w` is not 1-D, not finite, leaves [0, 1] or rises; names the index and the values.
@@ -152,7 +147,17 @@ def coefficients_from_decay_factors(w: ArrayLike) -> Array:
 
 
 def decay_factors_from_coefficients(c: ArrayLike) -> Array:
-    """w_i = Σ_{j>=i} c_j, i = 1 … k: the staircase learning rate that the coefficients emulate.
+    """Returns w_i = Σ_{j>=i} c_j, i = 1 … k: the steps of the learning-rate staircase that the merge emulates.
+
+    Example:
+        >>> decay_factors_from_coefficients([0.25, 0.25, 0.25, 0.25]).tolist()
+        [0.75, 0.5, 0.25]
+
+    Args:
+        c: float64[N], oldest first, not negative, with the sum 1.
+
+    Returns:
+        float64[N - 1], not rising, within [0, 1].
 
     Raises:
         CurveError: as `check_coefficients`.
@@ -162,27 +167,40 @@ def decay_factors_from_coefficients(c: ArrayLike) -> Array:
 
 
 def check_coefficients(c: ArrayLike) -> Array:
-    """The user's coefficients as float64[N], if they are valid; they are not normalised.
+    """Returns the user's coefficients as an array. It checks them and does not normalise them.
+
+    Args:
+        c: [N], oldest first.
+
+    Returns:
+        float64[N].
 
     Raises:
-        CurveError: not 1-D or empty, not finite, negative (names index and value), or the sum is more
-            than 1e-9 away from 1.
+        CurveError: `c` is not 1-D, is empty, not finite or negative (names the index and the value), or its sum is
+            more than 1e-9 away from 1 (names the sum).
     """
     coefficients = _non_negative(c)
     total = math.fsum(coefficients)
     if abs(total - 1.0) > SUM_TOLERANCE:
         raise CurveError(
             f"coefficients must sum to 1 within {SUM_TOLERANCE:g}, found the sum {total!r} of "
-            f"{len(coefficients)} coefficients; divide them by it if only their ratios were meant"
+            f"{len(coefficients)} coefficients; divide them by this sum if only their ratios matter"
         )
     return coefficients
 
 
 def effective_sample_size(c: ArrayLike) -> float:
-    """ESS = 1 / Σ c_j²: of how many equally weighted checkpoints the merge averages the noise.
+    """Returns ESS = 1 / Σ c_j²: the number of equally weighted checkpoints that average out as much noise.
+
+    Example:
+        >>> effective_sample_size([0.25, 0.25, 0.25, 0.25])
+        4.0
+
+    Args:
+        c: [N], oldest first, not negative.
 
     Raises:
-        CurveError: not 1-D or empty, not finite, negative, or all zero.
+        CurveError: `c` is not 1-D, is empty, not finite, negative, or all zero.
     """
     squares = math.fsum(_non_negative(c) ** 2)
     if squares == 0.0:
@@ -191,12 +209,20 @@ def effective_sample_size(c: ArrayLike) -> float:
 
 
 def lag(c: ArrayLike, steps: Iterable[float]) -> float:
-    """Lag Σ_j c_j (s_k - s_j): how old the merge is, in the unit of `steps` (steps or tokens).
+    """Returns the lag Σ_j c_j (s_k - s_j): the mean age of the merge, in the unit of `steps` (steps or tokens).
+
+    Example:
+        >>> lag([0.25, 0.25, 0.25, 0.25], steps=[1000, 2000, 3000, 4000])
+        1500.0
+
+    Args:
+        c: [N], oldest first, not negative.
+        steps: [N], the checkpoints' positions, rising.
 
     Raises:
-        CurveError: as `grid` for `steps`, `effective_sample_size` for `c`; or their lengths differ.
+        CurveError: as `grid` for `steps`, as `effective_sample_size` for `c`; or their lengths differ.
     """
-    coefficients, positions = _non_negative(c), _exact_steps(steps)
+    coefficients, positions = _non_negative(c), exact_steps(steps)
     if len(coefficients) != len(positions):
         raise CurveError(f"found {len(coefficients)} coefficients and {len(positions)} steps")
     ages = (float(positions[-1] - position) for position in positions)
@@ -206,20 +232,20 @@ def lag(c: ArrayLike, steps: Iterable[float]) -> float:
 def weight_decay_aware_coefficients(
     w: ArrayLike, *, learning_rate: float, weight_decay: float, interval_steps: ArrayLike
 ) -> Array:
-    """Coefficients that also emulate how decoupled weight decay (AdamW) weakens with the learning rate.
+    """Returns coefficients for AdamW: decoupled weight decay becomes weaker together with the learning rate.
 
     With ρ_i = (1 - ηλ)^T_i, P_i = Π_{m>i} (1 - η w_m λ)^T_m and W_i = w_i P_i:
-    c_k = W_k, c_i = W_i - ρ_{i+1} W_{i+1}, c_0 = P_0 - ρ_1 W_1. Weights that the optimizer does not decay
-    (norms, biases) want the plain coefficients. Still an approximation inside each segment.
+    c_k = W_k, c_i = W_i - ρ_{i+1} W_{i+1}, c_0 = P_0 - ρ_1 W_1 (THEORY.md section 3). Use the plain coefficients for
+    weights that the optimizer does not decay (norms, biases). Inside each segment this is still an approximation.
 
     Args:
         w: float64[k], decay factors, not rising, within [0, 1].
-        learning_rate: η, the constant one of the window.
-        weight_decay: λ, the optimizer's; 0 gives the plain coefficients. ηλ must be below 1.
-        interval_steps: T, optimizer updates between checkpoints: one number, or one per interval, [k].
+        learning_rate: η, constant over the window.
+        weight_decay: λ, that of the optimizer; 0 gives the plain coefficients. ηλ must be below 1.
+        interval_steps: T, optimizer updates between checkpoints: one number, or [k] numbers, one for each interval.
 
     Returns:
-        float64[k + 1], not negative. The sum is slightly below 1, so `check_coefficients` refuses them.
+        float64[k + 1], not negative. Their sum is slightly below 1, so `check_coefficients` refuses them.
 
     Raises:
         CurveError: an argument above is out of range or of the wrong shape; names it and the value.
@@ -248,10 +274,18 @@ def weight_decay_aware_coefficients(
 
 
 def running_merge_factor(n: int, exponent: float = 1.0) -> float:
-    """a_n = ((n - 1) / n)^p of the running merge M_n = a_n M_{n-1} + (1 - a_n) θ_n, n = 1, 2, …
+    """Returns a_n = ((n - 1) / n)^p of the running merge M_n = a_n M_{n-1} + (1 - a_n) θ_n, n = 1, 2, …
 
-    After n checkpoints M_n is their merge under d(s) = 1 - s^p, in the memory of one checkpoint: p = 1 is
-    the running mean, p = 1/2 is 1-sqrt. The window's start is fixed, and a_1 = 0.
+    After n checkpoints M_n is their merge under d(s) = 1 - s^p, computed in the memory of one checkpoint. p = 1 is
+    the running mean, p = 1/2 is 1-sqrt. The window starts at the first checkpoint, so a_1 = 0.
+
+    Example:
+        >>> [running_merge_factor(n) for n in (1, 2, 4)]
+        [0.0, 0.5, 0.75]
+
+    Args:
+        n: number of the checkpoint within the window, from 1.
+        exponent: p > 0.
 
     Raises:
         CurveError: n < 1, or p is not positive and finite.
@@ -261,42 +295,6 @@ def running_merge_factor(n: int, exponent: float = 1.0) -> float:
     if not 0.0 < exponent < math.inf:
         raise CurveError(f"exponent must be positive and finite, found {exponent}")
     return float(((n - 1) / n) ** exponent)
-
-
-def _exact(value: Any, what: str) -> Fraction:
-    try:
-        return Fraction(operator.index(value))
-    except TypeError:
-        if isinstance(value, float) and math.isfinite(value):
-            return Fraction(value)
-    raise CurveError(f"{what} must be a finite number, found {value!r}")
-
-
-def _exact_steps(steps: Iterable[float]) -> list[Fraction]:
-    positions = [_exact(step, f"steps[{i}]") for i, step in enumerate(steps)]
-    if not positions:
-        raise CurveError("steps is empty: a merge needs at least one checkpoint")
-    if positions[0] < 0:
-        raise CurveError(f"steps must not be negative, found steps[0] = {positions[0]}")
-    for i, (older, newer) in enumerate(pairwise(positions), start=1):
-        if newer <= older:
-            raise CurveError(f"steps must rise, found steps[{i - 1}] = {older} and steps[{i}] = {newer}")
-    return positions
-
-
-def _uneven_grid(positions: Sequence[Fraction], oldest_interval: float | None) -> Array:
-    intervals = sorted(newer - older for older, newer in pairwise(positions))
-    if oldest_interval is not None:
-        oldest = _exact(oldest_interval, "oldest_interval")
-        if oldest <= 0:
-            raise CurveError(f"oldest_interval must be positive, found {oldest_interval}")
-    elif intervals:
-        oldest = (intervals[(len(intervals) - 1) // 2] + intervals[len(intervals) // 2]) / 2
-    else:
-        return np.empty(0)
-    start = positions[0] - oldest
-    duration = positions[-1] - start
-    return np.array([float((position - start) / duration) for position in positions[:-1]])
 
 
 def _row(values: Any, what: str) -> Array:

@@ -1,8 +1,8 @@
 """Decay curves: the shape of the learning-rate decay that a merge emulates.
 
-A curve is a pure function d(s) of the fraction s of the decay that is over, 0 <= s <= 1. It multiplies the
-peak learning rate, and it does not rise. One object serves both uses: the merge reads it on a grid
-(`wsm_ds.schedules.coefficients`), the scheduler reads it at every step.
+A curve is a pure function d(s) of the fraction s of the decay that is over, 0 <= s <= 1. Its value is the factor
+on the peak learning rate, and it never rises. One object serves two uses: a merge reads the curve on a grid
+(`wsm_ds.schedules.coefficients`), a scheduler reads it at every step.
 
 Source: Tian et al., "WSM: Decay-Free Learning Rate Schedule via Checkpoint Merging for LLM Pre-training",
 arXiv 2507.17634.
@@ -25,43 +25,46 @@ Array = NDArray[np.float64]
 
 
 def linear(s: Array) -> Array:
-    """d(s) = 1 - s: the merge is the uniform mean (SMA, LAWA, SWA)."""
+    """d(s) = 1 - s. The merge is the uniform mean (SMA, LAWA, SWA)."""
     return 1.0 - s
 
 
 def cosine(s: Array) -> Array:
-    """d(s) = (1 + cos(pi s)) / 2: the checkpoints in the middle are the heaviest."""
+    """d(s) = (1 + cos(pi s)) / 2. The checkpoints in the middle of the window have the largest coefficients."""
     return (1.0 + np.cos(np.pi * s)) / 2.0
 
 
 def one_minus_sqrt(s: Array) -> Array:
-    """d(s) = 1 - sqrt(s): the *oldest* checkpoint is the heaviest, 1/sqrt(N)."""
+    """d(s) = 1 - sqrt(s). The *oldest* checkpoint has the largest coefficient, 1/sqrt(N).
+
+    Several public implementations have this order backwards.
+    """
     return 1.0 - np.sqrt(s)
 
 
 def power(s: Array, exponent: float) -> Array:
-    """d(s) = 1 - s^p: p = 1 is the mean, p = 1/2 is 1-sqrt, p = 2 is nearly a linearly rising weight."""
+    """d(s) = 1 - s^p. p = 1 is the mean, p = 1/2 is 1-sqrt, p = 2 gives coefficients that rise almost linearly."""
     return 1.0 - np.power(s, exponent)
 
 
 def inverse_sqrt(s: Array, final_ratio: float) -> Array:
     """d(s) = 1 / sqrt(1 + a s) with a = 1/r^2 - 1, so d(1) = r.
 
-    Written r / hypot(r, sqrt((1 - r^2) s)), which is the same and does not overflow for a tiny r.
+    It is computed as r / hypot(r, sqrt((1 - r^2) s)), which is equal and does not overflow for a tiny r.
     """
     return final_ratio / np.hypot(final_ratio, np.sqrt((1.0 - final_ratio * final_ratio) * s))
 
 
 def exponential(s: Array, final_ratio: float) -> Array:
-    """d(s) = r^s, so d(1) = r: its coefficients are those of `ema` in the opposite order."""
+    """d(s) = r^s, so d(1) = r. Its coefficients are those of `ema` in the opposite order."""
     return np.exp(math.log(final_ratio) * s)
 
 
 def ema(s: Array, ratio: float = 0.1) -> Array:
-    """d(s) = 1 - r^(1 - s): an exponential moving average with the factor 1 - r^(1/N) per checkpoint.
+    """d(s) = 1 - r^(1 - s). An exponential moving average with the factor 1 - r^(1/N) for each new checkpoint.
 
-    The only curve with d(0) = 1 - r instead of 1. The coefficients never read d(0): their grid starts
-    at s = 1/N, and the missing r^(1 - 1/N) is what the average leaves on its first checkpoint. A learning
+    It is the only curve with d(0) = 1 - r instead of 1. The coefficients never read d(0), because their grid starts
+    at s = 1/N: the missing r^(1 - 1/N) is the coefficient that the average leaves to its first checkpoint. A learning
     rate that follows this curve falls from the peak to (1 - r) peak in the first step of the decay.
     """
     return -np.expm1(math.log(ratio) * (1.0 - s))
@@ -73,6 +76,8 @@ def _interpolated(s: Array, *points: float) -> Array:
 
 
 class _Shape(NamedTuple):
+    """A named curve: its function, and the name, upper limit and default of its one parameter, if it has one."""
+
     function: Callable[..., Array]
     parameter: str = ""
     upper: float = math.inf
@@ -102,14 +107,14 @@ _TABLE = "table"
 
 @dataclass(frozen=True)
 class Curve:
-    """A decay curve with its name and parameters; compares by these two, and pickles.
+    """A decay curve with its name and parameters. Curves are equal if these two are; a curve can be pickled.
 
     `str(curve)` is the text from which `parse_curve` makes an equal curve. A curve of your own is
-    `Curve("name", (), function)`; no text leads back to that one.
+    `Curve("name", (), function)`; `parse_curve` cannot make it from a text.
 
     Attributes:
-        name: one of the names `parse_curve` knows, or your own.
-        parameters: what `function` takes after s; for a table s_0, d_0, s_1, d_1, …
+        name: one of the names that `parse_curve` knows, or your own.
+        parameters: the arguments of `function` after s; of a table s_0, d_0, s_1, d_1, …
         function: (float64 array of s, *parameters) -> float64 array of the same shape.
     """
 
@@ -124,7 +129,13 @@ class Curve:
     def __call__(self, s: Array) -> Array: ...
 
     def __call__(self, s: float | Array) -> np.float64 | Array:
-        """d(s), the factor on the peak learning rate.
+        """Returns d(s), the factor on the peak learning rate.
+
+        Example:
+            >>> float(named_curve("1-sqrt")(0.25))
+            0.5
+            >>> named_curve("linear")(np.array([0.25, 0.5])).tolist()
+            [0.75, 0.5]
 
         Args:
             s: fraction of the decay that is over, within [0, 1]; a scalar or a float64 array.
@@ -151,12 +162,16 @@ class Curve:
 
 
 def named_curve(name: str, *parameters: float) -> Curve:
-    """The curve of that name.
+    """Returns the curve of that name.
+
+    Example:
+        >>> str(named_curve("power", 0.5)), str(named_curve("mean"))
+        ('power:0.5', 'linear')
 
     Args:
         name: linear (mean), cosine, 1-sqrt (minus-sqrt), power, inverse-sqrt, exponential or ema.
-        parameters: power takes its exponent p > 0; inverse-sqrt and exponential take d(1), within (0, 1);
-            ema takes r = what it leaves of the past after the window, within (0, 1), 0.1 if not given.
+        *parameters: power takes its exponent p > 0. inverse-sqrt and exponential take d(1), within (0, 1). ema takes
+            r, the weight that it leaves to everything before the window, within (0, 1), by default 0.1.
 
     Raises:
         CurveError: unknown name (lists the valid ones), wrong number of parameters, or one out of range.
@@ -168,9 +183,9 @@ def named_curve(name: str, *parameters: float) -> Curve:
     if shape.default is not None and not parameters:
         parameters = (shape.default,)
     if len(parameters) != bool(shape.parameter):
-        given = f"found {len(parameters)}: {', '.join(map(str, parameters))}" if parameters else "found none"
-        wanted = "takes one parameter" if shape.parameter else "takes no parameter"
-        raise CurveError(f"decay curve {name!r} {wanted}, {given}; write {shape.usage(name)}")
+        found = f"found {len(parameters)}: {', '.join(map(str, parameters))}" if parameters else "found none"
+        expected = "takes one parameter" if shape.parameter else "takes no parameter"
+        raise CurveError(f"decay curve {name!r} {expected}, {found}; write {shape.usage(name)}")
     for parameter in parameters:
         if not 0.0 < parameter < shape.upper:
             raise CurveError(f"decay curve {name!r}: {parameter} is out of range; write {shape.usage(name)}")
@@ -178,10 +193,14 @@ def named_curve(name: str, *parameters: float) -> Curve:
 
 
 def curve_from_points(points: Iterable[tuple[float, float]]) -> Curve:
-    """A curve through (s, d) points, linear between them.
+    """Returns a curve through points (s, d), linear between them.
+
+    Example:
+        >>> str(curve_from_points([(0, 1), (0.5, 0.25), (1, 0)]))
+        'table:0=1,0.5=0.25,1=0'
 
     Args:
-        points: at least two, s rising from 0 to 1, d not rising, d(0) = 1, every d within [0, 1].
+        points: at least two; s rises from 0 to 1, d does not rise, d(0) = 1, every d is within [0, 1].
 
     Raises:
         CurveError: a rule above is broken; names the point and the values.
@@ -206,31 +225,45 @@ def curve_from_points(points: Iterable[tuple[float, float]]) -> Curve:
 
 
 def curve_from_values(values: Iterable[float]) -> Curve:
-    """A curve through equally spaced values d(0) = 1, …, d(1), at least two; else as `curve_from_points`."""
+    """Returns a curve through equally spaced values, linear between them.
+
+    Args:
+        values: at least two, from d(0) = 1 to d(1), not rising, within [0, 1].
+
+    Raises:
+        CurveError: as `curve_from_points`.
+    """
     table = list(values)
     last = max(len(table) - 1, 1)
     return curve_from_points((i / last, value) for i, value in enumerate(table))
 
 
 def parse_curve(text: str) -> Curve:
-    """The curve that a text such as "linear", "power:0.5" or "table:0=1,0.5=0.2,1=0" names.
+    """Returns the curve that a text names.
 
-    A table is given as points s=d, or as equally spaced values of d alone ("table:1,0.2,0"). Names take
-    hyphens or underscores, in either case.
+    Example:
+        >>> str(parse_curve("ema"))
+        'ema:0.1'
+        >>> parse_curve("Minus_Sqrt") == named_curve("1-sqrt")
+        True
+        >>> str(parse_curve("table:1,0.2,0"))
+        'table:0=1,0.5=0.2,1=0'
 
-    >>> str(parse_curve("ema"))
-    'ema:0.1'
+    Args:
+        text: a name with or without a parameter ("linear", "power:0.5"), a table of points s=d
+            ("table:0=1,0.5=0.2,1=0"), or a table of equally spaced values of d ("table:1,0.2,0"). Names may have
+            hyphens or underscores, small or capital letters.
 
     Raises:
-        CurveError: unknown name (lists the valid ones with their parameters), a parameter that is not a
-            number, is out of range, or is one too many or too few.
+        CurveError: the name is unknown (lists the valid ones with their parameters); a parameter is not a number, is
+            out of range, or is one too many or too few.
     """
     name, colon, rest = text.strip().partition(":")
     name = name.strip().lower().replace("_", "-")
-    parts = rest.split(",") if colon else []
+    cells = rest.split(",") if colon else []
     if name != _TABLE:
-        return named_curve(name, *(_parse_number(part, text) for part in parts))
-    rows = [[_parse_number(number, text) for number in part.split("=")] for part in parts]
+        return named_curve(name, *(_parse_number(cell, text) for cell in cells))
+    rows = [[_parse_number(number, text) for number in cell.split("=")] for cell in cells]
     if all(len(row) == 1 for row in rows):
         return curve_from_values(row[0] for row in rows)
     if all(len(row) == 2 for row in rows):

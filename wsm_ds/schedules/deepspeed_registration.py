@@ -1,7 +1,9 @@
-"""Makes "WSMLR" and "WSDLR" names that a ds_config may use, whichever of wsm_ds and deepspeed is imported first.
+"""Registers "WSMLR" and "WSDLR" with DeepSpeed, so that a ds_config can name them.
 
-DeepSpeed looks a scheduler up as an attribute of `deepspeed.runtime.lr_schedules` (`runtime/engine.py:1923-1937`);
-accelerate asks whether `VALID_LR_SCHEDULES` has its name. Nothing is imported here until DeepSpeed is.
+It works whichever of wsm_ds and deepspeed is imported first. DeepSpeed looks a scheduler up as an attribute of
+`deepspeed.runtime.lr_schedules` (`runtime/engine.py`, `_scheduler_from_config`); accelerate looks for its name in
+`VALID_LR_SCHEDULES` (`accelerate/accelerator.py`). This module imports torch and the schedulers only after DeepSpeed
+was imported.
 """
 
 import importlib.abc
@@ -15,8 +17,9 @@ NAMES = ("WSMLR", "WSDLR")
 
 
 def register() -> None:
-    """Registers now if DeepSpeed is there, else as soon as it comes. Calling it again changes nothing."""
+    """Registers the names now if DeepSpeed is imported, or else when it is. A second call changes nothing."""
     module = sys.modules.get(TARGET)
+    # A module that is still being executed is in sys.modules, but has no VALID_LR_SCHEDULES yet.
     if module is not None and hasattr(module, "VALID_LR_SCHEDULES"):
         add_names(module)
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -24,8 +27,12 @@ def register() -> None:
 
 
 def add_names(module: ModuleType) -> None:
-    """Puts the schedulers into DeepSpeed's module."""
-    from wsm_ds.schedules import lr_schedules
+    """Adds the scheduler classes to DeepSpeed's module.
+
+    Args:
+        module: `deepspeed.runtime.lr_schedules`, after it was executed.
+    """
+    from wsm_ds.schedules import lr_schedules  # imports torch
 
     for name in NAMES:
         setattr(module, name, getattr(lr_schedules, name))
@@ -34,7 +41,7 @@ def add_names(module: ModuleType) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds TARGET where the other finders do, and adds the names after it has run."""
+    """Finds TARGET as Python's own finder does, and adds the names after the module was executed."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -1,107 +1,75 @@
-"""WSMLR: warm up, then a constant rate for ever. WSDLR: the same, then a decay; the baseline, and the branch.
+"""The schedulers WSMLR and WSDLR, for DeepSpeed and for plain torch.
 
-The rate of optimizer update t (the first is t = 1), with T = warmup_num_steps:
+WSMLR warms up and then keeps a constant rate without end. WSDLR does the same and then decays: it is the baseline to
+compare a merge with, and the branch that one trains from a stable checkpoint. `wsm_ds.schedules.rates` has the
+formulas.
 
-    WSMLR   min + (peak - min) · t / T    while t < T, then peak
-    WSDLR   the same up to t = S = decay_start_step, then  end + (peak - end) · d((t - S) / D)  for D updates,
-            then the value of its last update
-
-Both speak DeepSpeed's contract (`runtime/lr_schedules.py`, `runtime/engine.py:_take_model_step`) and torch's. They
-set the rate once more right before the first update after they were made or something was loaded, through the
-optimizer's own step hook, so that nothing that a loader put into the parameter groups is ever used. From then
-on `step()` sets it, and DeepSpeed's VariableBatchSizeLR may scale what it set.
+Both follow DeepSpeed's contract (`runtime/lr_schedules.py`, and `runtime/engine.py`, `_take_model_step`) and torch's.
+They write the rates when they are made, after each load and after each update. They write them once more right before
+the first update that follows a start or a load (`wsm_ds.schedules.optimizer_hooks`), so that rates that a loader put
+into the parameter groups are never used. Later rates are written once only, because DeepSpeed's VariableBatchSizeLR
+scales them in place.
 """
 
 import logging
-import numbers
-import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from wsm_ds.errors import CurveError, ScheduleError, few
-from wsm_ds.schedules.curves import Curve, parse_curve
+from wsm_ds.errors import CurveError, ScheduleError
+from wsm_ds.schedules.curves import parse_curve
+from wsm_ds.schedules.optimizer_hooks import OptimizerHooks, unwrapped
+from wsm_ds.schedules.parameters import Rates, collapsed, rates_per_group, regrouped, update_count
+from wsm_ds.schedules.rates import wsd_rate, wsm_rate
+from wsm_ds.schedules.saved_state import STATE_VERSION, parameter_changes, updates_in_state
 
 log = logging.getLogger(__name__)
 
-STATE_VERSION = 1
-Rates = float | list[float]
 OnChange = Literal["refuse", "apply"]
 IGNORED = ("total_num_steps", "verbose")
 """Parameters that HF and DeepSpeed fill in for their own schedules. A run that never decays has no total."""
 
 
-def wsm_rate(update: int, *, peak: float, warmup_num_steps: int, minimum: float = 0.0) -> float:
-    """The rate of optimizer update `update` >= 1: linear warmup, then `peak`.
-
-    Example:
-        >>> [wsm_rate(t, peak=4.0, warmup_num_steps=4) for t in (1, 2, 3, 4, 5, 10**9)]
-        [1.0, 2.0, 3.0, 4.0, 4.0, 4.0]
-    """
-    if update >= warmup_num_steps:
-        return peak
-    return minimum + (peak - minimum) * update / warmup_num_steps
-
-
-def wsd_rate(
-    update: int,
-    *,
-    peak: float,
-    warmup_num_steps: int,
-    minimum: float = 0.0,
-    decay_start_step: int,
-    decay_num_steps: int,
-    curve: Curve,
-    end: float = 0.0,
-) -> float:
-    """The rate of optimizer update `update` >= 1 of a warmup-stable-decay schedule.
-
-    Example:
-        >>> linear = parse_curve("linear")
-        >>> [wsd_rate(t, peak=4.0, warmup_num_steps=0, decay_start_step=2, decay_num_steps=4, curve=linear)
-        ...  for t in (1, 2, 3, 4, 5, 6, 7)]
-        [4.0, 4.0, 3.0, 2.0, 1.0, 0.0, 0.0]
-    """
-    if update <= decay_start_step:
-        return wsm_rate(update, peak=peak, warmup_num_steps=warmup_num_steps, minimum=minimum)
-    position = min((update - decay_start_step) / decay_num_steps, 1.0)
-    return end + (peak - end) * float(curve(position))
-
-
 class WSMLR(LRScheduler):
-    """Linear warmup, then a constant rate for ever; no total number of steps.
+    """Linear warmup, then a constant rate without end; there is no total number of steps.
 
-    A subclass of torch's LRScheduler for `isinstance` checks (accelerate, Lightning), but not of its
-    initialisation, which would step once and patch the optimizer.
-
-    Args:
-        optimizer: a torch optimizer, or DeepSpeed's or accelerate's wrapper of one.
-        warmup_min_lr: the rate that the warmup starts from (at t = 0), one for all parameter groups or one each.
-        warmup_max_lr: the peak, likewise; if not given the groups' own `initial_lr`, which every scheduler leaves
-            there, else their `lr`.
-        warmup_num_steps: T, in optimizer updates; 0 and 1 mean no warmup.
-        warmup_type: "linear" only; here for configs that say so.
-        last_batch_iteration: updates made before, less one, as in DeepSpeed; for a run whose checkpoint has no
-            scheduler state to load.
-        on_change: what to do if a loaded state was made with other parameters: "refuse" or "apply" the new ones.
-
-    Raises:
-        ScheduleError: a parameter is unknown or out of range; the message lists the valid ones.
+    It is a subclass of torch's LRScheduler for `isinstance` checks (accelerate, Lightning), but it does not call
+    torch's `__init__`, which would step once and patch the optimizer.
 
     Loading: after `engine.load_checkpoint` the next update uses the rate that an uninterrupted run would have used,
     with or without optimizer states. Where DeepSpeed is told not to restore the scheduler
-    (`load_lr_scheduler_states=False`, `load_module_only=True`) the warmup begins anew, at its first update.
+    (`load_lr_scheduler_states=False`, `load_module_only=True`) the warmup starts again at its first update.
 
-    Counting: one update per call of `step()`, as DeepSpeed calls it: never for an update that its fp16 or bf16
-    optimizer skipped. With a GradScaler of your own call it only if the scale did not fall. DeepSpeed's torch_autocast
-    with float16 does not know of skipped updates and counts them.
+    Counting: one update for each call of `step()`. DeepSpeed does not call it for an update that its fp16 or bf16
+    optimizer skipped. With a GradScaler of your own, call it only if the scale did not fall. DeepSpeed's
+    torch_autocast with float16 does not know of skipped updates and counts them.
+
+    Args:
+        optimizer: a torch optimizer, or a wrapper of one by DeepSpeed or accelerate.
+        warmup_min_lr: the rate that the warmup starts from (at t = 0); one for all parameter groups or one for each.
+        warmup_max_lr: the peak; one for all parameter groups or one for each. Default: the groups' `initial_lr`,
+            which every scheduler leaves there, or else their `lr`.
+        warmup_num_steps: T, in optimizer updates; 0 and 1 mean no warmup.
+        warmup_type: only "linear"; it exists for configurations that name it.
+        last_batch_iteration: updates made so far, minus one, as DeepSpeed counts. For a run whose checkpoint has no
+            scheduler state.
+        on_change: what to do if a loaded state was saved with other parameters: "refuse", or "apply" the new ones.
+        **others: parameters that Hugging Face and DeepSpeed fill in for all schedules (`IGNORED`).
+
+    Attributes:
+        optimizer: the torch optimizer, without wrappers.
+        num_updates: optimizer updates made so far.
+        min_lrs: the rate at t = 0 of each parameter group.
+        max_lrs: the peak of each parameter group.
+        base_lrs: the same, under torch's name.
+
+    Raises:
+        ScheduleError: a parameter is unknown or out of range; names it, and the valid ones.
     """
 
     _extra_parameters: tuple[str, ...] = ()
-    _step_count = 0  # accelerate adds to torch's own counter; nothing here reads it
+    _step_count = 0  # accelerate adds to torch's counter (accelerate/scheduler.py); nothing here reads it
 
     def __init__(
         self,
@@ -121,24 +89,29 @@ class WSMLR(LRScheduler):
             raise ScheduleError(f'on_change is {on_change!r}; it is "refuse" or "apply".')
         self.optimizer = unwrapped(optimizer)
         groups = self.optimizer.param_groups
-        self.warmup_num_steps = _count("warmup_num_steps", warmup_num_steps)
-        own = [float(group.get("initial_lr", group["lr"])) for group in groups]
-        for group, rate in zip(groups, own, strict=True):
+        self.warmup_num_steps = update_count("warmup_num_steps", warmup_num_steps)
+        initial_lrs = [float(group.get("initial_lr", group["lr"])) for group in groups]
+        for group, rate in zip(groups, initial_lrs, strict=True):
             group.setdefault("initial_lr", rate)
-        self.min_lrs = _per_group("warmup_min_lr", warmup_min_lr, len(groups))
-        self.max_lrs = _per_group("warmup_max_lr", own if warmup_max_lr is None else warmup_max_lr, len(groups))
+        peak = initial_lrs if warmup_max_lr is None else warmup_max_lr
+        self.min_lrs = rates_per_group("warmup_min_lr", warmup_min_lr, len(groups))
+        self.max_lrs = rates_per_group("warmup_max_lr", peak, len(groups))
         for low, high in zip(self.min_lrs, self.max_lrs, strict=True):
             if low > high:
                 raise ScheduleError(f"warmup_min_lr {low:g} is above warmup_max_lr {high:g}.")
         self.on_change = on_change
         self.base_lrs = list(self.max_lrs)
-        self.num_updates = _updates_of({"last_batch_iteration": last_batch_iteration})
-        self._positions: dict[int, int] = {}
-        self._attach()
+        self.num_updates = updates_in_state({"last_batch_iteration": last_batch_iteration})
+        self._hooks = OptimizerHooks(self.optimizer, self._apply)
         self._apply()
 
     def rate(self, group: int, update: int) -> float:
-        """The rate of parameter group number `group` in optimizer update `update` >= 1."""
+        """The rate of one parameter group in one update.
+
+        Args:
+            group: the group's place in the optimizer's list, from 0.
+            update: the update's number, from 1.
+        """
         return wsm_rate(
             update, peak=self.max_lrs[group], warmup_num_steps=self.warmup_num_steps, minimum=self.min_lrs[group]
         )
@@ -148,36 +121,39 @@ class WSMLR(LRScheduler):
         return [self.rate(group, self.num_updates + 1) for group in range(len(self.max_lrs))]
 
     def get_last_lr(self) -> list[float]:
-        """The rates that the parameter groups hold now: those of the next update."""
+        """The rates that were written into the parameter groups last: those of the next update."""
         return list(self._last_lr)
 
     @property
     def last_batch_iteration(self) -> int:
-        """DeepSpeed's count: updates made, less one."""
+        """DeepSpeed's count: updates made so far, minus one."""
         return self.num_updates - 1
 
     @property
     def last_epoch(self) -> int:
-        """torch's count: updates made."""
+        """torch's count: updates made so far."""
         return self.num_updates
 
     def step(self, last_batch_iteration: int | None = None, *_: Any, **__: Any) -> None:
-        """One more update was made. DeepSpeed calls it after every update that was not skipped.
+        """Counts one update and writes the rates of the next. DeepSpeed calls it after each update it did not skip.
 
-        Whatever else callers pass (Megatron's `increment`, an epoch, DeepSpeed's train_batch_size) is not a number of
-        updates and is ignored; but `step(0)` before the first update says that there was none (VariableBatchSizeLR).
+        Args:
+            last_batch_iteration: ignored, except that 0 before the first update counts none: VariableBatchSizeLR
+                calls `step(0)` when it is made. Other values mean different things to different callers (an epoch,
+                DeepSpeed's train_batch_size).
+            *_: ignored.
+            **__: ignored (Megatron's `increment`).
 
         Raises:
-            ScheduleError: another optimizer made the update than the one that this scheduler is bound to.
+            ScheduleError: the first update was made by an optimizer that this scheduler is not bound to.
         """
         if last_batch_iteration != 0 or self.num_updates > 0:
-            self._refuse_foreign()
+            self._refuse_wrong_optimizer()
             self.num_updates += 1
-        self._apply()
-        self._is_dirty = False
+        self._apply(must_rewrite=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings: the count and the parameters that made the rates."""
+        """Returns plain numbers and strings: the count of updates and the parameters that the rates depend on."""
         return {
             "version": STATE_VERSION,
             "scheduler": type(self).__name__,
@@ -186,147 +162,74 @@ class WSMLR(LRScheduler):
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Goes on from a saved state: our own, or DeepSpeed's WarmupLR's and its kin, or a torch scheduler's.
+        """Continues from a saved state.
 
-        None, from a checkpoint that was saved without a scheduler, keeps the count that `last_batch_iteration` set.
+        Args:
+            state: the state of a WSMLR or WSDLR, of DeepSpeed's WarmupLR and its subclasses, or of a torch scheduler.
+                None comes from a checkpoint that was saved without a scheduler; it keeps the present count.
 
         Raises:
-            ScheduleError: the state counts something else than updates, or was made with other parameters and
+            ScheduleError: the state counts something else than updates, or it was saved with other parameters and
                 `on_change` is "refuse" (both values are named).
         """
         if state is None:
             log.warning(
-                "the checkpoint holds no scheduler state: %s goes on from update %d. If the run is further, set "
-                "last_batch_iteration in the scheduler's params.",
+                "the checkpoint holds no scheduler state: %s continues with update %d. If the run has made more "
+                "updates, set last_batch_iteration in the scheduler's params.",
                 type(self).__name__,
                 self.num_updates + 1,
             )
             return
-        updates = _updates_of(state)
-        self._check_changes(state, updates)
+        updates = updates_in_state(state)
+        self._accept_changes(parameter_changes(state, self._parameters(), updates))
         self.num_updates = updates
         self._apply()
 
     def _parameters(self) -> dict[str, Any]:
         return {
-            "warmup_min_lr": _collapsed(self.min_lrs),
-            "warmup_max_lr": _collapsed(self.max_lrs),
+            "warmup_min_lr": collapsed(self.min_lrs),
+            "warmup_max_lr": collapsed(self.max_lrs),
             "warmup_num_steps": self.warmup_num_steps,
         }
 
-    def _check_changes(self, state: Mapping[str, Any], updates: int) -> None:
-        is_warm = updates >= max(self.warmup_num_steps, state.get("warmup_num_steps", 0))
-        irrelevant = ("warmup_min_lr", "warmup_num_steps") if is_warm else ()  # no later rate depends on them
-        changes = [
-            f"{name}: {state[name]} in the checkpoint, {value} in the configuration"
-            for name, value in self._parameters().items()
-            if name in state and state[name] != value and name not in irrelevant
-        ]
-        changes += self._decay_changes(state, updates)
+    def _accept_changes(self, changes: list[str]) -> None:
         if not changes:
             return
         if self.on_change == "refuse":
             raise ScheduleError(
                 f"{type(self).__name__} was saved with other parameters: {'; '.join(changes)}. Restore them, or set "
-                '"on_change": "apply" in the scheduler\'s params to go on with the configuration\'s.'
+                '"on_change": "apply" in the scheduler\'s params to continue with those of the configuration.'
             )
-        log.warning("%s goes on with changed parameters: %s", type(self).__name__, "; ".join(changes))
-
-    def _decay_changes(self, state: Mapping[str, Any], updates: int) -> list[str]:
-        start = state.get("decay_start_step")
-        if start is not None and updates > start:
-            return [f"decay_start_step: the checkpoint's rate decays since update {start}, this schedule never decays"]
-        return []
-
-    def _attach(self) -> None:
-        """Hooks into the optimizer; a scheduler that is dropped lets go of it."""
-        owner = weakref.ref(self)
-
-        def before_step(optimizer: Any, *_: Any) -> None:
-            scheduler = owner()
-            if scheduler is None:
-                return
-            scheduler._made_update = True
-            if scheduler._is_dirty:
-                scheduler._write(optimizer.param_groups)
-
-        def after_load(_: Any) -> None:
-            scheduler = owner()
-            if scheduler is not None:
-                scheduler._apply()
-
-        def after_any_step(*_: Any) -> None:
-            scheduler = owner()
-            if scheduler is not None:
-                scheduler._other_made_update = True
-
-        self._made_update = self._other_made_update = False
-        self.optimizer.register_step_pre_hook(before_step)
-        self.optimizer.register_load_state_dict_post_hook(after_load)
-        self._watch = register_optimizer_step_post_hook(after_any_step)
+        log.warning("%s continues with changed parameters: %s", type(self).__name__, "; ".join(changes))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_watch", "_positions")}
+        return {name: value for name, value in self.__dict__.items() if name != "_hooks"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy of an optimizer has neither the hooks nor the group dicts of the original.
+        # A copied optimizer has neither the hooks nor the group dicts of the original.
         self.__dict__.update(state)
-        self._positions = {}
-        self._attach()
+        self._hooks = OptimizerHooks(self.optimizer, self._apply)
         self._apply()
 
-    def _refuse_foreign(self) -> None:
-        """At the first step only: an update was made, but not by the optimizer that this scheduler is bound to.
-
-        That nobody stepped is no proof: a GradScaler may have skipped it, ZenFlow and SuperOffload step in another
-        process. Nor is it where gradients wait in the bound optimizer: a GAN's other half may have stepped.
-        """
-        self._watch.remove()
-        if self._made_update or not self._other_made_update:
-            return
-        if any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"]):
-            return
-        raise ScheduleError(
-            f"{type(self).__name__} was stepped, but the optimizer it is bound to made no update: it is bound to "
-            f"another optimizer ({type(self.optimizer).__name__}) than the one that trains. Give deepspeed.initialize "
-            "the class or a function optimizer -> scheduler, or name it in the ds_config: these are bound rightly."
-        )
-
-    def _apply(self) -> None:
+    def _apply(self, must_rewrite: bool = True) -> None:
         """Writes the next update's rates into all parameter groups."""
-        groups = self.optimizer.param_groups
-        if len(groups) != len(self.max_lrs):
-            self._resize(groups)
-        self._positions = {id(group): number for number, group in enumerate(groups)}
-        self._last_lr = self.get_lr()
-        self._write(groups)
-        self._is_dirty = True
+        if len(self.optimizer.param_groups) != len(self.max_lrs):
+            # DeepSpeed removes groups without parameters after the scheduler was made (runtime/engine.py).
+            places = self._hooks.old_places()
+            self.min_lrs = regrouped("warmup_min_lr", self.min_lrs, places)
+            self.max_lrs = regrouped("warmup_max_lr", self.max_lrs, places)
+            self.base_lrs = list(self.max_lrs)
+        self._last_lr = self.get_lr()  # VariableBatchSizeLR reads torch's private name
+        self._hooks.set_rates(self._last_lr, must_rewrite=must_rewrite)
 
-    def _resize(self, groups: list[dict[str, Any]]) -> None:
-        """Parameter groups were added or removed: each keeps its rates, a new one takes those that all share."""
-        kept = [self._positions.get(id(group)) for group in groups]
-        self.min_lrs = _resized("warmup_min_lr", self.min_lrs, kept)
-        self.max_lrs = _resized("warmup_max_lr", self.max_lrs, kept)
-        self.base_lrs = list(self.max_lrs)
-
-    def _write(self, groups: list[dict[str, Any]]) -> None:
-        """Sets the rates of `groups`: all of them, or the one that ZeRO 1 and 2 leave visible while they step.
-
-        A group is known by identity (`stage_1_and_2.py:2969` narrows the list), an unknown one by its place in a full
-        list.
-
-        Raises:
-            ScheduleError: a group is neither, and the groups' rates differ.
-        """
-        is_full, is_common = len(groups) == len(self._last_lr), len(set(self._last_lr)) == 1
-        for place, group in enumerate(groups):
-            number = self._positions.get(id(group), 0 if is_common else place if is_full else None)
-            if number is None:
-                raise ScheduleError("the optimizer's parameter groups were replaced one by one; which has which rate?")
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(self._last_lr[number])
-            else:
-                group["lr"] = self._last_lr[number]
+    def _refuse_wrong_optimizer(self) -> None:
+        if self._hooks.is_wrong_optimizer():
+            raise ScheduleError(
+                f"{type(self).__name__} was stepped, but the optimizer it is bound to made no update: it is bound to "
+                f"another optimizer ({type(self.optimizer).__name__}) than the one that trains. Give "
+                "deepspeed.initialize the class or a function optimizer -> scheduler, or name the scheduler in the "
+                "ds_config: then DeepSpeed binds it to the right one."
+            )
 
     def _refuse_unknown(self, others: Mapping[str, Any]) -> None:
         unknown = [name for name in others if name not in IGNORED]
@@ -341,14 +244,19 @@ class WSMLR(LRScheduler):
 class WSDLR(WSMLR):
     """WSMLR up to update `decay_start_step`, then a decay over `decay_num_steps` updates.
 
-    The baseline for a merge, and the branch that one takes from a stable checkpoint: a WSMLR state loads as it is.
+    It is the baseline for a merge, and the branch that one trains from a stable checkpoint: it loads the state of a
+    WSMLR as it is.
 
     Args:
-        decay_start_step: S, the last update at the peak; the step of the checkpoint that the branch starts from.
-        decay_num_steps: D >= 1, in updates.
-        decay_curve: as in `wsm_ds.schedules.curves` ("1-sqrt", "linear", "cosine", …).
-        decay_min_lr: the rate that d = 0 stands for.
-        optimizer, parameters: the others are WSMLR's.
+        optimizer: as for WSMLR.
+        decay_start_step: S, the last update at the peak: the step of the checkpoint that the branch starts from.
+        decay_num_steps: D >= 1, the duration of the decay in updates.
+        decay_curve: a text for `wsm_ds.schedules.curves.parse_curve` ("1-sqrt", "linear", "cosine", …).
+        decay_min_lr: the rate where d = 0; one for all parameter groups.
+        **parameters: those of WSMLR.
+
+    Raises:
+        ScheduleError: a parameter is missing, unknown or out of range; names it.
     """
 
     _extra_parameters = ("decay_start_step", "decay_num_steps", 'decay_curve ("1-sqrt")', "decay_min_lr (0)")
@@ -365,11 +273,11 @@ class WSDLR(WSMLR):
     ) -> None:
         if decay_start_step is None or decay_num_steps is None:
             raise ScheduleError("WSDLR needs decay_start_step (the last update at the peak) and decay_num_steps.")
-        self.decay_start_step = _count("decay_start_step", decay_start_step)
-        self.decay_num_steps = _count("decay_num_steps", decay_num_steps)
+        self.decay_start_step = update_count("decay_start_step", decay_start_step)
+        self.decay_num_steps = update_count("decay_num_steps", decay_num_steps)
         if self.decay_num_steps < 1:
             raise ScheduleError("decay_num_steps is 0; it is at least 1. WSMLR is the schedule without a decay.")
-        (self.decay_min_lr,) = _per_group("decay_min_lr", decay_min_lr, 1)
+        (self.decay_min_lr,) = rates_per_group("decay_min_lr", decay_min_lr, 1)
         try:
             self.curve = parse_curve(str(decay_curve))
         except CurveError as error:
@@ -381,7 +289,12 @@ class WSDLR(WSMLR):
             )
 
     def rate(self, group: int, update: int) -> float:
-        """The rate of parameter group number `group` in optimizer update `update` >= 1."""
+        """The rate of one parameter group in one update.
+
+        Args:
+            group: the group's place in the optimizer's list, from 0.
+            update: the update's number, from 1.
+        """
         return wsd_rate(
             update,
             peak=self.max_lrs[group],
@@ -400,75 +313,3 @@ class WSDLR(WSMLR):
             "decay_curve": str(self.curve),
             "decay_min_lr": self.decay_min_lr,
         }
-
-    def _decay_changes(self, state: Mapping[str, Any], updates: int) -> list[str]:
-        if "decay_start_step" not in state and updates > self.decay_start_step:
-            return [f"decay_start_step: the checkpoint's rate is constant until update {updates}, the configuration "
-                    f"decays since {self.decay_start_step}"]  # fmt: skip
-        return []
-
-
-def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside DeepSpeed's or accelerate's wrappers.
-
-    Raises:
-        ScheduleError: there is none.
-    """
-    inner = optimizer
-    while hasattr(inner, "optimizer"):
-        inner = inner.optimizer
-    if not isinstance(inner, torch.optim.Optimizer):
-        raise ScheduleError(f"{type(optimizer).__name__} is neither a torch optimizer nor a wrapper of one.")
-    return inner
-
-
-def _updates_of(state: Mapping[str, Any]) -> int:
-    """Updates made, from the state of this or another scheduler.
-
-    DeepSpeed counts from -1 (`last_batch_iteration` is 3 after four updates), torch from 0 (`last_epoch` is 4).
-    """
-    if state.get("version", STATE_VERSION) != STATE_VERSION:
-        raise ScheduleError(f"the scheduler state has version {state['version']}; this wsm_ds reads {STATE_VERSION}.")
-    if "last_batch_iteration" in state:
-        started = state["last_batch_iteration"]
-        return 0 if started == -1 else _count("last_batch_iteration", started) + 1
-    if "last_epoch" in state and "num_bad_epochs" not in state:  # ReduceLROnPlateau counts metrics, not updates
-        return _count("last_epoch", state["last_epoch"])
-    raise ScheduleError(
-        f"a scheduler state with {few(sorted(map(str, state)))} does not count optimizer updates (Megatron's counts "
-        "samples). Load the checkpoint with load_lr_scheduler_states=False, and set last_batch_iteration in the "
-        "scheduler's params to the updates made so far, less one."
-    )
-
-
-def _count(name: str, value: Any) -> int:
-    if not _is_rate(value) or int(value) != value:
-        raise ScheduleError(f"{name} is {value!r}; it is a whole number of updates, 0 or more.")
-    return int(value)
-
-
-def _is_rate(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) < float("inf")
-
-
-def _per_group(name: str, value: Any, groups: int) -> list[float]:
-    plain = value.tolist() if isinstance(value, torch.Tensor) else value
-    listed = list(plain) if isinstance(plain, Iterable) and not isinstance(plain, str) else [plain] * groups
-    if len(listed) != groups:
-        raise ScheduleError(f"{name} has {len(listed)} values for {groups} parameter groups.")
-    for rate in listed:
-        if not _is_rate(rate):
-            raise ScheduleError(f"{name} is {value!r}; a learning rate is a number, 0 or more.")
-    return [float(rate) for rate in listed]
-
-
-def _resized(name: str, rates: list[float], kept: list[int | None]) -> list[float]:
-    """The rates of the groups that were at the places `kept`; None is a new group."""
-    if None not in kept:
-        return [rates[place] for place in kept if place is not None]
-    return _per_group(name, _collapsed(rates), len(kept))
-
-
-def _collapsed(rates: list[float]) -> Rates:
-    """One number if all groups share it, so that a state fits other parameter groups too."""
-    return rates[0] if len(set(rates)) == 1 else list(rates)

@@ -78,7 +78,7 @@ def table(groups: Groups, form: Form) -> tuple[Table, list[int]]:
                 for name in closed:
                     for rank in range(form.world_size):
                         start, numel = zero3.partition(tensors[name].numel, rank, form.world_size)
-                        place = {"file": rank, "offset": 4 * lengths[rank], "dtype": dtype}
+                        place: Any = {"file": rank, "offset": 4 * lengths[rank], "dtype": dtype}
                         builder.add("master", int(name), start, numel, **place)
                         lengths[rank] += -(-tensors[name].numel // form.world_size)
             continue

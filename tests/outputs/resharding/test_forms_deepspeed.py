@@ -145,7 +145,7 @@ def test_deepspeed_loads_another_stage_with_default_arguments(
     runs: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, after: int
 ) -> None:
     """The files are those that DeepSpeed itself would have read back: states and all, in bf16 and fp16."""
-    jobs = []
+    jobs: list[dict[str, Any]] = []
     for dtype in ("bf16", "fp16"):
         for stage in STAGES:
             for new_stage in STAGES:

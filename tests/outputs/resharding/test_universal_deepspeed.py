@@ -31,7 +31,7 @@ def test_deepspeed_loads_a_universal_merge_at_any_stage_and_world_size(
     runs: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, after: int
 ) -> None:
     """What DeepSpeed then saves holds the merged masters and the newest's moments, element by element."""
-    jobs = []
+    jobs: list[dict[str, Any]] = []
     for before in STAGES:
         out = tmp_path / f"from{before}"
         merge(run=runs / f"w2_s{before}_bf16", last=3, coefficients=COEFFICIENTS, out=out, format="universal")
@@ -39,7 +39,13 @@ def test_deepspeed_loads_a_universal_merge_at_any_stage_and_world_size(
         assert verify(out, full=True).note == ""
         for stage in STAGES:
             resave = str(tmp_path / f"{before}to{stage}")
-            job = {"do": "load", "stage": stage, "dtype": "bf16", "root": str(out), "dump": str(out / "dump")}
+            job: dict[str, Any] = {
+                "do": "load",
+                "stage": stage,
+                "dtype": "bf16",
+                "root": str(out),
+                "dump": str(out / "dump"),
+            }
             jobs.append(job | {"steps": 2, "resave": resave, "config": UNIVERSAL, "before": before})
     reports = launch(jobs, world_size=after, folder=tmp_path_factory.mktemp("load"))
     for job, report in zip(jobs, reports[0], strict=True):
@@ -58,7 +64,7 @@ def test_deepspeed_loads_a_universal_merge_at_any_stage_and_world_size(
 def converted(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`ROOT/s{stage}/global_step{2,4,6}_universal`, made by DeepSpeed's converter."""
     root = tmp_path_factory.mktemp("universal")
-    jobs = []
+    jobs: list[dict[str, Any]] = []
     for stage in STAGES:
         for step in (2, 4, 6):
             out = str(root / f"s{stage}" / f"global_step{step}_universal")
@@ -91,7 +97,7 @@ def test_universal_checkpoints_of_deepspeed_merge_like_the_ones_they_were_made_o
 def test_deepspeed_goes_on_natively_from_a_universal_source(
     converted: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    jobs = []
+    jobs: list[dict[str, Any]] = []
     for stage in STAGES:
         out, size = tmp_path / str(stage), {"sub_group_size": 200} if stage == 3 else {}
         reshard(converted / f"s{stage}", tag="global_step4_universal", out=out, world_size=3, stage=stage, **size)
@@ -141,7 +147,7 @@ def test_a_universal_checkpoint_is_listed_and_its_faults_are_named(
 def test_round_robin_is_refused_because_deepspeed_would_misplace_it(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    base = {"stage": 2, "dtype": "bf16", "zero": {"round_robin_gradients": True}}
+    base: dict[str, Any] = {"stage": 2, "dtype": "bf16", "zero": {"round_robin_gradients": True}}
     jobs = [
         base | {"do": "train", "steps": 2, "every": 2, "run": str(tmp_path / "run")},
         {

@@ -1,0 +1,86 @@
+"""Checks the values that a ds_config or a script gives to a scheduler, and the numbers of a saved state."""
+
+import numbers
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from wsm_ds.errors import ScheduleError
+
+Rates = float | list[float]
+"""One rate for all parameter groups, or a list with one rate for each group."""
+
+
+def update_count(name: str, value: Any) -> int:
+    """Returns `value` as a number of optimizer updates.
+
+    Raises:
+        ScheduleError: `value` is not a whole number of 0 or more; names `name` and the value.
+
+    Example:
+        >>> update_count("warmup_num_steps", 1e3)
+        1000
+    """
+    if not _is_finite_number(value) or int(value) != value:
+        raise ScheduleError(f"{name} is {value!r}; it is a whole number of updates, 0 or more.")
+    return int(value)
+
+
+def rates_per_group(name: str, value: Any, groups: int) -> list[float]:
+    """Returns one learning rate for each parameter group.
+
+    Args:
+        name: the parameter's name, for the error message.
+        value: one number for all groups, or a list, array or tensor with one number for each group.
+        groups: number of parameter groups.
+
+    Raises:
+        ScheduleError: the list's length is not `groups`, or a rate is not a number of 0 or more; names `name`.
+
+    Example:
+        >>> rates_per_group("warmup_max_lr", 0.5, 3)
+        [0.5, 0.5, 0.5]
+    """
+    plain = value.tolist() if hasattr(value, "tolist") else value  # a torch tensor, a numpy array
+    rates = list(plain) if isinstance(plain, Iterable) and not isinstance(plain, str) else [plain] * groups
+    if len(rates) != groups:
+        raise ScheduleError(f"{name} has {len(rates)} values for {groups} parameter groups.")
+    for rate in rates:
+        if not _is_finite_number(rate):
+            raise ScheduleError(f"{name} is {value!r}; a learning rate is a number, 0 or more.")
+    return [float(rate) for rate in rates]
+
+
+def collapsed(rates: list[float]) -> Rates:
+    """Returns one number if all groups have the same rate, so that a saved state also fits other groups.
+
+    Example:
+        >>> collapsed([0.5, 0.5]), collapsed([0.5, 0.25])
+        (0.5, [0.5, 0.25])
+    """
+    return rates[0] if len(set(rates)) == 1 else list(rates)
+
+
+def regrouped(name: str, rates: list[float], old_places: Sequence[int | None]) -> list[float]:
+    """Returns the rates after parameter groups were added or removed.
+
+    Args:
+        name: the parameter's name, for the error message.
+        rates: one rate for each of the old groups.
+        old_places: for each of the new groups, its place among the old ones; None for an added group.
+
+    Raises:
+        ScheduleError: a group was added and the old groups have different rates, so the new rate is unknown.
+
+    Example:
+        >>> regrouped("warmup_max_lr", [8.0, 4.0, 2.0], [0, 2])
+        [8.0, 2.0]
+        >>> regrouped("warmup_max_lr", [8.0, 8.0], [0, 1, None])
+        [8.0, 8.0, 8.0]
+    """
+    if None not in old_places:
+        return [rates[place] for place in old_places if place is not None]
+    return rates_per_group(name, collapsed(rates), len(old_places))
+
+
+def _is_finite_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) < float("inf")
