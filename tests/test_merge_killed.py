@@ -151,7 +151,7 @@ def test_a_killed_merge_goes_on_with_its_own_window_although_training_went_on(ru
     assert killed_at(30, recipe)
     (tmp_path / "later").rename(later)
     merged = merge(make_recipe(**recipe))
-    assert [source["step"] for source in merged["sources"]] == [2, 4]
+    assert [source["step"] for source in merged.manifest["sources"]] == [2, 4]
 
 
 def test_a_killed_merge_goes_on_although_its_run_is_a_relative_path_or_a_link(
