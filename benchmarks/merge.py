@@ -149,14 +149,14 @@ def limit(run: Path, out: Path, count: int) -> None:
         buffer = memoryview(bytearray(1 << 18))
         stream = plan.streams[task.stream]
         for source in stream.sources:
-            for element, numel, file, offset in source.parts(task.begin, task.end):
+            for element, numel, file, offset in source.within(task.begin, task.end):
                 with plan.inputs[file].path.open("rb", buffering=0) as opened:
                     opened.seek(offset)
                     remaining = numel * source.dtype(element).itemsize
                     while remaining:
                         remaining -= opened.readinto(buffer[: min(remaining, len(buffer))]) or 0
         places = stream.targets[0].places
-        for element, numel, file, offset in places.parts(task.begin, task.end):
+        for element, numel, file, offset in places.within(task.begin, task.end):
             nbytes = numel * places.dtype(element).itemsize
             for at in range(0, nbytes, len(buffer)):
                 os.pwrite(descriptors[file], buffer[: min(len(buffer), nbytes - at)], offset + at)

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from wsm_ds.engine import seals
 from wsm_ds.engine.seals import CrcFields, Fingerprint, block_count, block_of, block_range, block_sizes, read_seal
-from wsm_ds.planning.plan import CrcField, OutputFile
+from wsm_ds.filesystem import checksum
+from wsm_ds.planning.plan import CrcField, OutputFile, OutputNumber
 
 NBYTES = 100
 FIELDS = (CrcField(5, 20, (60,)), CrcField(30, 0, (64,)), CrcField(25, 30, (68, 90)))
-FILE = OutputFile(0, "x.pt", NBYTES, (), FIELDS)
+FILE = OutputFile(OutputNumber(0), "x.pt", NBYTES, (), FIELDS)
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def test_blocks_tile_a_file() -> None:
     assert ranges == [(0, 16), (16, 32), (32, 48), (48, 64), (64, 80), (80, 96), (96, 100)]
     assert block_sizes(FILE).tolist() == [end - begin for begin, end in ranges]
     assert [block_of(offset) for offset in (0, 15, 16, 99)] == [0, 0, 1, 6]
-    assert block_sizes(OutputFile(0, "empty", 0, (), ())).tolist() == []
+    assert block_sizes(OutputFile(OutputNumber(0), "empty", 0, (), ())).tolist() == []
 
 
 @pytest.mark.usefixtures("blocks_of_16")
@@ -54,7 +55,7 @@ def test_a_seal_is_the_same_for_any_cuts_and_gives_the_crcs_of_the_fields(data: 
     for field in FIELDS:
         for position in field.positions:
             filled[position : position + 4] = b"\0\0\0\0"
-    digests = [seals.checksum.Hasher(bytes(filled[slice(*block_range(FILE, b))])).digest() for b in range(7)]
+    digests = [checksum.Hasher(bytes(filled[slice(*block_range(FILE, b))])).digest() for b in range(7)]
     assert [seal.digest for seal in sealed] == digests
 
 

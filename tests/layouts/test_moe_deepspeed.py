@@ -73,7 +73,7 @@ def masters(checkpoint: Path, flats: dict[int, list[torch.Tensor]], ep: int) -> 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: run_name(*case))
 @pytest.mark.parametrize("policy", ["carry", "merge", "drop"])
 def test_experts_are_merged_and_their_files_derived(
-    written: Path, tmp_path: Path, case: tuple[int, int, int, str], policy: str
+    written: Path, tmp_path: Path, case: tuple[int, int, int, str], policy: Any
 ) -> None:
     run, ep = written / run_name(*case), case[1]
     merge(run=run, last=1, coefficients=(1.0,), out=tmp_path / "one")

@@ -64,7 +64,7 @@ def layer_files(checkpoint: Path) -> dict[tuple[int, int], dict[str, torch.Tenso
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("policy", ["carry", "merge", "drop"])
 def test_stages_are_merged_and_their_layers_files_derived(
-    written: Path, tmp_path: Path, name: str, policy: str
+    written: Path, tmp_path: Path, name: str, policy: Any
 ) -> None:
     run, degree = written / name, CASES[name]["mp"] // 2
     merge(run=run, last=1, coefficients=(1.0,), out=tmp_path / "one")

@@ -67,7 +67,7 @@ def wanted_masters(run: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("policy", ["carry", "drop"])
 def test_masters_are_merged_and_the_module_is_derived_from_them(
-    written: Path, tmp_path: Path, name: str, policy: str
+    written: Path, tmp_path: Path, name: str, policy: Any
 ) -> None:
     run, out = written / name, tmp_path / "out"
     merge(run=run, last=1, coefficients=(1.0,), out=tmp_path / "one")

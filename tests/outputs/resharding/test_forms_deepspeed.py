@@ -169,9 +169,9 @@ def test_deepspeed_loads_another_stage_with_default_arguments(
 
 
 @pytest.mark.parametrize("policy", ["carry", "merge", "drop"])
-def test_a_merge_in_another_form_is_the_merge_put_into_that_form(runs: Path, tmp_path: Path, policy: str) -> None:
+def test_a_merge_in_another_form_is_the_merge_put_into_that_form(runs: Path, tmp_path: Path, policy: Any) -> None:
     """One pass equals two: merge, then reshard."""
-    run, form = runs / "w2_s2_bf16", {"world_size": 3, "stage": 3, "sub_group_size": 100}
+    run, form = runs / "w2_s2_bf16", dict[str, Any]({"world_size": 3, "stage": 3, "sub_group_size": 100})
     merge(run=run, last=3, curve="1-sqrt", out=tmp_path / "one", optimizer_states=policy, **form)
     merge(run=run, last=3, curve="1-sqrt", out=tmp_path / "two", optimizer_states=policy)
     reshard(tmp_path / "two", out=tmp_path / "three", **form)
@@ -205,7 +205,7 @@ def test_the_reshard_command_says_what_it_makes(runs: Path, tmp_path: Path, caps
 
 
 def test_forms_that_contradict_themselves_are_refused(runs: Path, tmp_path: Path) -> None:
-    common = {"last": 1, "curve": "linear", "out": tmp_path / "out", "run": runs / "w2_s2_bf16"}
+    common: dict[str, Any] = {"last": 1, "curve": "linear", "out": tmp_path / "out", "run": runs / "w2_s2_bf16"}
     with pytest.raises(RecipeError, match="sub_group_size belongs to stage 3"):
         merge(**common, sub_group_size=100)
     with pytest.raises(RecipeError, match="for zero outputs"):
