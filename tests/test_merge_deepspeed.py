@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def checkpoints(run: Path) -> list[Path]:
     return [run / f"global_step{step}" for step in (2, 4, 6)]
 
 
-def merge_three(run: Path, out: Path, **values: object) -> Path:
+def merge_three(run: Path, out: Path, **values: Any) -> Path:
     merge(run=run, last=3, coefficients=COEFFICIENTS, out=out, **values)
     return out
 
@@ -43,7 +44,7 @@ def test_one_checkpoint_with_coefficient_one_is_reproduced_byte_for_byte(
 @pytest.mark.parametrize(("stage", "dtype"), CASES)
 @pytest.mark.parametrize("policy", ["carry", "merge", "drop"])
 def test_masters_module_and_moments_equal_the_reference_bit_for_bit(
-    runs: Path, tmp_path: Path, stage: int, dtype: str, policy: str
+    runs: Path, tmp_path: Path, stage: int, dtype: str, policy: Any
 ) -> None:
     run = runs / f"w2_s{stage}_{dtype}"
     out = merge_three(run, tmp_path / "out", optimizer_states=policy)
@@ -109,7 +110,7 @@ def test_safetensors_hold_the_rounded_merge_in_shards_with_an_index(
 
 def test_export_writes_one_file_of_the_chosen_dtype(runs: Path, tmp_path: Path) -> None:
     run = runs / "w2_s3_bf16"
-    export(run, "global_step4", tmp_path / "out", dtype="fp32")
+    export(run, tag="global_step4", out=tmp_path / "out", dtype="fp32")
     tensors = load_file(tmp_path / "out/model.safetensors")
     for name, wanted in merged_parameters([run / "global_step4"], [1.0], 3).items():
         assert torch.equal(tensors[name], wanted), name

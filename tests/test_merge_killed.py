@@ -78,7 +78,7 @@ def test_a_merge_killed_at_any_operation_and_started_again_ends_in_the_same_byte
 
 
 def test_a_merge_killed_again_and_again_comes_to_its_end(runs: Path, tmp_path: Path) -> None:
-    recipe = {"run": runs / "w2_s2_bf16", "last": 3, "curve": "linear", "threads": 2}
+    recipe: dict[str, Any] = {"run": runs / "w2_s2_bf16", "last": 3, "curve": "linear", "threads": 2}
     merge(make_recipe(**recipe | {"out": tmp_path / "right"}))
     dice = random.Random(1)
     for _ in range(50):
@@ -99,8 +99,8 @@ def test_what_was_done_before_the_kill_is_not_read_again(
 ) -> None:
     for module in MODULES:
         monkeypatch.setattr(module, "BLOCK_BYTES", 128)
-    recipe = {"run": runs / "w2_s2_bf16", "last": 3, "curve": "linear", "threads": 1, "out": tmp_path / "out",
-              "format": "safetensors", "dtype": "fp32"}  # fmt: skip
+    recipe: dict[str, Any] = {"run": runs / "w2_s2_bf16", "last": 3, "curve": "linear", "threads": 1,
+                              "out": tmp_path / "out", "format": "safetensors", "dtype": "fp32"}  # fmt: skip
     plan = plan_merge(make_recipe(**recipe))
     blocks, done, count = plan.bytes_to_write // 128, 0, 10
     while done < blocks * 0.6:
@@ -131,7 +131,7 @@ def test_the_same_merge_again_is_done_and_another_one_is_refused(
 def test_a_merge_with_other_arguments_goes_on_only_from_the_start_and_only_if_told_to(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = {"run": runs / "w2_s2_bf16", "last": 3, "curve": "linear", "out": tmp_path / "out"}
+    recipe: dict[str, Any] = {"run": runs / "w2_s2_bf16", "last": 3, "curve": "linear", "out": tmp_path / "out"}
     assert killed_at(30, recipe)
     command = ["merge", str(runs / "w2_s2_bf16"), "--last", "3", "--curve", "1-sqrt", "--out", str(tmp_path / "out")]
     assert main(command) == 2
@@ -147,11 +147,11 @@ def test_a_killed_merge_goes_on_with_its_own_window_although_training_went_on(ru
     run = Path(shutil.copytree(runs / "w2_s2_bf16", tmp_path / "run"))
     later = run / "global_step6"
     later.rename(tmp_path / "later")
-    recipe = {"run": run, "last": 2, "curve": "linear", "out": tmp_path / "out"}
+    recipe: dict[str, Any] = {"run": run, "last": 2, "curve": "linear", "out": tmp_path / "out"}
     assert killed_at(30, recipe)
     (tmp_path / "later").rename(later)
     merged = merge(make_recipe(**recipe))
-    assert [source["step"] for source in merged["sources"]] == [2, 4]
+    assert [source["step"] for source in merged.manifest["sources"]] == [2, 4]
 
 
 def test_a_killed_merge_goes_on_although_its_run_is_a_relative_path_or_a_link(
@@ -169,7 +169,7 @@ def test_a_killed_merge_goes_on_although_its_run_is_a_relative_path_or_a_link(
 
 def test_a_source_that_changed_since_the_kill_is_noticed(runs: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(runs / "w2_s2_bf16", tmp_path / "run"))
-    recipe = {"run": run, "last": 3, "curve": "linear", "out": tmp_path / "out"}
+    recipe: dict[str, Any] = {"run": run, "last": 3, "curve": "linear", "out": tmp_path / "out"}
     assert killed_at(30, recipe)
     os.utime(next((run / "global_step4").glob("*rank_1*")), (1, 1))
     with pytest.raises(OutputExists, match=r"inputs differ.*--restart"):
@@ -177,7 +177,7 @@ def test_a_source_that_changed_since_the_kill_is_noticed(runs: Path, tmp_path: P
 
 
 def test_staged_bytes_that_are_not_those_of_the_journal_are_made_again(runs: Path, tmp_path: Path) -> None:
-    recipe = {"run": runs / "w2_s2_bf16", "last": 3, "curve": "linear", "threads": 1}
+    recipe: dict[str, Any] = {"run": runs / "w2_s2_bf16", "last": 3, "curve": "linear", "threads": 1}
     merge(make_recipe(**recipe | {"out": tmp_path / "right"}))
     assert killed_at(80, recipe | {"out": tmp_path / "out"})
     staged = Staging(tmp_path / "out")
@@ -195,7 +195,7 @@ def test_staged_bytes_that_are_not_those_of_the_journal_are_made_again(runs: Pat
 def test_a_read_that_fails_for_a_moment_is_tried_again(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
-    recipe = {"run": runs / "w2_s2_bf16", "last": 3, "curve": "linear", "threads": 1}
+    recipe: dict[str, Any] = {"run": runs / "w2_s2_bf16", "last": 3, "curve": "linear", "threads": 1}
     merge(make_recipe(**recipe | {"out": tmp_path / "right"}))
     monkeypatch.setattr(reader, "PAUSES_S", (0.0, 0.0))
     failing(monkeypatch, number, every=3)
@@ -221,7 +221,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, number: int, every: int) -> None:
 def test_read_errors_that_stay_end_the_merge_and_the_next_one_goes_on(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = {"run": runs / "w2_s2_bf16", "last": 3, "curve": "linear", "out": tmp_path / "out"}
+    recipe: dict[str, Any] = {"run": runs / "w2_s2_bf16", "last": 3, "curve": "linear", "out": tmp_path / "out"}
     with monkeypatch.context() as patch:
         patch.setattr(reader, "PAUSES_S", (0.0, 0.0))
         failing(patch, errno.EIO, every=1)
@@ -270,7 +270,7 @@ def test_a_merge_that_fills_the_disk_removes_what_it_wrote(
 def test_a_disk_or_memory_that_is_too_small_is_an_error_before_anything_is_written(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = {"run": runs / "w2_s2_bf16", "last": 3, "curve": "linear", "out": tmp_path / "out"}
+    recipe: dict[str, Any] = {"run": runs / "w2_s2_bf16", "last": 3, "curve": "linear", "out": tmp_path / "out"}
     found = os.statvfs(tmp_path)
 
     def with_free(blocks: int, inodes: int) -> Any:

@@ -58,7 +58,7 @@ def test_six_checkpoints_of_three_world_sizes_and_two_stages_merge_into_every_fo
     six: tuple[Path, list[tuple[Path, int]]], tmp_path: Path, form: dict[str, Any]
 ) -> None:
     run, sources = six
-    states = {} if form.get("format") == "safetensors" else {"optimizer_states": "merge"}
+    states: dict[str, Any] = {} if form.get("format") == "safetensors" else {"optimizer_states": "merge"}
     merge(run=run, last=6, coefficients=SIX, out=tmp_path / "out", allow=("warmup",), **form, **states)
     assert verify(tmp_path / "out", full=True).note == ""
     wanted = expected(sources, "master")
@@ -72,7 +72,7 @@ def test_six_checkpoints_of_three_world_sizes_and_two_stages_merge_into_every_fo
         for name, value in wanted.items():
             held = torch.load(tmp_path / f"out/global_step6_universal/zero/{name}/fp32.pt")
             assert torch.equal(held["param"], value), name
-        export(tmp_path / "out", None, tmp_path / "model")
+        export(tmp_path / "out", out=tmp_path / "model")
     model = tmp_path / ("model" if form["format"] == "universal" else "out")
     tensors = load_file(model / "model.safetensors")
     assert all(torch.equal(tensors[name], value.bfloat16()) for name, value in wanted.items())
@@ -81,7 +81,7 @@ def test_six_checkpoints_of_three_world_sizes_and_two_stages_merge_into_every_fo
 @pytest.mark.parametrize("newest", ["w1_s1", "w3_s2", "w4_s3"])
 @pytest.mark.parametrize("output", ["zero", "safetensors"])
 def test_a_mixed_window_equals_the_reference_in_the_newest_layout(
-    runs: Path, other_world_sizes: Path, tmp_path: Path, newest: str, output: str
+    runs: Path, other_world_sizes: Path, tmp_path: Path, newest: str, output: Any
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()

@@ -132,7 +132,7 @@ def test_an_included_file_wins_and_later_arrivals_beside_the_source_do_not_distu
     shutil.copytree(trained[0] / "2True", run)
     own = tmp_path / "config.json"
     own.write_text('{"mine": true}')
-    common = {"run": run, "last": 1, "coefficients": (1.0,)}
+    common: dict[str, Any] = {"run": run, "last": 1, "coefficients": (1.0,)}
     plan = plan_merge(make_recipe(out=tmp_path / "out", include=(own,), **common))
     described = {entry["name"]: entry["bytes"] for entry in plan.to_json()["outputs"][0]["files"]}
     assert described["config.json"] == own.stat().st_size
@@ -154,7 +154,7 @@ def test_a_run_without_trainer_carries_nothing_that_lies_about(trained: Trained,
 
 
 def test_a_resharded_trainer_folder_keeps_trainers_files(trained: Trained, tmp_path: Path) -> None:
-    reshard(trained[0] / "2True", "checkpoint-4", tmp_path / "out", world_size=3)
+    reshard(trained[0] / "2True", tag="checkpoint-4", out=tmp_path / "out", world_size=3)
     assert json.loads((tmp_path / "out/trainer_state.json").read_text())["global_step"] == 4
     assert len(list((tmp_path / "out/global_step4").glob("*_optim_states.pt"))) == 3
 
@@ -167,7 +167,7 @@ def test_names_are_changed_by_rules_and_never_made_equal(trained: Trained, tmp_p
     names = set(load_file(tmp_path / "out/model.safetensors"))
     assert {"embed_tokens.weight", "block0.mlp.up_proj.weight", "block1.input_layernorm.weight", "norm.weight"} <= names
     assert (tmp_path / "out/report.json").is_file()
-    common = {"run": run, "last": 1, "curve": "linear", "format": "safetensors", "out": tmp_path / "no"}
+    common: dict[str, Any] = {"run": run, "last": 1, "curve": "linear", "format": "safetensors", "out": tmp_path / "no"}
     with pytest.raises(RecipeError, match=r"the name 'x', which .* has already"):
         merge(**common, rename={".*proj.*": "x"})
     with pytest.raises(RecipeError, match="not a regular expression"):

@@ -1,6 +1,18 @@
 """wsm_ds: warmup-stable-and-merge for DeepSpeed.
 
-Importing it makes `WSMLR` and `WSDLR` known to DeepSpeed and imports nothing heavy: every name below is
+Merge the checkpoints of a run instead of decaying its learning rate:
+
+    import wsm_ds
+
+    print(wsm_ds.plan_merge(run="RUN", last=8, out="MERGED").to_json())  # what would be done
+    result = wsm_ds.merge(run="RUN", last=8, out="MERGED")
+    wsm_ds.verify(result.out)
+
+What is stable: the names in `__all__`, with their parameters and attributes, the exit codes of errors, the command
+line, and the format of a manifest. Within a major version they only grow. Everything else, the modules' places
+included, may change at any time: import from `wsm_ds`, not from its modules.
+
+Importing the package makes `WSMLR` and `WSDLR` known to DeepSpeed and imports neither torch nor deepspeed. A name is
 loaded when it is first used.
 """
 
@@ -10,21 +22,30 @@ from wsm_ds.schedules.deepspeed_registration import register
 
 __version__ = "0.1.0"
 
-_HOMES = {
+# The same names three times: type checkers read neither a computed `__all__` nor __getattr__. A test compares them.
+_MODULES = {
     "WSMLR": "schedules.lr_schedules",
     "WSDLR": "schedules.lr_schedules",
     "MergeRecipe": "planning.recipe",
+    "make_recipe": "planning.recipe",
+    "make_recipes": "planning.recipe",
     "load_recipe": "planning.recipe",
     "load_recipes": "planning.recipe",
-    "make_recipes": "planning.recipe",
+    "Plan": "planning.plan",
+    "Output": "planning.plan",
+    "Source": "planning.plan",
     "merge": "merging",
     "merge_all": "merging",
     "plan_merge": "merging",
     "run_plan": "merging",
     "export": "merging",
     "reshard": "merging",
+    "MergeResult": "merging",
+    "MergeOutcome": "merging",
     "verify": "verification",
+    "VerificationResult": "verification",
     "inspect_run": "inspection",
+    "Inspected": "inspection",
     "parse_curve": "schedules.curves",
     "merge_coefficients": "schedules.coefficients",
     "coefficients_from_decay_factors": "schedules.coefficients",
@@ -34,13 +55,55 @@ _HOMES = {
     "lag": "schedules.coefficients",
     "WsmError": "errors",
 }
-__all__ = [*_HOMES, "__version__"]
+__all__ = [
+    "WSDLR",
+    "WSMLR",
+    "Inspected",
+    "MergeOutcome",
+    "MergeRecipe",
+    "MergeResult",
+    "Output",
+    "Plan",
+    "Source",
+    "VerificationResult",
+    "WsmError",
+    "__version__",
+    "coefficients_from_decay_factors",
+    "decay_factors_from_coefficients",
+    "effective_sample_size",
+    "export",
+    "inspect_run",
+    "lag",
+    "load_recipe",
+    "load_recipes",
+    "make_recipe",
+    "make_recipes",
+    "merge",
+    "merge_all",
+    "merge_coefficients",
+    "parse_curve",
+    "plan_merge",
+    "reshard",
+    "run_plan",
+    "verify",
+    "weight_decay_aware_coefficients",
+]
 
 if TYPE_CHECKING:
     from wsm_ds.errors import WsmError
-    from wsm_ds.inspection import inspect_run
-    from wsm_ds.merging import export, merge, merge_all, plan_merge, reshard, run_plan
-    from wsm_ds.planning.recipe import MergeRecipe, load_recipe, load_recipes, make_recipes
+    from wsm_ds.inspection import Inspected, inspect_run
+    from wsm_ds.merging import (
+        MergeOutcome,
+        MergeResult,
+        export,
+        merge,
+        merge_all,
+        plan_merge,
+        reshard,
+        run_plan,
+    )
+    from wsm_ds.planning.plan import Output, Plan, Source
+    from wsm_ds.planning.recipe import MergeRecipe, load_recipe, load_recipes, make_recipe, make_recipes
     from wsm_ds.schedules.coefficients import (
         coefficients_from_decay_factors,
         decay_factors_from_coefficients,
@@ -51,17 +114,23 @@ if TYPE_CHECKING:
     )
     from wsm_ds.schedules.curves import parse_curve
     from wsm_ds.schedules.lr_schedules import WSDLR, WSMLR
-    from wsm_ds.verification import verify
+    from wsm_ds.verification import VerificationResult, verify
 
 
 def __getattr__(name: str) -> Any:
+    """Loads a public name from its module."""
     from importlib import import_module
 
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'wsm_ds' has no attribute {name!r}")
-    value = getattr(import_module(f"wsm_ds.{_HOMES[name]}"), name)
+    value = getattr(import_module(f"wsm_ds.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    """The public names, loaded or not, for completion."""
+    return sorted({*globals(), *__all__})
 
 
 register()

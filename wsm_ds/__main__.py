@@ -1,4 +1,4 @@
-"""`python -m wsm_ds` is `wsm-ds`."""
+"""Runs the command `wsm-ds` as `python -m wsm_ds`."""
 
 import sys
 

@@ -1,11 +1,14 @@
 """The merge: recipes → plan → bytes → published outputs. One call from Python, one command from a shell."""
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import Unpack
 
 from wsm_ds.distributed.ranks import Ranks
 from wsm_ds.dtypes import BY_NAME
@@ -15,7 +18,7 @@ from wsm_ds.engine.tasks import share, tasks_of
 from wsm_ds.engine.threads import run_tasks, workers_for
 from wsm_ds.engine.timings import Timings
 from wsm_ds.errors import OutputExists, RecipeError, VerificationFailed
-from wsm_ds.filesystem.capacity import bytes_held, require_disk, require_memory
+from wsm_ds.filesystem.capacity import disk_usage_bytes, require_disk, require_memory
 from wsm_ds.filesystem.durable import require_absent, write_text
 from wsm_ds.layouts import Layout, read_layout
 from wsm_ds.outputs.resharding.form import RequestedForm
@@ -24,58 +27,67 @@ from wsm_ds.outputs.trainer_files import trainer_files
 from wsm_ds.outputs.zero_checkpoint import OutputFiles, OutputWindow, plan_zero_checkpoint
 from wsm_ds.planning.plan import CopySegment, InputFile, InputNumber, Output, OutputFile, OutputNumber, Plan, Source
 from wsm_ds.planning.recipe import MergeRecipe, make_recipe
+from wsm_ds.planning.recipe_options import CheckpointOptions, ExportOptions, RecipeOptions, ReshardOptions
 from wsm_ds.planning.streams import ElementRequest, SourceTables, carry_streams, element_streams, source_tables
 from wsm_ds.planning.window import ReadLayout, Window, recorded_window, select_window, union_of
 from wsm_ds.publishing.manifest import description, make_manifest, read_manifest
 from wsm_ds.publishing.staging_folder import (
     MANIFEST,
     Staging,
-    begun,
     commit,
     discard,
     staged,
+    unfinished_merge,
 )
 from wsm_ds.schedules.coefficients import effective_sample_size, lag
 
 Progress = Callable[[int], None]
+"""Called with the bytes that were read and written since the last call."""
 
 
-def plan_merge(recipes: MergeRecipe | Sequence[MergeRecipe]) -> Plan:
-    """What `merge` would do. Reads metadata only, writes nothing.
+def plan_merge(recipes: MergeRecipe | Sequence[MergeRecipe] | None = None, /, **options: Unpack[RecipeOptions]) -> Plan:
+    """Plans what `merge` would do. Reads metadata only, and writes nothing.
 
-    Outputs that the very same merge has made already are left out; the plan has no parts if that is all of them.
-    A merge that was begun and killed goes on with the window that it began with.
+    An output that the same merge has made before is left out; if all are, the plan has no outputs. A merge that was
+    killed keeps the checkpoints that it began with, also if newer ones have appeared since.
+
+    Args:
+        recipes: one or several; several are made in one pass, and every source is read once.
+        options: the fields of one `MergeRecipe`, instead of `recipes`.
 
     Raises:
         WsmError: the window, the checkpoints or the budget are not right; see `select_window`, `workers_for`.
         OutputExists: the recipe's `out` is there already, and is not this merge.
     """
+    if recipes is None:
+        recipes = make_recipe(**options)
     chosen = [recipes] if isinstance(recipes, MergeRecipe) else list(recipes)
     if len({recipe.out.absolute() for recipe in chosen}) < len(chosen):
         raise RecipeError("two outputs have the same folder.")
     read = cache(read_layout)
     windows = [_window(recipe, read) for recipe in chosen]
     plan = plan_windows(chosen, windows)
-    left = [part for part, recipe in enumerate(chosen) if not _is_made(plan, part, recipe.out)]
-    if len(left) < len(chosen):
-        return plan_windows([chosen[part] for part in left], [windows[part] for part in left])
+    remaining = [number for number, recipe in enumerate(chosen) if not _is_made(plan, number, recipe.out)]
+    if len(remaining) < len(chosen):
+        return plan_windows([chosen[number] for number in remaining], [windows[number] for number in remaining])
     return plan
 
 
 def _window(recipe: MergeRecipe, read: ReadLayout) -> Window:
-    described = begun(recipe.out)
-    if described is not None:
-        wanted = recipe.model_dump(mode="json")
-        recorded = described.get("recipe")
-        if isinstance(recorded, dict) and all(wanted.get(name) == value for name, value in recorded.items()):
-            return recorded_window(described["sources"], recipe, read)
+    """The window that a killed merge of this recipe began with, or else the one that the recipe chooses now."""
+    unfinished = unfinished_merge(recipe.out)
+    if unfinished is not None:
+        fields = recipe.model_dump(mode="json")
+        recorded = unfinished.get("recipe")
+        if isinstance(recorded, dict) and all(fields.get(name) == value for name, value in recorded.items()):
+            return recorded_window(unfinished["sources"], recipe, read)
     elif not (recipe.out / MANIFEST).is_file():
         require_absent(recipe.out)
     return select_window(recipe, read)
 
 
-def _is_made(plan: Plan, part: int, out: Path) -> bool:
-    """Whether `out` is this merge, made before."""
+def _is_made(plan: Plan, number: int, out: Path) -> bool:
+    """Whether the same merge has made this output before. Removes what is left of its staging folder then."""
     if not (out / MANIFEST).is_file():
         require_absent(out)
         return False
@@ -83,35 +95,44 @@ def _is_made(plan: Plan, part: int, out: Path) -> bool:
         identity = read_manifest(out).get("identity")
     except VerificationFailed:
         identity = None
-    if identity != description(plan, part)["identity"]:
+    if identity != description(plan, number)["identity"]:
         raise OutputExists(f"{out} exists and is another merge; nothing is ever overwritten. Choose another --out.")
     discard(out)
     return True
 
 
 def plan_windows(
-    recipes: Sequence[MergeRecipe], windows: Sequence[Window], carried: frozenset[str] | None = None
+    recipes: Sequence[MergeRecipe], windows: Sequence[Window], sidecar_names: frozenset[str] | None = None
 ) -> Plan:
-    """The plan of recipes whose windows are known; of the files beside them those named in `carried`, if given."""
+    """Plans recipes whose windows are known.
+
+    Args:
+        recipes: one an output.
+        windows: one a recipe.
+        sidecar_names: of the files that HF Trainer keeps beside a checkpoint, those to copy; None: all.
+    """
     if not recipes:
         return Plan((), (), (), (), (), 0, 1)
     layouts = union_of(windows)
     tables = source_tables(layouts)
-    numbers = {layout.path: number for number, layout in enumerate(layouts)}
-    inputs, outputs, wanted, parts = tables.inputs, list[OutputFile](), list[ElementRequest](), list[Output]()
-    for part, (recipe, window) in enumerate(zip(recipes, windows, strict=True)):
-        members = tuple(numbers[layout.path] for layout in window.layouts)
-        own = OutputWindow(OutputNumber(part), members, tuple(window.coefficients.tolist()), len(outputs))
-        files, texts = _files(tables, own, recipe, any(map(_reads_states, recipes)))
-        copies, copied = _beside(recipe, window.layouts[-1], own, files, texts, carried, len(inputs))
-        outputs += [*files.files, *copies]
+    layout_numbers = {layout.path: number for number, layout in enumerate(layouts)}
+    inputs, files, requests, outputs = tables.inputs, list[OutputFile](), list[ElementRequest](), list[Output]()
+    reads_states = any(map(_reads_states, recipes))
+    for number, (recipe, window) in enumerate(zip(recipes, windows, strict=True)):
+        members = tuple(layout_numbers[layout.path] for layout in window.layouts)
+        output_window = OutputWindow(OutputNumber(number), members, tuple(window.coefficients.tolist()), len(files))
+        made, texts = _files(tables, output_window, recipe, reads_states)
+        names = {file.name for file in made.files} | set(texts)
+        paths = _copied_paths(recipe, window.layouts[-1], sidecar_names)
+        copies, copied = _copies(OutputNumber(number), paths, len(inputs), names)
+        files += [*made.files, *copies]
         inputs += copied
-        wanted += files.requests
-        parts.append(_part(recipe, window, texts))
-    streams = element_streams(tables, wanted) + carry_streams(inputs, outputs)
+        requests += made.requests
+        outputs.append(_output(recipe, window, texts))
+    streams = element_streams(tables, requests) + carry_streams(inputs, files)
     budget = int(recipes[0].memory_budget)
-    plan = Plan(tuple(parts), inputs, tuple(outputs), tuple(streams), tables.names, budget, recipes[0].threads)
-    workers_for(plan, budget, recipes[0].threads)
+    plan = Plan(tuple(outputs), inputs, tuple(files), tuple(streams), tables.names, budget, recipes[0].threads)
+    workers_for(plan, budget, recipes[0].threads)  # raises BudgetTooSmall now, not after the plan was shown
     return plan
 
 
@@ -125,7 +146,7 @@ def _reads_states(recipe: MergeRecipe) -> bool:
 def _files(
     tables: SourceTables, window: OutputWindow, recipe: MergeRecipe, reads_states: bool
 ) -> tuple[OutputFiles, dict[str, str]]:
-    """A part's files, those of its texts included."""
+    """The files of one output that the engine makes, and its small text files by name."""
     if recipe.format == "safetensors":
         dtype = BY_NAME[recipe.dtype] if recipe.dtype else None
         return plan_safetensors(tables, window, dtype, int(recipe.max_shard_size), recipe.rename)
@@ -137,7 +158,7 @@ def _files(
     return files, {"latest_universal" if is_universal else "latest": tag}
 
 
-def _part(recipe: MergeRecipe, window: Window, texts: dict[str, str]) -> Output:
+def _output(recipe: MergeRecipe, window: Window, texts: dict[str, str]) -> Output:
     steps = [layout.step for layout in window.layouts]
     return Output(
         out=recipe.out,
@@ -150,39 +171,31 @@ def _part(recipe: MergeRecipe, window: Window, texts: dict[str, str]) -> Output:
     )
 
 
-def _beside(
-    recipe: MergeRecipe,
-    newest: Layout,
-    window: OutputWindow,
-    files: OutputFiles,
-    texts: dict[str, str],
-    carried: frozenset[str] | None,
-    first_input: int,
-) -> tuple[tuple[OutputFile, ...], tuple[InputFile, ...]]:
-    """Files to be copied into the output's root: those that are asked for, and what HF Trainer keeps."""
-    chosen, taken = {path.name for path in recipe.include}, {output.name for output in files.files} | set(texts)
-    beside = tuple(
+def _copied_paths(recipe: MergeRecipe, newest: Layout, sidecar_names: frozenset[str] | None) -> tuple[Path, ...]:
+    """Files to copy into the output's folder: the recipe's `include`, and what HF Trainer keeps beside `newest`."""
+    included_names = {path.name for path in recipe.include}
+    sidecar_files = tuple(
         path
         for path in trainer_files(newest, recipe.format)
-        if path.name not in chosen and (carried is None or path.name in carried)
+        if path.name not in included_names and (sidecar_names is None or path.name in sidecar_names)
     )
-    return _included(window.output, recipe.include + beside, first_input, taken)
+    return recipe.include + sidecar_files
 
 
-def _included(
-    part: OutputNumber, paths: tuple[Path, ...], first_input: int, taken: set[str]
+def _copies(
+    output: OutputNumber, paths: tuple[Path, ...], first_input: int, used_names: set[str]
 ) -> tuple[tuple[OutputFile, ...], tuple[InputFile, ...]]:
-    """Files to be copied into the output's root, as outputs and as inputs."""
-    outputs, inputs = [], []
+    """Files to copy, as files of the output and as inputs; the first input's number is `first_input`."""
+    copies, inputs = [], []
     for number, path in enumerate(paths):
-        if not path.is_file() or path.name in taken | {MANIFEST}:
+        if not path.is_file() or path.name in used_names | {MANIFEST}:
             raise RecipeError(f"include: {path} is not a file, or the output has a {path.name} already.")
-        taken = taken | {path.name}
+        used_names = used_names | {path.name}
         status = path.stat()
         inputs.append(InputFile(path.resolve(), status.st_size, status.st_mtime_ns))
-        pieces = (CopySegment(0, status.st_size, InputNumber(first_input + number), 0),) if status.st_size else ()
-        outputs.append(OutputFile(part, path.name, status.st_size, pieces, ()))
-    return tuple(outputs), tuple(inputs)
+        segments = (CopySegment(0, status.st_size, InputNumber(first_input + number), 0),) if status.st_size else ()
+        copies.append(OutputFile(output, path.name, status.st_size, segments, ()))
+    return tuple(copies), tuple(inputs)
 
 
 def _sources(layouts: tuple[Layout, ...], coefficients: list[float]) -> tuple[Source, ...]:
@@ -194,9 +207,31 @@ def _sources(layouts: tuple[Layout, ...], coefficients: list[float]) -> tuple[So
 
 @dataclass(frozen=True)
 class MergeOutcome:
-    """What a run of a plan has made: manifests in the plan's order (on rank 0), and where this process's time went."""
+    """What `run_plan` has done.
+
+    Attributes:
+        manifests: one an output, in the plan's order; none on other ranks than rank 0.
+        timings: seconds of this process's threads, by what they did.
+    """
 
     manifests: tuple[dict[str, Any], ...]
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """One finished output.
+
+    Attributes:
+        out: its folder.
+        manifest: what `wsm_merge.json` in it says: recipe, sources with steps and coefficients, files with checksums.
+        is_new: False if the same merge had made it before, so that nothing was done.
+        timings: of the pass that made it, and all other outputs of that pass.
+    """
+
+    out: Path
+    manifest: dict[str, Any]
+    is_new: bool
     timings: Timings
 
 
@@ -205,16 +240,16 @@ def run_plan(
 ) -> MergeOutcome:
     """Writes and publishes a plan's outputs.
 
-    Nothing appears at a part's `out` unless all of it is there. Sources are opened read-only. Killed and called again
-    with the same plan, it goes on where it stopped.
+    Every output appears whole, or not at all. Sources are opened read-only. After a kill, the same call continues where
+    the killed one stopped.
 
     Ranks: all, inside `ranks.together()`; each runs its share of the plan, rank 0 publishes.
 
     Args:
         plan: the same on every rank.
-        on_bytes: gets the bytes that were read and written since the last call.
-        ranks: those of a launcher; one process alone, if not given.
-        restart: whether to throw away what another merge, begun and not ended, has left at the same place.
+        on_bytes: called with the bytes that were read and written since the last call.
+        ranks: those of a launcher; None: this process alone.
+        restart: whether to remove what another, unfinished merge has left at the same place.
 
     Raises:
         OutputExists, NonFiniteValue, LayoutMismatch, BrokenCheckpoint, InsufficientCapacity: see `staged`, `run_tasks`.
@@ -224,23 +259,32 @@ def run_plan(
     ranks = ranks or Ranks()
     if not plan.outputs:
         return MergeOutcome((), Timings())
-    stagings = [Staging(part.out) for part in plan.outputs]
+    stagings = [Staging(output.out) for output in plan.outputs]
     descriptions = [description(plan, number) for number in range(len(plan.outputs))]
-    workers = workers_for(plan, plan.memory_bytes, plan.threads)
-    ranks.barrier("planned")  # what rank 0 stages would look, to a rank that still plans, like another merge's
+    # Rank 0 makes the staging folders only when all ranks have planned: a late rank would take them for another's.
+    ranks.barrier("planned")
     with ExitStack() as stack:
         require_memory(plan.memory_bytes)
         files = StagedFiles(plan, [s.content for s in stagings], [s.folder for s in stagings], ranks.rank)
         if ranks.rank == 0:
-            for part, described in zip(plan.outputs, descriptions, strict=True):
-                stack.enter_context(staged(part.out, described, restart=restart))
+            for output, described in zip(plan.outputs, descriptions, strict=True):
+                stack.enter_context(staged(output.out, described, restart=restart))
             _require_disk(plan, stagings)
             files.create()
         ranks.barrier("start")
-        for part, described in zip(plan.outputs, descriptions, strict=True):
-            ranks.agree(str(part.out), described["identity"])  # each rank has made its plan by itself
-        files.open()
-        stack.callback(files.close)
+        for output, described in zip(plan.outputs, descriptions, strict=True):
+            ranks.agree(str(output.out), described["identity"])  # each rank has made its plan by itself
+        timings = _write(plan, files, ranks, on_bytes)
+        manifests = _publish(plan, files, stagings) if ranks.rank == 0 else ()
+        ranks.barrier("published")
+    return MergeOutcome(manifests, timings)
+
+
+def _write(plan: Plan, files: StagedFiles, ranks: Ranks, on_bytes: Progress) -> Timings:
+    """Runs this rank's share of the tasks; returns when the files of all ranks are on the disk."""
+    workers = workers_for(plan, plan.memory_bytes, plan.threads)
+    files.open()
+    try:
         tasks = share(tasks_of(plan), ranks.rank, ranks.world_size)
         timings = run_tasks(plan, tasks, files, workers, on_bytes, ranks.check)
         ranks.barrier("written")
@@ -248,17 +292,17 @@ def run_plan(
         files.sync()
         check_unchanged(plan.inputs)
         ranks.barrier("synced")
-        manifests = _publish(plan, files, stagings) if ranks.rank == 0 else ()
-        ranks.barrier("published")
-    return MergeOutcome(manifests, timings)
+    finally:
+        files.close()
+    return timings
 
 
 def _publish(plan: Plan, files: StagedFiles, stagings: Sequence[Staging]) -> tuple[dict[str, Any], ...]:
-    """Every part is finished before the first appears."""
+    """Finishes every output before the first appears."""
     manifests = []
-    for number, (part, staging) in enumerate(zip(plan.outputs, stagings, strict=True)):
+    for number, (output, staging) in enumerate(zip(plan.outputs, stagings, strict=True)):
         written = files.finish(number)
-        for name, text in part.texts.items():
+        for name, text in output.texts.items():
             write_text(staging.content / name, text)
         manifests.append(make_manifest(plan, number, written))
     for staging, manifest in zip(stagings, manifests, strict=True):
@@ -267,45 +311,90 @@ def _publish(plan: Plan, files: StagedFiles, stagings: Sequence[Staging]) -> tup
 
 
 def _require_disk(plan: Plan, stagings: Sequence[Staging]) -> None:
-    """Parts may lie on different file systems; those on one share its room."""
+    """Checks the free space of each file system; outputs on the same one need their sum."""
     needs: dict[int, tuple[Path, int, int]] = {}
     for number, staging in enumerate(stagings):
-        files = [output for _, output in plan.files_of(number)]
+        files = [file for _, file in plan.files_of(number)]
         device = staging.folder.stat().st_dev
         folder, nbytes, count = needs.get(device, (staging.folder.parent, 0, 0))
-        missing = max(0, sum(output.nbytes for output in files) - bytes_held(staging.content))
+        missing = max(0, sum(file.nbytes for file in files) - disk_usage_bytes(staging.content))
         needs[device] = (folder, nbytes + missing, count + len(files))
     for folder, nbytes, count in needs.values():
         require_disk(folder, nbytes, count, "the merge")
 
 
-def merge(recipe: MergeRecipe | None = None, /, **values: Any) -> dict[str, Any]:
-    """Merges the checkpoints of a recipe (or of its values as keywords) and returns the output's manifest.
+def merge(recipe: MergeRecipe | None = None, /, **options: Unpack[RecipeOptions]) -> MergeResult:
+    """Merges the checkpoints of a recipe, or of its fields as keywords.
 
     Example:
-        merge(run=Path("run"), last=8, curve="1-sqrt", out=Path("merged"))
+        merge(run="RUN", last=8, curve="1-sqrt", out="MERGED").manifest["sources"]
+
+    Raises:
+        WsmError: see `plan_merge` and `run_plan`.
     """
-    (manifest,) = merge_all([recipe if recipe is not None else make_recipe(**values)])
-    return manifest
+    (result,) = merge_all([recipe if recipe is not None else make_recipe(**options)])
+    return result
 
 
-def merge_all(recipes: Sequence[MergeRecipe]) -> tuple[dict[str, Any], ...]:
-    """Makes several outputs in one pass, every source read once; returns their manifests."""
-    run_plan(plan_merge(recipes))
-    return tuple(read_manifest(recipe.out) for recipe in recipes)
+def merge_all(recipes: Sequence[MergeRecipe]) -> tuple[MergeResult, ...]:
+    """Makes several outputs in one pass: every source is read once. See `make_recipes`.
+
+    Returns:
+        One result a recipe, in their order.
+
+    Raises:
+        WsmError: see `plan_merge` and `run_plan`.
+    """
+    plan = plan_merge(recipes)
+    new = {output.out for output in plan.outputs}
+    timings = run_plan(plan).timings
+    return tuple(MergeResult(recipe.out, read_manifest(recipe.out), recipe.out in new, timings) for recipe in recipes)
 
 
-def one_recipe(run: Path, tag: str | None, out: Path | None, **values: Any) -> MergeRecipe:
-    """The recipe that puts one checkpoint (the newest complete one, if `tag` is None) into another form."""
-    chosen: dict[str, Any] = {"tags": (tag,)} if tag else {"last": 1}
-    return make_recipe(run=run, out=out, coefficients=(1.0,), **chosen, **values)
+def one_recipe(
+    run: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str],
+    tag: str | None = None,
+    **options: Unpack[CheckpointOptions],
+) -> MergeRecipe:
+    """The recipe that writes one checkpoint in another form.
+
+    Args:
+        run: the run's folder.
+        out: the folder to make; it must not exist.
+        tag: the checkpoint's name; None: the newest complete one.
+        options: what the output is, see `MergeRecipe`.
+    """
+    window: dict[str, Any] = {"tags": (tag,)} if tag else {"last": 1}
+    return make_recipe(run=run, out=out, coefficients=(1.0,), **window, **options)
 
 
-def export(run: Path, tag: str | None, out: Path, **values: Any) -> dict[str, Any]:
-    """Writes one checkpoint's fp32 masters, rounded to `dtype`, as safetensors; returns the manifest."""
-    return merge(one_recipe(run, tag, out, format="safetensors", **values))
+def export(
+    run: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str],
+    tag: str | None = None,
+    **options: Unpack[ExportOptions],
+) -> MergeResult:
+    """Writes one checkpoint's fp32 masters, rounded to `dtype`, as safetensors. See `one_recipe`.
+
+    Example:
+        export("RUN", out="MODEL", dtype="bf16")
+    """
+    return merge(one_recipe(run, out=out, tag=tag, format="safetensors", **options))
 
 
-def reshard(run: Path, tag: str | None, out: Path, **values: Any) -> dict[str, Any]:
-    """Writes one checkpoint for another `world_size` or ZeRO `stage`, or `like` another; returns the manifest."""
-    return merge(one_recipe(run, tag, out, **values))
+def reshard(
+    run: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str],
+    tag: str | None = None,
+    **options: Unpack[ReshardOptions],
+) -> MergeResult:
+    """Writes one checkpoint for another `world_size` or ZeRO `stage`, or in the form of another (`like`).
+
+    Example:
+        reshard("RUN", out="RUN64", world_size=64)
+    """
+    return merge(one_recipe(run, out=out, tag=tag, **options))

@@ -1,5 +1,6 @@
-"""Proof that an output is right: its bytes are those of the manifest, and the sources make those bytes."""
+"""Proof that an output is right: its files are those of the manifest, and the sources give the same bytes again."""
 
+import os
 import random
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -26,8 +27,15 @@ SAMPLED_TASKS_PER_FILE = 2
 
 
 @dataclass(frozen=True)
-class Verified:
-    """What was proven. `recomputed_bytes` is 0 if the sources are no longer there (`note` says so)."""
+class VerificationResult:
+    """What `verify` has proven.
+
+    Attributes:
+        files: number of files whose checksums are right.
+        nbytes: bytes of these files.
+        recomputed_bytes: bytes that were made again from the sources, and are equal.
+        note: why nothing was recomputed (the sources cannot be read any more); "" if something was.
+    """
 
     files: int
     nbytes: int
@@ -35,80 +43,97 @@ class Verified:
     note: str
 
 
-def verify(out: Path, *, full: bool = False) -> Verified:
-    """Reads all of an output again, and recomputes sampled stretches (`full`: all) from the sources.
+def verify(out: str | os.PathLike[str], *, full: bool = False) -> VerificationResult:
+    """Reads a merge's output again, compares checksums, and recomputes parts of it from the sources.
+
+    Args:
+        out: the output's folder.
+        full: whether to recompute all of it. Else some tasks of each stream are recomputed, the same ones every time.
 
     Raises:
-        VerificationFailed: a file is missing, superfluous or differs; it and the place are named.
+        VerificationFailed: there is no manifest, or a file is missing, superfluous or differs. The file and the byte
+            are named.
     """
-    manifest = read_manifest(out)
-    names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} - {MANIFEST}
-    expected: dict[str, dict[str, Any]] = manifest["files"]
-    if names != set(expected):
+    folder = Path(out)
+    manifest = read_manifest(folder)
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
+    entries: dict[str, dict[str, Any]] = manifest["files"]
+    if names != set(entries):
         raise VerificationFailed(
-            f"{out}: missing {few(sorted(set(expected) - names)) or 'nothing'}; "
-            f"not of this merge {few(sorted(names - set(expected))) or 'nothing'}."
+            f"{folder}: missing {few(sorted(set(entries) - names)) or 'nothing'}; "
+            f"not of this merge {few(sorted(names - set(entries))) or 'nothing'}."
         )
-    for name, entry in expected.items():
-        if checksum.of_file(out / name, int(manifest["block_bytes"])) != entry["xxh3_128_of_blocks"]:
-            raise VerificationFailed(f"{out / name} is not what was written: its checksum differs.")
-    total = sum(int(entry["bytes"]) for entry in expected.values())
+    for name, entry in entries.items():
+        if checksum.of_file(folder / name, int(manifest["block_bytes"])) != entry["xxh3_128_of_blocks"]:
+            raise VerificationFailed(f"{folder / name} is not what was written: its checksum differs.")
+    nbytes = sum(int(entry["bytes"]) for entry in entries.values())
     try:
         plan = _replan(manifest)
     except (WsmError, OSError) as error:
-        return Verified(len(names), total, 0, f"checksums only; the sources cannot be read any more: {error}")
-    return Verified(len(names), total, _recompute(plan, out, full), "")
+        note = f"checksums only; the sources cannot be read any more: {error}"
+        return VerificationResult(len(names), nbytes, 0, note)
+    return VerificationResult(len(names), nbytes, _recompute(plan, folder, full), "")
 
 
 def _replan(manifest: dict[str, Any]) -> Plan:
+    """The plan that made an output, from its manifest and its sources."""
     recipe = make_recipe(**manifest["recipe"])
     window = recorded_window(manifest["sources"], recipe)
     return plan_windows([recipe], [window], frozenset(manifest["files"]))
 
 
 class _Comparison:
-    """A sink that compares what a worker makes with what the output holds."""
+    """A sink for workers that compares their bytes with the output's instead of writing them.
+
+    Attributes:
+        nbytes: bytes that were compared.
+    """
 
     def __init__(self, plan: Plan, out: Path) -> None:
-        self.paths = [out / output.name for output in plan.files]
-        self.filled_in = [
-            sorted(place + byte for crc in output.crc_fields for place in crc.positions for byte in range(4))
-            for output in plan.files
+        self.paths = [out / file.name for file in plan.files]
+        # A worker does not know the CRC-32s of a zip: they are filled in when the file is complete.
+        self.crc_offsets = [
+            sorted(place + byte for crc in file.crc_fields for place in crc.positions for byte in range(4))
+            for file in plan.files
         ]
         self.nbytes = 0
 
     def write(self, number: int, offset: int, data: memoryview) -> None:
-        """Raises VerificationFailed at the first byte that differs; a zip's CRC-32s the checksums cover."""
+        """Raises VerificationFailed at the first byte that differs. CRC-32s are left to the checksums."""
         with self.paths[number].open("rb") as file:
             file.seek(offset)
-            held = np.frombuffer(file.read(len(data)), np.uint8)
-        made = np.frombuffer(data, np.uint8)
-        if len(held) < len(made):
+            found = np.frombuffer(file.read(len(data)), np.uint8)
+        expected = np.frombuffer(data, np.uint8)
+        if len(found) < len(expected):
             raise VerificationFailed(
-                f"{self.paths[number]} ends at byte {offset + len(held)}; have the sources changed?"
+                f"{self.paths[number]} ends at byte {offset + len(found)}; have the sources changed?"
             )
-        places = self.filled_in[number]
-        filled_in = [p - offset for p in places[bisect_left(places, offset) : bisect_left(places, offset + len(data))]]
-        unlike = np.setdiff1d(np.flatnonzero(made != held), filled_in)
-        if len(unlike):
-            raise VerificationFailed(f"{self.paths[number]}: byte {offset + unlike[0]} is not what the sources make.")
+        offsets = self.crc_offsets[number]
+        first, last = bisect_left(offsets, offset), bisect_left(offsets, offset + len(data))
+        crc_positions = [place - offset for place in offsets[first:last]]
+        differences = np.setdiff1d(np.flatnonzero(expected != found), crc_positions)
+        if len(differences):
+            raise VerificationFailed(
+                f"{self.paths[number]}: byte {offset + differences[0]} is not what the sources make."
+            )
         self.nbytes += len(data)
 
     def carry(self, number: int, offset: int, data: memoryview, source: int, source_offset: int) -> None:
-        """The same of bytes that are carried."""
+        """Compares bytes that are copied from a source."""
         self.write(number, offset, data)
 
 
 def _recompute(plan: Plan, out: Path, full: bool) -> int:
+    """Compares what a plan makes with what `out` holds; returns the number of bytes."""
     comparison = _Comparison(plan, out)
-    for number, output in enumerate(plan.files):
-        if comparison.paths[number].stat().st_size != output.nbytes:
+    for number, file in enumerate(plan.files):
+        if comparison.paths[number].stat().st_size != file.nbytes:
             raise VerificationFailed(
-                f"{comparison.paths[number]}: the sources make {output.nbytes} bytes; have they changed?"
+                f"{comparison.paths[number]}: the sources make {file.nbytes} bytes; have they changed?"
             )
-        for piece in output.segments:
-            if isinstance(piece, LiteralSegment):
-                comparison.write(number, piece.offset, memoryview(piece.data))
+        for segment in file.segments:
+            if isinstance(segment, LiteralSegment):
+                comparison.write(number, segment.offset, memoryview(segment.data))
     workers = workers_for(plan, plan.memory_bytes, 1)
     with Reader(plan.inputs) as reader:
         worker = Worker(plan, reader, comparison, workers.slice_numel, set(plan.names), Timings())
@@ -118,10 +143,10 @@ def _recompute(plan: Plan, out: Path, full: bool) -> int:
 
 
 def _sampled(plan: Plan) -> list[Task]:
-    """Of every stream some tasks, the same ones every time."""
-    chosen, tasks = [], tasks_of(plan)
+    """Some tasks of every stream, the same ones every time."""
+    samples, tasks = [], tasks_of(plan)
     for number in range(len(plan.streams)):
-        own = [task for task in tasks if task.stream == number]
-        count = min(len(own), SAMPLED_TASKS_PER_FILE * max(1, len(plan.files)))
-        chosen += random.Random(number).sample(own, count)
-    return chosen
+        stream_tasks = [task for task in tasks if task.stream == number]
+        count = min(len(stream_tasks), SAMPLED_TASKS_PER_FILE * max(1, len(plan.files)))
+        samples += random.Random(number).sample(stream_tasks, count)
+    return samples

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from forked import free_port
 
-from wsm_ds.distributed.ranks import Ranks, launched_ranks
+from wsm_ds.distributed.launcher import launched_ranks
+from wsm_ds.distributed.ranks import Ranks
 from wsm_ds.engine.tasks import share, tasks_of
 from wsm_ds.errors import RecipeError
 from wsm_ds.merging import merge, plan_merge
@@ -72,8 +73,9 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(runs: Path, tmp_path
     done = merged(code, world_size, [*arguments, "--json"])
     assert [code for code, _, _ in done] == [0] * world_size, done
     for name in ("last2-zero", "last3-zero", "last2-safetensors", "last3-safetensors"):
-        kind = name.split("-")
-        merge(run=run, last=int(kind[0][4:]), curve="linear", format=kind[1], out=tmp_path / name)
+        last, form = name.split("-")
+        alone: dict[str, Any] = {"last": int(last.removeprefix("last")), "format": form}
+        merge(run=run, curve="linear", out=tmp_path / name, **alone)
         assert contents(tmp_path / "out" / name) == contents(tmp_path / name)
         assert verify(tmp_path / "out" / name, full=True).recomputed_bytes > 0
     assert all("did one" in out for _, out, _ in done)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from wsm_ds.engine import seals
 from wsm_ds.engine.seals import CrcFields, Fingerprint, block_count, block_of, block_range, block_sizes, read_seal
 from wsm_ds.filesystem import checksum
-from wsm_ds.planning.plan import CrcField, OutputFile
+from wsm_ds.planning.plan import CrcField, OutputFile, OutputNumber
 
 NBYTES = 100
 FIELDS = (CrcField(5, 20, (60,)), CrcField(30, 0, (64,)), CrcField(25, 30, (68, 90)))
-FILE = OutputFile(0, "x.pt", NBYTES, (), FIELDS)
+FILE = OutputFile(OutputNumber(0), "x.pt", NBYTES, (), FIELDS)
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_blocks_tile_a_file() -> None:
     assert ranges == [(0, 16), (16, 32), (32, 48), (48, 64), (64, 80), (80, 96), (96, 100)]
     assert block_sizes(FILE).tolist() == [end - begin for begin, end in ranges]
     assert [block_of(offset) for offset in (0, 15, 16, 99)] == [0, 0, 1, 6]
-    assert block_sizes(OutputFile(0, "empty", 0, (), ())).tolist() == []
+    assert block_sizes(OutputFile(OutputNumber(0), "empty", 0, (), ())).tolist() == []
 
 
 @pytest.mark.usefixtures("blocks_of_16")

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,10 +42,10 @@ def test_whole_blocks_inside_a_range_are_shared_and_nothing_else(xfs: Path) -> N
     source, target = xfs / "source", xfs / "target"
     source.write_bytes(os.urandom(10 * BLOCK))
     target.write_bytes(bytes(10 * BLOCK))
-    with source.open("rb") as held, target.open("r+b") as made:
-        assert clone_range(held.fileno(), 100, made.fileno(), 100 + BLOCK, 4 * BLOCK) == (2 * BLOCK, 5 * BLOCK)
-        assert clone_range(held.fileno(), 100, made.fileno(), 101, 4 * BLOCK) is None
-        assert clone_range(held.fileno(), 100, made.fileno(), 100, BLOCK) is None
+    with source.open("rb") as copied, target.open("r+b") as made:
+        assert clone_range(copied.fileno(), 100, made.fileno(), 100 + BLOCK, 4 * BLOCK) == (2 * BLOCK, 5 * BLOCK)
+        assert clone_range(copied.fileno(), 100, made.fileno(), 101, 4 * BLOCK) is None
+        assert clone_range(copied.fileno(), 100, made.fileno(), 100, BLOCK) is None
     expected = bytes(2 * BLOCK) + source.read_bytes()[BLOCK : 4 * BLOCK] + bytes(5 * BLOCK)
     assert target.read_bytes() == expected
 
@@ -53,8 +54,8 @@ def test_another_file_system_is_no_error(xfs: Path, tmp_path: Path) -> None:
     source, target = xfs / "there", tmp_path / "here"
     source.write_bytes(bytes(10 * BLOCK))
     target.write_bytes(bytes(10 * BLOCK))
-    with source.open("rb") as held, target.open("r+b") as made:
-        assert clone_range(held.fileno(), 0, made.fileno(), 0, BLOCK) is None
+    with source.open("rb") as copied, target.open("r+b") as made:
+        assert clone_range(copied.fileno(), 0, made.fileno(), 0, BLOCK) is None
 
 
 def test_a_merge_shares_the_moments_and_makes_the_same_bytes(runs: Path, xfs: Path, tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ def test_a_merge_shares_the_moments_and_makes_the_same_bytes(runs: Path, xfs: Pa
     ballast = xfs / "beside.bin"
     ballast.write_bytes(os.urandom(40 * BLOCK + 17))
     shutil.copytree(grown, xfs / "run")
-    values = {"last": 2, "curve": "linear", "include": (ballast,)}
+    values: dict[str, Any] = {"last": 2, "curve": "linear", "include": (ballast,)}
     merge(run=grown, out=tmp_path / "copied", **values)
     merge(run=xfs / "run", out=xfs / "shared", **values)
     assert verify(xfs / "shared", full=True).note == ""

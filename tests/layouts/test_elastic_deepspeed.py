@@ -44,7 +44,7 @@ def test_masters_and_lean_states_are_merged(written: Path, tmp_path: Path, stage
             assert all(torch.equal(*pair) for pair in zip(moments(optim, kind), merged, strict=True)), kind
     assert verify(tmp_path / "out", full=True).note == ""
     with pytest.raises(UnsupportedLayout, match="elastic"):
-        reshard(run, None, tmp_path / "wider", world_size=4)
+        reshard(run, out=tmp_path / "wider", world_size=4)
 
 
 def test_deepspeed_loads_the_merge_and_trains_on(

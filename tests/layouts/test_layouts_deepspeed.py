@@ -68,7 +68,7 @@ def written(compiled_ops: None, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_name_leads_to_its_own_elements(written: Path, tmp_path: Path, name: str) -> None:
     """An export is compared with what DeepSpeed itself says: its module copy, or in stage 3 its zero_to_fp32."""
-    export(written / name, "global_step4", tmp_path / "out", dtype="fp32")
+    export(written / name, tag="global_step4", out=tmp_path / "out", dtype="fp32")
     tensors = load_file(tmp_path / "out/model.safetensors")
     if LAYOUTS[name]["stage"] == 3:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -114,9 +114,9 @@ def test_every_layout_goes_on_with_another_number_of_ranks(
     jobs = []
     for number, (name, layout) in enumerate(LAYOUTS.items()):
         out = tmp_path / str(number)
-        reshard(written / name, None, out, world_size=4)
+        reshard(written / name, out=out, world_size=4)
         for run, folder in ((written / name, "before"), (out, "after")):
-            export(run, None, out / folder, dtype="fp32")
+            export(run, out=out / folder, dtype="fp32")
         before, after = (load_file(out / folder / "model.safetensors") for folder in ("before", "after"))
         assert all(torch.equal(after[fqn], value) for fqn, value in before.items()), name
         jobs.append(layout | {"do": "load", "root": str(out), "dump": str(out / "dump"), "steps": 2})

@@ -72,7 +72,7 @@ def test_one_checkpoint_reproduces_itself(written: Path, tmp_path: Path, case: t
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"w{case[0]}_s{case[1]}")
 @pytest.mark.parametrize("policy", ["carry", "merge", "drop"])
-def test_every_model_parallel_rank_is_merged(written: Path, tmp_path: Path, case: tuple[int, int], policy: str) -> None:
+def test_every_model_parallel_rank_is_merged(written: Path, tmp_path: Path, case: tuple[int, int], policy: Any) -> None:
     run, stage = written / f"w{case[0]}_s{case[1]}", case[1]
     sources = [run / "global_step2", run / "global_step4"]
     merge(run=run, last=2, coefficients=COEFFICIENTS, out=tmp_path / "out", optimizer_states=policy)
@@ -190,11 +190,11 @@ def test_windows_may_mix_data_parallel_degrees_and_stages(written: Path, tmp_pat
 def test_what_cannot_be_is_refused_by_name(written: Path, runs: Path, tmp_path: Path) -> None:
     source, out = written / "w4_s2", tmp_path / "out"
     with pytest.raises(UnsupportedLayout, match="do not say how each tensor is split"):
-        export(source, None, out)
+        export(source, out=out)
     with pytest.raises(UnsupportedLayout, match="it holds mp_rank_01_model_states"):
-        reshard(source, None, out, world_size=4)
+        reshard(source, out=out, world_size=4)
     with pytest.raises(UnsupportedLayout, match="it holds mp_rank_01_model_states"):
-        reshard(source, None, out, format="universal")
+        reshard(source, out=out, format="universal")
     run = tmp_path / "run"
     run.mkdir()
     (run / "global_step2").symlink_to(runs / "w2_s2_bf16/global_step2")

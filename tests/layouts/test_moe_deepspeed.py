@@ -73,7 +73,7 @@ def masters(checkpoint: Path, flats: dict[int, list[torch.Tensor]], ep: int) -> 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: run_name(*case))
 @pytest.mark.parametrize("policy", ["carry", "merge", "drop"])
 def test_experts_are_merged_and_their_files_derived(
-    written: Path, tmp_path: Path, case: tuple[int, int, int, str], policy: str
+    written: Path, tmp_path: Path, case: tuple[int, int, int, str], policy: Any
 ) -> None:
     run, ep = written / run_name(*case), case[1]
     merge(run=run, last=1, coefficients=(1.0,), out=tmp_path / "one")
@@ -96,7 +96,7 @@ def test_experts_are_merged_and_their_files_derived(
     for name, value in wanted.items():
         assert torch.equal(module[name], value.to(module[name].dtype)), name
     assert verify(tmp_path / "out", full=True).note == ""
-    export(tmp_path / "out", None, tmp_path / "model", dtype="fp32")
+    export(tmp_path / "out", out=tmp_path / "model", dtype="fp32")
     tensors = load_file(tmp_path / "model/model.safetensors")
     assert set(tensors) == set(wanted)
     assert all(torch.equal(tensors[name], value) for name, value in wanted.items())
@@ -129,7 +129,7 @@ def test_deepspeed_loads_the_merge_and_trains_on(
 
 def test_what_cannot_be_is_refused_or_named(written: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedLayout, match="it holds layer_0_expert_0"):
-        reshard(written / "w2_ep2_s1_bf16", None, tmp_path / "out", world_size=4)
+        reshard(written / "w2_ep2_s1_bf16", out=tmp_path / "out", world_size=4)
     run = tmp_path / "run"
     run.mkdir()
     (run / "global_step4").mkdir()

@@ -108,7 +108,7 @@ def test_every_expert_is_a_tensor_under_its_global_name(written: Path, tmp_path:
     """An export of the masters is compared with the module weights that DeepSpeed put beside them."""
     (found,) = inspect_run(written / name, "global_step4")
     assert found.layout is not None, found.problem
-    export(written / name, "global_step4", tmp_path / "out", dtype="fp32")
+    export(written / name, tag="global_step4", out=tmp_path / "out", dtype="fp32")
     tensors, said = load_file(tmp_path / "out/model.safetensors"), modules(written / name / "global_step4")
     assert set(tensors) == set(said)
     for fqn, value in said.items():
@@ -227,7 +227,7 @@ def test_other_numbers_of_experts_missing_files_and_other_forms_are_refused_by_n
     with pytest.raises(UnsupportedLayout, match=r"rank_2_mp_rank_00\S* has the parameter groups .* PYTHONHASHSEED"):
         merge(**values | {"last": 1})
     with pytest.raises(UnsupportedLayout, match=r"not written in another form: it holds layer_0_expert_0_mp_rank_00"):
-        reshard(written / "ep 2, stage 2", "global_step4", tmp_path / "out", world_size=2)
+        reshard(written / "ep 2, stage 2", tag="global_step4", out=tmp_path / "out", world_size=2)
     assert not (tmp_path / "out").exists()
 
 

@@ -64,7 +64,7 @@ def layer_files(checkpoint: Path) -> dict[tuple[int, int], dict[str, torch.Tenso
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("policy", ["carry", "merge", "drop"])
 def test_stages_are_merged_and_their_layers_files_derived(
-    written: Path, tmp_path: Path, name: str, policy: str
+    written: Path, tmp_path: Path, name: str, policy: Any
 ) -> None:
     run, degree = written / name, CASES[name]["mp"] // 2
     merge(run=run, last=1, coefficients=(1.0,), out=tmp_path / "one")
@@ -147,9 +147,9 @@ def test_every_missing_file_is_named(written: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused_and_inspect_shows_the_rest(written: Path, tmp_path: Path) -> None:
     source, out = written / "2 stages, 2 data-parallel ranks", tmp_path / "out"
     with pytest.raises(UnsupportedLayout, match="held by 2 model-parallel ranks"):
-        export(source, None, out)
+        export(source, out=out)
     with pytest.raises(UnsupportedLayout, match="it holds layer_00-model_states"):
-        reshard(source, None, out, world_size=4)
+        reshard(source, out=out, world_size=4)
     run = tmp_path / "run"
     run.mkdir()
     (run / "global_step2").symlink_to(written / "2 stages, 2 tensor-parallel ranks/global_step2")

@@ -44,7 +44,7 @@ def refused(run: Path, error: type[WsmError], words: str) -> None:
         with pytest.raises(error, match=words):
             merge(run=run, tags=("global_step2",), coefficients=(1.0,), out=run.parent / "out", **values)
     with pytest.raises(error, match=words):
-        export(run, "global_step2", run.parent / "out")
+        export(run, tag="global_step2", out=run.parent / "out")
     assert sorted(run.parent.iterdir()) == before
     (found,) = inspect_run(run)
     assert found.layout is None
@@ -75,7 +75,7 @@ def test_the_folders_of_all_nodes_put_together_are_the_checkpoint(written: Path,
     for rank in (0, 1):
         shutil.copytree(written / f"local{stage}/node{rank}", tmp_path / "run", dirs_exist_ok=True)
     for run, out in ((tmp_path / "run", tmp_path / "one"), (written / f"plain{stage}", tmp_path / "two")):
-        export(run, None, out, dtype="fp32")
+        export(run, out=out, dtype="fp32")
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert list(one) == list(two)
     assert "head.weight" not in one
@@ -130,7 +130,7 @@ def test_pieces_of_the_fast_writer_are_refused(plain: Callable[[int], Path]) -> 
 
 def test_files_of_the_python_writer_are_read_like_any_other(written: Path, tmp_path: Path) -> None:
     for kind in ("writer", "plain"):
-        export(written / f"{kind}3", None, tmp_path / kind, dtype="fp32")
+        export(written / f"{kind}3", out=tmp_path / kind, dtype="fp32")
     model = "model.safetensors"
     assert (tmp_path / "writer" / model).read_bytes() == (tmp_path / "plain" / model).read_bytes()
     assert verify(tmp_path / "writer", full=True).note == ""

@@ -67,7 +67,7 @@ def wanted_masters(run: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("policy", ["carry", "drop"])
 def test_masters_are_merged_and_the_module_is_derived_from_them(
-    written: Path, tmp_path: Path, name: str, policy: str
+    written: Path, tmp_path: Path, name: str, policy: Any
 ) -> None:
     run, out = written / name, tmp_path / "out"
     merge(run=run, last=1, coefficients=(1.0,), out=tmp_path / "one")
@@ -82,7 +82,7 @@ def test_masters_are_merged_and_the_module_is_derived_from_them(
     optimizer = load_all(out / "global_step4")[0][0]["optimizer"]
     states = optimizer.get("optimizer_state_dict", optimizer)["state"]
     assert bool(states) == (policy == "carry")
-    export(out, None, tmp_path / "model", dtype="fp32")
+    export(out, out=tmp_path / "model", dtype="fp32")
     tensors = load_file(tmp_path / "model/model.safetensors")
     assert all(torch.equal(tensors[fqn], value) for fqn, value in wanted.items())
     assert "head.weight" not in tensors  # tied
@@ -143,7 +143,7 @@ def test_what_the_file_does_not_say_is_refused(
     with pytest.raises(UnsupportedLayout, match="does not say which optimizer state"):
         merge(run=written / "fp32", last=2, curve="linear", out=tmp_path / "out", optimizer_states="merge")
     with pytest.raises(UnsupportedLayout, match="it is stage 0"):
-        reshard(written / "bf16 fused", None, tmp_path / "out", world_size=3)
+        reshard(written / "bf16 fused", out=tmp_path / "out", world_size=3)
     broken = tmp_path / "run/global_step4"
     broken.mkdir(parents=True)
     state = torch.load(written / "bf16 unfused/global_step4/mp_rank_00_model_states.pt", weights_only=False)

@@ -58,7 +58,7 @@ def storages(module: dict[str, torch.Tensor]) -> list[list[str]]:
 @pytest.mark.parametrize(("stage", "dtype"), CASES)
 @pytest.mark.parametrize("policy", ["carry", "drop"])
 def test_a_shared_buffer_is_averaged_once_and_stays_shared(
-    sharing: Path, tmp_path: Path, stage: int, dtype: str, policy: str
+    sharing: Path, tmp_path: Path, stage: int, dtype: str, policy: Any
 ) -> None:
     run = sharing / f"s{stage}_{dtype}"
     out = merged(run, tmp_path / "out", optimizer_states=policy)

@@ -9,7 +9,7 @@ import torch
 from reference import same_tree
 
 from wsm_ds.outputs.torch_template import Inputs, make_torch_template
-from wsm_ds.planning.plan import CopySegment, LiteralSegment
+from wsm_ds.planning.plan import CopySegment, InputNumber, LiteralSegment
 from wsm_ds.torchfile import open_torch_file
 from wsm_ds.torchfile.repickle import repickle
 
@@ -19,7 +19,7 @@ def rewritten_file(source: Path, target: Path) -> Path:
     file = open_torch_file(source)
     data = source.read_bytes()
     contents = {name: data[r.offset : r.offset + r.nbytes] for name, r in file.archive.records.items()}
-    inputs = Inputs({str(source): file.archive}, {str(source): 0})
+    inputs = Inputs({str(source): file.archive}, {str(source): InputNumber(0)})
     template = make_torch_template(source.name, file.tree, file.archive, inputs, frozenset()).template
     out = bytearray(template.nbytes)
     for piece in template.segments:

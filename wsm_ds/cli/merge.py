@@ -64,7 +64,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _carry_out(recipes: Sequence[Any], options: argparse.Namespace) -> int:
     """Plans and runs the merge: all ranks of a launcher do."""
-    from wsm_ds.distributed.ranks import launched_ranks
+    from wsm_ds.distributed.launcher import launched_ranks
     from wsm_ds.merging import plan_merge
     from wsm_ds.reporting.tables import plan_report
 
@@ -128,8 +128,8 @@ def _one_checkpoint(options: argparse.Namespace, **values: Any) -> int:
 
     recipe = one_recipe(
         options.run,
-        options.tag,
-        options.out,
+        out=options.out,
+        tag=options.tag,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
         memory_budget=options.memory_budget,

@@ -1,1 +1,1 @@
-"""What the rest asks of a file system: durable writes, locks, free space, shared blocks, small files, checksums."""
+"""Durable writes, locks, free space, reflinks, small text files, checksums."""

@@ -1,4 +1,4 @@
-"""Is there enough of everything before a merge starts: bytes and inodes on the disk, memory on the machine."""
+"""Free disk and free memory, checked before a merge starts: better an error now than a full disk in an hour."""
 
 import os
 from pathlib import Path
@@ -6,28 +6,43 @@ from pathlib import Path
 from wsm_ds.errors import InsufficientCapacity
 from wsm_ds.sizes import format_size
 
-INODES_BESIDE = 16
-"""Folders, journal, manifest."""
+EXTRA_INODES = 16
+"""For folders, journal and manifest."""
 CGROUP_LIMITS = ("/sys/fs/cgroup{path}/memory.max", "/sys/fs/cgroup/memory{path}/memory.limit_in_bytes")
+"""Where cgroup version 2 and version 1 show a group's limit."""
 
 
 def require_disk(folder: Path, nbytes: int, files: int, what: str) -> None:
-    """Raises InsufficientCapacity if the file system of `folder` has not `nbytes` and so many inodes free."""
-    found = os.statvfs(folder)
-    free = found.f_bavail * found.f_frsize
-    if free < nbytes:
-        raise InsufficientCapacity(f"{folder} has {format_size(free)} free, {what} needs {format_size(nbytes)}.")
-    if found.f_files and found.f_favail < files + INODES_BESIDE:
-        raise InsufficientCapacity(f"{folder} has {found.f_favail} inodes free, {what} needs {files + INODES_BESIDE}.")
+    """Checks that a file system has enough bytes and inodes free.
+
+    Args:
+        folder: any folder of the file system.
+        nbytes: bytes that are needed.
+        files: files that will be made.
+        what: what needs them, for the message.
+
+    Raises:
+        InsufficientCapacity: bytes or inodes are missing; the message has both figures.
+    """
+    status = os.statvfs(folder)
+    free_bytes = status.f_bavail * status.f_frsize
+    if free_bytes < nbytes:
+        raise InsufficientCapacity(f"{folder} has {format_size(free_bytes)} free, {what} needs {format_size(nbytes)}.")
+    if status.f_files and status.f_favail < files + EXTRA_INODES:
+        raise InsufficientCapacity(f"{folder} has {status.f_favail} inodes free, {what} needs {files + EXTRA_INODES}.")
 
 
-def bytes_held(folder: Path) -> int:
-    """Bytes on the disk of all files below `folder`."""
+def disk_usage_bytes(folder: Path) -> int:
+    """Bytes that all files below `folder` take on the disk. A sparse file takes less than its length."""
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
 def require_memory(nbytes: int) -> None:
-    """Raises InsufficientCapacity if the machine, or its control group (a Slurm job's --mem), has not `nbytes`."""
+    """Checks that `nbytes` of memory are available.
+
+    Raises:
+        InsufficientCapacity: the machine, or this process's control group (a Slurm job's --mem), has less.
+    """
     available = available_memory()
     if available is not None and available < nbytes:
         raise InsufficientCapacity(
@@ -37,7 +52,7 @@ def require_memory(nbytes: int) -> None:
 
 
 def available_memory() -> int | None:
-    """Bytes; None where the system does not tell."""
+    """Bytes of memory that this process may still use; None where the system does not tell."""
     limits = [limit for limit in (_available_on_machine(), _limit_of_control_group()) if limit is not None]
     return min(limits, default=None)
 
@@ -51,7 +66,7 @@ def _available_on_machine() -> int | None:
 
 
 def _limit_of_control_group() -> int | None:
-    """The least limit of this process's groups, whichever version the machine has."""
+    """The least limit of this process's control groups; None without one. Both cgroup versions are tried."""
     try:
         entries = Path("/proc/self/cgroup").read_text().split()
     except OSError:
@@ -59,21 +74,21 @@ def _limit_of_control_group() -> int | None:
     limits = []
     for entry in entries:
         path = entry.split(":", 2)[-1].rstrip("/")
-        for place in CGROUP_LIMITS:
-            limits += _limits(place, path)
+        for pattern in CGROUP_LIMITS:
+            limits += _limits(pattern, path)
     return min(limits, default=None)
 
 
-def _limits(place: str, path: str) -> list[int]:
-    """Limits of a group and of those it lies in."""
-    found = []
+def _limits(pattern: str, path: str) -> list[int]:
+    """The limits of a group and of its parents."""
+    limits = []
     while True:
         try:
-            text = Path(place.format(path=path)).read_text().strip()
+            text = Path(pattern.format(path=path)).read_text().strip()
         except OSError:
             text = ""
         if text.isdigit():
-            found.append(int(text))
+            limits.append(int(text))
         if not path:
-            return found
+            return limits
         path = path.rpartition("/")[0]

@@ -1,7 +1,7 @@
-"""Checksums of output files: XXH3-128 of their blocks' XXH3-128 digests, so that blocks may be made in any order.
+"""Checksums of output files: the XXH3-128 of their blocks' XXH3-128 digests, so that blocks may come in any order.
 
-They tell a damaged or truncated file, at a speed that does not count beside the disk's; that nobody has tampered with
-a file they do not tell: `verify --full` recomputes it from the sources.
+XXH3 is much faster than a disk. It finds damaged and truncated files. It does not find a file that somebody changed on
+purpose: `verify --full` does, which recomputes the file from the sources.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ Hasher = xxhash.xxh3_128
 
 
 def of_blocks(digests: Iterable[bytes]) -> str:
-    """A file's checksum (hex) from the digests of its blocks, in order."""
+    """A file's checksum in hex, from the digests of its blocks in order."""
     return Hasher(b"".join(digests)).hexdigest()
 
 
@@ -23,6 +23,6 @@ def of_bytes(data: bytes) -> str:
 
 
 def of_file(path: Path, block_bytes: int) -> str:
-    """The checksum of a file, read again."""
+    """The checksum of a file on the disk, whose blocks have `block_bytes` each (the last one may have less)."""
     with path.open("rb") as file:
         return of_blocks(Hasher(block).digest() for block in iter(lambda: file.read(block_bytes), b""))

@@ -1,4 +1,4 @@
-"""Carried bytes without copying: on file systems that share extents (XFS, Btrfs, …) files may have blocks in common."""
+"""Copies that take no disk space: on XFS, Btrfs and others, two files can share blocks (reflinks)."""
 
 import errno
 import fcntl
@@ -7,15 +7,28 @@ import struct
 
 FICLONERANGE = 0x4020940D
 """_IOW(0x94, 13, struct file_clone_range), `linux/fs.h`."""
-NOT_HERE = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ETXTBSY)
+NOT_POSSIBLE = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ETXTBSY)
+"""Errors that mean: copy the bytes instead."""
 
 
 def clone_range(source: int, source_offset: int, target: int, offset: int, nbytes: int) -> tuple[int, int] | None:
-    """Makes bytes of the open file `target` those of `source`, sharing their blocks on the disk.
+    """Lets a range of the open file `target` share the disk blocks of a range of `source`.
+
+    Only whole blocks of the file system can be shared. The caller copies the bytes before and after them.
+
+    Args:
+        source: descriptor of the file to read.
+        source_offset: where the range begins in `source`, in bytes.
+        target: descriptor of the file to change.
+        offset: where the range begins in `target`, in bytes.
+        nbytes: length of the range.
 
     Returns:
-        [begin, end) in `target` of what is shared: whole blocks of the file system inside the range. None if the file
-        system cannot do it, or no whole block lies in the range at the same place within a block on both sides.
+        [begin, end) in `target` of the bytes that are shared now. None if the file system cannot share them, if the
+        two ranges do not begin at the same offset within a block, or if no whole block lies in them.
+
+    Raises:
+        OSError: an error of the disk.
     """
     block = os.fstat(target).st_blksize
     begin, end = -(-offset // block) * block, (offset + nbytes) // block * block
@@ -25,7 +38,7 @@ def clone_range(source: int, source_offset: int, target: int, offset: int, nbyte
     try:
         fcntl.ioctl(target, FICLONERANGE, request)
     except OSError as error:
-        if error.errno in NOT_HERE:
+        if error.errno in NOT_POSSIBLE:
             return None
         raise
     return begin, end

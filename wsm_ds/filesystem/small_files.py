@@ -1,18 +1,18 @@
-"""Files of text that people or a merge have written, and that are read whole."""
+"""Small text files that are read whole: recipes, manifests, plans."""
 
 from pathlib import Path
 
 MOST_BYTES = 1 << 28
-"""256 MiB. With long paths a manifest has 180 bytes a file, and the plan of a merge 220 bytes a source file: of 64
-checkpoints of 9 000 ranks it is still read."""
+"""256 MiB. A manifest takes about 180 bytes for each output file, a merge's plan about 220 bytes for each source
+file; so the plan of 64 checkpoints of 9 000 ranks is smaller."""
 
 
 def read_small(path: Path) -> str:
-    """The text of a file in UTF-8.
+    """Reads a UTF-8 file, but not a huge one: a wrong path must not fill the memory.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is larger than MOST_BYTES, or no text.
+        ValueError: it is larger than MOST_BYTES, or not UTF-8.
     """
     with path.open("rb") as file:
         data = file.read(MOST_BYTES + 1)

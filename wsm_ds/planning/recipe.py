@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from typing_extensions import Unpack
 
-from wsm_ds.distributed.ranks import local_world_size
+from wsm_ds.distributed.launcher import local_world_size
 from wsm_ds.errors import RecipeError, brief, few
 from wsm_ds.filesystem.small_files import read_small
 from wsm_ds.planning.recipe_errors import unknown_key, validation_sentences
+from wsm_ds.planning.recipe_options import RecipeOptions, SweepOptions
 from wsm_ds.sizes import parse_size
 
 Allowance = Literal["warmup", "lr-change"]
@@ -35,7 +37,8 @@ class MergeRecipe(BaseModel):
         from_step: first step of the window.
         to_step: last step of the window; both ends belong to it.
         tags: checkpoints by name; their steps give the order.
-        curve: the decay curve to emulate ("linear", "cosine", "1-sqrt", "power:2", "ema:0.1", …).
+        curve: the decay curve to emulate ("linear", "cosine", "1-sqrt", "power:2", "ema:0.1", …); "linear" if neither
+            it nor `coefficients` is given.
         floor: the curve's final rate as a fraction of the peak, 0 to 1.
         coefficients: instead of a curve: one number per checkpoint, oldest first, with sum 1.
         oldest_interval: steps that the oldest checkpoint stands for; the median interval if not set.
@@ -103,6 +106,13 @@ class MergeRecipe(BaseModel):
             except re.error as error:
                 raise ValueError(f"{pattern!r} → {replacement!r} is not a regular expression: {error}") from error
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_curve(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("curve") is None and values.get("coefficients") is None:
+            return values | {"curve": "linear"}
+        return values
 
     @model_validator(mode="after")
     def _check_window(self) -> "MergeRecipe":
@@ -178,7 +188,7 @@ class MergeRecipe(BaseModel):
         return ", ".join(f"`{key}` {value}" for key, value in values.items() if value is not None) or "none of them"
 
 
-def make_recipe(**values: Any) -> MergeRecipe:
+def make_recipe(**values: Unpack[RecipeOptions]) -> MergeRecipe:
     """Returns a validated recipe.
 
     Args:
@@ -187,8 +197,9 @@ def make_recipe(**values: Any) -> MergeRecipe:
     Raises:
         RecipeError: the message names every wrong key, its value, and what is expected.
     """
+    given: dict[str, Any] = {key: value for key, value in values.items() if value is not None}
     try:
-        return MergeRecipe(**{key: value for key, value in values.items() if value is not None})
+        return MergeRecipe(**given)
     except ValidationError as error:
         faults = validation_sentences(error, MergeRecipe.model_fields)
         raise RecipeError(f"the recipe is not valid: {faults}") from error
@@ -198,7 +209,7 @@ SWEPT = {"last": "last{}", "to_step": "to{}", "curve": "{}", "floor": "floor{}",
 """Keys that may have a list of values, one output per value, and the word in the output's folder name."""
 
 
-def make_recipes(*, always_named: Collection[str] = (), **values: Any) -> tuple[MergeRecipe, ...]:
+def make_recipes(*, always_named: Collection[str] = (), **values: Unpack[SweepOptions]) -> tuple[MergeRecipe, ...]:
     """Returns the recipes of several outputs of one pass.
 
     There is a recipe for every combination of the lists, in every entry of `outputs`. An entry's values override the
@@ -217,12 +228,12 @@ def make_recipes(*, always_named: Collection[str] = (), **values: Any) -> tuple[
     Raises:
         RecipeError: the message names every wrong key, its value, and what is expected.
     """
-    common = {key: value for key, value in values.items() if value is not None and key != "outputs"}
+    common: dict[str, Any] = {key: value for key, value in values.items() if value is not None and key != "outputs"}
     entries = [{}] if values.get("outputs") is None else values["outputs"]
     if not isinstance(entries, list | tuple) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise RecipeError(f"the recipe is not valid: `outputs`: a list of mappings is needed, found {brief(entries)}")
     for mapping in (common, *entries):
-        if not isinstance(mapping.get("out", ""), str | Path):
+        if not isinstance(mapping.get("out", ""), str | os.PathLike):
             raise RecipeError(
                 f"the recipe is not valid: `out`: the path of a folder is needed, found {brief(mapping['out'])}"
             )
@@ -262,7 +273,7 @@ def _combinations(values: dict[str, Any], always_named: Collection[str]) -> Iter
         yield values | value_of | ({"out": Path(out) / folder} if out is not None and folder else {})
 
 
-def load_recipes(path: Path, **overrides: Any) -> tuple[MergeRecipe, ...]:
+def load_recipes(path: str | os.PathLike[str], **overrides: Unpack[SweepOptions]) -> tuple[MergeRecipe, ...]:
     """Reads recipes from a YAML file, see `make_recipes`.
 
     Args:
@@ -275,7 +286,7 @@ def load_recipes(path: Path, **overrides: Any) -> tuple[MergeRecipe, ...]:
     return make_recipes(**load_values(path, **overrides))
 
 
-def load_values(path: Path, **overrides: Any) -> dict[str, Any]:
+def load_values(path: str | os.PathLike[str], **overrides: Unpack[SweepOptions]) -> dict[str, Any]:
     """Reads the values for `make_recipes` from a YAML file.
 
     Args:
@@ -288,7 +299,7 @@ def load_values(path: Path, **overrides: Any) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(read_small(path))
+        values = yaml.safe_load(read_small(Path(path)))
     except Exception as error:  # the constructors of YAML tags raise ValueError, OverflowError, TypeError and others
         raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
@@ -304,7 +315,7 @@ def load_values(path: Path, **overrides: Any) -> dict[str, Any]:
     return values | {key: value for key, value in overrides.items() if value is not None}
 
 
-def load_recipe(path: Path, **overrides: Any) -> MergeRecipe:
+def load_recipe(path: str | os.PathLike[str], **overrides: Unpack[RecipeOptions]) -> MergeRecipe:
     """Reads the recipe of a YAML file that has one output.
 
     Args:

@@ -1,4 +1,4 @@
-"""The manifest: what an output was made of and what it must hold. Its presence means that the output is whole."""
+"""The manifest `wsm_merge.json`: what an output was made of, and what it must hold. Its presence means: it is whole."""
 
 import datetime
 import hashlib
@@ -21,7 +21,9 @@ from wsm_ds.publishing.staging_folder import MANIFEST, RecordedSource
 
 FORMAT = 2
 MOST_BLOCK_BYTES = 1 << 26
+"""A larger value in a manifest is refused: `verify` reads whole blocks."""
 NOT_OF_THE_RESULT = ("out", "memory_budget", "threads")
+"""Fields of a recipe that do not change the output's bytes."""
 
 
 class _File(TypedDict):
@@ -38,56 +40,70 @@ class _Recorded(TypedDict):
     sources: Annotated[list[RecordedSource], Field(min_length=1)]
 
 
-def description(plan: Plan, part: int) -> dict[str, Any]:
-    """What a part is made of, and an `identity` that is the same exactly if the output's bytes must be."""
-    chosen = plan.outputs[part]
-    streams = [s for s in plan.streams if any(target.output == part for target in s.targets)]
+def description(plan: Plan, number: int) -> dict[str, Any]:
+    """What one output is made of.
+
+    Args:
+        plan: the whole merge.
+        number: of the output in the plan.
+
+    Returns:
+        Plain data with an `identity`: a hash that two outputs share exactly if their bytes must be equal.
+    """
+    output = plan.outputs[number]
+    streams = [stream for stream in plan.streams if any(target.output == number for target in stream.targets)]
     read = sorted({int(file) for stream in streams for source in stream.sources for file in source.files} - {-1})
-    inputs = [plan.inputs[number] for number in read if _is_of(plan, part, plan.inputs[number].path)]
-    known = {
-        "recipe": {name: value for name, value in chosen.recipe.items() if name not in NOT_OF_THE_RESULT},
-        "sources": describe_output(chosen)["sources"],
+    inputs = [plan.inputs[file] for file in read if _is_input_of(plan, number, plan.inputs[file].path)]
+    content = {
+        "recipe": {name: value for name, value in output.recipe.items() if name not in NOT_OF_THE_RESULT},
+        "sources": describe_output(output)["sources"],
         "inputs": [[str(source.path.resolve()), source.nbytes, source.mtime_ns] for source in inputs],
-        "files": [[output.name, output.nbytes] for _, output in plan.files_of(part)],
+        "files": [[file.name, file.nbytes] for _, file in plan.files_of(number)],
         "block_bytes": BLOCK_BYTES,
     }
-    return {"identity": hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()} | known
+    return {"identity": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()} | content
 
 
-def _is_of(plan: Plan, part: int, path: Path) -> bool:
-    """Whether an input belongs to the part's own window, or to none (a file copied beside it)."""
-    own = {str(source.path) for source in plan.outputs[part].sources}
-    others = {str(source.path) for other in plan.outputs for source in other.sources} - own
-    return not any(path.resolve().is_relative_to(other) for other in others)
+def _is_input_of(plan: Plan, number: int, path: Path) -> bool:
+    """Whether a file belongs to a checkpoint of this output's window, or to no checkpoint (a file that is copied)."""
+    own_sources = {str(source.path) for source in plan.outputs[number].sources}
+    other_sources = {str(source.path) for output in plan.outputs for source in output.sources} - own_sources
+    return not any(path.resolve().is_relative_to(other) for other in other_sources)
 
 
-def make_manifest(plan: Plan, part: int, written: Sequence[WrittenFile]) -> dict[str, Any]:
-    """Plain data: recipe, sources with steps and coefficients, files with checksums, versions."""
-    chosen = plan.outputs[part]
+def make_manifest(plan: Plan, number: int, written: Sequence[WrittenFile]) -> dict[str, Any]:
+    """The manifest of one output: recipe, sources with steps and coefficients, files with checksums, versions.
+
+    Args:
+        plan: the whole merge.
+        number: of the output in the plan.
+        written: the output's files, finished.
+    """
+    output = plan.outputs[number]
     return {
         "format": FORMAT,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {name: _version(name) for name in ("wsm_ds", "numpy")},
-        "identity": description(plan, part)["identity"],
-        "recipe": chosen.recipe,
-        **{name: value for name, value in describe_output(chosen).items() if name != "out"},
+        "identity": description(plan, number)["identity"],
+        "recipe": output.recipe,
+        **{name: value for name, value in describe_output(output).items() if name != "out"},
         "block_bytes": BLOCK_BYTES,
-        "files": {w.name: {"bytes": w.nbytes, "xxh3_128_of_blocks": w.checksum} for w in written}
-        | {name: text_entry(text) for name, text in chosen.texts.items()},
+        "files": {file.name: {"bytes": file.nbytes, "xxh3_128_of_blocks": file.checksum} for file in written}
+        | {name: _text_entry(text) for name, text in output.texts.items()},
     }
 
 
-def text_entry(text: str) -> dict[str, Any]:
+def _text_entry(text: str) -> dict[str, Any]:
     """The manifest's entry of a small text file."""
     data = text.encode()
     return {"bytes": len(data), "xxh3_128_of_blocks": checksum.of_bytes(data)}
 
 
 def read_manifest(out: Path) -> dict[str, Any]:
-    """The manifest of a merged output.
+    """Reads the manifest of a merge's output.
 
     Raises:
-        VerificationFailed: there is none, or it is not ours.
+        VerificationFailed: there is none, or it is not what a merge writes; the message names the first faults.
     """
     path = out / MANIFEST
     try:

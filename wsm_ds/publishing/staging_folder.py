@@ -1,11 +1,11 @@
-"""All or nothing: an output is staged beside its place, synced, and appears by one rename.
+"""All or nothing: an output is written into a staging folder, synced, and appears by one rename.
 
-Beside OUT lies, while it is being made, `.OUT.wsm-staging` with
+While OUT is being made, the folder `.OUT.wsm-staging` lies next to it:
 
-    output/       what will be renamed to OUT; the manifest is the last file written into it
-    plan.json     what is being made, so that the same merge goes on here after a kill, and no other
-    journal.*     the blocks that are finished (`journal`)
-    lock          held by the process that makes it
+    output/       will be renamed to OUT; the manifest is the last file that is written into it
+    plan.json     what is being made: after a kill the same merge continues here, and any other is refused
+    journal.*     the blocks that are finished (`engine.journal`)
+    lock          locked by the process that makes OUT
 """
 
 import errno
@@ -39,23 +39,27 @@ OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class Staging:
-    """Where an output is made."""
+    """The staging folder of one output.
+
+    Attributes:
+        out: the output's final folder.
+    """
 
     out: Path
 
     @property
     def folder(self) -> Path:
-        """Everything that belongs to the merge until it is done."""
+        """The staging folder itself."""
         return self.out.parent / f".{self.out.name}{STAGING}"
 
     @property
     def content(self) -> Path:
-        """What becomes the output."""
+        """The folder in it that becomes the output."""
         return self.folder / "output"
 
 
 class RecordedSource(TypedDict):
-    """A source, as a manifest and the plan of a merge that was begun have it."""
+    """A source, as a manifest and the plan of an unfinished merge record it."""
 
     path: str
     tag: str
@@ -63,52 +67,52 @@ class RecordedSource(TypedDict):
     coefficient: float
 
 
-class _Begun(TypedDict):
-    """What a plan must hold for its merge to be gone on with."""
+class _RecordedPlan(TypedDict):
+    """What plan.json must hold, so that its merge can be continued."""
 
     identity: str
     recipe: dict[str, Any]
     sources: Annotated[list[RecordedSource], Field(min_length=1)]
 
 
-def begun(out: Path) -> dict[str, Any] | None:
-    """What a merge that did not end was making at `out`."""
+def unfinished_merge(out: Path) -> dict[str, Any] | None:
+    """The description of an unfinished merge to `out` (its plan.json); None if there is none that can be read."""
     try:
-        described: dict[str, Any] = json.loads(read_small(Staging(out).folder / PLAN))
-        TypeAdapter(_Begun).validate_python(described)
+        recorded: dict[str, Any] = json.loads(read_small(Staging(out).folder / PLAN))
+        TypeAdapter(_RecordedPlan).validate_python(recorded)
     except (OSError, ValueError, RecursionError):
         return None
-    return described
+    return recorded
 
 
-def begun_below(folder: Path) -> Iterator[dict[str, Any]]:
-    """What all merges that have begun and not ended are making, at any depth below `folder`."""
+def unfinished_merges(folder: Path) -> Iterator[dict[str, Any]]:
+    """The descriptions of all unfinished merges to folders at any depth below `folder`."""
     for root, folders, files in os.walk(folder):
         if MANIFEST in files:
             folders.clear()  # a finished output: nothing is staged inside
         for name in [name for name in folders if name.endswith(STAGING)]:
             folders.remove(name)
             out = Path(root) / name.removeprefix(".").removesuffix(STAGING)
-            described = begun(out)
-            if described is not None and not (out / MANIFEST).is_file():
-                yield described
+            recorded = unfinished_merge(out)
+            if recorded is not None and not (out / MANIFEST).is_file():
+                yield recorded
 
 
 @contextmanager
 def staged(out: Path, described: dict[str, Any], *, restart: bool = False) -> Iterator[Staging]:
-    """A staging folder for `out`, exclusively ours.
+    """Makes and locks the staging folder of `out`, or takes over the one that a killed attempt of this merge left.
 
-    After an error that the same merge would meet again, or a full disk, it is removed; after any other it stays for the
-    next attempt. `commit` has to be called to publish it.
+    If the context ends with an error that the same merge would meet again, or with a full disk, the staging folder is
+    removed. After any other error it stays for the next attempt. `commit` publishes its content.
 
     Args:
-        out: the folder to be.
-        described: the merge, plain data; `described["identity"]` tells it from any other.
-        restart: whether to throw away what another merge has left.
+        out: the output's final folder.
+        described: the merge as plain data; `described["identity"]` differs from that of every other merge.
+        restart: whether to remove what another, unfinished merge has left.
 
     Raises:
-        OutputExists: `out` exists, or another merge has begun there.
-        OutputLocked: another process is making it.
+        OutputExists: `out` exists, or an unfinished merge of another identity has its staging folder there.
+        OutputLocked: another process is making `out` now.
     """
     require_absent(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -119,22 +123,22 @@ def staged(out: Path, described: dict[str, Any], *, restart: bool = False) -> It
         try:
             yield staging
         except BaseException as error:
-            if not _is_worth_going_on(error):
+            if not _may_succeed_later(error):
                 shutil.rmtree(staging.folder, ignore_errors=True)
             raise
 
 
 def _take_over(staging: Staging, described: dict[str, Any], restart: bool) -> None:
-    """Goes on with what the same merge has left, or begins anew."""
-    left = begun(staging.out)
-    if left is not None and not restart:
-        if left.get("identity") == described["identity"]:
+    """Continues what the same merge has left, or empties the staging folder and begins anew."""
+    recorded = unfinished_merge(staging.out)
+    if recorded is not None and not restart:
+        if recorded.get("identity") == described["identity"]:
             journals_to_claims(staging.folder)
             log.warning("%s: going on with the merge that was begun there", staging.out)
             return
-        unlike = [key for key in described if key != "identity" and left.get(key) != described[key]]
+        differing = [key for key in described if key != "identity" and recorded.get(key) != described[key]]
         raise OutputExists(
-            f"{staging.folder} holds a merge that was begun with other arguments or sources ({few(unlike)} differ). "
+            f"{staging.folder} holds a merge that was begun with other arguments or sources ({few(differing)} differ). "
             "Run that one again to finish it, or pass --restart to throw it away."
         )
     for path in staging.folder.iterdir():
@@ -144,8 +148,8 @@ def _take_over(staging: Staging, described: dict[str, Any], restart: bool) -> No
     replace_text(staging.folder / PLAN, json.dumps(described, indent=2) + "\n")
 
 
-def _is_worth_going_on(error: BaseException) -> bool:
-    """Whether the same merge, started again, may get further: not after a wrong input or a full disk."""
+def _may_succeed_later(error: BaseException) -> bool:
+    """Whether the same merge, started again, may get further: not after wrong input or a full disk."""
     if isinstance(error, WsmError):
         return error.may_pass
     if isinstance(error, OSError):
@@ -154,12 +158,16 @@ def _is_worth_going_on(error: BaseException) -> bool:
 
 
 def commit(staging: Staging, manifest: dict[str, Any]) -> None:
-    """Writes the manifest, syncs the folders, renames the content to its place and removes the rest."""
+    """Writes the manifest, moves the content to its final place, and removes the staging folder.
+
+    Raises:
+        OutputExists: something has appeared at `staging.out`.
+    """
     write_text(staging.content / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     move_into_place(staging.content, staging.out)
     discard(staging.out)
 
 
 def discard(out: Path) -> None:
-    """Removes what a merge has left beside its finished output."""
+    """Removes the staging folder of a finished output, if a kill has left it."""
     shutil.rmtree(Staging(out).folder, ignore_errors=True)

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.distributed.agreement import Agreement
+from wsm_ds.distributed.ranks import Ranks
 from wsm_ds.errors import BrokenCheckpoint, CheckpointNotFound, RecipeError, few
 from wsm_ds.filesystem.durable import move_into_place, replace_shared_text, sync_file
 from wsm_ds.layouts import Layout, find_checkpoints, read_layout
@@ -56,16 +56,14 @@ def newest_complete(run: Path) -> Layout | None:
     )
 
 
-def save_checkpoint(
-    engine: Any, job: JobFolder, attempt: int, agreement: Agreement, client_state: dict[str, Any]
-) -> Path:
+def save_checkpoint(engine: Any, job: JobFolder, attempt: int, ranks: Ranks, client_state: dict[str, Any]) -> Path:
     """Saves RUN/global_stepN, where N is the engine's number of updates.
 
     Args:
         engine: DeepSpeed's.
         job: the run's.
         attempt: the number of this attempt.
-        agreement: of all ranks.
+        ranks: of the job.
         client_state: plain data to save with the checkpoint.
 
     Returns:
@@ -88,13 +86,13 @@ def save_checkpoint(
         )
     tag = f"global_step{engine.global_steps}"
     root = job.attempt_folder(attempt)
-    agreement.decided(lambda: _make_empty_folder(job, attempt, root / tag))
+    ranks.decide(lambda: _make_empty_folder(job, attempt, root / tag))
     save_random_states(root / tag, dist.get_rank())
     engine.save_checkpoint(str(root), tag=tag, client_state=client_state, save_latest=False)
     if int(os.environ["LOCAL_RANK"]) == 0:  # one process per machine: it flushes that machine's page cache
         sync_files(root / tag)
     dist.barrier()
-    agreement.decided(lambda: publish(job, attempt, tag))
+    ranks.decide(lambda: publish(job, attempt, tag))
     return job.run / tag
 
 

@@ -4,7 +4,7 @@ import os
 import socket
 from datetime import timedelta
 
-from wsm_ds.distributed.ranks import slurm_variables
+from wsm_ds.distributed.launcher import slurm_variables
 from wsm_ds.errors import RecipeError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

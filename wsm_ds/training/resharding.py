@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.distributed.ranks import Ranks, StoreRanks
+from wsm_ds.distributed.ranks import Ranks
 from wsm_ds.layouts import Layout
 from wsm_ds.merging import one_recipe, plan_merge, run_plan
 from wsm_ds.outputs.resharding.form import DEFAULT_SUB_GROUP_SIZE, zero_config
@@ -63,18 +63,14 @@ def resharded_folder(job: JobFolder, tag: str, target: Partitioning) -> Path:
     return job.folder / f"resharded-{tag}-zero{target.stage}-{target.world_size}-ranks"
 
 
-def reshard_together(
-    checkpoint: Path, target: Partitioning, out: Path, *, store: Any, rank: int, world_size: int
-) -> None:
+def reshard_together(checkpoint: Path, target: Partitioning, out: Path, ranks: Ranks) -> None:
     """Rewrites a checkpoint with another partitioning. Goes on where a killed attempt stopped.
 
     Args:
         checkpoint: RUN/TAG.
         target: the partitioning of the engine that will load it.
         out: the folder to write.
-        store: a torch.distributed store of this call's own, at which the ranks meet.
-        rank: of this process, in 0 … world_size - 1.
-        world_size: processes that share the work.
+        ranks: the processes that share the work, in an object for this call alone.
 
     Ranks: all.
 
@@ -83,10 +79,15 @@ def reshard_together(
         InsufficientCapacity: the disk or the memory is too small.
         PeerFailed: another rank failed.
     """
-    ranks = StoreRanks(store, rank, world_size) if world_size > 1 else Ranks()
     with ranks.together():
-        form = {"stage": target.stage, "world_size": target.world_size, "sub_group_size": target.sub_group_size}
-        recipe = one_recipe(checkpoint.parent, checkpoint.name, out, **form)
+        recipe = one_recipe(
+            checkpoint.parent,
+            out=out,
+            tag=checkpoint.name,
+            stage=target.stage,
+            world_size=target.world_size,
+            sub_group_size=target.sub_group_size,
+        )
         ranks.barrier("met")
         plan = plan_merge(recipe)
         run_plan(plan, ranks=ranks)

@@ -1,6 +1,5 @@
 """One attempt of a training run: it starts or resumes the run, saves, and ends when it is done or asked to stop."""
 
-import itertools
 import json
 import logging
 import os
@@ -9,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.distributed.agreement import Agreement
+from wsm_ds.distributed.launcher import process_group_ranks
 from wsm_ds.errors import RecipeError, TrainingError, few
 from wsm_ds.training import checkpoints, interruption, resharding
 from wsm_ds.training.compilation import prepare_compilation
@@ -21,7 +20,6 @@ from wsm_ds.training.random_states import load_random_states, seed_random_states
 log = logging.getLogger(__name__)
 CONSTANTS = "wsm_training"
 """The key of a run's constants in the client state that DeepSpeed saves."""
-_stores = itertools.count()
 
 
 class TrainingJob:
@@ -75,9 +73,8 @@ class TrainingJob:
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         prepare_compilation()
         start_process_groups(collective_timeout_s)
-        self.store = _own_store()
-        self.agreement = Agreement(self.store, self.rank, self.world_size, collective_timeout_s)
-        self.attempt, self.is_done = self.agreement.decided(self._begin)
+        self.ranks = process_group_ranks(timeout_s=collective_timeout_s)
+        self.attempt, self.is_done = self.ranks.decide(self._begin)
         self.client_state: dict[str, Any] = {}
         self.exit_code = 0 if self.is_done else 1
         self.values: dict[str, Any] = {}
@@ -105,18 +102,17 @@ class TrainingJob:
         import deepspeed.comm as dist
 
         target = resharding.partitioning_of_engine(engine)
-        choice = self.agreement.decided(lambda: self._choose(target))
+        choice = self.ranks.decide(lambda: self._choose(target))
         if choice is None:
             seed_random_states(self.constants["seed"], 0, self.rank)
             return 0
         source = Path(choice["path"])
         if choice["reshard"]:
             out = resharding.resharded_folder(self.job, source.name, target)
-            store = _own_store()
-            resharding.reshard_together(source, target, out, store=store, rank=self.rank, world_size=self.world_size)
+            resharding.reshard_together(source, target, out, process_group_ranks())
             self._load(engine, out, None)
             dist.barrier()
-            self.agreement.decided(lambda: resharding.remove_resharded(self.job))
+            self.ranks.decide(lambda: resharding.remove_resharded(self.job))
         else:
             self._load(engine, source.parent, source.name)
         has_states = choice["world_size"] == target.world_size and load_random_states(source, self.rank)
@@ -164,12 +160,12 @@ class TrainingJob:
                 is_interrupted = interrupted.agreed()
                 self._write_line(step, time.monotonic() - began_s)
                 if step % self.save_every == 0 or step == self.until_step or is_interrupted:
-                    checkpoints.save_checkpoint(engine, self.job, self.attempt, self.agreement, saved)
+                    checkpoints.save_checkpoint(engine, self.job, self.attempt, self.ranks, saved)
                 if is_interrupted and step < self.until_step:
                     log.warning("saved at step %d and stopping: %s", step, interrupted.received or "another rank")
                     self.exit_code = interruption.EXIT_CODE
                     return
-            self.agreement.decided(lambda: mark_done(self.job, max(self.until_step, first - 1), self.attempt))
+            self.ranks.decide(lambda: mark_done(self.job, max(self.until_step, first - 1), self.attempt))
             self.exit_code = 0
         finally:
             heartbeat.stop()
@@ -242,10 +238,3 @@ class TrainingJob:
             line |= {"seconds": round(seconds, 4), "world_size": self.world_size}
             with self.job.steps.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-
-
-def _own_store() -> Any:
-    """A part of the process group's store that no other caller uses. Ranks: all, equally often."""
-    from torch.distributed import PrefixStore, distributed_c10d
-
-    return PrefixStore(f"wsm_ds/{next(_stores)}", distributed_c10d._get_default_store())

@@ -21,7 +21,7 @@ from wsm_ds.filesystem.durable import append_line
 from wsm_ds.filesystem.locks import hold_lock
 from wsm_ds.layouts import Checkpoint, find_checkpoints
 from wsm_ds.layouts.run import DELETED, deleted_steps, latest_step
-from wsm_ds.publishing.staging_folder import MANIFEST, begun_below
+from wsm_ds.publishing.staging_folder import MANIFEST, unfinished_merges
 from wsm_ds.reporting.tables import table
 from wsm_ds.sizes import format_size
 from wsm_ds.watching.completeness import Checkpoints
@@ -149,7 +149,7 @@ def _of_spec(spec: WatchSpec, steps: set[int], complete: set[int]) -> dict[int, 
 
 def _of_begun(run: Path, folders: Iterable[Path]) -> set[int]:
     """Steps of the run's checkpoints that merges need which have begun and not ended."""
-    sources = [source for folder in folders for described in begun_below(folder) for source in described["sources"]]
+    sources = [source for folder in folders for merge in unfinished_merges(folder) for source in merge["sources"]]
     return {int(source["step"]) for source in sources if Path(source["path"]).is_relative_to(run.resolve())}
 
 

@@ -41,7 +41,14 @@ def test_every_element_and_every_hyperparameter_is_kept(
     run_of: Find, tmp_path: Path, stage: int, before: int, after: int, new_stage: int
 ) -> None:
     run, out = run_of(before, stage), tmp_path / "out"
-    reshard(run, "global_step4", out, world_size=after, stage=new_stage, sub_group_size=50 if new_stage == 3 else None)
+    reshard(
+        run,
+        tag="global_step4",
+        out=out,
+        world_size=after,
+        stage=new_stage,
+        sub_group_size=50 if new_stage == 3 else None,
+    )
     expected, got = whole(run / "global_step4", stage), whole(out / "global_step4", new_stage)
     (old_models, old_optims), (new_models, new_optims) = (load_all(r / "global_step4") for r in (run, out))
     assert len(new_optims) == after
@@ -119,7 +126,7 @@ def test_the_next_five_losses_are_those_of_the_run_that_did_not_change(
         if before == after or kind not in kinds(after):
             continue
         out = tmp_path / run.name
-        reshard(run, "global_step2", out, world_size=after)
+        reshard(run, tag="global_step2", out=out, world_size=after)
         dump = {"root": str(out), "dump": str(out / "dump"), "steps": 5}
         jobs.append(even(stage, kind) | {"do": "load"} | dump)
         runs.append(run)
@@ -162,12 +169,12 @@ def test_deepspeed_loads_another_stage_with_default_arguments(
 
 
 @pytest.mark.parametrize("policy", ["carry", "merge", "drop"])
-def test_a_merge_in_another_form_is_the_merge_put_into_that_form(runs: Path, tmp_path: Path, policy: str) -> None:
+def test_a_merge_in_another_form_is_the_merge_put_into_that_form(runs: Path, tmp_path: Path, policy: Any) -> None:
     """One pass equals two: merge, then reshard."""
-    run, form = runs / "w2_s2_bf16", {"world_size": 3, "stage": 3, "sub_group_size": 100}
+    run, form = runs / "w2_s2_bf16", dict[str, Any]({"world_size": 3, "stage": 3, "sub_group_size": 100})
     merge(run=run, last=3, curve="1-sqrt", out=tmp_path / "one", optimizer_states=policy, **form)
     merge(run=run, last=3, curve="1-sqrt", out=tmp_path / "two", optimizer_states=policy)
-    reshard(tmp_path / "two", None, tmp_path / "three", **form)
+    reshard(tmp_path / "two", out=tmp_path / "three", **form)
     for path in (tmp_path / "three/global_step6").iterdir():
         one = torch.load(tmp_path / "one/global_step6" / path.name, weights_only=False)
         assert same_tree(one, torch.load(path, weights_only=False)), path.name
@@ -175,15 +182,15 @@ def test_a_merge_in_another_form_is_the_merge_put_into_that_form(runs: Path, tmp
 
 def test_like_takes_the_form_of_another_checkpoint(run_of: Find, runs: Path, tmp_path: Path) -> None:
     like = run_of(3, 3) / "global_step2"
-    reshard(run_of(2, 1), "global_step4", tmp_path / "out", like=like)
+    reshard(run_of(2, 1), tag="global_step4", out=tmp_path / "out", like=like)
     names = sorted(path.name for path in (tmp_path / "out/global_step4").iterdir())
     assert names == sorted(path.name for path in like.iterdir())
     shapes = [load_all(path)[0][0]["param_shapes"] for path in (tmp_path / "out/global_step4", like)]
     assert shapes[0] == shapes[1]
     with pytest.raises(LayoutMismatch, match="dtypes differ, bf16 against fp16"):
-        reshard(run_of(2, 1), None, tmp_path / "no", like=runs / "w2_s1_fp16/global_step2")
+        reshard(run_of(2, 1), out=tmp_path / "no", like=runs / "w2_s1_fp16/global_step2")
     with pytest.raises(RecipeError, match="give one or the other"):
-        reshard(run_of(2, 1), None, tmp_path / "no", like=like, world_size=2)
+        reshard(run_of(2, 1), out=tmp_path / "no", like=like, world_size=2)
     assert not (tmp_path / "no").exists()
 
 
@@ -198,7 +205,7 @@ def test_the_reshard_command_says_what_it_makes(runs: Path, tmp_path: Path, caps
 
 
 def test_forms_that_contradict_themselves_are_refused(runs: Path, tmp_path: Path) -> None:
-    common = {"last": 1, "curve": "linear", "out": tmp_path / "out", "run": runs / "w2_s2_bf16"}
+    common: dict[str, Any] = {"last": 1, "curve": "linear", "out": tmp_path / "out", "run": runs / "w2_s2_bf16"}
     with pytest.raises(RecipeError, match="sub_group_size belongs to stage 3"):
         merge(**common, sub_group_size=100)
     with pytest.raises(RecipeError, match="for zero outputs"):

@@ -78,8 +78,8 @@ def test_universal_checkpoints_of_deepspeed_merge_like_the_ones_they_were_made_o
     runs: Path, converted: Path, tmp_path: Path, stage: int
 ) -> None:
     run = runs / f"w2_s{stage}_bf16"
-    common = {"last": 3, "coefficients": COEFFICIENTS, "optimizer_states": "merge"}
-    size = {"sub_group_size": 200} if stage == 3 else {}
+    common: dict[str, Any] = {"last": 3, "coefficients": COEFFICIENTS, "optimizer_states": "merge"}
+    size: dict[str, Any] = {"sub_group_size": 200} if stage == 3 else {}
     merge(run=run, out=tmp_path / "direct", **common)
     merge(run=converted / f"s{stage}", out=tmp_path / "through", **common, world_size=3, stage=stage, **size)
     direct, through = (whole(tmp_path / name / "global_step6", stage) for name in ("direct", "through"))
@@ -88,7 +88,7 @@ def test_universal_checkpoints_of_deepspeed_merge_like_the_ones_they_were_made_o
     assert [i.layout.world_size for i in inspect_run(tmp_path / "through") if i.layout] == [3]
     merge(run=converted / f"s{stage}", last=3, coefficients=COEFFICIENTS, out=tmp_path / "again", format="universal")
     for name, folder in (("again", "again"), ("direct", "direct")):
-        export(tmp_path / folder, None, tmp_path / f"{name}-model", dtype="fp32")
+        export(tmp_path / folder, out=tmp_path / f"{name}-model", dtype="fp32")
     expected = load_file(tmp_path / "direct-model/model.safetensors")
     assert equal(load_file(tmp_path / "again-model/model.safetensors"), expected)
     assert verify(tmp_path / "again", full=True).note == ""
@@ -99,8 +99,9 @@ def test_deepspeed_goes_on_natively_from_a_universal_source(
 ) -> None:
     jobs: list[dict[str, Any]] = []
     for stage in STAGES:
-        out, size = tmp_path / str(stage), {"sub_group_size": 200} if stage == 3 else {}
-        reshard(converted / f"s{stage}", "global_step4_universal", out, world_size=3, stage=stage, **size)
+        out, size = tmp_path / str(stage), 200 if stage == 3 else None
+        form: dict[str, Any] = {"world_size": 3, "stage": stage, "sub_group_size": size}
+        reshard(converted / f"s{stage}", tag="global_step4_universal", out=out, **form)
         jobs.append({"do": "load", "stage": stage, "dtype": "bf16", "root": str(out), "dump": str(out / "dump")})
     for report in launch(jobs, world_size=3, folder=tmp_path_factory.mktemp("load"))[0]:
         assert report["global_steps"] == 4

@@ -1,0 +1,99 @@
+"""What rank 0 decides, all ranks follow; and an error of rank 0 reaches all."""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import pytest
+from torch.distributed import PrefixStore, TCPStore
+
+from wsm_ds.distributed import ranks
+from wsm_ds.distributed.ranks import Ranks, StoreRanks
+from wsm_ds.errors import PeerFailed, Superseded
+
+
+@pytest.fixture(scope="module")
+def server() -> TCPStore:
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def on_ranks(server: TCPStore, name: str, world_size: int, work: Callable[[Ranks], Any], **options: Any) -> list[Any]:
+    """What `work` returns or raises on every rank: a thread each, with a connection of its own."""
+
+    def one(rank: int) -> Any:
+        store = TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=30))
+        try:
+            return work(StoreRanks(PrefixStore(name, store), rank, world_size, **options))
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(one, range(world_size)))
+
+
+def test_one_process_decides_for_itself_and_gets_what_json_keeps() -> None:
+    assert Ranks().decide(lambda: {"path": ("a", 1)}) == {"path": ["a", 1]}
+
+
+def test_rank_0_alone_decides_and_all_ranks_get_its_decisions_in_order(server: TCPStore) -> None:
+    deciding: list[int] = []
+
+    def work(member: Ranks) -> list[Any]:
+        def square(number: int) -> list[int]:
+            deciding.append(member.rank)
+            return [number, number**2]
+
+        return [member.decide(partial(square, number)) for number in range(3)]
+
+    assert on_ranks(server, "order", 3, work) == [[[0, 0], [1, 1], [2, 4]]] * 3
+    assert deciding == [0, 0, 0]
+
+
+def test_an_error_of_rank_0_reaches_all_with_its_exit_code_and_nobody_waits(server: TCPStore) -> None:
+    def decision() -> None:
+        raise Superseded("attempt 1 was superseded")
+
+    began_s = time.monotonic()
+    first, *others = on_ranks(server, "error", 3, lambda member: member.decide(decision))
+    assert type(first) is Superseded
+    for error in others:
+        assert type(error) is PeerFailed
+        assert str(error) == f"rank 0 ({os.uname().nodename}): Superseded: attempt 1 was superseded"
+        assert error.exit_code == Superseded.exit_code
+    assert time.monotonic() - began_s < ranks.FAREWELL_S / 2
+
+
+def test_a_decision_that_does_not_come_in_time_is_an_error_on_the_others(server: TCPStore) -> None:
+    done = threading.Event()
+
+    def work(member: Ranks) -> Any:
+        if member.rank == 0:
+            done.wait(30)
+            return None
+        try:
+            return member.decide(lambda: 1)
+        finally:
+            done.set()
+
+    _, error = on_ranks(server, "late", 2, work, timeout_s=0.3)
+    assert type(error) is PeerFailed
+    assert str(error).endswith("decides nothing for 0.3 s.")
+
+
+def test_ranks_that_only_decide_send_no_beats(server: TCPStore) -> None:
+    on_ranks(server, "quiet", 2, lambda member: member.decide(lambda: 1))
+    assert not PrefixStore("quiet", server).check(["wsm/beat/0"])
+
+
+def test_ranks_do_not_import_torch() -> None:
+    import subprocess
+
+    code = "import sys, wsm_ds.distributed.launcher as it; it.launched_ranks({}); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,80 @@
+"""The keywords of `merge`, `export`, `reshard` and `make_recipe(s)`, for type checkers and editors.
+
+What each option means is said once, at `MergeRecipe`, which also validates them. None means not given. A test keeps the
+names equal to `MergeRecipe`'s.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from typing_extensions import TypedDict
+
+Format = Literal["zero", "universal", "safetensors"]
+Path = str | os.PathLike[str]
+
+
+class _WorkOptions(TypedDict, total=False):
+    include: Sequence[Path] | None
+    allow_globals: Sequence[str] | None
+    memory_budget: int | str | None
+    threads: int | None
+
+
+class ExportOptions(_WorkOptions, total=False):
+    """Of safetensors."""
+
+    dtype: Literal["bf16", "fp16", "fp32"] | None
+    max_shard_size: int | str | None
+    rename: Mapping[str, str] | None
+
+
+class _FormOptions(_WorkOptions, total=False):
+    optimizer_states: Literal["carry", "merge", "drop"] | None
+    world_size: int | None
+    stage: int | None
+    sub_group_size: int | None
+    like: Path | None
+
+
+class ReshardOptions(_FormOptions, total=False):
+    """Of a checkpoint that DeepSpeed loads."""
+
+    format: Literal["zero", "universal"] | None
+
+
+class CheckpointOptions(ExportOptions, _FormOptions, total=False):
+    """Of one checkpoint in any form."""
+
+    format: Format | None
+
+
+class _MergeOptions(ExportOptions, _FormOptions, total=False):
+    run: Path
+    out: Path
+    from_step: int | None
+    tags: Sequence[str] | None
+    coefficients: Sequence[float] | None
+    oldest_interval: int | None
+    allow: Sequence[Literal["warmup", "lr-change"]] | None
+
+
+class RecipeOptions(_MergeOptions, total=False):
+    """Of one merge: the fields of `MergeRecipe`."""
+
+    last: int | None
+    to_step: int | None
+    curve: str | None
+    floor: float | None
+    format: Format | None
+
+
+class SweepOptions(_MergeOptions, total=False):
+    """Of several merges: where a list is given, each of its values makes an output."""
+
+    last: int | Sequence[int] | None
+    to_step: int | Sequence[int] | None
+    curve: str | Sequence[str] | None
+    floor: float | Sequence[float] | None
+    format: Format | Sequence[Format] | None
+    outputs: Sequence[Mapping[str, Any]] | None
