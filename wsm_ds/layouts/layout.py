@@ -9,7 +9,6 @@ Fragments are kept as numpy tables (a 70B run at 512 ranks has a million of them
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wsm_ds.dtypes import ALL, CODES, DType
+from wsm_ds.dtypes import CODES, DType
 from wsm_ds.torchfile import Archive
 
 FRAGMENT = np.dtype(
@@ -30,19 +29,6 @@ FRAGMENT = np.dtype(
 itself (stage 3's buffers); it is 0 where there is one copy.
 """
 Table = NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Fragment:
-    """One row of a fragment table, spelled out."""
-
-    fqn: str
-    kind: str
-    start: int
-    numel: int
-    file: str
-    offset: int
-    dtype: DType
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,21 +94,6 @@ class Layout:
     def numel(self) -> int:
         """Parameters, trained and frozen; tied ones count once."""
         return sum(info.numel for info in self.tensors.values() if info.role != "buffer")
-
-    def iter_fragments(self) -> Iterator[Fragment]:
-        """Every fragment as an object, for people and tests."""
-        names = self.names
-        for kind, table in self.fragments.items():
-            for row in table:
-                yield Fragment(
-                    names[row["tensor"]],
-                    kind,
-                    int(row["start"]),
-                    int(row["numel"]),
-                    self.files[row["file"]],
-                    int(row["offset"]),
-                    ALL[row["dtype"]],
-                )
 
 
 class TableBuilder:

@@ -41,7 +41,8 @@ def repickle(tree: Any) -> tuple[bytes, dict[str, Storage]]:
         writer.save(tree)
     except RecursionError as error:
         raise UnsupportedLayout(
-            "a checkpoint's client state is nested too deeply to be written again. Save it as a flat dict or as tensors."
+            "a checkpoint's client state is nested too deeply to be written again. Save it in a flatter form, or as "
+            "tensors."
         ) from error
     data = pickle.PROTO + bytes([PROTOCOL]) + writer.data + pickle.STOP
     return data, {key: storage for storage, key in writer.keys.items()}
