@@ -1,4 +1,4 @@
-"""Golden checkpoints that DeepSpeed wrote (`tests/golden/write_golden.py`), read and merged without torch or DeepSpeed."""
+"""Golden checkpoints that DeepSpeed wrote (`golden/write_golden.py`), read and merged without torch or DeepSpeed."""
 
 import json
 import struct
