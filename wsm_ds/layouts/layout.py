@@ -9,7 +9,6 @@ Fragments are kept as numpy tables (a 70B run at 512 ranks has a million of them
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wsm_ds.dtypes import ALL, CODES, DType
+from wsm_ds.dtypes import CODES, DType
 from wsm_ds.torchfile import Archive
 
 FRAGMENT = np.dtype(
@@ -26,32 +25,22 @@ FRAGMENT = np.dtype(
 )  # fmt: skip
 """One fragment: elements [start, start + numel) of a tensor at a byte offset of a file.
 
-`tensor` and `file` index the layout's `names` and `files`. `replica` tells copies apart that a rank keeps for
-itself (stage 3's buffers); it is 0 where there is one copy.
+`tensor` and `file` index the layout's `names` and `files`, `dtype` is a key of `dtypes.ALL`. `replica` is the rank
+where every rank keeps a copy of its own (stage 3's buffers), and 0 where there is one copy.
 """
 Table = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Fragment:
-    """One row of a fragment table, spelled out."""
-
-    fqn: str
-    kind: str
-    start: int
-    numel: int
-    file: str
-    offset: int
-    dtype: DType
-
-
-@dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What the model calls a tensor: its shape, its dtype in the module, and its role."""
+    """A tensor of the model: its shape, its dtype in the module, and its role.
+
+    The role is "parameter" (the optimizer updates it), "frozen" or "buffer".
+    """
 
     shape: tuple[int, ...]
     dtype: DType
-    role: str  # "parameter" | "frozen" | "buffer"
+    role: str
 
     @property
     def numel(self) -> int:
@@ -63,9 +52,23 @@ class TensorInfo:
 class Layout:
     """One checkpoint as a map from elements to byte ranges.
 
-    `has_nameless_states`: there are optimizer states, but nothing says which parameters they belong to.
-    `model_parallel_size`: ranks that hold a replica of the model together; if there are several, each one's tensors
-    have its name in front (`mp_rank_01/NAME`).
+    Attributes:
+        path: the checkpoint's folder.
+        tag: its name within the run.
+        step: optimizer steps before it was saved.
+        stage: ZeRO stage of the run.
+        world_size: data-parallel ranks of the run.
+        dtype: of the module's parameters.
+        files: paths of all files, relative to `path`; fragments refer to them by number.
+        archives: the zip directory of each file.
+        tensors: every tensor of the model by its fully qualified name; fragments refer to them by number.
+        aliases: further names of tied tensors, with the name in `tensors`.
+        fragments: one table of `FRAGMENT` rows for each kind of element.
+        learning_rates: of each parameter group.
+        warmup_num_steps: updates of the run's warmup; None if the files do not say.
+        has_nameless_states: there are optimizer states, but nothing says which parameters they belong to.
+        model_parallel_size: ranks that hold a replica of the model together. If there are several, the tensors of each
+            have its name before their own (`mp_rank_01/NAME`).
     """
 
     path: Path
@@ -91,7 +94,7 @@ class Layout:
 
     @property
     def is_universal(self) -> bool:
-        """Whether parameters lie whole in files of their own; `stage` and `world_size` are then of the run."""
+        """Whether it is a universal checkpoint: each parameter lies whole in files of its own."""
         return "zero/optimizer_state.pt" in self.files
 
     @property
@@ -106,27 +109,12 @@ class Layout:
 
     @property
     def numel(self) -> int:
-        """Parameters, trained and frozen; tied ones count once."""
+        """Elements of all parameters, trained and frozen; tied ones count once."""
         return sum(info.numel for info in self.tensors.values() if info.role != "buffer")
-
-    def iter_fragments(self) -> Iterator[Fragment]:
-        """Every fragment as an object, for people and tests."""
-        names = self.names
-        for kind, table in self.fragments.items():
-            for row in table:
-                yield Fragment(
-                    names[row["tensor"]],
-                    kind,
-                    int(row["start"]),
-                    int(row["numel"]),
-                    self.files[row["file"]],
-                    int(row["offset"]),
-                    ALL[row["dtype"]],
-                )
 
 
 class TableBuilder:
-    """Collects fragments by kind; empty ones are left out."""
+    """Collects the fragments of a checkpoint into one table for each kind."""
 
     def __init__(self) -> None:
         self.rows: dict[str, list[tuple[int, ...]]] = {}
@@ -143,10 +131,21 @@ class TableBuilder:
         dtype: DType,
         replica: int = 0,
     ) -> None:
-        """Adds elements [start, start + numel) of tensor number `tensor`."""
+        """Add elements [start, start + numel) of a tensor; nothing if `numel` is 0.
+
+        Args:
+            kind: what the elements are: "master", "module", "exp_avg", …
+            tensor: the tensor's number.
+            start: first element, in the flattened tensor.
+            numel: how many elements.
+            file: the file's number.
+            offset: byte offset of the first element in the file.
+            dtype: of the stored elements.
+            replica: the rank, if each rank keeps a copy of its own.
+        """
         if numel > 0:
             self.rows.setdefault(kind, []).append((tensor, start, numel, file, offset, CODES[dtype.name], replica))
 
     def tables(self) -> dict[str, Table]:
-        """The finished tables."""
+        """Return the table of each kind that has fragments."""
         return {kind: np.array(rows, dtype=FRAGMENT) for kind, rows in self.rows.items()}

@@ -1,6 +1,7 @@
-"""A checkpoint's opened files, with what its model file says of them: what the stages' readers work on."""
+"""The opened files of one model-parallel rank, with what its model file says of them: the input of each reader."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from wsm_ds.torchfile import Tensor, TorchFile
 
 
 @dataclass(frozen=True)
-class Weights:
-    """A file of module weights, and its tensors under the model's names."""
+class WeightsFile:
+    """A file of module weights alone, and its tensors under the model's names."""
 
     file: TorchFile
     tensors: dict[str, Any]
@@ -20,10 +21,18 @@ class Weights:
 
 @dataclass(frozen=True)
 class RankFiles:
-    """Model and optimizer files of one model-parallel rank, by data-parallel rank; `indices` numbers them by path.
+    """Model and optimizer files of one model-parallel rank.
 
-    `tensors` and `aliases` are named as those files name them. `beside` are weights outside the model files: native
-    MoE's experts, a pipeline's layers. `first_tensor` is the number of the first of `tensors` in the fragment tables.
+    Attributes:
+        models: model files by data-parallel rank; rank 0 alone in stages 0 to 2.
+        optims: optimizer files by data-parallel rank.
+        indices: number of each file in the fragment tables, by path.
+        tensors: the model's tensors, named as these files name them.
+        aliases: further names of tied tensors, with the name in `tensors`.
+        world_size: data-parallel ranks.
+        extra_weights: weights outside the model files: native MoE's experts, a pipeline's layers.
+        experts: how many experts each layer has.
+        first_tensor: number of the first of `tensors` in the fragment tables.
     """
 
     models: dict[int, TorchFile]
@@ -32,28 +41,33 @@ class RankFiles:
     tensors: dict[str, TensorInfo]
     aliases: dict[str, str]
     world_size: int
-    beside: tuple[Weights, ...] = ()
+    extra_weights: tuple[WeightsFile, ...] = ()
     experts: Experts = NO_EXPERTS
     first_tensor: int = 0
 
-    @property
-    def numbers(self) -> dict[str, int]:
+    @cached_property
+    def tensor_numbers(self) -> dict[str, int]:
         """The number of each tensor in the fragment tables."""
         return {name: number for number, name in enumerate(self.tensors, self.first_tensor)}
 
     @property
-    def opened(self) -> tuple[TorchFile, ...]:
+    def files(self) -> tuple[TorchFile, ...]:
         """Every file, in the order of `indices`."""
-        return (*self.models.values(), *self.optims.values(), *(weights.file for weights in self.beside))
+        return (*self.models.values(), *self.optims.values(), *(weights.file for weights in self.extra_weights))
 
 
 def element_wise(states: dict[str, Any], *numels: int) -> dict[str, Tensor]:
-    """The states that hold a value for each element of a flat tensor, whose length is one of `numels`."""
+    """Return the optimizer states that hold one value for each element of a flat tensor.
+
+    Args:
+        states: an optimizer's states of one flat tensor: moments, step counters.
+        numels: lengths that such a state may have, with and without padding.
+    """
     tensors = {name: value for name, value in states.items() if isinstance(value, Tensor)}
     return {name: value for name, value in tensors.items() if len(value.shape) == 1 and value.numel in numels}
 
 
-def require_numel(file: TorchFile, what: str, held: int, needed: int) -> None:
-    """Raises BrokenCheckpoint if `what` holds fewer elements than belong there."""
-    if held < needed:
-        raise BrokenCheckpoint(f"{file.path}: {what} holds {held} elements, but {needed} belong there.")
+def require_numel(file: TorchFile, what: str, numel: int, expected: int) -> None:
+    """Raise BrokenCheckpoint if `what` of `file` has fewer elements than expected."""
+    if numel < expected:
+        raise BrokenCheckpoint(f"{file.path}: {what} holds {numel} elements, expected at least {expected}.")

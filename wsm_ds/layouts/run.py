@@ -1,4 +1,4 @@
-"""What checkpoints a run's folder holds: DeepSpeed's `RUN/TAG` and HF Trainer's `RUN/checkpoint-N/TAG`."""
+"""The checkpoints in a run's folder: DeepSpeed's `RUN/TAG` and HF Trainer's `RUN/checkpoint-N/TAG`."""
 
 import json
 import re
@@ -9,14 +9,20 @@ from wsm_ds.errors import CheckpointNotFound, few
 
 STEP_IN_NAME = re.compile(r"(\d+)(?:_universal)?$")
 JOB = "job"
-"""What the jobs of a run keep in its folder: heartbeats, attempts, saves that are not published yet."""
+"""The folder in a run where training jobs keep heartbeats, attempts and saves that are not published yet."""
 DELETED = ".wsm-prune/deleted.jsonl"
-"""What `wsm-ds prune` has deleted of a run, a line a checkpoint."""
+"""The file in a run that lists the checkpoints which `wsm-ds prune` has deleted, one JSON object a line."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Checkpoint:
-    """A checkpoint's folder. `named_step` comes from its name; its files know the truth."""
+    """A checkpoint's folder.
+
+    Attributes:
+        named_step: the step in its name, -1 if there is none. The true step is in its files (`Layout.step`).
+        tag: its path within the run.
+        path: the folder.
+    """
 
     named_step: int
     tag: str
@@ -24,27 +30,27 @@ class Checkpoint:
 
 
 def find_checkpoints(run: Path) -> list[Checkpoint]:
-    """Every folder of `run` that holds DeepSpeed's model files, in the order of the steps in their names.
+    """List every folder of `run` that holds DeepSpeed's files, in the order of the steps in their names.
 
     Raises:
-        CheckpointNotFound: `run` is no folder, or holds none.
+        CheckpointNotFound: `run` is not a folder, or holds no checkpoint.
     """
     if not run.is_dir():
-        raise CheckpointNotFound(f"{run} is not a folder.")
+        raise CheckpointNotFound(f"{run} is not a folder. Give the folder that was passed to save_checkpoint.")
     folders = [path for path in run.iterdir() if path.is_dir() and path.name != JOB and not path.name.startswith(".")]
     for trainer in [path for path in folders if path.name.startswith("checkpoint-")]:
         folders += [path for path in trainer.iterdir() if path.is_dir()]
-    found = [_checkpoint(run, path) for path in folders if _is_checkpoint(path)]
-    if not found:
+    checkpoints = [_checkpoint(run, path) for path in folders if _is_checkpoint(path)]
+    if not checkpoints:
         raise CheckpointNotFound(
             f"{run} holds no DeepSpeed checkpoint: no folder in it, or in its checkpoint-*, has *_model_states.pt. "
             "Give the folder that was passed to save_checkpoint (or HF Trainer's output_dir)."
         )
-    return sorted(found)
+    return sorted(checkpoints)
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether files that DeepSpeed names so, or the fast writer's pieces of them, are in a folder."""
+    """Whether a folder holds model or optimizer files, or the pieces of them that DeepSpeed's fast writer writes."""
     return any(path.glob("*_states.pt")) or any(path.glob("*_states.pt-*"))
 
 
@@ -54,7 +60,7 @@ def _checkpoint(run: Path, path: Path) -> Checkpoint:
 
 
 def deleted_steps(run: Path) -> set[int]:
-    """The steps of the checkpoints that `wsm-ds prune` has deleted of a run."""
+    """Return the steps of the checkpoints of a run that `wsm-ds prune` has deleted."""
     try:
         lines = (run / DELETED).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -64,12 +70,12 @@ def deleted_steps(run: Path) -> set[int]:
         try:
             steps.add(int(json.loads(line)["step"]))
         except (ValueError, KeyError, TypeError):
-            continue  # cut short by a kill, before anything was deleted
+            continue  # a kill cut the line short; it is written before the checkpoint is deleted
     return steps
 
 
 def latest_step(folder: Path) -> int | None:
-    """The step in the tag that the `latest` of a folder names; None if there is none."""
+    """Return the step in the tag that a folder's `latest` file names; None if there is none."""
     try:
         match = STEP_IN_NAME.search((folder / "latest").read_text(encoding="utf-8").strip())
     except (OSError, UnicodeDecodeError):
@@ -78,7 +84,15 @@ def latest_step(folder: Path) -> int | None:
 
 
 def find_tag(run: Path, tag: str) -> Checkpoint:
-    """The checkpoint called `tag` (`global_step8`, `checkpoint-8/global_step8`, or `checkpoint-8`)."""
+    """Return the checkpoint of a run that is called `tag`.
+
+    Args:
+        run: the run's folder.
+        tag: `global_step8`, `checkpoint-8/global_step8` or `checkpoint-8`.
+
+    Raises:
+        CheckpointNotFound: there is none of that name; the message lists the names that there are.
+    """
     checkpoints = find_checkpoints(run)
     for checkpoint in checkpoints:
         parts = checkpoint.tag.split("/")
@@ -88,11 +102,11 @@ def find_tag(run: Path, tag: str) -> Checkpoint:
 
 
 def checkpoint_at(path: Path) -> Checkpoint:
-    """The checkpoint whose folder is `path`, RUN/TAG.
+    """Return the checkpoint whose folder is `path`, RUN/TAG.
 
     Raises:
-        CheckpointNotFound: it holds no model file.
+        CheckpointNotFound: the folder holds no model file.
     """
     if not _is_checkpoint(path):
-        raise CheckpointNotFound(f"{path} is no checkpoint's folder: no *_model_states.pt is in it.")
+        raise CheckpointNotFound(f"{path} is not a checkpoint's folder: it holds no *_model_states.pt. Give RUN/TAG.")
     return _checkpoint(path.parent, path)

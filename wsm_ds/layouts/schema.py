@@ -1,7 +1,7 @@
-"""What the object trees of DeepSpeed's files must look like, checked once, where a file is opened.
+"""What the object trees of DeepSpeed's files must look like. They are checked once, when a file is opened.
 
-Only what is read here or written anew is described; everything else in a file (client state, a scheduler's state) may
-be anything. Formats: `runtime/engine.py`, `runtime/zero/stage_1_and_2.py`, `stage3.py`, `runtime/bf16_optimizer.py`.
+Only the keys that are read or written anew are described. Everything else in a file (client state, a scheduler's state)
+may be anything.
 """
 
 import math
@@ -33,7 +33,7 @@ def _of_a_file(shape: tuple[int, ...]) -> tuple[int, ...]:
 Name = Annotated[str, Field(strict=True, min_length=1), AfterValidator(_utf8)]
 Shape = Annotated[tuple[Whole, ...], Field(strict=True), AfterValidator(_of_a_file)]
 Tensors = list[InstanceOf[Tensor]]
-Named = dict[Name, Any]
+NamedValues = dict[Name, Any]
 
 
 class _Described(TypedDict):
@@ -54,18 +54,19 @@ class Base(_Described):
 
 
 class Partitions(_Described):
-    """`optimizer_state_dict` of stages 1 and 2, and of BF16_Optimizer."""
+    """`optimizer_state_dict` of stages 1 and 2 (`runtime/zero/stage_1_and_2.py:3358`), and of BF16_Optimizer
+    (`runtime/bf16_optimizer.py:629`)."""
 
     single_partition_of_fp32_groups: Tensors
     partition_count: list[Positive]
     base_optimizer_state: Base | list[dict[Any, Any]]
     group_paddings: list[Whole]
     param_alignment_paddings: NotRequired[list[list[Whole]] | None]
-    param_slice_mappings: NotRequired[list[Named]]
+    param_slice_mappings: NotRequired[list[NamedValues]]
 
 
 class SubGroups(_Described):
-    """`optimizer_state_dict` of stage 3."""
+    """`optimizer_state_dict` of stage 3 (`_rigid_state_dict`, `runtime/zero/stage3.py:3431`)."""
 
     fp32_flat_groups: Tensors
     partition_count: Positive
@@ -73,7 +74,11 @@ class SubGroups(_Described):
 
 
 class Flats(_Described):
-    """`optimizer` of stage 0 in 16 bits: masters beside the base optimizer."""
+    """`optimizer` of stage 0 in 16 bits: masters beside the base optimizer's state.
+
+    `fp32_groups_flat` is FP16_Optimizer's (`runtime/fp16/fused_optimizer.py:471`), `fp32_groups`
+    FP16_UnfusedOptimizer's (`runtime/fp16/unfused_optimizer.py:355`).
+    """
 
     optimizer_state_dict: Base
     fp32_groups_flat: NotRequired[Tensors]
@@ -81,33 +86,33 @@ class Flats(_Described):
 
 
 class Model(_Described):
-    """A model file of stages 1 to 3."""
+    """A model file of stages 1 to 3 (`_common_checkpoint_state`, `runtime/engine.py:5017`)."""
 
     dp_world_size: Positive
     param_shapes: list[dict[Name, Shape]]
     global_steps: Whole
-    module: Named | None
+    module: NamedValues | None
     mp_world_size: NotRequired[Whole | None]
     buffer_names: NotRequired[list[Name] | None]
     shared_params: NotRequired[dict[Name, Name] | None]
     frozen_param_shapes: NotRequired[dict[Name, Shape] | None]
-    frozen_param_fragments: NotRequired[Named | None]
+    frozen_param_fragments: NotRequired[NamedValues | None]
     num_experts: NotRequired[list[Whole] | None]
     ds_version: NotRequired[Any]
 
 
 class Model0(_Described):
-    """The model file of stage 0."""
+    """The model file of stage 0; its `optimizer` is checked by `zero0.read_optimizer`."""
 
     dp_world_size: Positive
     global_steps: Whole
-    module: Named
+    module: NamedValues
     mp_world_size: NotRequired[Whole | None]
     buffer_names: NotRequired[list[Name] | None]
 
 
 class UniversalState(_Described):
-    """`zero/optimizer_state.pt` of a universal checkpoint."""
+    """`zero/optimizer_state.pt` of a universal checkpoint (`checkpoint/ds_to_universal.py:1004-1022`)."""
 
     param_groups: list[Group]
     optimizer_state_dict: NotRequired[dict[str, Any] | None]
@@ -117,9 +122,12 @@ ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
 
 
 def check(file: TorchFile, tree: Any, kind: Any, where: str = "") -> None:
-    """Raises BrokenCheckpoint, naming the file, the key, what is expected and what is there, if `tree` is no `kind`.
+    """Raise BrokenCheckpoint if `tree` is not a `kind`; it names the file, the key, what is expected and what is there.
 
     Args:
+        file: the file that holds `tree`.
+        tree: a part of the file's object tree.
+        kind: one of the types of this module.
         where: keys that lead to `tree` in the file.
     """
     if kind not in ADAPTERS:
@@ -129,8 +137,8 @@ def check(file: TorchFile, tree: Any, kind: Any, where: str = "") -> None:
     except ValidationError as error:
         faults = error.errors(include_url=False)
         words = [f"{_place(where, f['loc'])}: {f['msg']}, found {brief(f['input'])}" for f in faults[:3]]
-        told = few(words, 3, total=len(faults))
-        raise BrokenCheckpoint(f"{file.path} is not what DeepSpeed writes: {told}.") from error
+        listed = few(words, 3, total=len(faults))
+        raise BrokenCheckpoint(f"{file.path} is not what DeepSpeed writes: {listed}.") from error
 
 
 def _place(where: str, keys: tuple[int | str, ...]) -> str:
@@ -138,7 +146,11 @@ def _place(where: str, keys: tuple[int | str, ...]) -> str:
 
 
 def open_model(path: Path, allowed_globals: frozenset[str]) -> TorchFile:
-    """A model file.
+    """Open a model file and check its keys.
+
+    Args:
+        path: the file.
+        allowed_globals: names of the user's own classes that the file may mention.
 
     Raises:
         BrokenCheckpoint, UnsafePickle, UnsupportedLayout: it cannot be read, or is not what DeepSpeed writes.
@@ -154,7 +166,11 @@ def is_stage0(model: Any) -> bool:
 
 
 def open_optimizer(path: Path, allowed_globals: frozenset[str]) -> TorchFile:
-    """A rank's optimizer file.
+    """Open a rank's optimizer file and check its keys.
+
+    Args:
+        path: the file.
+        allowed_globals: names of the user's own classes that the file may mention.
 
     Raises:
         BrokenCheckpoint, UnsafePickle, UnsupportedLayout: it cannot be read, or is not what DeepSpeed writes.
@@ -170,14 +186,14 @@ def open_optimizer(path: Path, allowed_globals: frozenset[str]) -> TorchFile:
 
 
 def open_universal_state(path: Path, allowed_globals: frozenset[str]) -> TorchFile:
-    """A universal checkpoint's `optimizer_state.pt`."""
+    """Open a universal checkpoint's `optimizer_state.pt` and check its keys; arguments and errors as `open_model`."""
     file = open_torch_file(path, allowed_globals)
     check(file, file.tree, UniversalState)
     return file
 
 
 def open_weights(path: Path, allowed_globals: frozenset[str]) -> TorchFile:
-    """A file of named weights alone: an expert's, a pipeline layer's."""
+    """Open a file of named weights alone (an expert's, a pipeline layer's); arguments and errors as `open_model`."""
     file = open_torch_file(path, allowed_globals)
-    check(file, file.tree, Named)
+    check(file, file.tree, NamedValues)
     return file

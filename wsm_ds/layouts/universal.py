@@ -1,18 +1,26 @@
-"""Universal checkpoints: `zero/NAME/{fp32,exp_avg,…}.pt` hold whole parameters, model files all the rest.
+"""Universal checkpoints: `zero/NAME/{fp32,exp_avg,…}.pt` hold whole parameters, model files everything else.
 
-`checkpoint/ds_to_universal.py` writes a tensor in its shape inside a dict (stages 1 and 2) or flat and bare (stage 3).
+`checkpoint/ds_to_universal.py` writes them. A tensor has its shape and is inside a dict in stages 1 and 2
+(`merge_tp_slices`, :517), and is flat and bare in stage 3 (`merge_zero3_slices`, :543).
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, brief
 from wsm_ds.layouts import zero3, zero12
-from wsm_ds.layouts.layout import TableBuilder
+from wsm_ds.layouts.assembly import assemble
+from wsm_ds.layouts.file_names import MODEL_FILE, Rank, RankCounts, files_by_rank, require_files
+from wsm_ds.layouts.layout import Layout, TableBuilder
+from wsm_ds.layouts.metadata import module_of, tensors_of
 from wsm_ds.layouts.rank_files import RankFiles
+from wsm_ds.layouts.run import Checkpoint
+from wsm_ds.layouts.schema import is_stage0, open_model, open_universal_state
 from wsm_ds.torchfile import Tensor, TorchFile, open_torch_file
 
 OPTIMIZER_STATE = "zero/optimizer_state.pt"
+MODEL_FILE_OF_ALL = "mp_rank_00_model_states.pt"
 
 
 def is_universal(path: Path) -> bool:
@@ -20,11 +28,82 @@ def is_universal(path: Path) -> bool:
     return (path / OPTIMIZER_STATE).is_file()
 
 
-def open_parameters(path: Path, names: list[str], allowed_globals: frozenset[str]) -> dict[str, dict[str, TorchFile]]:
-    """The opened files of every parameter, by name and kind (the name of the file).
+def read(checkpoint: Checkpoint, entries: list[str], allowed_globals: frozenset[str]) -> Layout:
+    """Read a universal checkpoint.
+
+    Args:
+        checkpoint: the folder to read.
+        entries: names of what is in it, sorted.
+        allowed_globals: names of the user's own classes that the files may mention.
 
     Raises:
-        BrokenCheckpoint: a parameter has no fp32.pt.
+        BrokenCheckpoint, UnsupportedLayout, UnsafePickle: as `detection.read_layout`.
+    """
+    path = checkpoint.path
+    models = _open_models(path, entries, allowed_globals)
+    zero = _zero_config(models[0])
+    if zero.get("round_robin_gradients"):
+        raise UnsupportedLayout(
+            f"{path} was made from a run with round_robin_gradients. DeepSpeed's converter puts its parameters into "
+            "wrong places, so it is not read. Merge the run's own checkpoints."
+        )
+    stage = zero.get("stage", 1)
+    if stage not in (1, 2, 3):
+        raise UnsupportedLayout(f"{path} was made from a run of ZeRO stage {brief(stage)}, expected 1, 2 or 3.")
+    world_size = int(models[0].tree["dp_world_size"])
+    shared_params = models[0].tree.get("shared_params") or {}
+    tensors, aliases = tensors_of(models[0], module_of(models[0], ()), shared_params)
+    trained = [name for name, info in tensors.items() if info.role == "parameter"]
+    parameters = open_parameters(path, trained, allowed_globals)
+    optimizer_state = open_universal_state(path / OPTIMIZER_STATE, allowed_globals)
+    others = [optimizer_state, *(file for kinds in parameters.values() for file in kinds.values())]
+    indices = {file.path: index for index, file in enumerate([*models.values(), *others])}
+    files = RankFiles(models, dict(enumerate(others)), indices, tensors, aliases, world_size)
+    builder = TableBuilder()
+    place(builder, files, parameters)
+    names = tuple(file.relative_to(path).as_posix() for file in indices)
+    groups = optimizer_state.tree["param_groups"]
+    return assemble(checkpoint, [files], builder, stage=stage, file_names=names, groups=groups)
+
+
+def _open_models(path: Path, entries: list[str], allowed_globals: frozenset[str]) -> dict[int, TorchFile]:
+    """The model files with weights, by data-parallel rank."""
+    matches = [match for name in entries if (match := MODEL_FILE.match(name))]
+    if any(int(match["mp"]) for match in matches):
+        raise UnsupportedLayout(f"{path} is a universal checkpoint of a model-parallel run, which is not read.")
+    # We write a model file for each stage's loader; that of stage 3 holds no weights (`outputs/resharding/universal`).
+    is_whole = MODEL_FILE_OF_ALL in entries
+    names = files_by_rank(path, [MODEL_FILE_OF_ALL] if is_whole else entries, MODEL_FILE)
+    models = {rank.dp: open_model(path / name, allowed_globals) for rank, name in names.items()}
+    if 0 not in models or is_stage0(models[0].tree):
+        raise BrokenCheckpoint(f"{path} has no model file of rank 0 with param_shapes; DeepSpeed writes one.")
+    if "zero_pp_rank_" in names[Rank(0, 0)]:
+        require_files(path, "model file", names, RankCounts(1, int(models[0].tree["dp_world_size"])))
+    return models
+
+
+def _zero_config(model: TorchFile) -> dict[str, Any]:
+    """`zero_optimization` of the saved ds_config; empty if there is none."""
+    config = model.tree.get("ds_config")
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    return zero if isinstance(zero, dict) else {}
+
+
+def open_parameters(
+    path: Path, names: Iterable[str], allowed_globals: frozenset[str]
+) -> dict[str, dict[str, TorchFile]]:
+    """Open the files of parameters.
+
+    Args:
+        path: the checkpoint's folder.
+        names: the parameters to open.
+        allowed_globals: names of the user's own classes that the files may mention.
+
+    Returns:
+        By the parameter's name and the kind, which is the file's name without `.pt`.
+
+    Raises:
+        BrokenCheckpoint: a parameter has no `fp32.pt`, or its name cannot be a folder's.
     """
     opened = {}
     for name in names:
@@ -38,7 +117,12 @@ def open_parameters(path: Path, names: list[str], allowed_globals: frozenset[str
 
 
 def place(builder: TableBuilder, files: RankFiles, parameters: dict[str, dict[str, TorchFile]]) -> None:
-    """Adds every fragment of a universal checkpoint to `builder`.
+    """Add every fragment of a universal checkpoint to `builder`.
+
+    Args:
+        builder: the tables to add to.
+        files: all files of the checkpoint.
+        parameters: the opened files, as `open_parameters` returns them.
 
     Raises:
         UnsupportedLayout: a parameter is stored in another size (a vocabulary without its padding).
@@ -48,24 +132,30 @@ def place(builder: TableBuilder, files: RankFiles, parameters: dict[str, dict[st
             zero3.place_model(builder, files, model, rank)
     else:
         zero12.place_module(builder, files)
+    numbers = files.tensor_numbers
     for name, kinds in parameters.items():
+        numel = files.tensors[name].numel
         for kind, file in kinds.items():
-            held = whole(file.tree)
-            if held is None or kind == "step":
+            tensor = whole(file.tree)
+            if tensor is None or kind == "step":
                 continue
-            info = files.tensors[name]
-            if held.numel != info.numel:
+            if tensor.numel != numel:
                 raise UnsupportedLayout(
-                    f"{file.path} holds {held.numel} elements, the model's {name} has {info.numel}: it was cut for "
+                    f"{file.path} holds {tensor.numel} elements, but the model's {name} has {numel}: it was cut for "
                     "another degree of tensor parallelism, which this version does not read."
                 )
-            place_of = {"file": files.indices[file.path], "offset": file.byte_offset(held)}
             builder.add(
-                "master" if kind == "fp32" else kind, files.numbers[name], 0, info.numel, **place_of, dtype=held.dtype
+                "master" if kind == "fp32" else kind,
+                numbers[name],
+                0,
+                numel,
+                file=files.indices[file.path],
+                offset=file.byte_offset(tensor),
+                dtype=tensor.dtype,
             )
 
 
 def whole(tree: Any) -> Tensor | None:
-    """The tensor that a parameter's file holds."""
-    held = tree.get("param") if isinstance(tree, dict) else tree
-    return held if isinstance(held, Tensor) else None
+    """The whole tensor in a parameter's file; None if the file holds something else (a step counter)."""
+    value = tree.get("param") if isinstance(tree, dict) else tree
+    return value if isinstance(value, Tensor) else None

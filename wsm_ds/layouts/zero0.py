@@ -1,14 +1,16 @@
-"""ZeRO stage 0: one model file holds everything, and the optimizer's tensors carry no names.
+"""ZeRO stage 0: one model file holds everything, and the optimizer's tensors have no names.
 
-In fp32 the module's weights are the masters. Otherwise the masters lie beside them (`runtime/fp16/`): the fused
-optimizer flattens a group and the module's weights are views of the flat 16-bit copy, so their places name the
-elements; the unfused one keeps a tensor a parameter, which is told by its shape and by its rounded elements being
-the module's.
+In fp32 the module's weights are the masters. In 16 bits the masters lie beside them:
+
+* FP16_Optimizer flattens a group, and the module's weights are views of the flat 16-bit copy, so their offsets name
+  the masters' elements (`runtime/fp16/fused_optimizer.py:82-103`, `state_dict` :450).
+* FP16_UnfusedOptimizer keeps one tensor for each parameter. Its shape and its rounded elements, which must be the
+  module's, tell which parameter it is (`runtime/fp16/unfused_optimizer.py:68-88`, `state_dict` :335).
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,16 +18,20 @@ from numpy.typing import NDArray
 from wsm_ds.dtypes import narrow, widen
 from wsm_ds.errors import UnsupportedLayout, few
 from wsm_ds.layouts import schema
-from wsm_ds.layouts.layout import TableBuilder, TensorInfo
+from wsm_ds.layouts.assembly import assemble
+from wsm_ds.layouts.layout import Layout, TableBuilder, TensorInfo
+from wsm_ds.layouts.metadata import model_parallel_size
+from wsm_ds.layouts.rank_files import RankFiles
+from wsm_ds.layouts.run import Checkpoint
 from wsm_ds.torchfile import Tensor, TorchFile
 
 FIRST_BLOCK_NUMEL, LARGEST_BLOCK_NUMEL = 1 << 12, 1 << 20
-"""Elements compared at a time: few where most weights differ already, many where they are alike."""
+"""Elements compared at a time: few at first, because most weights differ early; many where they are alike."""
 
 
 @dataclass(frozen=True)
-class Named:
-    """A piece of an optimizer's tensors: `numel` elements from `start` of each of `kinds` are the parameter `name`."""
+class NamedPiece:
+    """Elements [start, start + numel) of each tensor of `kinds` are those of the parameter `name`."""
 
     name: str
     start: int
@@ -33,98 +39,157 @@ class Named:
     kinds: dict[str, Tensor]
 
 
+class View(NamedTuple):
+    """Where a weight begins in its storage, in elements, and its name."""
+
+    start: int
+    name: str
+
+
 @dataclass(frozen=True)
 class Optimizer:
-    """What a stage 0 file says of its parameters. `named` is empty where only the module's weights have names."""
+    """What a stage 0 file says of its parameters.
+
+    Attributes:
+        tensors: parameters, frozen ones, buffers.
+        aliases: tied names, with the name that each stands for.
+        pieces: the optimizer's tensors by parameter; empty where only the module's weights have names.
+        groups: `param_groups`.
+        module_is_master: the module's weights are the masters (fp32).
+        has_nameless_states: there are states, but nothing says which parameters they belong to.
+    """
 
     tensors: dict[str, TensorInfo]
     aliases: dict[str, str]
-    named: tuple[Named, ...]
+    pieces: tuple[NamedPiece, ...]
     groups: list[dict[str, Any]]
     module_is_master: bool
     has_nameless_states: bool
 
 
-def read_optimizer(file: TorchFile) -> Optimizer:
-    """Names the optimizer's tensors. Where the structure does not say, reads as many elements as tell weights apart.
+def read(checkpoint: Checkpoint, model: TorchFile) -> Layout:
+    """Read a checkpoint of ZeRO stage 0.
+
+    Args:
+        checkpoint: the folder to read.
+        model: its model file, opened.
 
     Raises:
-        UnsupportedLayout: a master is no parameter's, or may be any of several.
+        BrokenCheckpoint, UnsupportedLayout: as `read_optimizer`.
+    """
+    if model_parallel_size(model.tree) > 1:
+        raise UnsupportedLayout(
+            f"{checkpoint.path} is model-parallel at stage 0, which this version does not read. Train with ZeRO "
+            "stage 1, which writes the parameters' names."
+        )
+    optimizer = read_optimizer(model)
+    world_size = int(model.tree["dp_world_size"])
+    files = RankFiles({0: model}, {}, {model.path: 0}, optimizer.tensors, optimizer.aliases, world_size)
+    builder = TableBuilder()
+    place(builder, model, optimizer)
+    return assemble(
+        checkpoint,
+        [files],
+        builder,
+        stage=0,
+        file_names=(model.path.name,),
+        groups=optimizer.groups,
+        has_nameless_states=optimizer.has_nameless_states,
+    )
+
+
+def read_optimizer(file: TorchFile) -> Optimizer:
+    """Name the optimizer's tensors.
+
+    Where the structure does not name them, reads elements until the weights differ.
+
+    Raises:
+        BrokenCheckpoint: the file is not what DeepSpeed writes.
+        UnsupportedLayout: a master is no parameter's, or may be that of any of several; they are named.
     """
     state, module = file.tree["optimizer"], file.tree["module"]
     schema.check(file, state, schema.Flats if "optimizer_state_dict" in state else schema.Base, "optimizer")
-    buffers = set(file.tree.get("buffer_names") or ())
-    weights, aliases = _owners({n: t for n, t in module.items() if isinstance(t, Tensor) and n not in buffers})
+    buffer_names = set(file.tree.get("buffer_names") or ())
+    tensors_of_module = {name: tensor for name, tensor in module.items() if isinstance(tensor, Tensor)}
+    buffers = {name: tensor for name, tensor in tensors_of_module.items() if name in buffer_names}
+    weights, aliases = _owners({n: tensor for n, tensor in tensors_of_module.items() if n not in buffer_names})
     base = state.get("optimizer_state_dict", state)
     if "fp32_groups_flat" in state:
-        named = tuple(_fused(file, state["fp32_groups_flat"], base, weights))
+        pieces = tuple(_fused_pieces(file, state["fp32_groups_flat"], base, weights))
     elif "fp32_groups" in state:
-        named = tuple(_unfused(file, state["fp32_groups"], base, weights))
+        pieces = tuple(_unfused_pieces(file, state["fp32_groups"], base, weights))
     else:
-        named = tuple(_by_order(base, weights))
+        pieces = tuple(_pieces_by_order(base, weights))
     module_is_master = base is state
-    trained = set(weights) if module_is_master else {piece.name for piece in named}
+    trained = set(weights) if module_is_master else {piece.name for piece in pieces}
     tensors = {n: TensorInfo(t.shape, t.dtype, "parameter") for n, t in weights.items() if n in trained}
     tensors |= {n: TensorInfo(t.shape, t.dtype, "frozen") for n, t in weights.items() if n not in trained}
-    held = {n: tensor for n, tensor in module.items() if n in buffers and isinstance(tensor, Tensor)}
-    tensors |= {n: TensorInfo(t.shape, t.dtype, "buffer") for n, t in held.items()}
+    tensors |= {n: TensorInfo(t.shape, t.dtype, "buffer") for n, t in buffers.items()}
     return Optimizer(
-        tensors, aliases, named, list(base["param_groups"]), module_is_master, bool(base["state"]) and not named
+        tensors, aliases, pieces, list(base["param_groups"]), module_is_master, bool(base["state"]) and not pieces
     )
 
 
 def place(builder: TableBuilder, file: TorchFile, optimizer: Optimizer) -> None:
-    """Adds every fragment of a stage 0 checkpoint, whose only file is number 0."""
+    """Add every fragment of a stage 0 checkpoint to `builder`; its only file has number 0."""
     numbers = {name: number for number, name in enumerate(optimizer.tensors)}
     kind_of_role = {"parameter": "master" if optimizer.module_is_master else "module"}
     for name, info in optimizer.tensors.items():
-        held: Tensor = file.tree["module"][name]
-        kind, offset = kind_of_role.get(info.role, info.role), file.byte_offset(held)
-        builder.add(kind, numbers[name], 0, info.numel, file=0, offset=offset, dtype=held.dtype)
-    for piece in optimizer.named:
+        stored: Tensor = file.tree["module"][name]
+        kind, offset = kind_of_role.get(info.role, info.role), file.byte_offset(stored)
+        builder.add(kind, numbers[name], 0, info.numel, file=0, offset=offset, dtype=stored.dtype)
+    for piece in optimizer.pieces:
         for kind, tensor in piece.kinds.items():
             offset = file.byte_offset(tensor) + piece.start * tensor.dtype.itemsize
             builder.add(kind, numbers[piece.name], 0, piece.numel, file=0, offset=offset, dtype=tensor.dtype)
 
 
 def _owners(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Weights under the first name of each, and the other names of tied ones."""
-    first: dict[tuple[str, int, tuple[int, ...]], str] = {}
+    """The weights under the first name of each, and the other names of tied ones."""
+    first_names: dict[tuple[str, int, tuple[int, ...]], str] = {}
     aliases = {}
     for name, tensor in weights.items():
-        owner = first.setdefault((tensor.storage.key, tensor.offset, tensor.shape), name)
+        owner = first_names.setdefault((tensor.storage.key, tensor.offset, tensor.shape), name)
         if owner != name and tensor.numel:
             aliases[name] = owner
     return {name: tensor for name, tensor in weights.items() if name not in aliases}, aliases
 
 
-def _states(base: dict[str, Any], number: int, like: Tensor) -> dict[str, Tensor]:
-    """Optimizer states of parameter `number` that hold a value for each of its elements."""
-    held = base["state"].get(number, {})
-    return {kind: value for kind, value in held.items() if isinstance(value, Tensor) and value.shape == like.shape}
+def _states(base: dict[str, Any], number: int, parameter: Tensor) -> dict[str, Tensor]:
+    """The optimizer states of parameter `number` that hold one value for each of its elements."""
+    states = base["state"].get(number, {})
+    return {
+        kind: value for kind, value in states.items() if isinstance(value, Tensor) and value.shape == parameter.shape
+    }
 
 
-def _fused(file: TorchFile, flats: list[Tensor], base: dict[str, Any], weights: dict[str, Tensor]) -> Iterator[Named]:
-    views: dict[str, list[tuple[int, str]]] = {}
+def _fused_pieces(
+    file: TorchFile, flats: list[Tensor], base: dict[str, Any], weights: dict[str, Tensor]
+) -> Iterator[NamedPiece]:
+    """FP16_Optimizer: find the storage of the module that each flat master rounds to; its views are the parameters."""
+    views_by_storage: dict[str, list[View]] = {}
     for name, tensor in weights.items():
-        views.setdefault(tensor.storage.key, []).append((tensor.offset, name))
-    pending = {key: sorted(held) for key, held in views.items()}
+        views_by_storage.setdefault(tensor.storage.key, []).append(View(tensor.offset, name))
+    pending = {key: sorted(views) for key, views in views_by_storage.items()}
     for number, flat in enumerate(flats):
-        rows = {
-            key: weights[held[0][1]]
-            for key, held in pending.items()
-            if _tiles(held, weights) and sum(weights[name].numel for _, name in held) == flat.numel
+        first_weights = {
+            key: weights[views[0].name]
+            for key, views in pending.items()
+            if _has_no_gaps(views, weights) and sum(weights[name].numel for _, name in views) == flat.numel
         }
-        found = _rounded_to(file, flat, rows)
-        if len(found) != 1:
-            what = "are no parameters" if not found else "may be any of several groups"
-            raise UnsupportedLayout(f"{file.path}: the flat masters of group {number} {what} of its module.")
-        for start, name in pending.pop(found[0]):
-            yield Named(name, start, weights[name].numel, {"master": flat, **_states(base, number, flat)})
+        candidates = _candidates(file, flat, first_weights)
+        if len(candidates) != 1:
+            what = "are no parameters" if not candidates else "may be any of several groups"
+            raise UnsupportedLayout(
+                f"{file.path}: the flat masters of group {number} {what} of its module. Use ZeRO stage 1, which writes "
+                "names."
+            )
+        for start, name in pending.pop(candidates[0]):
+            yield NamedPiece(name, start, weights[name].numel, {"master": flat, **_states(base, number, flat)})
 
 
-def _tiles(views: list[tuple[int, str]], weights: dict[str, Tensor]) -> bool:
-    """Whether views follow each other without gaps from the storage's beginning."""
+def _has_no_gaps(views: list[View], weights: dict[str, Tensor]) -> bool:
+    """Whether views follow each other without a gap from the storage's beginning."""
     end = 0
     for start, name in views:
         if start != end:
@@ -133,44 +198,57 @@ def _tiles(views: list[tuple[int, str]], weights: dict[str, Tensor]) -> bool:
     return True
 
 
-def _unfused(
+def _unfused_pieces(
     file: TorchFile, groups: list[list[Tensor]], base: dict[str, Any], weights: dict[str, Tensor]
-) -> Iterator[Named]:
+) -> Iterator[NamedPiece]:
+    """FP16_UnfusedOptimizer: find the weight of the same shape that each master rounds to."""
     masters = [master for group in groups for master in group]
-    found = []
+    candidates = []
     for number, master in enumerate(masters):
-        alike = {name: weight for name, weight in weights.items() if weight.shape == master.shape}
-        found.append(_rounded_to(file, master, alike))
-        if not found[-1]:
+        same_shape = {name: weight for name, weight in weights.items() if weight.shape == master.shape}
+        candidates.append(_candidates(file, master, same_shape))
+        if not candidates[-1]:
             raise UnsupportedLayout(
                 f"{file.path}: master {number} of shape {list(master.shape)} is no parameter's of its module; were the "
                 "weights replaced without their masters (load_optimizer_states=False)?"
             )
-    group_of = [group for group, held in enumerate(groups) for _ in held]
-    for number, name in enumerate(_told_apart(file, found, group_of, list(weights))):
+    group_of_master = [group for group, of_group in enumerate(groups) for _ in of_group]
+    for number, name in enumerate(_one_name_each(file, candidates, group_of_master, list(weights))):
         master = masters[number]
-        yield Named(name, 0, master.numel, {"master": master, **_states(base, number, master)})
+        yield NamedPiece(name, 0, master.numel, {"master": master, **_states(base, number, master)})
 
 
-def _told_apart(file: TorchFile, found: list[list[str]], group_of: list[int], order: list[str]) -> list[str]:
-    """One name for each master of those found for it.
+def _one_name_each(
+    file: TorchFile, candidates: list[list[str]], group_of_master: list[int], module_order: list[str]
+) -> list[str]:
+    """Choose one name for each master.
 
-    Weights that are alike in every rounded element (norms that are still 1.0 in bf16) are told apart by their order,
-    if they are all of one group and every group keeps the module's `order`, as far as the other weights show.
+    Weights can be alike in every rounded element (norms that are still 1.0 in bf16). They are told apart by their
+    order, if they are all of one group and the groups keep the module's order as far as the other weights show it.
+
+    Args:
+        file: the model file, for the message.
+        candidates: names that each master may have.
+        group_of_master: each master's parameter group.
+        module_order: names of all weights, in the module's order.
+
+    Raises:
+        UnsupportedLayout: their order does not tell them apart; the names are in the message.
     """
-    places = {name: place for place, name in enumerate(order)}
-    chosen = []
-    for number, names in enumerate(found):
-        same = [other for other, others in enumerate(found) if others == names]
-        if len(same) != len(names) or len({group_of[other] for other in same}) > 1:
-            raise _ambiguous(file, number, names)
-        chosen.append(names[same.index(number)])
-    if any(len(names) > 1 for names in found):
-        for number in range(1, len(chosen)):
-            before = number - 1
-            if group_of[before] == group_of[number] and places[chosen[before]] > places[chosen[number]]:
-                raise _ambiguous(file, *next((n, names) for n, names in enumerate(found) if len(names) > 1))
-    return chosen
+    positions = {name: position for position, name in enumerate(module_order)}
+    names = []
+    for number, of_master in enumerate(candidates):
+        alike = [other for other, of_other in enumerate(candidates) if of_other == of_master]
+        if len(alike) != len(of_master) or len({group_of_master[other] for other in alike}) > 1:
+            raise _ambiguous(file, number, of_master)
+        names.append(of_master[alike.index(number)])
+    if any(len(of_master) > 1 for of_master in candidates):
+        for number in range(1, len(names)):
+            previous = number - 1
+            is_same_group = group_of_master[previous] == group_of_master[number]
+            if is_same_group and positions[names[previous]] > positions[names[number]]:
+                raise _ambiguous(file, *next((n, many) for n, many in enumerate(candidates) if len(many) > 1))
+    return names
 
 
 def _ambiguous(file: TorchFile, number: int, names: list[str]) -> UnsupportedLayout:
@@ -180,34 +258,34 @@ def _ambiguous(file: TorchFile, number: int, names: list[str]) -> UnsupportedLay
     )
 
 
-def _by_order(base: dict[str, Any], weights: dict[str, Tensor]) -> Iterator[Named]:
-    """fp32: one group of all parameters in the module's order, as `model.parameters()` gives it; else no names."""
-    groups, order = base["param_groups"], list(weights)
-    if len(groups) != 1 or len(groups[0]["params"]) != len(order):
+def _pieces_by_order(base: dict[str, Any], weights: dict[str, Tensor]) -> Iterator[NamedPiece]:
+    """fp32: name states by position if one group holds all weights, as `model.parameters()` gives them; else none."""
+    groups, names = base["param_groups"], list(weights)
+    if len(groups) != 1 or len(groups[0]["params"]) != len(names):
         return
-    pieces = [Named(name, 0, weights[name].numel, _states(base, n, weights[name])) for n, name in enumerate(order)]
+    pieces = [NamedPiece(name, 0, weights[name].numel, _states(base, n, weights[name])) for n, name in enumerate(names)]
     if all(bool(piece.kinds) == bool(pieces[0].kinds) for piece in pieces):
         yield from pieces
 
 
-def _rounded_to(file: TorchFile, master: Tensor, weights: dict[str, Tensor]) -> list[str]:
-    """Those of `weights` that a master, rounded, may be.
+def _candidates(file: TorchFile, master: Tensor, weights: dict[str, Tensor]) -> list[str]:
+    """The names of those of `weights` that equal a master, rounded to their dtype.
 
-    Reads block after block until one is left, or all of those that are alike. A weight stands for `master.numel`
-    elements from its own first one.
+    Reads block after block until one is left, or to the end if several are alike. A weight here stands for
+    `master.numel` elements from its own first one.
     """
-    left, start, size = weights, 0, FIRST_BLOCK_NUMEL
-    while left and start < master.numel and (len(left) > 1 or start == 0):
+    remaining, start, size = weights, 0, FIRST_BLOCK_NUMEL
+    while remaining and start < master.numel and (len(remaining) > 1 or start == 0):
         numel = min(size, master.numel - start)
-        held = widen(_elements(file, master, start, numel), master.dtype)
-        rounded = {weight.dtype.name: narrow(held, weight.dtype) for weight in left.values()}
-        left = {
+        block = widen(_elements(file, master, start, numel), master.dtype)
+        rounded = {weight.dtype.name: narrow(block, weight.dtype) for weight in remaining.values()}
+        remaining = {
             name: weight
-            for name, weight in left.items()
+            for name, weight in remaining.items()
             if np.array_equal(rounded[weight.dtype.name], _elements(file, weight, start, numel))
         }
         start, size = start + numel, LARGEST_BLOCK_NUMEL
-    return list(left)
+    return list(remaining)
 
 
 def _elements(file: TorchFile, tensor: Tensor, start: int, numel: int) -> NDArray[Any]:

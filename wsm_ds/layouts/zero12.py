@@ -1,12 +1,13 @@
 """ZeRO stages 1 and 2, and BF16_Optimizer: flat partitions of each parameter group.
 
-A group's parameters, flattened in `param_shapes` order, are one line of elements padded to equal partitions;
-rank r owns [r·P, (r+1)·P). The order is that of `param_shapes`, never of `param_slice_mappings`, which is
-wrong under `round_robin_gradients` (`runtime/zero/stage_1_and_2.py:824-850`, `runtime/engine.py:5463-5466`).
+A group's parameters, flattened in `param_shapes` order, form one line of elements, padded to equal partitions of P
+elements; rank r owns [r·P, (r+1)·P). `param_slice_mappings` is not read: under `round_robin_gradients` it follows
+another order than the partitions (`_link_all_hp_params`, `runtime/zero/stage_1_and_2.py:824`), while `param_shapes`
+follows the partitions' (`_get_zero_param_shapes`, `runtime/engine.py:5448`).
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from wsm_ds.errors import BrokenCheckpoint, few
 from wsm_ds.layouts.layout import TableBuilder, TensorInfo
@@ -14,126 +15,178 @@ from wsm_ds.layouts.rank_files import RankFiles, element_wise, require_numel
 from wsm_ds.torchfile import Tensor, TorchFile
 
 MOMENTUM = "momentum_buffer"
-Slice = tuple[str, int, int, int]
-"""(fqn, start in the parameter, numel, position in the partition)."""
+
+
+class Slice(NamedTuple):
+    """Elements [start, start + numel) of the parameter `name`, at element `position` of a partition."""
+
+    name: str
+    start: int
+    numel: int
+    position: int
 
 
 def place(builder: TableBuilder, files: RankFiles) -> None:
-    """Adds every fragment of a stage 1 or 2 checkpoint to `builder`."""
+    """Add every fragment of a stage 1 or 2 checkpoint to `builder`.
+
+    Raises:
+        BrokenCheckpoint: the optimizer files contradict each other, or the model file. File and group are named.
+    """
     place_module(builder, files)
     groups = files.models[0].tree["param_shapes"]
-    sizes: dict[int, int] = {}
+    partition_numels: dict[int, int] = {}
     for rank, optim in files.optims.items():
         state = optim.tree["optimizer_state_dict"]
-        _require_count(optim, state, len(groups))
-        for number, shapes in enumerate(groups):
-            part = files.experts.part(optim, number, shapes, rank, files.world_size)
-            size = _partition_numel(optim, state, number)
-            if size != sizes.setdefault(number, size):
+        _require_group_count(optim, state, len(groups))
+        for group, shapes in enumerate(groups):
+            numel = _partition_numel(state, group)
+            if numel != partition_numels.setdefault(group, numel):
                 raise BrokenCheckpoint(
-                    f"{optim.path}: partition {number} holds {size} elements, that of rank 0 {sizes[number]}."
+                    f"{optim.path}: partition {group} holds {numel} elements, that of rank 0 {partition_numels[group]}."
                 )
-            alignment = (state.get("param_alignment_paddings") or [[]] * len(groups))[number]
-            strange = [name for name in part.names if name not in files.tensors]
-            if strange:
-                raise BrokenCheckpoint(f"{optim.path}: group {number} holds {few(strange)}, which no model file has.")
-            needed = sum(files.tensors[name].numel for name in part.names) + sum(int(padding) for padding in alignment)
-            require_numel(optim, f"parameter group {number}", size * part.count, needed)
-            pieces = list(slices(part.names, alignment, files.tensors, part.index * size, size))
-            _place_partition(builder, files, optim, number, size, pieces)
+            slices_of_rank = _slices_of_rank(files, optim, group, shapes, rank)
+            _place_partition(builder, files, optim, group, slices_of_rank)
 
 
-def _partition_numel(optim: TorchFile, state: dict[str, Any], group: int) -> int:
-    """Elements of a rank's partition with padding. ZeRO trims the padding off the masters, BF16_Optimizer does not."""
-    held: int = state["single_partition_of_fp32_groups"][group].numel
-    return held + int(state["group_paddings"][group]) if "zero_stage" in state else held
+def _partition_numel(state: dict[str, Any], group: int) -> int:
+    """Elements of a rank's partition, padding included.
+
+    ZeRO trims the padding off the masters that it saves (`_get_groups_without_padding`,
+    `runtime/zero/stage_1_and_2.py:3327`), BF16_Optimizer does not (`runtime/bf16_optimizer.py:633`).
+    """
+    stored: int = state["single_partition_of_fp32_groups"][group].numel
+    return stored + int(state["group_paddings"][group]) if "zero_stage" in state else stored
+
+
+def _slices_of_rank(files: RankFiles, optim: TorchFile, group: int, shapes: dict[str, Any], rank: int) -> list[Slice]:
+    """What a rank's partition of a parameter group holds."""
+    state = optim.tree["optimizer_state_dict"]
+    partition_numel = _partition_numel(state, group)
+    share = files.experts.share(optim, group, shapes, rank, files.world_size)
+    unknown = [name for name in share.names if name not in files.tensors]
+    if unknown:
+        raise BrokenCheckpoint(f"{optim.path}: group {group} holds {few(unknown)}, which no model file has.")
+    alignments = state.get("param_alignment_paddings")
+    alignment = alignments[group] if alignments else []
+    expected = sum(files.tensors[name].numel for name in share.names) + sum(int(padding) for padding in alignment)
+    require_numel(optim, f"parameter group {group}", partition_numel * share.count, expected)
+    return list(slices(share.names, alignment, files.tensors, share.index * partition_numel, partition_numel))
 
 
 def _place_partition(
-    builder: TableBuilder, files: RankFiles, optim: TorchFile, group: int, size: int, slices: list[Slice]
+    builder: TableBuilder, files: RankFiles, optim: TorchFile, group: int, slices_of_rank: list[Slice]
 ) -> None:
-    state, numbers, file = optim.tree["optimizer_state_dict"], files.numbers, files.indices[optim.path]
+    state, numbers, file = optim.tree["optimizer_state_dict"], files.tensor_numbers, files.indices[optim.path]
     masters = state["single_partition_of_fp32_groups"][group]
     states = _states(state, group)
-    flats = {"master": masters, **element_wise(states, masters.numel, size)}
-    places = dict.fromkeys(flats, slices)
+    flats = {"master": masters, **element_wise(states, masters.numel, _partition_numel(state, group))}
+    slices_by_kind = dict.fromkeys(flats, slices_of_rank)
     if is_muon(state["base_optimizer_state"], group) and isinstance(states.get(MOMENTUM), Tensor):
-        flats[MOMENTUM], places[MOMENTUM] = states[MOMENTUM], whole_parameters(slices, files.tensors)
+        flats[MOMENTUM] = states[MOMENTUM]
+        slices_by_kind[MOMENTUM] = whole_parameters(slices_of_rank, files.tensors)
     for kind, flat in flats.items():
         base = optim.byte_offset(flat)
-        for name, start, numel, position in places[kind]:
+        for name, start, numel, position in slices_by_kind[kind]:
             require_numel(optim, f"{kind} of partition {group}", flat.numel, position + numel)
             offset = base + position * flat.dtype.itemsize
             builder.add(kind, numbers[name], start, numel, file=file, offset=offset, dtype=flat.dtype)
 
 
 def is_muon(base: Any, group: int) -> bool:
-    """Whether Muon updates a group: in stages 1 and 2 it keeps whole parameters' momentum on every rank they touch."""
+    """Whether Muon updates a group.
+
+    In stages 1 and 2 it keeps the momentum of whole parameters, on every rank whose partition they touch.
+    """
     return isinstance(base, dict) and bool(base["param_groups"][group].get("use_muon"))
 
 
-def whole_parameters(slices: list[Slice], tensors: dict[str, TensorInfo]) -> list[Slice]:
-    """The parameters that lie in a partition, wholly or partly, one after the other and whole."""
+def whole_parameters(slices: Iterable[Slice], tensors: dict[str, TensorInfo]) -> list[Slice]:
+    """The parameters that lie in a partition, wholly or in part, as whole ones one after the other.
+
+    >>> from wsm_ds.dtypes import BY_NAME
+    >>> info = TensorInfo((4,), BY_NAME["bf16"], "parameter")
+    >>> whole_parameters([Slice("a", 2, 2, 0), Slice("b", 0, 1, 2)], {"a": info, "b": info})
+    [Slice(name='a', start=0, numel=4, position=0), Slice(name='b', start=0, numel=4, position=4)]
+    """
     wholes, position = [], 0
     for name, *_ in slices:
-        wholes.append((name, 0, tensors[name].numel, position))
+        wholes.append(Slice(name, 0, tensors[name].numel, position))
         position += tensors[name].numel
     return wholes
 
 
-def _require_count(optim: TorchFile, state: dict[str, Any], groups: int) -> None:
-    """Each list in an optimizer file that has an entry a group has as many as the model file names groups."""
+def _require_group_count(optim: TorchFile, state: dict[str, Any], groups: int) -> None:
+    """Raise BrokenCheckpoint unless each list with an entry for each group has as many as the model file has groups."""
     base = state["base_optimizer_state"]
     lists = {name: state[name] for name in ("single_partition_of_fp32_groups", "partition_count", "group_paddings")}
     lists["base_optimizer_state"] = base if isinstance(base, list) else base["param_groups"]
     lists["param_alignment_paddings"] = state.get("param_alignment_paddings") or [[]] * groups
-    for name, held in lists.items():
-        if len(held) != groups:
+    for name, entries in lists.items():
+        if len(entries) != groups:
             raise BrokenCheckpoint(
-                f"{optim.path}: {name} has {len(held)} entries, but the model file names {groups} parameter groups."
+                f"{optim.path}: {name} has {len(entries)} entries, but the model file names {groups} parameter groups."
             )
 
 
 def slices(
-    shapes: Iterable[str], alignment: list[int], tensors: dict[str, TensorInfo], first: int, size: int
+    names: Iterable[str], alignment: list[int], tensors: dict[str, TensorInfo], first: int, size: int
 ) -> Iterator[Slice]:
-    """What of a group's parameters lies in [first, first + size)."""
+    """Yield the parts of a group's parameters that lie in the partition [first, first + size) of its line of elements.
+
+    Args:
+        names: the group's parameters in the order of the line.
+        alignment: elements of padding after each parameter; missing ones are 0.
+        tensors: shapes of the parameters.
+        first: the partition's first element in the line.
+        size: elements of the partition.
+
+    >>> from wsm_ds.dtypes import BY_NAME
+    >>> info = TensorInfo((4,), BY_NAME["bf16"], "parameter")
+    >>> list(slices(["a", "b"], [], {"a": info, "b": info}, 3, 3))
+    [Slice(name='a', start=3, numel=1, position=0), Slice(name='b', start=0, numel=2, position=1)]
+    """
     position = 0
-    for index, name in enumerate(shapes):
+    for index, name in enumerate(names):
         numel = tensors[name].numel
         begin, end = max(position, first), min(position + numel, first + size)
         if begin < end:
-            yield name, begin - position, end - begin, begin - first
+            yield Slice(name, begin - position, end - begin, begin - first)
         position += numel + (int(alignment[index]) if index < len(alignment) else 0)
 
 
 def _states(state: dict[str, Any], group: int) -> dict[str, Any]:
-    """The optimizer's states of a group, by the optimizer's own names."""
+    """The optimizer's states of a group, by the optimizer's own names; elastic checkpoints hold a list of groups."""
     base = state["base_optimizer_state"]
-    held: dict[str, Any] = base[group] if isinstance(base, list) else base["state"].get(group, {})
-    return held
+    states: dict[str, Any] = base[group] if isinstance(base, list) else base["state"].get(group, {})
+    return states
 
 
 def place_module(builder: TableBuilder, files: RankFiles) -> None:
-    """Whole tensors of the model file and of those beside it; a tied name counts only where it has own bytes."""
+    """Add the whole tensors of the model file, and of the files that hold further weights, to `builder`.
+
+    A tied name is added only where it has bytes of its own (DeepSpeed clones tensors when it saves experts).
+
+    Raises:
+        BrokenCheckpoint: a weight's shape is not that of `param_shapes`; file and tensor are named.
+    """
     model = files.models[0]
     _place_weights(builder, files, model, model.tree["module"] or {})
-    for weights in files.beside:
+    for weights in files.extra_weights:
         _place_weights(builder, files, weights.file, weights.tensors)
 
 
 def _place_weights(builder: TableBuilder, files: RankFiles, model: TorchFile, weights: dict[str, Any]) -> None:
     kinds = {"parameter": "module", "frozen": "frozen", "buffer": "buffer"}
-    numbers, file = files.numbers, files.indices[model.path]
-    placed: set[int] = set()
-    for name in sorted(weights, key=lambda name: name in files.aliases):
+    numbers, file = files.tensor_numbers, files.indices[model.path]
+    placed_offsets: set[int] = set()
+    for name in sorted(weights, key=lambda name: name in files.aliases):  # tied names last
         value, owner = weights[name], files.aliases.get(name, name)
         if not isinstance(value, Tensor) or owner not in files.tensors:
             continue
         offset = model.byte_offset(value)
-        if name in files.aliases and offset in placed:
+        if name in files.aliases and offset in placed_offsets:
             continue
-        placed.add(offset)
+        placed_offsets.add(offset)
         info = files.tensors[owner]
         if value.shape != info.shape:
             raise BrokenCheckpoint(f"{model.path}: {name} has shape {value.shape}, param_shapes says {info.shape}.")

@@ -1,8 +1,9 @@
-"""ZeRO stage 3: every parameter is cut by itself into ceil(numel / world_size) elements per rank.
+"""ZeRO stage 3: every parameter is cut by itself into ceil(numel / world_size) elements for each rank.
 
-A sub-group's flat tensor is its parameters' partitions one after the other, the last ranks' padding kept in
-place (`runtime/zero/partition_parameters.py:1690-1702`, `runtime/zero/stage3.py:3431-3447`). Module files hold
-placeholders; buffers are kept by every rank, frozen parameters as flat fragments.
+A sub-group's flat tensor is the partitions of its parameters one after the other; the padding of the last ranks stays
+in place (`_aligned_size`, `runtime/zero/partition_parameters.py:1690`; `_rigid_state_dict`,
+`runtime/zero/stage3.py:3431`). Module files hold empty placeholders of the parameters, every rank's copy of the
+buffers, and in `frozen_param_fragments` the rank's part of each frozen parameter.
 """
 
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, few
@@ -12,7 +13,12 @@ from wsm_ds.torchfile import Tensor, TorchFile
 
 
 def place(builder: TableBuilder, files: RankFiles) -> None:
-    """Adds every fragment of a stage 3 checkpoint to `builder`."""
+    """Add every fragment of a stage 3 checkpoint to `builder`.
+
+    Raises:
+        BrokenCheckpoint: a rank's file lacks elements, or contradicts the model file. File and tensor are named.
+        UnsupportedLayout: masters are on NVMe.
+    """
     for rank, model in files.models.items():
         place_model(builder, files, model, rank)
     for rank, optim in files.optims.items():
@@ -20,24 +26,34 @@ def place(builder: TableBuilder, files: RankFiles) -> None:
 
 
 def place_model(builder: TableBuilder, files: RankFiles, model: TorchFile, rank: int) -> None:
-    """Adds a rank's buffers and its fragments of frozen parameters."""
-    numbers, file = files.numbers, files.indices[model.path]
+    """Add a rank's buffers and its fragments of frozen parameters to `builder`.
+
+    Raises:
+        BrokenCheckpoint: one of them is missing or too short; file and tensor are named.
+    """
+    numbers, file = files.tensor_numbers, files.indices[model.path]
     frozen = model.tree.get("frozen_param_fragments") or {}
     for name, info in files.tensors.items():
         if info.role == "parameter" or info.numel == 0:
             continue
-        held = frozen.get(name) if info.role == "frozen" else (model.tree["module"] or {}).get(name)
-        if not isinstance(held, Tensor):
+        stored = frozen.get(name) if info.role == "frozen" else (model.tree["module"] or {}).get(name)
+        if not isinstance(stored, Tensor):
             raise BrokenCheckpoint(f"{model.path} holds no {info.role} {name}, although rank 0's file does.")
-        whole = info.role == "buffer"
-        start, numel = (0, info.numel) if whole else partition(info.numel, rank, files.world_size)
-        require_numel(model, name, held.numel, numel)
-        offset, replica = model.byte_offset(held), rank if whole else 0
-        builder.add(info.role, numbers[name], start, numel, file=file, offset=offset, dtype=held.dtype, replica=replica)
+        is_whole = info.role == "buffer"
+        start, numel = (0, info.numel) if is_whole else partition(info.numel, rank, files.world_size)
+        require_numel(model, name, stored.numel, numel)
+        offset, replica = model.byte_offset(stored), rank if is_whole else 0
+        builder.add(
+            info.role, numbers[name], start, numel, file=file, offset=offset, dtype=stored.dtype, replica=replica
+        )
 
 
 def partition(numel: int, rank: int, world_size: int) -> tuple[int, int]:
-    """(start, numel without padding) of a rank's part of a parameter."""
+    """Return (start, numel without padding) of a rank's part of a parameter.
+
+    >>> [partition(5, rank, 4) for rank in range(4)]
+    [(0, 2), (2, 2), (4, 1), (5, 0)]
+    """
     size = -(-numel // world_size)
     start = min(rank * size, numel)
     return start, min(size, numel - start)
@@ -48,8 +64,8 @@ def _place_optimizer(builder: TableBuilder, files: RankFiles, optim: TorchFile, 
     flats, subgroups = state["fp32_flat_groups"], files.models[0].tree["param_shapes"]
     if len(flats) != len(subgroups) or state["partition_count"] != files.world_size:
         raise BrokenCheckpoint(
-            f"{optim.path}: {len(flats)} sub-groups cut in {state['partition_count']}, but the model file names "
-            f"{len(subgroups)} and {files.world_size} ranks."
+            f"{optim.path} holds {len(flats)} sub-groups cut for {state['partition_count']} ranks, but the model file "
+            f"names {len(subgroups)} sub-groups and {files.world_size} ranks."
         )
     for number, names in enumerate(subgroups):
         states = state["optimizer_state_dict"]["state"].get(number, {})
@@ -60,15 +76,15 @@ def _place_optimizer(builder: TableBuilder, files: RankFiles, optim: TorchFile, 
 def _place_subgroup(
     builder: TableBuilder, files: RankFiles, optim: TorchFile, kind: str, flat: Tensor, names: list[str], rank: int
 ) -> None:
-    numbers, file, what = files.numbers, files.indices[optim.path], f"{kind} of the sub-group of {few(names, 1)}"
-    sizes = [-(-files.tensors[name].numel // files.world_size) for name in names]
-    if flat.numel == 0 and any(sizes):
+    numbers, file, what = files.tensor_numbers, files.indices[optim.path], f"{kind} of the sub-group of {few(names, 1)}"
+    partition_numels = [-(-files.tensors[name].numel // files.world_size) for name in names]
+    if flat.numel == 0 and any(partition_numels):
         raise UnsupportedLayout(
             f"{optim.path}: {what} is empty: it was offloaded to NVMe, which this version does not read."
         )
-    require_numel(optim, what, flat.numel, sum(sizes))
+    require_numel(optim, what, flat.numel, sum(partition_numels))
     offset = optim.byte_offset(flat)
-    for name, size in zip(names, sizes, strict=True):
+    for name, partition_numel in zip(names, partition_numels, strict=True):
         start, numel = partition(files.tensors[name].numel, rank, files.world_size)
         builder.add(kind, numbers[name], start, numel, file=file, offset=offset, dtype=flat.dtype)
-        offset += size * flat.dtype.itemsize
+        offset += partition_numel * flat.dtype.itemsize

@@ -1,7 +1,7 @@
-"""A torch `.pt` file as byte-addressed slots: read without executing it, written from the same parts.
+"""A torch `.pt` file as byte-addressed slots: read without executing its pickle, and written again.
 
-`archive` knows the zip, `unpickle` reads `data.pkl` into inert stand-ins, `repickle` writes such a tree
-anew where an output's metadata must change. Neither torch nor deepspeed is imported.
+`archive` reads the zip, `unpickle` turns `data.pkl` into inert stand-ins, `repickle` writes such a tree again where an
+output's metadata must change, `zip_format` lays out a new zip. Neither torch nor deepspeed is imported.
 """
 
 from wsm_ds.torchfile.archive import Archive, Record, read_archive

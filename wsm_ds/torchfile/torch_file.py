@@ -12,7 +12,7 @@ from wsm_ds.torchfile.unpickle import Storage, Tensor, unpickle
 
 @dataclass(frozen=True)
 class TorchFile:
-    """`tree` is what `torch.load` would give, with `Tensor` addresses in place of tensors."""
+    """An opened torch file. `tree` is what `torch.load` would return, with `Tensor` addresses in place of tensors."""
 
     archive: Archive
     tree: Any
@@ -23,11 +23,11 @@ class TorchFile:
         return self.archive.path
 
     def record(self, tensor: Tensor) -> Record:
-        """The archive record that holds the tensor's storage."""
+        """Return the archive's record that holds the tensor's storage; raises as `record_of`."""
         return record_of(self.archive, tensor.storage)
 
     def byte_offset(self, tensor: Tensor) -> int:
-        """Offset in the file of the tensor's first element.
+        """Return the offset in the file of the tensor's first element, in bytes.
 
         Raises:
             BrokenCheckpoint: the tensor reaches beyond its storage, or is not contiguous.
@@ -47,14 +47,16 @@ class TorchFile:
 
 
 def record_of(archive: Archive, storage: Storage) -> Record:
-    """The record that holds a storage.
+    """Return the record that holds a storage.
 
     Raises:
-        BrokenCheckpoint: there is none, or it has not the storage's length.
+        BrokenCheckpoint: there is no record, or it is shorter than the storage.
     """
     record = archive.records.get(f"data/{storage.key}")
     if record is None:
-        raise BrokenCheckpoint(f"{archive.path}: storage {storage.key} is missing.")
+        raise BrokenCheckpoint(
+            f"{archive.path}: storage {storage.key} is missing: there is no record data/{storage.key}."
+        )
     if storage.nbytes > record.nbytes:
         raise BrokenCheckpoint(
             f"{archive.path}: storage {storage.key} has {record.nbytes} bytes, expected {storage.nbytes} for "
@@ -67,17 +69,22 @@ MOST_PICKLE_BYTES = 1 << 27
 
 
 def open_torch_file(path: Path, allowed_globals: frozenset[str] = frozenset()) -> TorchFile:
-    """Opens `path` without executing its pickle. Reads the zip directory and `data.pkl`, no tensor.
+    """Open a torch file without executing its pickle. Reads the zip directory and `data.pkl`, but no tensor.
+
+    Args:
+        path: the file.
+        allowed_globals: names of the user's own classes that the pickle may mention; they are not imported.
 
     Raises:
-        BrokenCheckpoint, UnsafePickle, UnsupportedLayout: see `read_archive` and `unpickle`.
+        BrokenCheckpoint, UnsafePickle, UnsupportedLayout: as `read_archive` and `unpickle`.
+        UnsupportedLayout: the pickle is larger than `MOST_PICKLE_BYTES`.
     """
     archive = read_archive(path)
     pickled = archive.records["data.pkl"]
     if pickled.nbytes > MOST_PICKLE_BYTES:
         raise UnsupportedLayout(
-            f"{path}: data.pkl has {format_size(pickled.nbytes)}, more than {format_size(MOST_PICKLE_BYTES)}: client "
-            "state as large as that belongs into tensors."
+            f"{path}: data.pkl has {format_size(pickled.nbytes)}, more than {format_size(MOST_PICKLE_BYTES)}: save "
+            "client state of that size as tensors."
         )
     with path.open("rb") as file:
         file.seek(pickled.offset)

@@ -1,8 +1,8 @@
-"""Reads the pickle of a torch file into plain data and inert stand-ins. Nothing it names is ever imported.
+"""Read the pickle of a torch file into plain data and inert stand-ins. Nothing that it names is ever imported.
 
-A pickle is a program: it may name any callable and call it. Here every name becomes a `Global` (data), every
-call of one a `Stub` (data), and storages become `Tensor` addresses. Names that no training checkpoint needs
-are refused, so that a crafted file is noticed rather than carried on into an output.
+A pickle is a program: it may name any callable and call it. Here every name becomes a `Global` (data), every call of
+one becomes a `Stub` (data), and every tensor becomes a `Tensor` address. Names that no training checkpoint needs are
+refused, so that a crafted file is noticed instead of being copied into an output.
 """
 
 import collections
@@ -74,7 +74,7 @@ STORAGES = {
 
 @dataclass(frozen=True)
 class Global:
-    """A name that the pickle asked for, not imported."""
+    """The name of a class or a function that the pickle asked for. It is not imported."""
 
     module: str
     name: str
@@ -85,7 +85,16 @@ class Global:
 
 @dataclass(eq=False)
 class Stub:
-    """What calling a `Global` would have made: the callable, its arguments, and what was put into it later."""
+    """The object that a call of a `Global` would have made.
+
+    Attributes:
+        made_by: the callable.
+        args: its arguments.
+        state: what BUILD gave the object (`__setstate__`, or its `__dict__`).
+        items: what was appended to it.
+        entries: the keys and values that were set in it.
+        is_new: the call was of the class's `__new__` (NEWOBJ), not of the class (REDUCE).
+    """
 
     made_by: Global
     args: tuple[Any, ...]
@@ -95,15 +104,15 @@ class Stub:
     is_new: bool = False
 
     def append(self, item: Any) -> None:
-        """Keeps what APPEND puts in."""
+        """Record the item of an APPEND."""
         self.items.append(item)
 
     def extend(self, items: Any) -> None:
-        """Keeps what APPENDS puts in."""
+        """Record the items of an APPENDS."""
         self.items.extend(items)
 
     def add(self, item: Any) -> None:
-        """Keeps what ADDITEMS puts in."""
+        """Record an item of an ADDITEMS."""
         self.items.append(item)
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -112,10 +121,17 @@ class Stub:
 
 @dataclass(frozen=True)
 class Storage:
-    """A storage record of the torch file `file`: `numel` elements of `dtype` in record `data/{key}`.
+    """The bytes of one or more tensors: a record of a torch file.
 
-    In a tree that is to be written anew, storages without a `file` are room for elements to be put in, and a
-    `copy` other than 0 is a record of its own with the same bytes.
+    Attributes:
+        key: the record is called `data/{key}`.
+        dtype: of its elements.
+        kind: torch's class of the storage.
+        location: device that it was saved from ("cpu", "cuda:0").
+        numel: how many elements it has.
+        file: path of the torch file. Empty for a placeholder, in a tree that is to be written: its elements are not
+            known yet.
+        copy: other than 0 for a second record with the same bytes, in a tree that is to be written.
     """
 
     key: str
@@ -148,7 +164,7 @@ class Tensor:
 
     @property
     def dtype(self) -> DType:
-        """Element type."""
+        """Dtype of the elements."""
         return self.dtype_override or self.storage.dtype
 
     @property
@@ -171,6 +187,7 @@ class TorchSize(tuple):  # type: ignore[type-arg]
     """`torch.Size`: a tuple that is written back under its own name."""
 
     def __new__(cls, sizes: Any = ()) -> "TorchSize":
+        """Check that `sizes` may be a tensor's shape; the pickle may pass anything."""
         return super().__new__(cls, _sizes(sizes))
 
 
@@ -185,7 +202,7 @@ def _sizes(values: Any) -> tuple[int, ...]:
 
 MOST_DIMENSIONS = 64
 MOST_ELEMENTS = 1 << 58
-"""Of one tensor; its bytes are then counted in 64 bits."""
+"""Most elements of one tensor: their bytes can be counted in 64 bits."""
 MOST_GLOBALS = 10_000
 
 
@@ -196,12 +213,12 @@ class _InertUnpickler(InertMachine):
         self.classes: dict[str, InertMeta] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Never imports: the few structural names get our own functions, the known ones a `Global`."""
+        """Return our own function for a structural name and an inert class for a known one; import nothing."""
         full = f"{module}.{name}"
         if full in _STRUCTURAL:
             return _STRUCTURAL[full]
-        if not all(part.isidentifier() for part in full.split(".")):  # it is to be one line of a pickle again
-            raise pickle.UnpicklingError("it names a global by what is not a name")
+        if not all(part.isidentifier() for part in full.split(".")):  # `repickle` writes it as a line of text
+            raise pickle.UnpicklingError("it names a global that is not a Python name")
         if module.split(".")[0] in KNOWN_MODULES or full in KNOWN_NAMES or full in self.allowed:
             if full not in self.classes and len(self.classes) >= MOST_GLOBALS:
                 raise pickle.UnpicklingError(f"it names more than {MOST_GLOBALS} globals")
@@ -213,7 +230,7 @@ class _InertUnpickler(InertMachine):
         )
 
     def persistent_load(self, pid: Any) -> Storage:
-        """A storage reference: ('storage', type, key, location, numel)."""
+        """Return the storage that a reference ('storage', type, key, location, numel) means."""
         if not isinstance(pid, tuple) or len(pid) != 5:
             raise pickle.UnpicklingError("a persistent id is not a storage")
         tag, kind, key, location, numel = pid
@@ -225,7 +242,7 @@ class _InertUnpickler(InertMachine):
         return Storage(key, BY_TORCH_NAME[STORAGES[name]], kind.global_, location, numel, self.where)
 
     def make(self, callee: Any, args: Any, *, is_new: bool) -> Any:
-        """Inert classes make a `Stub`, structural names what they stand for."""
+        """Return a `Stub` for an inert class; call our own function of a structural name."""
         if not isinstance(args, tuple):
             raise pickle.UnpicklingError("a call has no tuple of arguments")
         if isinstance(callee, InertMeta):
@@ -237,7 +254,7 @@ class _InertUnpickler(InertMachine):
         return callee(*args)
 
     def put_into(self, target: Any, state: Any) -> None:
-        """Objects keep their state as data; a state dict's `OrderedDict` has attributes (`_metadata`)."""
+        """Record an object's state as data. A state dict's `OrderedDict` gets its attributes (`_metadata`)."""
         if isinstance(target, Stub):
             target.state = state
         elif isinstance(target, collections.OrderedDict) and isinstance(state, dict):
@@ -252,6 +269,7 @@ class InertMeta(type):
     global_: Global
 
     def __call__(cls, *args: Any) -> Any:
+        """Record a call of the class."""
         return Stub(cls.global_, args)
 
 
@@ -297,7 +315,7 @@ def _rebuild_parameter(data: Tensor, *rest: Any) -> Tensor:
 
 
 def _rebuild_from_type_v2(function: Any, kind: Any, args: Any, state: Any) -> Any:
-    """A tensor that carries Python attributes (stage 3's `ds_id`): the tensor counts, the rest is kept."""
+    """A tensor with Python attributes (stage 3's `ds_id`): a `Tensor` whose attributes are kept for `repickle`."""
     if function not in (_rebuild_tensor_v2, _rebuild_tensor_v3, _rebuild_parameter) or not isinstance(args, tuple):
         return Stub(Global("torch._tensor", "_rebuild_from_type_v2"), (function, kind, args, state))
     inner = function(*args)
@@ -322,18 +340,23 @@ STRUCTURAL_GLOBALS: dict[Any, Global] = {value: Global(*name.rsplit(".", 1)) for
 
 
 def as_global(value: Any) -> Global | None:
-    """The global that a value of an unpickled tree stands for, if it is one."""
+    """Return the global that a value of an unpickled tree stands for; None if it is something else."""
     if isinstance(value, InertMeta):
         return value.global_
     return STRUCTURAL_GLOBALS.get(value) if isinstance(value, type | FunctionType) else None
 
 
 def unpickle(archive: Archive, data: bytes, allowed_globals: frozenset[str] = frozenset()) -> Any:
-    """The object tree of `data.pkl`, with `Tensor` addresses for tensors and `Stub`s for foreign objects.
+    """Read `data.pkl` into an object tree, with `Tensor` addresses for tensors and `Stub`s for foreign objects.
+
+    Args:
+        archive: the torch file that `data` is of.
+        data: the pickle.
+        allowed_globals: names of the user's own classes that the pickle may mention; they are not imported.
 
     Raises:
-        UnsafePickle: it names a global outside the known ones (the message has its name).
-        BrokenCheckpoint: it is not a pickle that torch writes.
+        UnsafePickle: it names a global that is not among the known ones; the message names it.
+        BrokenCheckpoint: it is not a pickle that torch writes; the message says what is wrong.
     """
     where = str(archive.path)
     try:

@@ -1,7 +1,8 @@
 """The bytes of a new torch zip, around records whose data and CRC-32 are not known yet.
 
-The same form as torch's own: stored records, data aligned to 64 bytes, sizes and CRC-32 in data
-descriptors and in the central directory, zip64 where a size or an offset needs it (PKWARE APPNOTE 6.3.9).
+The format is torch's own (`caffe2/serialize/inline_container.cc`): stored records, data aligned to 64 bytes, sizes and
+CRC-32 in data descriptors and in the central directory, zip64 where a size or an offset needs it (PKWARE APPNOTE
+6.3.9).
 """
 
 import struct
@@ -24,7 +25,13 @@ class PlacedRecord:
 
 @dataclass(frozen=True)
 class ZipFrame:
-    """Everything of a zip but the records' data: `literals` at their file offsets, CRC-32 fields zero."""
+    """Everything of a zip but the records' data.
+
+    Attributes:
+        nbytes: length of the whole file.
+        records: where each record's data and CRC-32 belong.
+        literals: (file offset, bytes) of headers, descriptors and directory; their CRC-32 fields are zero.
+    """
 
     nbytes: int
     records: tuple[PlacedRecord, ...]
@@ -32,7 +39,12 @@ class ZipFrame:
 
 
 def frame(root: str, sizes: dict[str, int]) -> ZipFrame:
-    """Lays out a zip with the folder `root` and records of the given sizes in bytes, in order."""
+    """Lay out a zip.
+
+    Args:
+        root: the folder in the zip that holds all records.
+        sizes: bytes of each record by its name, in the order of the file.
+    """
     literals, records, headers = [], [], []
     position = 0
     for name, nbytes in sizes.items():

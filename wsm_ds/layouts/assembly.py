@@ -1,0 +1,55 @@
+"""The last step of every reader: one Layout from all model-parallel ranks' files and the fragments in them."""
+
+from typing import Any
+
+from wsm_ds.layouts.hyperparameters import learning_rates, warmup_num_steps
+from wsm_ds.layouts.layout import Layout, TableBuilder
+from wsm_ds.layouts.metadata import module_dtype
+from wsm_ds.layouts.rank_files import RankFiles
+from wsm_ds.layouts.run import Checkpoint
+
+
+def assemble(
+    checkpoint: Checkpoint,
+    ranks: list[RankFiles],
+    builder: TableBuilder,
+    *,
+    stage: int,
+    file_names: tuple[str, ...],
+    groups: Any,
+    has_nameless_states: bool = False,
+) -> Layout:
+    """Build the layout of a checkpoint.
+
+    Where several model-parallel ranks hold the model together, the tensors of each have its name before their own
+    (`mp_rank_01/NAME`): names alone do not tell whether two ranks hold copies or pieces of one tensor.
+
+    Args:
+        checkpoint: the folder that was read.
+        ranks: the files of each model-parallel rank.
+        builder: all fragments; its tensor and file numbers run on from one rank to the next.
+        stage: ZeRO stage of the run.
+        file_names: paths of all files relative to the checkpoint's folder, in the order of their numbers.
+        groups: `param_groups` of the optimizer.
+        has_nameless_states: there are optimizer states that belong to no known parameter.
+    """
+    first = ranks[0]
+    prefixes = [f"mp_rank_{mp:02d}/" if len(ranks) > 1 else "" for mp in range(len(ranks))]
+    named_ranks = list(zip(prefixes, ranks, strict=True))
+    return Layout(
+        path=checkpoint.path,
+        tag=checkpoint.tag,
+        step=int(first.models[0].tree["global_steps"]),
+        stage=stage,
+        world_size=first.world_size,
+        dtype=module_dtype(first.tensors),
+        files=file_names,
+        archives=tuple(file.archive for rank in ranks for file in rank.files),
+        tensors={prefix + name: info for prefix, rank in named_ranks for name, info in rank.tensors.items()},
+        aliases={prefix + alias: prefix + name for prefix, rank in named_ranks for alias, name in rank.aliases.items()},
+        fragments=builder.tables(),
+        learning_rates=learning_rates(first.optims.get(0, first.models[0]), groups),
+        warmup_num_steps=warmup_num_steps(first.models[0].tree),
+        has_nameless_states=has_nameless_states,
+        model_parallel_size=len(ranks),
+    )

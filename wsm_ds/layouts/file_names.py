@@ -1,0 +1,101 @@
+"""What the names of a ZeRO checkpoint's files say: which rank wrote each, and which files there must be."""
+
+import re
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, few
+
+# `_get_ckpt_name`, runtime/engine.py:4336: without `zero_pp_rank_N` in stages 0 to 2.
+MODEL_FILE = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt$")
+# `_get_rank_zero_ckpt_name`, runtime/engine.py:4322. Older versions wrote no underscore before "optim_states" (:4793).
+OPTIM_FILE = re.compile(r"^(?:bf16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_?optim_states\.pt$")
+UNSUPPORTED = (
+    # `_get_optimizer_ckpt_name`, runtime/engine.py:4362
+    (re.compile(r"^expp_rank_"), "native MoE experts without ZeRO (stage 0)"),
+    # runtime/model_checkpointing/writer_factory.py:39
+    (re.compile(r"\.pt-\d+\.\d+$"), "pieces written by DeepSpeed's fast writer"),
+    # runtime/engine.py:4941
+    (re.compile(r"^offloaded_tensors$"), "NVMe-offloaded optimizer states"),
+)
+
+
+class Rank(NamedTuple):
+    """The model-parallel and the data-parallel rank that wrote a file. Ranks sort in this order."""
+
+    mp: int
+    dp: int
+
+    def __str__(self) -> str:
+        return f"zero_pp_rank_{self.dp}_mp_rank_{self.mp:02d}"
+
+
+class RankCounts(NamedTuple):
+    """How many model-parallel ranks (tensor-parallel times pipeline stages) and data-parallel ranks there are."""
+
+    mp: int
+    dp: int
+
+    def __str__(self) -> str:
+        return f"{self.dp} data-parallel and {self.mp} model-parallel ranks"
+
+
+def refuse_unsupported(path: Path, entries: list[str]) -> None:
+    """Raise UnsupportedLayout if the folder `path` holds files of a format that is not read; its files are named."""
+    for pattern, what in UNSUPPORTED:
+        hits = [name for name in entries if pattern.search(name)]
+        if hits:
+            raise UnsupportedLayout(f"{path} holds {what} ({few(hits, 2)}), which this version does not read.")
+
+
+def files_by_rank(path: Path, entries: list[str], pattern: re.Pattern[str]) -> dict[Rank, str]:
+    """Names of the files that match `pattern`, by the rank that wrote them, in the order of ranks.
+
+    Args:
+        path: the checkpoint's folder, for the message.
+        entries: names of files in it.
+        pattern: `MODEL_FILE` or `OPTIM_FILE`.
+
+    Raises:
+        BrokenCheckpoint: two files are of one rank; both are named.
+    """
+    names: dict[Rank, str] = {}
+    for name in entries:
+        match = pattern.match(name)
+        if not match:
+            continue
+        rank = Rank(int(match["mp"]), int(match["dp"] or 0))
+        if rank in names:
+            raise BrokenCheckpoint(
+                f"{path} holds two files of {rank}: {names[rank]} and {name}. Two runs were saved into one folder; "
+                "remove the stale one."
+            )
+        names[rank] = name
+    return dict(sorted(names.items()))
+
+
+def require_files(path: Path, what: str, names: dict[Rank, str], counts: RankCounts) -> None:
+    """Raise BrokenCheckpoint unless each rank has its file, and no other file is there.
+
+    Args:
+        path: the checkpoint's folder, for the message.
+        what: "model file" or "optimizer file".
+        names: the files that are there.
+        counts: the ranks that must have one. A broken file may name any number of ranks, so no more ranks are
+            counted than there are files, plus the few that the message names.
+    """
+    ranks = (Rank(mp, dp) for mp in range(counts.mp) for dp in range(counts.dp))
+    suffix = "optim_states.pt" if what == "optimizer file" else "model_states.pt"
+    missing = list(islice((f"{rank}_{suffix}" for rank in ranks if rank not in names), 6))
+    total, present = counts.mp * counts.dp, sum(rank.mp < counts.mp and rank.dp < counts.dp for rank in names)
+    if missing:
+        raise BrokenCheckpoint(
+            f"{path} is incomplete: {total - present} of {total} ranks' {what}s are missing: "
+            f"{few(missing, total=total - present)}."
+        )
+    if len(names) > total:
+        raise BrokenCheckpoint(
+            f"{path} holds {what}s of {len(names)} ranks, but was saved by {total}: files of another save remain. "
+            "Remove them."
+        )

@@ -1,0 +1,69 @@
+"""Learning rates and warmup of a saved run: what tells whether its checkpoints were written at one constant rate."""
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from wsm_ds.dtypes import widen
+from wsm_ds.errors import BrokenCheckpoint, brief
+from wsm_ds.torchfile import Tensor, TorchFile
+
+WARMUP_SCHEDULERS = ("WSMLR", "WSDLR", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+MOST_UPDATES = 1 << 53
+
+
+def parameter_groups(optim: TorchFile) -> Any:
+    """The optimizer's `param_groups`, as an optimizer file of ZeRO 1 to 3 has them.
+
+    They are under `base_optimizer_state` in stages 1 and 2 (`runtime/zero/stage_1_and_2.py:3358`) and under
+    `optimizer_state_dict` in stage 3 (`runtime/zero/stage3.py:3431`). Elastic checkpoints hold a list instead.
+    """
+    state = optim.tree["optimizer_state_dict"]
+    base = state.get("base_optimizer_state") or state.get("optimizer_state_dict")
+    return base if isinstance(base, list) else (base or {}).get("param_groups", [])
+
+
+def learning_rates(file: TorchFile, groups: Any) -> tuple[float, ...]:
+    """The learning rate of each parameter group that has one.
+
+    Args:
+        file: the file that holds `groups`.
+        groups: `param_groups` of a torch optimizer.
+
+    Raises:
+        BrokenCheckpoint: a rate is not a number.
+    """
+    return tuple(_rate(file, group["lr"]) for group in groups if isinstance(group, dict) and "lr" in group)
+
+
+def _rate(file: TorchFile, value: Any) -> float:
+    """A group's rate: a number, or a tensor of one element (torch's `capturable` optimizers)."""
+    if isinstance(value, Tensor) and value.numel == 1 and value.dtype.is_floating:
+        stored = np.fromfile(file.path, value.dtype.storage, 1, offset=file.byte_offset(value))
+        return float(widen(stored, value.dtype)[0])
+    if not isinstance(value, int | float) or abs(value) > sys.float_info.max:
+        raise BrokenCheckpoint(f"{file.path}: a parameter group has the learning rate {brief(value)}, not a number.")
+    return float(value)
+
+
+def warmup_num_steps(model: dict[str, Any]) -> int | None:
+    """Updates of the warmup, as the saved scheduler says, or else the saved ds_config; None if neither does.
+
+    DeepSpeed's own schedulers save only how many updates there were (`runtime/lr_schedules.py`, `state_dict`).
+    """
+    saved = model.get("lr_scheduler") or {}
+    if not isinstance(saved, dict):
+        return None
+    if "warmup_num_steps" in saved:
+        return _updates(saved["warmup_num_steps"])
+    config = model.get("ds_config")
+    scheduler = config.get("scheduler") if isinstance(config, dict) else None
+    if not isinstance(scheduler, dict) or scheduler.get("type") not in WARMUP_SCHEDULERS:
+        return None
+    params = scheduler.get("params")
+    return _updates(params.get("warmup_num_steps")) if isinstance(params, dict) else None
+
+
+def _updates(value: Any) -> int | None:
+    return int(value) if isinstance(value, int | float) and abs(value) < MOST_UPDATES else None
