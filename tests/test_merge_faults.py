@@ -174,7 +174,7 @@ def test_a_hostile_checkpoint_is_refused_and_inspect_says_so(run: Path) -> None:
     ("name", "words"),
     [
         ("layer_00-model_00-model_states.pt", r"pipeline layers' files \(layer_00-model_00.*another save"),
-        ("layer_0_expert_0_mp_rank_00_model_states.pt", r"experts that its model has not \(layer_0_expert_0"),
+        ("layer_0_expert_0_mp_rank_00_model_states.pt", r"experts that its model does not have \(layer_0_expert_0"),
         ("mp_rank_01_model_states.pt", "model files of 2 ranks, but was saved by 1"),
         ("zero_pp_rank_0_mp_rank_01_optim_states.pt", "optimizer files of 3 ranks, but was saved by 2"),
     ],

@@ -176,7 +176,7 @@ def test_a_merge_for_other_ranks_holds_the_same_elements(run: str, tmp_path: Pat
 
 @runs
 def test_an_export_to_safetensors_holds_the_masters_of_one_checkpoint(run: str, tmp_path: Path) -> None:
-    export(GOLDEN / run, "global_step2", tmp_path / "out", dtype="fp32")
+    export(GOLDEN / run, tag="global_step2", out=tmp_path / "out", dtype="fp32")
     data = (tmp_path / "out/model.safetensors").read_bytes()
     (header_bytes,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + header_bytes])
