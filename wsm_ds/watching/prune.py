@@ -50,7 +50,7 @@ class Retention:
 
 
 @dataclass(frozen=True)
-class Fate:
+class Verdict:
     """One checkpoint: `kept_because` is empty if it can go."""
 
     checkpoint: Checkpoint
@@ -69,7 +69,7 @@ class Fate:
         }
 
 
-def plan_prune(run: Path, retention: Retention, allowed_globals: frozenset[str] = frozenset()) -> tuple[Fate, ...]:
+def plan_prune(run: Path, retention: Retention, allowed_globals: frozenset[str] = frozenset()) -> tuple[Verdict, ...]:
     """What becomes of every checkpoint of a run, oldest first. Deletes nothing.
 
     Always kept: the newest complete checkpoint and what is newer, the one that `latest` names, universal copies, links,
@@ -85,7 +85,7 @@ def plan_prune(run: Path, retention: Retention, allowed_globals: frozenset[str] 
     checkpoints.look()
     complete = {step for step in checkpoints.held if checkpoints.is_complete(step)}
     reasons = _reasons(run, retention, set(checkpoints.held), complete)
-    return tuple(_fate(checkpoint, complete, reasons) for checkpoint in found)
+    return tuple(_verdict(checkpoint, complete, reasons) for checkpoint in found)
 
 
 def _checkpoints_of(run: Path, retention: Retention) -> list[Checkpoint]:
@@ -152,7 +152,7 @@ def _of_begun(run: Path, folders: Iterable[Path]) -> set[int]:
     return {int(source["step"]) for source in sources if Path(source["path"]).is_relative_to(run.resolve())}
 
 
-def _fate(checkpoint: Checkpoint, complete: set[int], reasons: dict[int, str]) -> Fate:
+def _verdict(checkpoint: Checkpoint, complete: set[int], reasons: dict[int, str]) -> Verdict:
     nbytes = sum(path.stat().st_size for path in checkpoint.path.rglob("*") if path.is_file())
     step = checkpoint.named_step
     reason = reasons.get(step, "")
@@ -162,7 +162,7 @@ def _fate(checkpoint: Checkpoint, complete: set[int], reasons: dict[int, str]) -
         reason = "a universal copy"
     elif checkpoint.path.is_symlink():
         reason = "a link"
-    return Fate(checkpoint, nbytes, step in complete, reason)
+    return Verdict(checkpoint, nbytes, step in complete, reason)
 
 
 def trash_of(run: Path) -> Path:
@@ -170,7 +170,7 @@ def trash_of(run: Path) -> Path:
     return (run / DELETED).parent / "trash"
 
 
-def left_in_trash(run: Path) -> list[Path]:
+def trash_content(run: Path) -> list[Path]:
     """What a prune that was killed has left to be removed."""
     return sorted(trash_of(run).iterdir()) if trash_of(run).is_dir() else []
 
@@ -179,8 +179,8 @@ def prune(
     run: Path,
     retention: Retention,
     allowed_globals: frozenset[str] = frozenset(),
-    on_plan: Callable[[tuple[Fate, ...]], None] = lambda fates: None,
-) -> tuple[Fate, ...]:
+    on_plan: Callable[[tuple[Verdict, ...]], None] = lambda verdicts: None,
+) -> tuple[Verdict, ...]:
     """Deletes what `plan_prune` lets go, and what a prune that was killed has left; returns the plan.
 
     Raises:
@@ -191,22 +191,22 @@ def prune(
     trash = trash_of(run)
     trash.mkdir(parents=True, exist_ok=True)
     with held(trash.parent / "lock", f"another prune deletes in {run}"):
-        for path in left_in_trash(run):
+        for path in trash_content(run):
             shutil.rmtree(path)
-        fates = plan_prune(run, retention, allowed_globals)
-        on_plan(fates)
-        going = [fate for fate in fates if not fate.kept_because]
-        for fate in going:
-            _record(run / DELETED, fate)
-            fate.checkpoint.path.rename(trash / fate.checkpoint.tag)
-        for fate in going:
-            shutil.rmtree(trash / fate.checkpoint.tag)
-    return fates
+        verdicts = plan_prune(run, retention, allowed_globals)
+        on_plan(verdicts)
+        going = [verdict for verdict in verdicts if not verdict.kept_because]
+        for verdict in going:
+            _record(run / DELETED, verdict)
+            verdict.checkpoint.path.rename(trash / verdict.checkpoint.tag)
+        for verdict in going:
+            shutil.rmtree(trash / verdict.checkpoint.tag)
+    return verdicts
 
 
-def _record(path: Path, fate: Fate) -> None:
+def _record(path: Path, verdict: Verdict) -> None:
     """Says that a checkpoint is deleted, before it is."""
-    line = json.dumps(fate.to_json() | {"time": time.time()}) + "\n"
+    line = json.dumps(verdict.to_json() | {"time": time.time()}) + "\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         os.write(descriptor, line.encode())
@@ -215,17 +215,17 @@ def _record(path: Path, fate: Fate) -> None:
         os.close(descriptor)
 
 
-def prune_report(fates: Sequence[Fate], left: Sequence[Path], *, is_deleting: bool) -> str:
+def prune_report(verdicts: Sequence[Verdict], left: Sequence[Path], *, is_deleting: bool) -> str:
     """One line a checkpoint, and what is gained."""
     rows = [
-        [fate.checkpoint.tag, str(fate.checkpoint.named_step), format_size(fate.nbytes),
-         "yes" if fate.is_complete else "no", f"kept: {fate.kept_because}" if fate.kept_because else "deleted"]
-        for fate in fates
+        [verdict.checkpoint.tag, str(verdict.checkpoint.named_step), format_size(verdict.nbytes),
+         "yes" if verdict.is_complete else "no", f"kept: {verdict.kept_because}" if verdict.kept_because else "deleted"]
+        for verdict in verdicts
     ]  # fmt: skip
-    going = [fate for fate in fates if not fate.kept_because]
-    freed = format_size(sum(fate.nbytes for fate in going))
-    text = f"{len(going)} of {len(fates)} checkpoints, {freed}"
-    lines = [table(["checkpoint", "step", "size", "complete", "fate"], rows)]
+    going = [verdict for verdict in verdicts if not verdict.kept_because]
+    freed = format_size(sum(verdict.nbytes for verdict in going))
+    text = f"{len(going)} of {len(verdicts)} checkpoints, {freed}"
+    lines = [table(["checkpoint", "step", "size", "complete", "verdict"], rows)]
     lines += [f"left by an earlier prune, and removed with --delete: {few(path.name for path in left)}"] if left else []
     lines.append(f"deleting {text}" if is_deleting else f"nothing was deleted; --delete would delete {text}")
     return "\n".join(lines)
