@@ -134,22 +134,22 @@ def test_help_needs_neither_numpy_nor_torch() -> None:
 MESSAGES = {
     "merge RUN --last 2": "--out is missing",
     "merge --out NEW": "RUN is missing",
-    "merge RUN --out NEW": "choose the window by one of: --last (and --to), --from with --to, --tags; "
-    "see wsm-ds merge --help",
+    "merge RUN --out NEW": "choose the window in exactly one way: --last (with --to, if it does not end at the newest "
+    "checkpoint), --from with --to, or --tags; found none of them",
     "merge RUN --last two --out NEW": "--last must be a whole number, not 'two'",
     "merge RUN --last 0 --out NEW": "--last must be at least 1, not '0'",
     "merge RUN --last 2 --format safetensor --out NEW": "--format must be zero, universal or safetensors, "
     "not 'safetensor' (did you mean 'safetensors'?)",
     "merge RUN --last 2 --memory-budget lots --out NEW": "--memory-budget: 'lots' is not a size; write for "
     "example 512MiB, 5GB or 1000000",
-    "merge RUN --last 2 --dtype bf16 --out NEW": "--dtype is for safetensors; a zero output keeps the run's precision",
+    "merge RUN --last 2 --dtype bf16 --out NEW": "--dtype (bf16) is for safetensors, a zero output keeps the run's "
+    "precision; remove it, or set --format to safetensors",
     "merge --recipe recipe.yaml": "the recipe recipe.yaml is not valid: `last` must be a whole number, not 'two'",
     "merge --recipe recipe.yaml --last three": "the recipe recipe.yaml is not valid: --last must be a whole "
     "number, not 'three'",
     "merge --recipe mistyped.yaml": "the recipe mistyped.yaml is not valid: 'lats' is not a key of a recipe "
     "(did you mean 'last'?)",
-    "reshard RUN --out NEW": "one of --world-size, --stage, --sub-group-size and --like must be given; "
-    "see wsm-ds reshard --help",
+    "reshard RUN --out NEW": "one of --world-size, --stage, --sub-group-size and --like must be given",
     "watch RUN --last 2": "--out must be given",
     "watch RUN --last 2 --out NEW --poll-s 0": "--poll-s must be above 0, not 0",
     "coefficients --curve linear": "--checkpoints or --steps must be given",

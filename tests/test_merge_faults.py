@@ -92,7 +92,7 @@ def test_a_newest_checkpoint_that_is_still_being_written_is_passed_over_and_name
     optim(run, 6).unlink()
     plan = plan_merge(make_recipe(run=run, last=2, curve="linear", out=run.parent / "out"))
     assert [source.step for source in plan.outputs[0].sources] == [2, 4]
-    assert "global_step6 is passed over" in caplog.text
+    assert "global_step6 is skipped" in caplog.text
 
 
 def test_unlike_models_are_refused_with_the_difference(run: Path, runs: Path) -> None:
@@ -184,18 +184,21 @@ def test_a_file_of_another_save_is_named(run: Path, name: str, words: str) -> No
 
 def test_wrong_recipes_say_what_is_wrong(run: Path, tmp_path: Path) -> None:
     for values, words in (
-        ({"last": 3, "tags": ("a",)}, "choose the window by one of"),
+        ({"last": 3, "tags": ("a",)}, "exactly one way: .* found `last`=3, `tags`="),
         ({"last": 3, "curve": None}, "either `curve` or `coefficients`"),
         ({"last": 0}, "`last` must be at least 1, not 0"),
-        ({"last": 3, "dtype": "bf16"}, "`dtype` is for safetensors"),
+        ({"last": 3, "dtype": "bf16"}, r"`dtype` \(bf16\) is for safetensors"),
         ({"last": 3, "memory_budget": "lots"}, "'lots' is not a size"),
         ({"last": 3, "colour": "red"}, "'colour' is not a key of a recipe"),
+        ({"last": 3, "thread": 1}, "did you mean 'threads'"),
+        ({"last": "two"}, "`last` must be a whole number, not 'two'"),
+        ({"last": 3, "out": None}, "`out` is missing"),
     ):
         with pytest.raises(RecipeError, match=words):
             make_recipe(**{"run": run, "out": tmp_path / "o", "curve": "linear"} | values)
     refused(run, WindowError, "4 complete checkpoints were asked for, 3 are there", last=4)
     refused(run, WindowError, "no checkpoint from step 7 to 9", last=None, from_step=7, to_step=9)
-    refused(run, WindowError, "2 coefficients were given for 3", curve=None, coefficients=(0.5, 0.5))
+    refused(run, WindowError, "2 were given for 3 checkpoints, steps 2, 4, 6", curve=None, coefficients=(0.5, 0.5))
     refused(
         run, WindowError, "step 4 is in the window more than once", last=None, tags=("global_step4", "global_step4")
     )

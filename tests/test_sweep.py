@@ -140,8 +140,8 @@ def test_outputs_that_are_not_given_are_one_output(tmp_path: Path) -> None:
 def test_wrong_sweeps_say_what_is_wrong(runs: Path, tmp_path: Path) -> None:
     common: dict[str, Any] = {"run": runs / "w2_s2_bf16", "curve": "linear", "out": tmp_path / "out"}
     for values, words in (
-        ({"last": []}, "`last`: an empty list"),
-        ({"last": [2, 2]}, "a value twice"),
+        ({"last": []}, "`last`: the list is empty"),
+        ({"last": [2, 2]}, "has a value twice, found .2, 2."),
         ({"outputs": []}, "a list of mappings"),
         ({"outputs": [{"last": 0}]}, "`last` must be at least 1, not 0"),
     ):

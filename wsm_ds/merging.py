@@ -16,11 +16,11 @@ from wsm_ds.engine.worker import run_tasks, workers_for
 from wsm_ds.errors import OutputExists, RecipeError, VerificationFailed
 from wsm_ds.filesystem.capacity import bytes_held, require_disk, require_memory
 from wsm_ds.layouts import Layout, read_layout
-from wsm_ds.outputs.resharding.form import WantedForm
+from wsm_ds.outputs.resharding.form import RequestedForm
 from wsm_ds.outputs.safetensors import plan_safetensors
-from wsm_ds.outputs.trainer_files import files_beside
+from wsm_ds.outputs.trainer_files import trainer_files
 from wsm_ds.outputs.zero_checkpoint import OutputFiles, OutputWindow, plan_zero_checkpoint
-from wsm_ds.planning.plan import CopySegment, InputFile, Output, OutputFile, Plan, Source
+from wsm_ds.planning.plan import CopySegment, InputFile, InputNumber, Output, OutputFile, OutputNumber, Plan, Source
 from wsm_ds.planning.recipe import MergeRecipe, make_recipe
 from wsm_ds.planning.streams import ElementRequest, SourceTables, carry_streams, element_streams, source_tables
 from wsm_ds.planning.window import ReadLayout, Window, recorded_window, select_window, union_of
@@ -101,12 +101,12 @@ def plan_windows(
     inputs, outputs, wanted, parts = tables.inputs, list[OutputFile](), list[ElementRequest](), list[Output]()
     for part, (recipe, window) in enumerate(zip(recipes, windows, strict=True)):
         members = tuple(numbers[layout.path] for layout in window.layouts)
-        own = OutputWindow(part, members, tuple(window.coefficients.tolist()), len(outputs))
+        own = OutputWindow(OutputNumber(part), members, tuple(window.coefficients.tolist()), len(outputs))
         files, texts = _files(tables, own, recipe, any(map(_reads_states, recipes)))
         copies, copied = _beside(recipe, window.layouts[-1], own, files, texts, carried, len(inputs))
-        outputs += [*files.outputs, *copies]
+        outputs += [*files.files, *copies]
         inputs += copied
-        wanted += files.wanted
+        wanted += files.requests
         parts.append(_part(recipe, window, texts))
     streams = element_streams(tables, wanted) + carry_streams(inputs, outputs)
     budget = int(recipes[0].memory_budget)
@@ -130,7 +130,7 @@ def _files(
         dtype = BY_NAME[recipe.dtype] if recipe.dtype else None
         return plan_safetensors(tables, window, dtype, int(recipe.max_shard_size), recipe.rename)
     is_universal = recipe.format == "universal"
-    form = WantedForm(is_universal, recipe.stage, recipe.world_size, recipe.sub_group_size, recipe.like)
+    form = RequestedForm(is_universal, recipe.stage, recipe.world_size, recipe.sub_group_size, recipe.like)
     tag = f"global_step{window.newest(tables).step}" + ("_universal" if is_universal else "")
     allowed = frozenset(recipe.allow_globals)
     files = plan_zero_checkpoint(tables, window, tag, recipe.optimizer_states, allowed, form, reads_states=reads_states)
@@ -160,17 +160,17 @@ def _beside(
     first_input: int,
 ) -> tuple[tuple[OutputFile, ...], tuple[InputFile, ...]]:
     """Files to be copied into the output's root: those that are asked for, and what HF Trainer keeps."""
-    chosen, taken = {path.name for path in recipe.include}, {output.name for output in files.outputs} | set(texts)
+    chosen, taken = {path.name for path in recipe.include}, {output.name for output in files.files} | set(texts)
     beside = tuple(
         path
-        for path in files_beside(newest, recipe.format)
+        for path in trainer_files(newest, recipe.format)
         if path.name not in chosen and (carried is None or path.name in carried)
     )
     return _included(window.output, recipe.include + beside, first_input, taken)
 
 
 def _included(
-    part: int, paths: tuple[Path, ...], first_input: int, taken: set[str]
+    part: OutputNumber, paths: tuple[Path, ...], first_input: int, taken: set[str]
 ) -> tuple[tuple[OutputFile, ...], tuple[InputFile, ...]]:
     """Files to be copied into the output's root, as outputs and as inputs."""
     outputs, inputs = [], []
@@ -180,7 +180,7 @@ def _included(
         taken = taken | {path.name}
         status = path.stat()
         inputs.append(InputFile(path.resolve(), status.st_size, status.st_mtime_ns))
-        pieces = (CopySegment(0, status.st_size, first_input + number, 0),) if status.st_size else ()
+        pieces = (CopySegment(0, status.st_size, InputNumber(first_input + number), 0),) if status.st_size else ()
         outputs.append(OutputFile(part, path.name, status.st_size, pieces, ()))
     return tuple(outputs), tuple(inputs)
 

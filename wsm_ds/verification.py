@@ -71,7 +71,7 @@ class _Comparison:
     def __init__(self, plan: Plan, out: Path) -> None:
         self.paths = [out / output.name for output in plan.files]
         self.filled_in = [
-            sorted(place + byte for crc in output.crcs for place in crc.places for byte in range(4))
+            sorted(place + byte for crc in output.crc_fields for place in crc.positions for byte in range(4))
             for output in plan.files
         ]
         self.nbytes = 0
@@ -105,7 +105,7 @@ def _recompute(plan: Plan, out: Path, full: bool) -> int:
             raise VerificationFailed(
                 f"{comparison.paths[number]}: the sources make {output.nbytes} bytes; have they changed?"
             )
-        for piece in output.pieces:
+        for piece in output.segments:
             if isinstance(piece, LiteralSegment):
                 comparison.write(number, piece.offset, memoryview(piece.data))
     workers = workers_for(plan, plan.memory_bytes, 1)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from wsm_ds.errors import LayoutMismatch
 from wsm_ds.layouts.layout import FRAGMENT, Table
-from wsm_ds.planning.intersect import NOWHERE, Places, line_of, order_of, places, require_all, without_repeats
+from wsm_ds.planning.intersect import NOWHERE, Places, line_of, locate, order_of, require_all, without_repeats
 
 FP32 = 1
 
@@ -50,13 +50,13 @@ def addresses(table: Table) -> dict[tuple[int, int], tuple[int, int]]:
 LAYOUT = st.tuples(st.sampled_from([flat_table, cut_table]), st.integers(1, 5))
 
 
-def elements(where: Places) -> list[tuple[int, int]]:
+def elements(places: Places) -> list[tuple[int, int]]:
     """(file, byte) of every element of a stream."""
-    found = [(NOWHERE, 0)] * int(where.starts[-1])
-    for element, numel, file, offset in where.parts(0, len(found)):
-        for i in range(numel):
-            found[element + i] = (file, offset + 4 * i)
-    return found
+    addresses_of = [(NOWHERE, 0)] * int(places.starts[-1])
+    for place in places.within(0, len(addresses_of)):
+        for i in range(place.numel):
+            addresses_of[place.element + i] = (place.file, place.offset + 4 * i)
+    return addresses_of
 
 
 @given(
@@ -68,30 +68,30 @@ def elements(where: Places) -> list[tuple[int, int]]:
 def test_a_stream_finds_the_same_element_in_every_source_and_every_output(  # type: ignore[no-untyped-def]
     numels, out_layouts, source_layouts, random
 ) -> None:
-    outs = [make(numels, world_size) for make, world_size in out_layouts]
-    outs = [out[sorted(random.sample(range(len(out)), random.randint(1, len(out))))] for out in outs]
+    outputs = [make(numels, world_size) for make, world_size in out_layouts]
+    outputs = [out[sorted(random.sample(range(len(out)), random.randint(1, len(out))))] for out in outputs]
     sources = [make(numels, world_size) for make, world_size in source_layouts]
     base = line_of(np.array(numels, dtype=np.int64))
-    order = order_of(outs, base)
+    order = order_of(outputs, base)
     names = [
         (tensor, int(position - base[tensor]))
         for begin, end in zip(order.begin, order.end, strict=True)
         for position in range(begin, end)
         for tensor in [int(np.searchsorted(base, position, "right")) - 1]
     ]
-    assert sorted(names) == sorted({element for out in outs for element in addresses(out)})
-    for table in [*outs, *sources]:
-        wanted = addresses(table)
-        assert elements(places(order, table, base)) == [wanted.get(name, (NOWHERE, 0)) for name in names]
-    first = [place for place in elements(places(order, outs[0], base)) if place[0] != NOWHERE]
+    assert sorted(names) == sorted({element for out in outputs for element in addresses(out)})
+    for table in [*outputs, *sources]:
+        expected = addresses(table)
+        assert elements(locate(order, table, base)) == [expected.get(name, (NOWHERE, 0)) for name in names]
+    first = [place for place in elements(locate(order, outputs[0], base)) if place[0] != NOWHERE]
     assert first == sorted(first)
 
 
 def test_equal_layouts_are_one_run_a_partition() -> None:
     numels = [7, 30, 11, 100]
     table, base = flat_table(numels, 4), line_of(np.array(numels, dtype=np.int64))
-    found = places(order_of([table], base), table, base)
-    assert found.starts.tolist() == [0, 37, 74, 111, 148]
+    places = locate(order_of([table], base), table, base)
+    assert places.starts.tolist() == [0, 37, 74, 111, 148]
 
 
 def test_elements_that_are_stored_twice_make_two_tables() -> None:
@@ -110,4 +110,4 @@ def test_a_source_without_some_elements_is_named() -> None:
     table, base = flat_table(numels, 2), line_of(np.array([7, 30], dtype=np.int64))
     order = order_of([table], base)
     with pytest.raises(LayoutMismatch, match="step 4 lacks elements 12 to 30 of weight"):
-        require_all(places(order, table[:-1], base), order, "step 4", base, ("bias", "weight"))
+        require_all(locate(order, table[:-1], base), order, "step 4", base, ("bias", "weight"))

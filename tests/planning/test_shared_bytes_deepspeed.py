@@ -34,7 +34,7 @@ def job(stage: int, dtype: str) -> dict[str, Any]:
     return {"stage": stage, "dtype": dtype, "sharing": True}
 
 
-def wanted(run: Path, rank: int) -> dict[str, torch.Tensor]:
+def expected(run: Path, rank: int) -> dict[str, torch.Tensor]:
     sources = [load_all(run / f"global_step{step}")[0][rank]["module"] for step in (2, 4)]
     assert not torch.equal(sources[0]["high"], sources[1]["high"])
     return {name: average([source[name] for source in sources], list(COEFFICIENTS)) for name in FLOATING}
@@ -66,7 +66,7 @@ def test_a_shared_buffer_is_averaged_once_and_stays_shared(
     newest, _ = load_all(run / "global_step4")
     for rank, model in models.items():
         module = model["module"]
-        for name, tensor in wanted(run, rank).items():
+        for name, tensor in expected(run, rank).items():
             assert torch.equal(module[name], tensor), (rank, name)
         assert ["low", "high"] in storages(module)
         assert ["first.inv_freq", "second.inv_freq"] in storages(module)
@@ -87,7 +87,7 @@ def test_one_checkpoint_is_reproduced_byte_for_byte(sharing: Path, tmp_path: Pat
 def test_safetensors_hold_every_name_by_itself(sharing: Path, tmp_path: Path, stage: int, dtype: str) -> None:
     run = sharing / f"s{stage}_{dtype}"
     tensors = load_file(merged(run, tmp_path / "out", format="safetensors") / "model.safetensors")
-    for name, tensor in wanted(run, 0).items():
+    for name, tensor in expected(run, 0).items():
         assert torch.equal(tensors[name], tensor), name
     assert torch.equal(tensors["first.positions"], torch.arange(6))
     assert torch.equal(tensors["second.positions"], torch.arange(6))
@@ -110,9 +110,9 @@ def test_deepspeed_loads_merges_in_the_same_and_in_other_forms(
     launch(jobs, world_size=2, folder=tmp_path_factory.mktemp("load"))
     for loading, (run, is_same) in zip(jobs, runs, strict=True):
         for rank in (0, 1) if is_same and loading["stage"] == 3 else (0,):  # else rank 0's buffers, or one file's
-            held = torch.load(f"{loading['dump']}.rank{rank}")["buffers"]
-            for name, tensor in wanted(run, rank).items():
-                assert torch.equal(held[name], tensor), (loading["root"], name)
+            loaded = torch.load(f"{loading['dump']}.rank{rank}")["buffers"]
+            for name, tensor in expected(run, rank).items():
+                assert torch.equal(loaded[name], tensor), (loading["root"], name)
 
 
 def changed(run: Path, target: Path, step: int, change: Any) -> Path:
@@ -134,5 +134,5 @@ def test_buffers_that_an_older_checkpoint_holds_apart_are_refused_by_name(sharin
         merge(run=run, last=2, coefficients=COEFFICIENTS, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     tensors = load_file(merged(run, tmp_path / "out", format="safetensors") / "model.safetensors")
-    assert torch.equal(tensors["second.inv_freq"], wanted(run, 0)["second.inv_freq"])
+    assert torch.equal(tensors["second.inv_freq"], expected(run, 0)["second.inv_freq"])
     assert not torch.equal(tensors["second.inv_freq"], tensors["first.inv_freq"])

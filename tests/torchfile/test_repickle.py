@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference import same_tree
 
-from wsm_ds.outputs.torch_template import Inputs, rewritten
+from wsm_ds.outputs.torch_template import Inputs, make_torch_template
 from wsm_ds.planning.plan import CopySegment, LiteralSegment
 from wsm_ds.torchfile import open_torch_file
 from wsm_ds.torchfile.repickle import repickle
@@ -20,16 +20,16 @@ def rewritten_file(source: Path, target: Path) -> Path:
     data = source.read_bytes()
     contents = {name: data[r.offset : r.offset + r.nbytes] for name, r in file.archive.records.items()}
     inputs = Inputs({str(source): file.archive}, {str(source): 0})
-    template = rewritten(source.name, file.tree, file.archive, inputs, frozenset()).template
+    template = make_torch_template(source.name, file.tree, file.archive, inputs, frozenset()).template
     out = bytearray(template.nbytes)
-    for piece in template.base:
+    for piece in template.segments:
         if isinstance(piece, LiteralSegment):
             out[piece.offset : piece.offset + piece.nbytes] = piece.data
         else:
             assert isinstance(piece, CopySegment)
             out[piece.offset : piece.offset + piece.nbytes] = data[piece.source_offset :][: piece.nbytes]
-    for crc in template.crcs:
-        for place in crc.places:
+    for crc in template.crc_fields:
+        for place in crc.positions:
             out[place : place + 4] = zlib.crc32(out[crc.offset : crc.offset + crc.nbytes]).to_bytes(4, "little")
     target.write_bytes(out)
     assert len(contents) == len(open_torch_file(target).archive.records)

@@ -98,10 +98,10 @@ class _Fields:
     """An output file's CRC fields by offset, and the bytes that will hold CRC-32s."""
 
     def __init__(self, output: OutputFile) -> None:
-        self.crcs = sorted((crc for crc in output.crcs if crc.nbytes), key=lambda crc: crc.offset)
+        self.crcs = sorted((crc for crc in output.crc_fields if crc.nbytes), key=lambda crc: crc.offset)
         self.begins = [crc.offset for crc in self.crcs]
         self.ends = [crc.offset + crc.nbytes for crc in self.crcs]
-        self.places = sorted(place + byte for crc in output.crcs for place in crc.places for byte in range(4))
+        self.places = sorted(place + byte for crc in output.crc_fields for place in crc.positions for byte in range(4))
 
 
 class StagedFiles:
@@ -134,7 +134,7 @@ class StagedFiles:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 os.ftruncate(descriptor, output.nbytes)
-                for piece in output.pieces:
+                for piece in output.segments:
                     if isinstance(piece, LiteralSegment):
                         write_all(descriptor, memoryview(piece.data), piece.offset)
             finally:
@@ -162,7 +162,7 @@ class StagedFiles:
             return False
         for target in self.plan.streams[task.stream].targets:
             places = target.places
-            for element, numel, file, offset in places.parts(task.begin, task.end):
+            for element, numel, file, offset in places.within(task.begin, task.end):
                 last = offset + numel * places.dtype(element).itemsize - 1
                 if not all(
                     self._is_sealed(file, index) for index in range(offset // BLOCK_BYTES, last // BLOCK_BYTES + 1)
@@ -302,8 +302,8 @@ class StagedFiles:
                 begin, end = max(fields.begins[number], shape.position), min(fields.ends[number], shape.end)
                 totals[number] = crc32.combine(totals[number], crc, end - begin)
         values = {crc: totals[number] for number, crc in enumerate(fields.crcs)}
-        for field in output.crcs:
-            for place in field.places:
+        for field in output.crc_fields:
+            for place in field.positions:
                 write_all(descriptor, memoryview(values.get(field, 0).to_bytes(4, "little")), place)
 
     def _blocks(self) -> set[tuple[int, int]]:
@@ -333,7 +333,7 @@ def _bytes_of_streams(output: OutputFile) -> Ints:
     remaining = np.full(count, BLOCK_BYTES, dtype=np.int64)
     if count:
         remaining[-1] = output.nbytes - (count - 1) * BLOCK_BYTES
-    for piece in output.pieces:
+    for piece in output.segments:
         if isinstance(piece, LiteralSegment | ZeroSegment):
             position, end = piece.offset, piece.offset + piece.nbytes
             while position < end:

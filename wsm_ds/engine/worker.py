@@ -172,7 +172,7 @@ class Worker:
         for begin, end in _slices(stream, task, self.slice_numel):
             if is_stopped():
                 return
-            targets = [(t, parts) for t in stream.targets if (parts := list(t.places.parts(begin, end)))]
+            targets = [(t, parts) for t in stream.targets if (parts := list(t.places.within(begin, end)))]
             made = self._read_and_sum(stream, [target for target, _ in targets], begin, end)
             slices = {}
             if not made:
@@ -193,12 +193,12 @@ class Worker:
     def _read_ahead(self, stream: Stream, task: Task) -> None:
         for source in stream.sources:
             for _, (element, numel, file, offset) in zip(
-                range(READ_AHEAD_PARTS), source.parts(task.begin, task.end), strict=False
+                range(READ_AHEAD_PARTS), source.within(task.begin, task.end), strict=False
             ):
                 self.reader.will_read(file, offset, numel * source.dtype(element).itemsize)
 
     def _carry(self, stream: Stream, element: int, file: int, offset: int, data: memoryview) -> None:
-        for begin, nbytes, source, source_offset in stream.sources[0].parts(element, element + len(data)):
+        for begin, nbytes, source, source_offset in stream.sources[0].within(element, element + len(data)):
             at = begin - element
             held = self.reader.descriptor(source)
             self.sink.carry(file, offset + at, data[at : at + nbytes], held, source_offset)
@@ -212,10 +212,10 @@ class Worker:
         held, read = [], []
         for member in members:
             source = stream.sources[member]
-            parts = list(islice(source.parts(begin, end), 2))
-            if len(parts) != 1 or parts[0][1] < end - begin:
+            parts = list(islice(source.within(begin, end), 2))
+            if len(parts) != 1 or parts[0].numel < end - begin:
                 return {}
-            _, _, file, offset = parts[0]
+            file, offset = parts[0].file, parts[0].offset
             held.append(arithmetic.Elements(self.reader.descriptor(file), offset, source.dtype(begin)))
             read.append((file, offset, (end - begin) * held[-1].dtype.itemsize))
         wanted = dict.fromkeys((target.members, target.coefficients) for target in targets)
@@ -239,8 +239,8 @@ class Worker:
             source = stream.sources[number]
             dtype = source.dtype(begin)
             into = self._buffer(number, (end - begin) * dtype.itemsize)
-            parts = list(source.parts(begin, end))
-            if sum(numel for _, numel, _, _ in parts) < end - begin:
+            parts = list(source.within(begin, end))
+            if sum(place.numel for place in parts) < end - begin:
                 into[:] = bytes(len(into))
             for element, numel, file, offset in parts:
                 at = (element - begin) * dtype.itemsize
@@ -267,7 +267,7 @@ class Worker:
     ) -> NDArray[Any]:
         """The elements as the target stores them. `made` keeps what another target of the slice may want, too."""
         dtype = target.places.dtype(begin)
-        key = (target.members, target.coefficients, target.rounded_like, dtype.name)
+        key = (target.members, target.coefficients, target.cast_from, dtype.name)
         if key not in made:
             if stream.combine == "carry":
                 made[key] = slices[0]
@@ -287,8 +287,8 @@ class Worker:
         made: dict[Any, NDArray[Any]],
     ) -> NDArray[Any]:
         summed = self._summed(stream, target, dtype.name == "fp64", slices, begin, made)
-        if target.rounded_like is not None:
-            like = stream.targets[target.rounded_like].places.dtype(begin)
+        if target.cast_from is not None:
+            like = stream.targets[target.cast_from].places.dtype(begin)
             summed = widen(arithmetic.rounded(summed, like), like)
         stored = arithmetic.rounded(summed, dtype)
         if dtype.name == "fp16" and not np.isfinite(stored).all():
@@ -357,7 +357,7 @@ class Worker:
             bad = np.flatnonzero(~np.isfinite(values))
             if len(bad):
                 element = begin + int(bad[0])
-                (_, _, file, _), *_ = source.parts(element, element + 1)
+                file = next(source.within(element, element + 1)).file
                 return NonFiniteValue(
                     f"{self.plan.inputs[file].path} holds {values[bad[0]]} in {stream.name(element, self.plan.names)} "
                     f"({len(bad)} such values nearby): that run had diverged, or the file is damaged. Leave the "
@@ -369,8 +369,8 @@ class Worker:
         )
 
     def _where(self, target: Target, element: int) -> str:
-        for _, _, file, _ in target.places.parts(element, int(target.places.starts[-1])):
-            return self.plan.files[file].name
+        for place in target.places.within(element, int(target.places.starts[-1])):
+            return self.plan.files[place.file].name
         return str(self.plan.outputs[target.output].out)
 
 

@@ -1,1 +1,1 @@
-"""Which files an output has, and where its elements lie in them."""
+"""Which files a merge makes, per output format, and where elements belong in them."""

@@ -1,6 +1,7 @@
-"""Output as safetensors: one file, or shards with an index, in the names and order that transformers expects.
+"""An output as safetensors: one file, or shards with an index, named and ordered as transformers expects.
 
-Format: 8 bytes of header length, a JSON header padded with spaces, then the tensors without gaps.
+Format (github.com/huggingface/safetensors, README): 8 bytes with the header's length, a JSON header padded with spaces,
+then the tensors without gaps.
 """
 
 import json
@@ -10,65 +11,74 @@ from dataclasses import dataclass
 from wsm_ds.dtypes import CODES, DType
 from wsm_ds.errors import RecipeError, UnsupportedLayout
 from wsm_ds.layouts.layout import TensorInfo
-from wsm_ds.outputs.zero_checkpoint import OutputFiles, OutputWindow, finished
+from wsm_ds.outputs.zero_checkpoint import OutputFiles, OutputWindow, output_files
 from wsm_ds.planning.plan import LiteralSegment, Template, ZeroSegment
-from wsm_ds.planning.streams import SourceTables, whole_tensors
+from wsm_ds.planning.streams import FragmentRow, SourceTables, fragment_table
 
 METADATA = "__metadata__"
-"""The entry of a safetensors header that is no tensor."""
+"""The entry of a safetensors header that is not a tensor."""
 KIND_OF_ROLE = {"parameter": "master", "frozen": "frozen", "buffer": "buffer"}
+"""The kind of elements that tensors of each role are made of."""
 
 
 @dataclass(frozen=True)
 class _Shard:
+    """One file: its header, the byte offset of each tensor in the file, and the file's length."""
+
     name: str
     header: bytes
-    offsets: dict[str, int]  # of each tensor in the file
+    offsets: dict[str, int]
     nbytes: int
 
 
 def plan_safetensors(
     tables: SourceTables, window: OutputWindow, dtype: DType | None, max_shard_bytes: int, rename: dict[str, str]
 ) -> tuple[OutputFiles, dict[str, str]]:
-    """The shards, and the index as a text file if there is more than one.
+    """Plans the shards of a model. Tied parameters are stored once, under the name that owns them.
 
     Args:
-        dtype: of all parameters, trained and frozen; None keeps the dtype that each has in the module.
-            Buffers keep their own. Tied parameters are stored once, under the name that owns them.
-        max_shard_bytes: a shard closes before it would grow beyond this; a larger tensor gets its own.
-        rename: regular expressions → replacements, for every name, in order.
+        tables: the checkpoints that the plan reads.
+        window: the window of the output.
+        dtype: dtype of all parameters, trained and frozen; None keeps the dtype that each has in the module.
+            Buffers always keep theirs.
+        max_shard_bytes: a shard closes before it would grow beyond this; a larger tensor gets its own shard.
+        rename: regular expressions and their replacements, applied to every name, in order.
+
+    Returns:
+        The files with the elements to be written into them, and the text files: the index, if there is more than one
+        shard.
 
     Raises:
-        RecipeError: two tensors would get one name, or one a name that is none.
+        RecipeError: `rename` gives two tensors the same name, or a tensor a name that safetensors cannot store.
         UnsupportedLayout: the checkpoints are model-parallel.
     """
     newest = window.newest(tables)
     if newest.model_parallel_size > 1:
         raise UnsupportedLayout(
-            f"{newest.path} is held by {newest.model_parallel_size} model-parallel ranks together, and "
-            "its files do not say how each tensor is split; merge into a zero checkpoint, and export that with the "
-            "training code's own converter."
+            f"{newest.path} is held by {newest.model_parallel_size} model-parallel ranks together, and its files "
+            "do not say how each tensor is split. Merge into a zero checkpoint (--format zero), and export that with "
+            "the training code's own converter."
         )
     names = _renamed(newest.tensors, rename)
     dtypes = {n: info.dtype if info.role == "buffer" or dtype is None else dtype for n, info in newest.tensors.items()}
     shards = _shards(newest.tensors, dtypes, max_shard_bytes, names)
-    wanted = []
+    requests = []
     for role, kind in KIND_OF_ROLE.items():
-        placed = [
-            (number, info.numel, file, shard.offsets[name], CODES[dtypes[name].name])
+        rows = [
+            FragmentRow(number, 0, info.numel, file, shard.offsets[name], CODES[dtypes[name].name])
             for file, shard in enumerate(shards)
             for number, (name, info) in enumerate(newest.tensors.items())
             if info.role == role and name in shard.offsets
         ]
-        table = whole_tensors(placed)
+        table = fragment_table(rows)
         if len(table):
-            wanted.append(window.wanted(kind, tables.renumbered(table, newest)))
+            requests.append(window.request(kind, tables.renumbered(table, newest)))
     templates = []
     for shard in shards:
-        room = ZeroSegment(len(shard.header), shard.nbytes - len(shard.header))
-        templates.append(Template(shard.name, shard.nbytes, [LiteralSegment(0, shard.header), room], ()))
-    outputs = finished(window, templates, wanted)
-    return OutputFiles(outputs, tuple(wanted)), _index(newest.tensors, dtypes, shards, names)
+        elements = ZeroSegment(len(shard.header), shard.nbytes - len(shard.header))
+        templates.append(Template(shard.name, shard.nbytes, [LiteralSegment(0, shard.header), elements], ()))
+    files = output_files(window, templates, requests)
+    return OutputFiles(files, tuple(requests)), _index(newest.tensors, dtypes, shards, names)
 
 
 def _renamed(tensors: dict[str, TensorInfo], rename: dict[str, str]) -> dict[str, str]:
@@ -78,28 +88,35 @@ def _renamed(tensors: dict[str, TensorInfo], rename: dict[str, str]) -> dict[str
         names[fqn] = fqn
         for pattern, replacement in rename.items():
             names[fqn] = re.sub(pattern, replacement, names[fqn])
-    taken: dict[str, str] = {}
+    used_names: dict[str, str] = {}
     for fqn, name in names.items():
         if name in ("", METADATA):
-            raise RecipeError(f"{fqn} would be called {name!r} in safetensors, which is no tensor's name; use rename.")
-        if name in taken:
-            raise RecipeError(f"rename gives {fqn} the name {name!r}, which {taken[name]} has already.")
-        taken[name] = fqn
+            raise RecipeError(
+                f"{fqn} would be called {name!r} in safetensors, which cannot be a tensor's name; give it another with "
+                "rename (--rename PATTERN=NEW)."
+            )
+        if name in used_names:
+            raise RecipeError(
+                f"rename (--rename) gives {fqn} the name {name!r}, which {used_names[name]} has already; change the "
+                "pattern or the replacement."
+            )
+        used_names[name] = fqn
     return names
 
 
 def _shards(
     tensors: dict[str, TensorInfo], dtypes: dict[str, DType], max_bytes: int, renamed: dict[str, str]
 ) -> list[_Shard]:
+    """Fills shards with tensors in their order, up to `max_bytes` each."""
     groups: list[list[str]] = [[]]
-    used = 0
+    used_bytes = 0
     for name, info in tensors.items():
         nbytes = info.numel * dtypes[name].itemsize
-        if groups[-1] and used + nbytes > max_bytes:
+        if groups[-1] and used_bytes + nbytes > max_bytes:
             groups.append([])
-            used = 0
+            used_bytes = 0
         groups[-1].append(name)
-        used += nbytes
+        used_bytes += nbytes
     if len(groups) == 1:
         return [_shard("model.safetensors", groups[0], tensors, dtypes, renamed)]
     return [
@@ -111,7 +128,7 @@ def _shards(
 def _shard(
     file: str, names: list[str], tensors: dict[str, TensorInfo], dtypes: dict[str, DType], renamed: dict[str, str]
 ) -> _Shard:
-    """Tensors of wider dtypes first, so that each is aligned to its element size."""
+    """Lays out one shard. Tensors of wider dtypes come first, so that each is aligned to its element size."""
     entries: dict[str, object] = {METADATA: {"format": "pt"}}
     offsets, position = {}, 0
     for name in sorted(names, key=lambda name: -dtypes[name].itemsize):
@@ -132,6 +149,7 @@ def _shard(
 def _index(
     tensors: dict[str, TensorInfo], dtypes: dict[str, DType], shards: list[_Shard], renamed: dict[str, str]
 ) -> dict[str, str]:
+    """The index that transformers needs to find a tensor's shard."""
     if len(shards) == 1:
         return {}
     total = sum(info.numel * dtypes[name].itemsize for name, info in tensors.items())

@@ -1,4 +1,4 @@
-"""A torch file with a changed object tree: its bytes as a template, and itself as it will be read."""
+"""A torch file with a changed object tree: its bytes as a template, and itself as a reader will see it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,69 +6,112 @@ from pathlib import Path
 from typing import Any
 
 from wsm_ds.layouts import Layout
-from wsm_ds.planning.plan import CopySegment, CrcField, LiteralSegment, Segment, Template, ZeroSegment
+from wsm_ds.planning.plan import CopySegment, CrcField, InputNumber, LiteralSegment, Segment, Template, ZeroSegment
 from wsm_ds.torchfile import Archive, Record, TorchFile, record_of
 from wsm_ds.torchfile.repickle import repickle
-from wsm_ds.torchfile.unpickle import unpickle
-from wsm_ds.torchfile.zip_format import frame
+from wsm_ds.torchfile.unpickle import Storage, unpickle
+from wsm_ds.torchfile.zip_format import ZipFrame, frame
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The files that storages are copied from, by path, and their numbers in the plan."""
+    """The files that storages are copied from.
+
+    Attributes:
+        archives: by path.
+        numbers: their numbers among the plan's inputs, by path.
+    """
 
     archives: Mapping[str, Archive]
-    numbers: Mapping[str, int]
+    numbers: Mapping[str, InputNumber]
 
 
-def inputs_of(layout: Layout, first_input: int) -> Inputs:
-    """A layout's files, of which the first is number `first_input` of the plan."""
+def inputs_of(layout: Layout, first_input: InputNumber) -> Inputs:
+    """Returns a layout's files, the first of which is number `first_input` among the plan's inputs."""
     archives = {str(archive.path): archive for archive in layout.archives}
-    return Inputs(archives, {path: first_input + index for index, path in enumerate(archives)})
+    return Inputs(archives, {path: InputNumber(first_input + index) for index, path in enumerate(archives)})
 
 
 @dataclass(frozen=True)
-class Rewritten:
-    """A file to be. `moved` says where the data of each record that was copied from `like` has gone."""
+class TorchTemplate:
+    """A torch file that does not exist yet.
+
+    Attributes:
+        template: its bytes.
+        file: the file as `open_torch_file` will read it: slots and their byte offsets.
+        new_offsets: the byte offset in the new file of each record that is copied from the original, by its byte
+            offset there.
+    """
 
     template: Template
     file: TorchFile
-    moved: dict[int, int]
+    new_offsets: dict[int, int]
 
 
-def rewritten(name: str, tree: Any, like: Archive, inputs: Inputs, allowed_globals: frozenset[str]) -> Rewritten:
-    """`tree` as a torch file called `name`, with the small records (version, byte order) of `like`.
+def make_torch_template(
+    name: str, tree: Any, original: Archive, inputs: Inputs, allowed_globals: frozenset[str]
+) -> TorchTemplate:
+    """Writes an object tree as a torch file: pickled anew, in a new zip frame.
 
-    Storages that have a file are copied from it; those that have none are zeros, for elements to be put in.
+    Storages that lie in a file are copied from it. Storages that lie in no file (`placeholders.placeholder`) become
+    zeros, which streams fill.
+
+    Args:
+        name: name of the file.
+        tree: the object tree, of inert stand-ins as `torchfile.unpickle` makes them.
+        original: the file whose small records (version, byte order) the new one gets.
+        inputs: every file that storages of `tree` lie in, and `original`.
+        allowed_globals: see `unpickle`.
     """
     data, storages = repickle(tree)
-    numbers = dict(inputs.numbers)
+    contents = _record_contents(data, storages, original, inputs)
+    zip_frame = frame(Path(name).stem, {record: segment.nbytes for record, segment in contents.items()})
+    records = {
+        record.name: Record(record.name, record.offset, record.nbytes, 0, record.crc_offsets)
+        for record in zip_frame.records
+    }
+    archive = Archive(Path(name), zip_frame.nbytes, records)
+    file = TorchFile(archive, unpickle(archive, data, allowed_globals))
+    crc_fields = tuple(CrcField(record.offset, record.nbytes, record.crc_offsets) for record in zip_frame.records)
+    template = Template(name, zip_frame.nbytes, _segments(zip_frame, contents), crc_fields)
+    return TorchTemplate(template, file, _new_offsets(zip_frame, contents, inputs.numbers[str(original.path)]))
+
+
+def _record_contents(
+    data: bytes, storages: Mapping[str, Storage], original: Archive, inputs: Inputs
+) -> dict[str, Segment]:
+    """The content of each record of the new file, by name. Offsets in the new file are not known yet: they are 0."""
     contents: dict[str, Segment] = {"data.pkl": LiteralSegment(0, data)}
     for key, storage in storages.items():
         if not storage.file:
             contents[f"data/{key}"] = ZeroSegment(0, storage.nbytes)
             continue
         record = record_of(inputs.archives[storage.file], storage)
-        contents[f"data/{key}"] = CopySegment(0, record.nbytes, numbers[storage.file], record.offset)
-    for other, record in like.records.items():
-        if other != "data.pkl" and not other.startswith("data/"):
-            contents[other] = CopySegment(0, record.nbytes, numbers[str(like.path)], record.offset)
-    placed = frame(Path(name).stem, {other: piece.nbytes for other, piece in contents.items()})
-    base: list[Segment] = [LiteralSegment(offset, literal) for offset, literal in placed.literals]
-    moved = {}
-    for put in placed.records:
-        piece = contents[put.name]
-        if isinstance(piece, LiteralSegment):
-            base.append(LiteralSegment(put.offset, piece.data))
-        elif isinstance(piece, ZeroSegment):
-            base.append(ZeroSegment(put.offset, put.nbytes))
+        contents[f"data/{key}"] = CopySegment(0, record.nbytes, inputs.numbers[storage.file], record.offset)
+    for name, record in original.records.items():
+        if name != "data.pkl" and not name.startswith("data/"):
+            contents[name] = CopySegment(0, record.nbytes, inputs.numbers[str(original.path)], record.offset)
+    return contents
+
+
+def _segments(zip_frame: ZipFrame, contents: Mapping[str, Segment]) -> list[Segment]:
+    """All bytes of the file, in order: the zip frame and the records."""
+    segments: list[Segment] = [LiteralSegment(offset, literal) for offset, literal in zip_frame.literals]
+    for record in zip_frame.records:
+        content = contents[record.name]
+        if isinstance(content, LiteralSegment):
+            segments.append(LiteralSegment(record.offset, content.data))
+        elif isinstance(content, ZeroSegment):
+            segments.append(ZeroSegment(record.offset, record.nbytes))
         else:
-            base.append(CopySegment(put.offset, put.nbytes, piece.file, piece.source_offset))
-            if piece.file == numbers[str(like.path)]:
-                moved[piece.source_offset] = put.offset
-    base = sorted((piece for piece in base if piece.nbytes), key=lambda piece: piece.offset)
-    crcs = tuple(CrcField(put.offset, put.nbytes, put.crc_offsets) for put in placed.records)
-    records = {put.name: Record(put.name, put.offset, put.nbytes, 0, put.crc_offsets) for put in placed.records}
-    archive = Archive(Path(name), placed.nbytes, records)
-    file = TorchFile(archive, unpickle(archive, data, allowed_globals))
-    return Rewritten(Template(name, placed.nbytes, base, crcs), file, moved)
+            segments.append(CopySegment(record.offset, record.nbytes, content.source, content.source_offset))
+    return sorted((segment for segment in segments if segment.nbytes), key=lambda segment: segment.offset)
+
+
+def _new_offsets(zip_frame: ZipFrame, contents: Mapping[str, Segment], original: InputNumber) -> dict[int, int]:
+    copies = [(record.offset, contents[record.name]) for record in zip_frame.records]
+    return {
+        content.source_offset: offset
+        for offset, content in copies
+        if isinstance(content, CopySegment) and content.source == original
+    }

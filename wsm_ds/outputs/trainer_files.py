@@ -1,7 +1,7 @@
-"""What HF Trainer keeps beside a checkpoint, `RUN/checkpoint-N/*`, and an output takes along.
+"""The files that HF Trainer keeps beside a checkpoint, in `RUN/checkpoint-N/`; an output gets copies of them.
 
-`Trainer.train(resume_from_checkpoint=…)` wants its own state and random states there, `from_pretrained` the model's
-configuration and its tokenizer. Model weights are never taken along: they would be the raw checkpoint's.
+`Trainer.train(resume_from_checkpoint=…)` needs its own state and random states there, `from_pretrained` the model's
+configuration and its tokenizer. Model weights are never copied: they would be those of the unmerged checkpoint.
 """
 
 from fnmatch import fnmatch
@@ -14,6 +14,7 @@ NOT_CARRIED = (
     "*.safetensors*", "*model*.bin*", "pytorch_model*", "*.index.json", "*.h5", "*.msgpack", "latest*",
     "wsm_merge.json", ".*",
 )  # fmt: skip
+"""Weights in any format, and files that a merge writes itself."""
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -26,10 +27,19 @@ MODEL_FILES = (
     "chat_template*",
     "*processor_config.json",
 )
+"""Files that `from_pretrained` reads."""
 
 
-def files_beside(newest: Layout, output_format: str) -> tuple[Path, ...]:
-    """The files to carry from the newest source's Trainer folder; none if it does not lie in one."""
+def trainer_files(newest: Layout, output_format: str) -> tuple[Path, ...]:
+    """Returns the files to copy from the Trainer folder that the newest checkpoint lies in.
+
+    Args:
+        newest: the newest checkpoint of the window.
+        output_format: "safetensors" gets the files that `from_pretrained` reads; other formats get all but weights.
+
+    Returns:
+        The files, by name; none if the checkpoint does not lie in a Trainer folder.
+    """
     folder = newest.path.parent
     if not (folder / TRAINER_STATE).is_file():
         return ()

@@ -1,4 +1,4 @@
-"""A part as a ZeRO checkpoint: the newest source's rank files, or another form's, with some byte ranges replaced."""
+"""An output as a ZeRO checkpoint: the newest source's rank files, or resharded ones, with some byte ranges replaced."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,34 +10,57 @@ from wsm_ds.errors import BrokenCheckpoint, LayoutMismatch, UnsupportedLayout, f
 from wsm_ds.layouts import Layout
 from wsm_ds.layouts.layout import FRAGMENT, Table
 from wsm_ds.layouts.schema import is_stage0
-from wsm_ds.outputs.resharding.form import WantedForm, open_origin, target_form
+from wsm_ds.outputs.resharding.form import RequestedForm, open_origin, target_form
 from wsm_ds.outputs.resharding.universal import universal_templates
 from wsm_ds.outputs.resharding.zero import zero_templates
-from wsm_ds.outputs.torch_template import Inputs, inputs_of, rewritten
+from wsm_ds.outputs.torch_template import Inputs, inputs_of, make_torch_template
 from wsm_ds.planning.intersect import ITEMSIZES
-from wsm_ds.planning.plan import CopySegment, CrcField, LiteralSegment, OutputFile, Template, around
-from wsm_ds.planning.shared_bytes import written_once
+from wsm_ds.planning.plan import (
+    CopySegment,
+    CrcField,
+    InputNumber,
+    LiteralSegment,
+    OutputFile,
+    OutputNumber,
+    Template,
+    segments_outside,
+)
+from wsm_ds.planning.shared_bytes import trim_shared_bytes
 from wsm_ds.planning.streams import ElementRequest, SourceTables
 from wsm_ds.torchfile import Archive, open_torch_file
 
 
 @dataclass(frozen=True)
 class OutputWindow:
-    """The part that is planned: its number, its checkpoints among all (oldest first) and their coefficients."""
+    """The window of the output that is being planned.
 
-    output: int
+    Attributes:
+        output: the output.
+        members: the window's checkpoints, as numbers of `SourceTables.layouts`, oldest first.
+        coefficients: float64, one per member.
+        first_file: the number that the output's first file gets in the plan.
+    """
+
+    output: OutputNumber
     members: tuple[int, ...]
     coefficients: tuple[float, ...]
-    first_output: int
+    first_file: int
 
     def newest(self, tables: SourceTables) -> Layout:
-        """The checkpoint that everything carried comes from."""
+        """Returns the newest checkpoint of the window: everything that is carried comes from it."""
         return tables.layouts[self.members[-1]]
 
-    def wanted(self, kind: str, table: Table, *, of_newest: bool = False, is_cast: bool = False) -> ElementRequest:
-        """`kind` at the places of `table`, whose files count those of the part: merged, or the newest's alone."""
+    def request(self, kind: str, table: Table, *, of_newest: bool = False, is_cast: bool = False) -> ElementRequest:
+        """Returns a request to fill `table` with elements of `kind`.
+
+        Args:
+            kind: kind of the elements.
+            table: where they belong; its file numbers are relative to this output.
+            of_newest: take the newest checkpoint's values, not the weighted sum.
+            is_cast: see `ElementRequest`.
+        """
         table = table.copy()
-        table["file"] += self.first_output
+        table["file"] += self.first_file
         if of_newest:
             return ElementRequest(self.output, kind, table, self.members[-1:], (1.0,), is_cast)
         return ElementRequest(self.output, kind, table, self.members, self.coefficients, is_cast)
@@ -45,10 +68,22 @@ class OutputWindow:
 
 @dataclass(frozen=True)
 class OutputFiles:
-    """What a part is made of: its files, and the elements to be put into them."""
+    """What an output is made of: its files, and the elements to be written into them."""
 
-    outputs: tuple[OutputFile, ...]
-    wanted: tuple[ElementRequest, ...]
+    files: tuple[OutputFile, ...]
+    requests: tuple[ElementRequest, ...]
+
+
+@dataclass(frozen=True)
+class _Templates:
+    """The files of a checkpoint before streams write into them.
+
+    `tables` say where each kind's elements belong; their `file` counts `files`.
+    """
+
+    files: list[Template]
+    tables: dict[str, Table]
+    is_resharded: bool
 
 
 def plan_zero_checkpoint(
@@ -57,149 +92,193 @@ def plan_zero_checkpoint(
     tag: str,
     optimizer_states: str,
     allowed_globals: frozenset[str],
-    form: WantedForm,
+    form: RequestedForm,
     *,
     reads_states: bool = False,
 ) -> OutputFiles:
-    """The files of a ZeRO checkpoint `tag`.
+    """Plans the files of a ZeRO checkpoint or of a universal checkpoint.
 
     Args:
+        tables: the checkpoints that the plan reads.
+        window: the window of the output.
+        tag: name of the checkpoint's folder in the output.
         optimizer_states: "carry" (those of the newest), "merge" (same coefficients) or "drop" (left out).
-        form: the form of the output; that of the newest, if nothing is wanted.
-        reads_states: whether another part reads the states element by element: then this one does, too, so that they
-            are read once.
+        allowed_globals: see `open_torch_file`.
+        form: the form of the output; the newest checkpoint's, where nothing is requested.
+        reads_states: another output of the plan reads the optimizer states element by element. This one does so, too,
+            so that they are read once.
 
     Raises:
-        UnsupportedLayout, LayoutMismatch, RecipeError: see `open_origin` and `target_form`.
+        UnsupportedLayout, LayoutMismatch, RecipeError: see `open_origin` and `target_form`; or states are to be merged
+            that do not say which parameters they belong to.
+        BrokenCheckpoint: rank 0's files lack optimizer states that other ranks have.
     """
-    newest, drop = window.newest(tables), optimizer_states == "drop"
+    newest, drops_states = window.newest(tables), optimizer_states == "drop"
     if optimizer_states == "merge" and any(tables.layouts[number].has_nameless_states for number in window.members):
         raise UnsupportedLayout(
             f"{newest.path}: a stage 0 checkpoint in fp32 does not say which optimizer state belongs to which "
-            "parameter, if there are several parameter groups. Carry or drop the states."
+            "parameter, if there are several parameter groups. Carry or drop the states (--optimizer-states)."
         )
-    is_changed = newest.is_universal or form != WantedForm()
-    origin = open_origin(newest, allowed_globals) if is_changed else None
-    target = target_form(origin, form, allowed_globals) if origin else None
-    is_reformed = origin is not None and (target != origin.form or newest.is_universal)
-    first = tables.first_input[window.members[-1]]
-    if origin is None or not is_reformed:
-        templates, places = _same_layout(newest, first, drop, allowed_globals)
-    elif target is None:
-        templates, places = universal_templates(origin, first, allowed_globals)
-    else:
-        templates, places = zero_templates(origin, target, first, not drop, allowed_globals)
-    places = {kind: tables.renumbered(table, newest) for kind, table in places.items()}
-    shareable = ("frozen", "buffer", *(["master"] if newest.stage == 0 else []))  # of the module, not the optimizer
-    places |= {kind: _once(tables, window, kind, places[kind]) for kind in shareable if kind in places}
-    wanted = [window.wanted(kind, places[kind]) for kind in ("master", "frozen", "buffer") if kind in places]
+    first_input = tables.first_input[window.members[-1]]
+    templates = _templates(newest, first_input, drops_states, allowed_globals, form)
+    places = {kind: tables.renumbered(table, newest) for kind, table in templates.tables.items()}
+    # At stage 0 in fp32 the masters are the module's own tensors, which may be views of each other.
+    shareable = ("frozen", "buffer", *(["master"] if newest.stage == 0 else []))
+    places |= {kind: _trimmed(tables, window, kind, places[kind]) for kind in shareable if kind in places}
+    requests = [window.request(kind, places[kind]) for kind in ("master", "frozen", "buffer") if kind in places]
     if "module" in places:
-        wanted.append(window.wanted("master", places["module"], is_cast=True))
-    lost = [kind for kind in newest.state_names if kind not in places and not drop]
-    if lost:
-        raise BrokenCheckpoint(f"{newest.path}: rank 0 lacks the optimizer states {few(lost)}, which others have.")
-    for kind in newest.state_names:
-        if optimizer_states == "merge":
-            wanted.append(window.wanted(kind, places[kind]))
-        elif (is_reformed or reads_states) and not drop:
-            wanted.append(window.wanted(kind, places[kind], of_newest=True))
-    return OutputFiles(finished(window, templates, wanted, prefix=f"{tag}/"), tuple(wanted))
+        requests.append(window.request("master", places["module"], is_cast=True))
+    if not drops_states:
+        reads_states |= templates.is_resharded
+        requests += _state_requests(newest, window, places, is_merged=optimizer_states == "merge", is_read=reads_states)
+    return OutputFiles(output_files(window, templates.files, requests, prefix=f"{tag}/"), tuple(requests))
 
 
-def _once(tables: SourceTables, window: OutputWindow, kind: str, table: Table) -> Table:
-    """The table without elements that have their bytes in the output from another name.
+def _templates(
+    newest: Layout, first_input: InputNumber, drops_states: bool, allowed_globals: frozenset[str], form: RequestedForm
+) -> _Templates:
+    """The newest checkpoint's own files, or those of the form that is requested, if that differs."""
+    if not newest.is_universal and form == RequestedForm():
+        return _same_form(newest, first_input, drops_states, allowed_globals)
+    origin = open_origin(newest, allowed_globals)
+    target = target_form(origin, form, allowed_globals)
+    if target == origin.form and not newest.is_universal:
+        return _same_form(newest, first_input, drops_states, allowed_globals)
+    if target is None:
+        files, tables = universal_templates(origin, first_input, allowed_globals)
+    else:
+        files, tables = zero_templates(origin, target, first_input, not drops_states, allowed_globals)
+    return _Templates(files, tables, is_resharded=True)
+
+
+def _state_requests(
+    newest: Layout, window: OutputWindow, places: dict[str, Table], *, is_merged: bool, is_read: bool
+) -> list[ElementRequest]:
+    """Requests for optimizer states; none if they are copied with the bytes of whole files."""
+    missing = [kind for kind in newest.state_names if kind not in places]
+    if missing:
+        raise BrokenCheckpoint(
+            f"{newest.path}: rank 0 lacks the optimizer states {few(missing)}, which other ranks have. "
+            "Leave the checkpoint out, or drop the states (--optimizer-states drop)."
+        )
+    if not (is_merged or is_read):
+        return []
+    return [window.request(kind, places[kind], of_newest=not is_merged) for kind in newest.state_names]
+
+
+def _trimmed(tables: SourceTables, window: OutputWindow, kind: str, table: Table) -> Table:
+    """The table without elements whose bytes the output stores for another tensor.
 
     Raises:
-        LayoutMismatch: the newest holds tensors in the same bytes that an older one holds apart: their averages differ.
+        LayoutMismatch: the newest checkpoint stores tensors in the same bytes and an older one stores them apart:
+            their averages differ.
     """
     newest = window.newest(tables)
-    once = written_once(table, str(newest.path))
-    if kind == "frozen" or not once.shared:
-        return once.table  # what does not change over the window is the newest's in any case
+    trimmed = trim_shared_bytes(table, str(newest.path))
+    if kind == "frozen" or not trimmed.shared:
+        return trimmed.table  # frozen parameters are equal in all members, so sharing does not matter
     averaged = {int(row["tensor"]) for row in table if ALL[row["dtype"]].is_floating}
     for number in window.members:
-        held = written_once(tables.table(number, kind), str(tables.layouts[number].path)).shared
-        apart = {tables.names[shared[0]] for shared in once.shared - held if shared[0] in averaged}
+        shared = trim_shared_bytes(tables.table(number, kind), str(tables.layouts[number].path)).shared
+        apart = {tables.names[one.tensor] for one in trimmed.shared - shared if one.tensor in averaged}
         if apart:
             raise LayoutMismatch(
                 f"{newest.path} holds {few(sorted(apart))} in the same bytes as others, "
-                f"{tables.layouts[number].path} does not. Leave it out, or write safetensors, which keep them apart."
+                f"{tables.layouts[number].path} does not. Leave it out, or write safetensors (--format safetensors), "
+                "which store them apart."
             )
-    return once.table
+    return trimmed.table
 
 
-def _same_layout(
-    newest: Layout, first_input: int, drop: bool, allowed_globals: frozenset[str]
-) -> tuple[list[Template], dict[str, Table]]:
-    """The newest's own files, and where each kind's elements lie in them; `file` counts output files."""
+def _same_form(
+    newest: Layout, first_input: InputNumber, drops_states: bool, allowed_globals: frozenset[str]
+) -> _Templates:
+    """The newest checkpoint's own files, with or without optimizer states."""
     inputs = inputs_of(newest, first_input)
-    built = [_template(archive, inputs, drop, allowed_globals) for archive in newest.archives]
-    moves = [moved for _, moved in built]
-    kept = {kind: table for kind, table in newest.fragments.items() if not (drop and kind in newest.state_names)}
-    return [template for template, _ in built], {kind: _moved(table.copy(), moves) for kind, table in kept.items()}
+    built = [_file_template(archive, inputs, drops_states, allowed_globals) for archive in newest.archives]
+    tables = {
+        kind: _moved(table.copy(), [new_offsets for _, new_offsets in built])
+        for kind, table in newest.fragments.items()
+        if not (drops_states and kind in newest.state_names)
+    }
+    return _Templates([template for template, _ in built], tables, is_resharded=False)
 
 
-def finished(
-    window: OutputWindow, templates: list[Template], wanted: list[ElementRequest], prefix: str = ""
+def output_files(
+    window: OutputWindow, templates: list[Template], requests: list[ElementRequest], prefix: str = ""
 ) -> tuple[OutputFile, ...]:
-    """The output files: templates without the ranges that elements are put in, and with only those CRC-32 fields that
-    can have changed."""
-    rows = np.concatenate([want.table for want in wanted]) if wanted else np.zeros(0, FRAGMENT)
+    """Returns the output's files: the templates without the byte ranges that streams write.
+
+    CRC-32 fields are kept only where the checksum can differ from the one that is copied: in new files, and over
+    ranges that streams write.
+
+    Args:
+        window: the window of the output.
+        templates: its files.
+        requests: all elements that belong in the files.
+        prefix: goes before the names of the templates.
+
+    Raises:
+        UnsupportedLayout: two tensors that are merged share bytes of a file; the message names it.
+    """
+    rows = np.concatenate([request.table for request in requests]) if requests else np.zeros(0, FRAGMENT)
     rows = rows[np.lexsort((rows["offset"], rows["file"]))]
     begins = rows["offset"]
     ends = begins + rows["numel"] * ITEMSIZES[rows["dtype"].astype(np.int64)]
-    outputs = []
+    files = []
     for index, template in enumerate(templates):
-        low, high = np.searchsorted(rows["file"], [window.first_output + index, window.first_output + index + 1])
+        low, high = np.searchsorted(rows["file"], [window.first_file + index, window.first_file + index + 1])
         begin, end = begins[low:high], ends[low:high]
-        is_new = any(isinstance(piece, LiteralSegment) for piece in template.base)
         if np.any(begin[1:] < end[:-1]):
             raise UnsupportedLayout(
-                f"{prefix}{template.name}: two tensors to be merged share bytes of it. "
-                "Write safetensors, which keep them apart."
+                f"{prefix}{template.name}: two tensors that are merged share bytes. Write safetensors "
+                "(--format safetensors), which store them apart."
             )
-        touched = tuple(
+        is_new = any(isinstance(segment, LiteralSegment) for segment in template.segments)
+        crc_fields = tuple(
             crc
-            for crc in template.crcs
+            for crc in template.crc_fields
             if is_new or np.searchsorted(end, crc.offset, "right") < np.searchsorted(begin, crc.offset + crc.nbytes)
         )
-        pieces = around(template.base, begin, end)
-        outputs.append(OutputFile(window.output, prefix + template.name, template.nbytes, pieces, touched))
-    return tuple(outputs)
+        segments = segments_outside(template.segments, begin, end)
+        files.append(OutputFile(window.output, prefix + template.name, template.nbytes, segments, crc_fields))
+    return tuple(files)
 
 
-def _template(
-    archive: Archive, inputs: Inputs, drop: bool, allowed_globals: frozenset[str]
+def _file_template(
+    archive: Archive, inputs: Inputs, drops_states: bool, allowed_globals: frozenset[str]
 ) -> tuple[Template, dict[int, int]]:
-    """The template of a file, and where its records' data has moved to (empty: nothing moved)."""
-    tree = open_torch_file(archive.path, allowed_globals).tree if drop else {}
+    """The template of a file, and the new offsets of its records by their old ones (empty: no record has moved)."""
+    tree = open_torch_file(archive.path, allowed_globals).tree if drops_states else {}
     is_optimizer = archive.path.name.endswith("optim_states.pt")
-    if drop and (is_optimizer or is_stage0(tree)):
+    if drops_states and (is_optimizer or is_stage0(tree)):
         _drop_states(tree["optimizer_state_dict" if is_optimizer else "optimizer"])
-        fresh = rewritten(archive.path.name, tree, archive, inputs, allowed_globals)
-        return fresh.template, fresh.moved
-    file = inputs.numbers[str(archive.path)]
-    crcs = tuple(CrcField(r.offset, r.nbytes, r.crc_offsets) for r in archive.records.values() if r.crc)
-    return Template(archive.path.name, archive.nbytes, [CopySegment(0, archive.nbytes, file, 0)], crcs), {}
+        rewritten = make_torch_template(archive.path.name, tree, archive, inputs, allowed_globals)
+        return rewritten.template, rewritten.new_offsets
+    whole = CopySegment(0, archive.nbytes, inputs.numbers[str(archive.path)], 0)
+    crc_fields = tuple(CrcField(r.offset, r.nbytes, r.crc_offsets) for r in archive.records.values() if r.crc)
+    return Template(archive.path.name, archive.nbytes, [whole], crc_fields), {}
 
 
-def _moved(table: Table, moves: list[dict[int, int]]) -> Table:
-    """Fragments at their places in the templates."""
-    for index, moved in enumerate(moves):
-        if not moved:
+def _moved(table: Table, new_offsets: list[dict[int, int]]) -> Table:
+    """The fragments at their byte offsets in the templates; `new_offsets` of each file as `_file_template` has them."""
+    for index, offsets in enumerate(new_offsets):
+        if not offsets:
             continue
         rows = np.flatnonzero(table["file"] == index)
-        old = np.array(sorted(moved), dtype=np.int64)
-        shift = np.array([moved[offset] for offset in old], dtype=np.int64) - old
+        old = np.array(sorted(offsets), dtype=np.int64)
+        shift = np.array([offsets[offset] for offset in old], dtype=np.int64) - old
         record = np.searchsorted(old, table["offset"][rows], "right") - 1
         table["offset"][rows] += shift[record]
     return table
 
 
 def _drop_states(state: dict[str, Any]) -> None:
-    """Empties the base optimizer's state, and takes back step counters kept in parameter groups."""
+    """Empties the base optimizer's state, and removes step counters that are kept in parameter groups."""
     base: Any = state.get("base_optimizer_state", state.get("optimizer_state_dict", state))
-    if isinstance(base, list):  # elastic: an entry a group, and its steps, which a fresh state must not have
+    if isinstance(base, list):
+        # An elastic checkpoint has a list with an entry per group, and the step beside it
+        # (`runtime/zero/stage_1_and_2.py:3382`); a fresh state must not go on counting.
         for entry in base:
             entry.clear()
         if "base_optimizer_state_step" in state:

@@ -1,1 +1,1 @@
-"""From a recipe and the layouts of its checkpoints to a plan, as plain data. No tensor is read, no file written."""
+"""Makes a plan, as plain data, from a recipe and the layouts of its checkpoints. Reads no tensor, writes no file."""

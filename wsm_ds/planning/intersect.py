@@ -1,14 +1,18 @@
 """Where the same elements lie in sources and outputs: intervals matched on a line of elements.
 
-All tensors of a model laid end to end are one line. A checkpoint's fragments of one kind cut that line into
-intervals; two checkpoints cut it differently where their world sizes, stages or orders differ. A *stream* goes over
-the elements in the order of the first output, and `Places` say, for every source and every output, where each
+All tensors of a model laid end to end are one *line*. The fragments of one kind in a checkpoint cut the line into
+intervals. Two checkpoints cut it differently where their world sizes, stages or parameter orders differ. A *stream*
+goes over the elements in the order of the first output; `Places` say, for every source and every output, where each
 stretch of the stream lies. Stretches that follow each other in a file are joined, so equal layouts end in one long
 run per partition.
+
+In this module `line` is the array that `line_of` returns: the position at which each tensor begins on the line, and
+the line's length; shape [tensors + 1].
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,28 +22,59 @@ from wsm_ds.errors import LayoutMismatch
 from wsm_ds.layouts.layout import Table
 
 ITEMSIZES = np.array([dtype.itemsize for dtype in ALL], dtype=np.int64)
+"""Bytes per element, by the dtype code of a fragment table."""
 NOWHERE = -1
+"""The file number of elements that a checkpoint or an output does not have."""
 Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Order:
-    """The elements of a stream: stretches [begin, end) of the line, one after the other; shape [m] each."""
+    """The elements of a stream: intervals [begin, end) of the line, one after the other; shape [m] each."""
 
     begin: Ints
     end: Ints
 
     @property
     def starts(self) -> Ints:
-        """The stream's element that each stretch begins with, and the number of all; shape [m + 1]."""
+        """The stream element that each interval begins with, and at the end their number; shape [m + 1]."""
         return np.concatenate([[0], np.cumsum(self.end - self.begin)]).astype(np.int64)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the stream."""
+        return int((self.end - self.begin).sum())
+
+
+class Place(NamedTuple):
+    """A run of stream elements that lie one after the other in one file.
+
+    A NamedTuple and not a dataclass: the engine makes one for every slice and file, and unpacks it at once.
+
+    Attributes:
+        element: first element, counted from the start of the stream.
+        numel: number of elements.
+        file: number of the file: an input in the places of a source, an output file in the places of a target.
+        offset: byte offset of the first element in that file.
+    """
+
+    element: int
+    numel: int
+    file: int
+    offset: int
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where the elements of a stream lie: [starts[i], starts[i+1]) from byte offsets[i] of file files[i] on.
+    """Where the elements of a stream lie in one checkpoint or in one output.
 
-    Arrays of shape [n], `starts` of [n + 1]. A file NOWHERE: these elements have no place. `dtypes` are codes.
+    Stream elements [starts[i], starts[i + 1]) lie from byte offsets[i] of file files[i] on.
+
+    Attributes:
+        starts: shape [n + 1]; the last entry is the number of elements of the stream.
+        files: file numbers, shape [n]; NOWHERE where the elements have no place.
+        offsets: byte offsets, shape [n].
+        dtypes: codes of `wsm_ds.dtypes.ALL`, shape [n].
     """
 
     starts: Ints
@@ -47,80 +82,91 @@ class Places:
     offsets: Ints
     dtypes: Ints
 
-    def parts(self, begin: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-        """(element, numel, file, byte offset) of what of [begin, end) has a place, in order."""
+    def within(self, begin: int, end: int) -> Iterator[Place]:
+        """Yields the places of the stream elements [begin, end), in order; elements that lie NOWHERE are left out."""
         index = int(np.searchsorted(self.starts, begin, "right")) - 1
         while begin < end:
             stop = min(end, int(self.starts[index + 1]))
             if self.files[index] != NOWHERE:
-                skipped = (begin - int(self.starts[index])) * int(ITEMSIZES[self.dtypes[index]])
-                yield begin, stop - begin, int(self.files[index]), int(self.offsets[index]) + skipped
+                skipped_bytes = (begin - int(self.starts[index])) * int(ITEMSIZES[self.dtypes[index]])
+                yield Place(begin, stop - begin, int(self.files[index]), int(self.offsets[index]) + skipped_bytes)
             begin, index = stop, index + 1
 
     def dtype(self, element: int) -> DType:
-        """The dtype that an element has here."""
+        """The dtype in which a stream element is stored here."""
         return ALL[self.dtypes[int(np.searchsorted(self.starts, element, "right")) - 1]]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all places."""
+        """Bytes of all elements that have a place."""
         sizes = np.diff(self.starts) * ITEMSIZES[self.dtypes]
         return int(sizes[self.files != NOWHERE].sum())
 
 
 def line_of(numels: Ints) -> Ints:
-    """Where each tensor begins on the line, and where the last one ends."""
+    """Returns the position at which each tensor begins on the line, and the length of the line.
+
+    >>> line_of(np.array([3, 4])).tolist()
+    [0, 3, 7]
+    """
     return np.concatenate([[0], np.cumsum(numels)]).astype(np.int64)
 
 
-def without_repeats(table: Table, base: Ints) -> list[Table]:
-    """`table` as the fewest tables that have no element twice."""
-    begin, end = _interval(table, base)
+def without_repeats(table: Table, line: Ints) -> list[Table]:
+    """Splits `table` into the fewest tables in which no element occurs twice.
+
+    An element occurs twice where an output stores it twice, for example a frozen parameter of stage 2, which is in
+    `module` and in `frozen_param_fragments`.
+    """
+    begin, end = _interval(table, line)
     order = np.argsort(begin, kind="stable")
     if np.all(end[order][:-1] <= begin[order][1:]):
         return [table]
     layers: list[list[int]] = []
-    reached: list[int] = []
+    layer_ends: list[int] = []
     for row in order:
-        for number, last in enumerate(reached):
-            if last <= begin[row]:
+        for number, layer_end in enumerate(layer_ends):
+            if layer_end <= begin[row]:
                 layers[number].append(row)
-                reached[number] = int(end[row])
+                layer_ends[number] = int(end[row])
                 break
         else:
             layers.append([row])
-            reached.append(int(end[row]))
+            layer_ends.append(int(end[row]))
     return [table[np.sort(rows)] for rows in layers]
 
 
-def order_of(outs: Sequence[Table], base: Ints) -> Order:
-    """All elements of `outs`: those of the first in its order of files and offsets, then what only later ones have."""
-    lines = [_sorted_line(out, base) for out in outs]
-    bounds = np.unique(np.concatenate([np.concatenate(line[1:]) for line in lines]))
+def order_of(tables: Sequence[Table], line: Ints) -> Order:
+    """Returns the order in which a stream goes over the elements of `tables`.
+
+    The elements of the first table come first, by file and offset, so that the first output is written front to back.
+    Then come the elements that only later tables have.
+    """
+    sorted_lines = [_sorted_line(table, line) for table in tables]
+    bounds = np.unique(np.concatenate([np.concatenate([begins, ends]) for _, begins, ends in sorted_lines]))
     begin, end = bounds[:-1], bounds[1:]
-    rank = np.full(len(begin), len(outs))
+    owner = np.full(len(begin), len(tables))  # the first table that has the interval
     file, offset = np.zeros(len(begin), np.int64), np.zeros(len(begin), np.int64)
-    for number, (out, (rows, starts, ends)) in enumerate(zip(outs, lines, strict=True)):
-        at = np.searchsorted(starts, begin, "right") - 1
-        mine = np.flatnonzero((at >= 0) & (ends[np.maximum(at, 0)] > begin) & (rank == len(outs)))
-        rank[mine] = number
-        file[mine], offset[mine], _ = _address(out, rows[at[mine]], begin[mine], base)
-    kept = np.flatnonzero(rank < len(outs))
-    kept = kept[np.lexsort((offset[kept], file[kept], rank[kept]))]
+    for number, (table, (rows, begins, ends)) in enumerate(zip(tables, sorted_lines, strict=True)):
+        at = np.searchsorted(begins, begin, "right") - 1
+        new = np.flatnonzero((at >= 0) & (ends[np.maximum(at, 0)] > begin) & (owner == len(tables)))
+        owner[new] = number
+        file[new], offset[new], _ = _address(table, rows[at[new]], begin[new], line)
+    kept = np.flatnonzero(owner < len(tables))
+    kept = kept[np.lexsort((offset[kept], file[kept], owner[kept]))]
     return Order(begin[kept], end[kept])
 
 
-def places(order: Order, table: Table, base: Ints) -> Places:
-    """Where the elements of `order` lie in `table`; NOWHERE what it has not."""
-    rows, starts, ends = _sorted_line(table, base)
-    bounds = np.unique(np.concatenate([starts, ends]))
-    piece, begin, end = _cut(order, bounds)
-    at = np.searchsorted(starts, begin, "right") - 1
-    is_held = (at >= 0) & (ends[np.maximum(at, 0)] >= end)
-    file, offset, dtype = _address(table, rows[np.maximum(at, 0)], begin, base)
-    file = np.where(is_held, file, NOWHERE)
-    offset = np.where(is_held, offset, 0)
-    first = order.starts[:-1][piece] + begin - order.begin[piece]
+def locate(order: Order, table: Table, line: Ints) -> Places:
+    """Returns where the elements of `order` lie in `table`; elements that it does not have lie NOWHERE."""
+    rows, begins, ends = _sorted_line(table, line)
+    stretch, begin, end = _cut(order, np.unique(np.concatenate([begins, ends])))
+    at = np.searchsorted(begins, begin, "right") - 1
+    has_place = (at >= 0) & (ends[np.maximum(at, 0)] >= end)
+    file, offset, dtype = _address(table, rows[np.maximum(at, 0)], begin, line)
+    file = np.where(has_place, file, NOWHERE)
+    offset = np.where(has_place, offset, 0)
+    first = order.starts[:-1][stretch] + begin - order.begin[stretch]
     numel = end - begin
     follows = (file[1:] == file[:-1]) & (dtype[1:] == dtype[:-1])
     follows &= (offset[1:] == offset[:-1] + numel[:-1] * ITEMSIZES[dtype[:-1]]) | (file[1:] == NOWHERE)
@@ -129,53 +175,67 @@ def places(order: Order, table: Table, base: Ints) -> Places:
     return Places(np.concatenate([first[heads], total]), file[heads], offset[heads], dtype[heads])
 
 
-def require_all(found: Places, order: Order, where: str, base: Ints, names: Sequence[str]) -> None:
-    """Raises LayoutMismatch, naming the tensor and the elements, if some of them lie NOWHERE."""
-    missing = np.flatnonzero(found.files == NOWHERE)
+def require_all(places: Places, order: Order, checkpoint: str, line: Ints, names: Sequence[str]) -> None:
+    """Checks that a checkpoint has every element of a stream.
+
+    Args:
+        places: where the elements of `order` lie in the checkpoint.
+        order: the elements.
+        checkpoint: its path, for the message.
+        line: see the module.
+        names: names of the tensors.
+
+    Raises:
+        LayoutMismatch: some elements lie NOWHERE. The message names the checkpoint, the tensor and the elements.
+    """
+    missing = np.flatnonzero(places.files == NOWHERE)
     if len(missing):
-        tensor, begin = element_of(order, base, int(found.starts[missing[0]]))
-        numel = int(found.starts[missing[0] + 1] - found.starts[missing[0]])
+        tensor, begin = element_of(order, line, int(places.starts[missing[0]]))
+        numel = int(places.starts[missing[0] + 1] - places.starts[missing[0]])
         raise LayoutMismatch(
-            f"{where} lacks elements {begin} to {begin + numel} of {names[tensor]}, which the output holds."
+            f"{checkpoint} lacks elements {begin} to {begin + numel} of {names[tensor]}, which the output holds. "
+            "The checkpoint is incomplete, or it is of another model: leave it out of the window."
         )
 
 
-def element_of(order: Order, base: Ints, element: int) -> tuple[int, int]:
-    """(tensor, element in it) of an element of a stream."""
-    piece = int(np.searchsorted(order.starts, element, "right")) - 1
-    position = int(order.begin[piece]) + element - int(order.starts[piece])
-    tensor = int(np.searchsorted(base, position, "right")) - 1
-    return tensor, position - int(base[tensor])
+def element_of(order: Order, line: Ints, element: int) -> tuple[int, int]:
+    """Returns the tensor that a stream element belongs to, and the element's number in that tensor."""
+    stretch = int(np.searchsorted(order.starts, element, "right")) - 1
+    position = int(order.begin[stretch]) + element - int(order.starts[stretch])
+    tensor = int(np.searchsorted(line, position, "right")) - 1
+    return tensor, position - int(line[tensor])
 
 
-def _interval(table: Table, base: Ints) -> tuple[Ints, Ints]:
-    begin = base[table["tensor"]] + table["start"]
+def _interval(table: Table, line: Ints) -> tuple[Ints, Ints]:
+    """The interval [begin, end) of the line that each row of a table covers."""
+    begin = line[table["tensor"]] + table["start"]
     return begin, begin + table["numel"]
 
 
-def _sorted_line(table: Table, base: Ints) -> tuple[Ints, Ints, Ints]:
-    """(rows, begin, end) of a table's fragments along the line; of repeated elements the first row counts."""
-    begin, end = _interval(table, base)
+def _sorted_line(table: Table, line: Ints) -> tuple[Ints, Ints, Ints]:
+    """The rows of a table sorted along the line, and their begins and ends. Of repeated begins the first row stays."""
+    begin, end = _interval(table, line)
     begin, rows = np.unique(begin, return_index=True)
     return rows, begin, end[rows]
 
 
 def _cut(order: Order, bounds: Ints) -> tuple[Ints, Ints, Ints]:
-    """(stretch of the order, begin, end) of the pieces of every stretch, cut at `bounds`."""
+    """Cuts every interval of the order at `bounds`. Returns the interval's number, begin and end of each cut."""
     begin, end = order.begin, order.end
     low, high = np.searchsorted(bounds, begin, "right"), np.searchsorted(bounds, end, "left")
     counts = high - low + 1
-    piece = np.repeat(np.arange(len(begin)), counts)
-    within = np.arange(len(piece)) - np.concatenate([[0], np.cumsum(counts)[:-1]])[piece]
+    stretch = np.repeat(np.arange(len(begin)), counts)
+    within = np.arange(len(stretch)) - np.concatenate([[0], np.cumsum(counts)[:-1]])[stretch]
     padded = np.concatenate([bounds, [0]])
-    cut_begin = np.where(within == 0, begin[piece], padded[np.minimum(low[piece] + within - 1, len(bounds))])
-    cut_end = np.where(within == counts[piece] - 1, end[piece], padded[np.minimum(low[piece] + within, len(bounds))])
-    return piece, cut_begin, cut_end
+    at = low[stretch] + within
+    cut_begin = np.where(within == 0, begin[stretch], padded[np.minimum(at - 1, len(bounds))])
+    cut_end = np.where(within == counts[stretch] - 1, end[stretch], padded[np.minimum(at, len(bounds))])
+    return stretch, cut_begin, cut_end
 
 
-def _address(table: Table, rows: Ints, begin: Ints, base: Ints) -> tuple[Ints, Ints, Ints]:
-    """(file, byte offset, dtype) of what begins at `begin` of the line, in the table's rows."""
-    taken = table[rows]
-    dtype = taken["dtype"].astype(np.int64)
-    within = begin - base[taken["tensor"]] - taken["start"]
-    return taken["file"].astype(np.int64), taken["offset"] + within * ITEMSIZES[dtype], dtype
+def _address(table: Table, rows: Ints, begin: Ints, line: Ints) -> tuple[Ints, Ints, Ints]:
+    """The file, byte offset and dtype code of the elements at positions `begin` of the line, which lie in `rows`."""
+    fragments = table[rows]
+    dtype = fragments["dtype"].astype(np.int64)
+    within = begin - line[fragments["tensor"]] - fragments["start"]
+    return fragments["file"].astype(np.int64), fragments["offset"] + within * ITEMSIZES[dtype], dtype

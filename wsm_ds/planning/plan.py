@@ -1,27 +1,37 @@
 """What a merge will do, as plain data: for every output file, what each of its bytes is made of.
 
-No file is written and no tensor read to make a plan. `plan_zero` and `plan_safetensors` say which files a merge
-makes and where elements belong in them, `streams` where the same elements lie in the sources.
+No file is written and no tensor is read to make a plan. `wsm_ds.outputs` says which files a merge makes and where
+elements belong in them; `wsm_ds.planning.streams` says where the same elements lie in the sources.
 
-One plan may make several outputs (windows, curves, formats), its *parts*. A *stream* goes once over elements that
-some of them want: every source is read once for all targets.
+One plan may make several outputs (windows, curves, formats). A *stream* goes once over elements that some of the
+outputs need, so every source is read once for all of them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NewType
 
 from wsm_ds.planning.intersect import Ints, Order, Places, element_of
 
+OutputNumber = NewType("OutputNumber", int)
+"""Index in `Plan.outputs`."""
+InputNumber = NewType("InputNumber", int)
+"""Index in `Plan.inputs`."""
+
 Combine = Literal["merge", "equal", "newest", "carry"]
-"""merge: weighted sum of a window. equal: the newest of the window, and all must agree. newest: the newest of the
-window, and a disagreement is warned of. carry: bytes as they are."""
+"""How the members of a window become one value.
+
+- merge: weighted sum (floating-point elements).
+- equal: the value of the newest; all members must agree (frozen parameters).
+- newest: the value of the newest; a disagreement is logged as a warning (integer buffers).
+- carry: bytes of one file, copied.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """A file to read, as it was when the plan was made."""
+    """A file to read. Size and modification time are those at planning: the engine refuses a file that changed."""
 
     path: Path
     nbytes: int
@@ -30,30 +40,30 @@ class InputFile:
 
 @dataclass(frozen=True, slots=True)
 class CopySegment:
-    """`nbytes` bytes at `offset`, carried from an input."""
+    """`nbytes` bytes of an output file at `offset`, copied from byte `source_offset` of input number `source`."""
 
     offset: int
     nbytes: int
-    file: int
+    source: InputNumber
     source_offset: int
 
 
 @dataclass(frozen=True, slots=True)
 class LiteralSegment:
-    """Bytes at `offset` that the plan itself knows."""
+    """Bytes of an output file at `offset` that the plan itself holds: pickles, zip headers, safetensors headers."""
 
     offset: int
     data: bytes
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the output."""
+        """Length in the output file."""
         return len(self.data)
 
 
 @dataclass(frozen=True, slots=True)
 class ZeroSegment:
-    """`nbytes` zero bytes at `offset`: room for elements, and padding."""
+    """`nbytes` zero bytes of an output file at `offset`: elements that streams will write, or padding."""
 
     offset: int
     nbytes: int
@@ -64,56 +74,71 @@ Segment = CopySegment | LiteralSegment | ZeroSegment
 
 @dataclass(frozen=True, slots=True)
 class CrcField:
-    """The CRC-32 of [offset, offset + nbytes) belongs, as 4 little-endian bytes, at each of `places`."""
+    """A CRC-32 that a zip file stores of its own bytes.
+
+    The checksum of [offset, offset + nbytes) belongs, as 4 little-endian bytes, at each of `positions`: a zip has it
+    in the record's data descriptor and in the central directory.
+    """
 
     offset: int
     nbytes: int
-    places: tuple[int, ...]
+    positions: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Template:
-    """An output file before elements are put in: what tiles it, and the checksums to fill in."""
+    """An output file before streams write elements into it.
+
+    Attributes:
+        name: path in its checkpoint folder or in the output folder.
+        nbytes: length of the file.
+        segments: cover every byte of the file once, in order.
+        crc_fields: checksums to fill in.
+    """
 
     name: str
     nbytes: int
-    base: list[Segment]
-    crcs: tuple[CrcField, ...]
+    segments: list[Segment]
+    crc_fields: tuple[CrcField, ...]
 
 
 @dataclass(frozen=True)
 class OutputFile:
-    """One file of a part: what streams do not write of it, in order, and the checksums to fill in."""
+    """One file of an output.
 
-    output: int
+    Attributes:
+        output: the output that it belongs to.
+        name: path in the output folder.
+        nbytes: length of the file.
+        segments: the bytes that streams of elements do not write, in order.
+        crc_fields: checksums to fill in.
+    """
+
+    output: OutputNumber
     name: str
     nbytes: int
-    pieces: tuple[Segment, ...]
-    crcs: tuple[CrcField, ...]
-
-    @property
-    def nbytes_of_streams(self) -> int:
-        """Bytes that streams write."""
-        return self.nbytes - sum(piece.nbytes for piece in self.pieces if not isinstance(piece, CopySegment))
+    segments: tuple[Segment, ...]
+    crc_fields: tuple[CrcField, ...]
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a stream's elements go in one part, and of what they are made.
+    """Where the elements of a stream go in one output, and what they are made of.
 
     Attributes:
-        part: number of the part.
-        places: in the plan's output files.
-        members: which of the stream's sources make the window, oldest first.
-        coefficients: float64, one a member.
-        rounded_like: another target of the stream: its stored value is what is cast here (module weights of masters).
+        output: the output.
+        places: where the elements belong in the plan's output files.
+        members: indices of the stream's sources that make the window, oldest first.
+        coefficients: float64, one per member.
+        cast_from: index of the stream's target whose stored (rounded) value is cast for this one: module weights are
+            cast from the stored masters, as DeepSpeed does. None: this target stores the sum itself.
     """
 
-    output: int
+    output: OutputNumber
     places: Places
     members: tuple[int, ...]
     coefficients: tuple[float, ...]
-    rounded_like: int | None = None
+    cast_from: int | None = None
 
 
 @dataclass(frozen=True)
@@ -121,13 +146,14 @@ class Stream:
     """Elements of one kind, in the order of the first target's files.
 
     Attributes:
-        combine: what is done with them.
-        numel: how many there are.
-        sources: where they lie, a checkpoint each (in a "carry" stream: one, the input files themselves).
-        checkpoints: numbers of these checkpoints among all that the plan reads.
-        targets: where they go.
-        breaks: elements at which the dtype of a source or target changes.
-        order: the elements' names, see `name`.
+        combine: how the members of a window become one value.
+        numel: number of elements.
+        sources: where the elements lie, one entry per checkpoint; a "carry" stream has one entry, the input files.
+        checkpoints: the sources' numbers among all checkpoints that the plan reads; empty in a "carry" stream.
+        targets: where the elements go.
+        breaks: stream elements at which the dtype of a source or a target changes; a slice never crosses one.
+        order: which elements of the line the stream goes over.
+        line: the positions at which tensors begin on the line, see `intersect`.
     """
 
     combine: Combine
@@ -140,13 +166,13 @@ class Stream:
     line: Ints
 
     def name(self, element: int, names: Sequence[str]) -> str:
-        """The tensor that an element belongs to."""
+        """Returns which of `names` is the tensor that a stream element belongs to."""
         return names[element_of(self.order, self.line, element)[0]]
 
 
 @dataclass(frozen=True)
 class Source:
-    """One checkpoint of a window."""
+    """One checkpoint of a window, with its coefficient."""
 
     path: Path
     tag: str
@@ -156,7 +182,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Output:
-    """One output folder. `sources` are oldest first; `texts` are small files of the output's root."""
+    """One output folder.
+
+    Attributes:
+        out: the folder.
+        sources: the window, oldest first.
+        curve: the name of the decay curve, or that the coefficients were given.
+        ess: effective sample size of the coefficients, see `schedules.coefficients`.
+        lag_steps: mean age of the weights against the newest checkpoint, in steps.
+        texts: small files of the output's root, by name.
+        recipe: the recipe as plain data.
+    """
 
     out: Path
     sources: tuple[Source, ...]
@@ -168,13 +204,23 @@ class Output:
 
     @property
     def coefficients(self) -> tuple[float, ...]:
-        """c, oldest → newest."""
+        """The coefficients c, oldest checkpoint first."""
         return tuple(source.coefficient for source in self.sources)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole merge: one or several parts, made in one pass over `inputs`. `names` are the tensors'."""
+    """A whole merge: one or several outputs, made in one pass over the inputs.
+
+    Attributes:
+        outputs: the folders to make.
+        inputs: the files to read.
+        files: the files of all outputs.
+        streams: what is written into the files.
+        names: names of the tensors.
+        memory_bytes: budget of all buffers of one process.
+        threads: workers of one process.
+    """
 
     outputs: tuple[Output, ...]
     inputs: tuple[InputFile, ...]
@@ -191,29 +237,30 @@ class Plan:
 
     @property
     def bytes_to_read(self) -> int:
-        """Bytes read from inputs."""
+        """Bytes that are read from inputs."""
         return sum(source.nbytes for stream in self.streams for source in stream.sources)
 
     def files_of(self, output: int) -> list[tuple[int, OutputFile]]:
-        """(number, file) of a part's files."""
+        """Returns an output's files, each with its index in `files`."""
         return [(number, file) for number, file in enumerate(self.files) if file.output == output]
 
     def to_json(self) -> dict[str, Any]:
-        """The plan's figures as plain data."""
+        """Returns the plan's figures as plain data, for `--dry-run --json`."""
         return {
             "bytes_to_read": self.bytes_to_read,
             "bytes_to_write": self.bytes_to_write,
             "memory_bytes": self.memory_bytes,
             "threads": self.threads,
             "outputs": [
-                described(part) | {"files": [{"name": o.name, "bytes": o.nbytes} for _, o in self.files_of(number)]}
-                for number, part in enumerate(self.outputs)
+                describe_output(output)
+                | {"files": [{"name": file.name, "bytes": file.nbytes} for _, file in self.files_of(number)]}
+                for number, output in enumerate(self.outputs)
             ],
         }
 
 
-def described(output: Output) -> dict[str, Any]:
-    """A output's window as plain data."""
+def describe_output(output: Output) -> dict[str, Any]:
+    """Returns an output's window and its figures as plain data, as in the manifest."""
     return {
         "out": str(output.out),
         "sources": [
@@ -225,29 +272,38 @@ def described(output: Output) -> dict[str, Any]:
     }
 
 
-def around(base: Sequence[Segment], begins: Ints, ends: Ints) -> tuple[Segment, ...]:
-    """What of `base`, which tiles a file, lies outside the ranges [begins, ends). Both ordered; Bytes stay whole."""
-    pieces: list[Segment] = []
+def segments_outside(segments: Sequence[Segment], begins: Ints, ends: Ints) -> tuple[Segment, ...]:
+    """Removes byte ranges from the segments of a file.
+
+    Args:
+        segments: cover every byte of the file once, in order.
+        begins: first byte of each range to remove, rising. Each range lies in one segment, which is not literal.
+        ends: byte after the end of each range.
+
+    Returns:
+        The rest, in order; a segment with a range in its middle becomes two. Literal segments stay whole.
+    """
+    rest: list[Segment] = []
     at = 0
-    for piece in base:
-        position, end = piece.offset, piece.offset + piece.nbytes
+    for segment in segments:
+        position, end = segment.offset, segment.offset + segment.nbytes
         while at < len(begins) and begins[at] < end:
-            if isinstance(piece, LiteralSegment) or begins[at] < position or ends[at] > end:
-                raise AssertionError(f"elements at {begins[at]} do not lie in the piece at {piece.offset}")
-            _append_part(pieces, piece, position, int(begins[at]))
+            if isinstance(segment, LiteralSegment) or begins[at] < position or ends[at] > end:
+                raise AssertionError(f"elements at {begins[at]} do not lie in the segment at {segment.offset}")
+            _append_range(rest, segment, position, int(begins[at]))
             position = int(ends[at])
             at += 1
-        _append_part(pieces, piece, position, end)
-    return tuple(pieces)
+        _append_range(rest, segment, position, end)
+    return tuple(rest)
 
 
-def _append_part(pieces: list[Segment], whole: Segment, begin: int, end: int) -> None:
-    """Adds [begin, end) of a piece; Bytes are never cut."""
+def _append_range(segments: list[Segment], whole: Segment, begin: int, end: int) -> None:
+    """Appends the bytes [begin, end) of a segment; a literal segment is appended whole."""
     if end <= begin:
         return
     if isinstance(whole, CopySegment):
-        pieces.append(CopySegment(begin, end - begin, whole.file, whole.source_offset + begin - whole.offset))
+        segments.append(CopySegment(begin, end - begin, whole.source, whole.source_offset + begin - whole.offset))
     elif isinstance(whole, ZeroSegment):
-        pieces.append(ZeroSegment(begin, end - begin))
+        segments.append(ZeroSegment(begin, end - begin))
     else:
-        pieces.append(whole)
+        segments.append(whole)

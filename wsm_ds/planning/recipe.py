@@ -1,4 +1,4 @@
-"""What the user asks for: which checkpoints, which curve, what to write. Validated, from flags or YAML."""
+"""What the user asks for: which checkpoints, which curve, what to write. Validates flags and YAML files."""
 
 import os
 import re
@@ -10,45 +10,52 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from wsm_ds.distributed.ranks import local_world_size
-from wsm_ds.errors import RecipeError
+from wsm_ds.errors import RecipeError, brief, few
 from wsm_ds.filesystem.small_files import read_small
 from wsm_ds.planning.recipe_errors import unknown_key, validation_sentences
 from wsm_ds.sizes import parse_size
 
 Allowance = Literal["warmup", "lr-change"]
-MOST_RANKS = 1 << 17
-"""Of an output: more than any cluster has, and what a mistyped number must not exceed."""
-MOST_OUTPUTS = 1000
-"""Of one recipe, whose lists multiply."""
+MAX_RANKS = 1 << 17
+"""Ranks of an output: more than any cluster has. A mistyped number must not fill the memory with a plan."""
+MAX_OUTPUTS = 1000
+"""Outputs of one recipe: its lists multiply, and a mistyped list must not fill the memory with plans."""
 
 
 class MergeRecipe(BaseModel):
-    """One merge. Exactly one of `last` (up to `to_step`, if given), `from_step` with `to_step`, and `tags` chooses the
-    window.
+    """One merge: which checkpoints, which coefficients, what to write.
+
+    The window is chosen in exactly one way: by `last` (up to `to_step`, if that is set), by `from_step` with `to_step`,
+    or by `tags`.
 
     Attributes:
         run: the run's folder (DeepSpeed's save_dir, or HF Trainer's output_dir).
-        last: the newest N complete checkpoints, up to `to_step` if that is given.
-        from_step, to_step: all checkpoints with steps in this closed range.
+        out: the folder to make. It must not exist.
+        last: the newest N complete checkpoints, up to `to_step` if that is set.
+        from_step: first step of the window.
+        to_step: last step of the window; both ends belong to it.
         tags: checkpoints by name; their steps give the order.
         curve: the decay curve to emulate ("linear", "cosine", "1-sqrt", "power:2", "ema:0.1", …).
         floor: the curve's final rate as a fraction of the peak, 0 to 1.
-        coefficients: instead of a curve: one number a checkpoint, oldest first, summing to 1.
-        oldest_interval: steps that the oldest checkpoint stands for; the median interval if not given.
-        out: the folder to make. It must not exist.
-        format: "zero" (DeepSpeed loads it), "universal" (at any stage and world size, if told to) or "safetensors".
-        dtype: of the parameters in safetensors; the training dtype if not given.
-        optimizer_states: "carry" those of the newest, "merge" them alike, or "drop" them (zero only).
-        world_size, stage, sub_group_size: of a zero output; those of the newest checkpoint if not given.
-        like: the folder of a checkpoint, RUN/TAG, whose form a zero output takes.
-        memory_budget: bytes, or "512MiB"; holds all buffers of the merge, in each process.
-        threads: workers of each process; all cores, shared with the other ranks of the machine, if not given.
-        max_shard_size: of a safetensors file.
-        rename: for safetensors: regular expressions and what replaces them in every name, applied in order.
-        include: files to copy beside the output (config.json, tokenizer files); what HF Trainer keeps beside the
-            newest checkpoint is copied without being asked for, except weights.
-        allow: checks to pass over: "warmup" (a window inside the warmup), "lr-change".
-        allow_globals: names of classes in the checkpoints' client state to carry along as data.
+        coefficients: instead of a curve: one number per checkpoint, oldest first, with sum 1.
+        oldest_interval: steps that the oldest checkpoint stands for; the median interval if not set.
+        format: "zero" (DeepSpeed loads it), "universal" (DeepSpeed loads it at any stage and world size, with
+            `load_universal` in its config) or "safetensors".
+        dtype: dtype of the parameters in safetensors; the training dtype if not set.
+        optimizer_states: "carry" those of the newest checkpoint, "merge" them with the same coefficients, or "drop"
+            them (format zero only).
+        world_size: data-parallel ranks of a zero output; those of the newest checkpoint if not set.
+        stage: ZeRO stage of a zero output; that of the newest checkpoint if not set.
+        sub_group_size: stage 3's sub_group_size of a zero output, in elements; that of the newest if not set.
+        like: a checkpoint's folder, RUN/TAG: a zero output takes its stage, world size and sub_group_size.
+        memory_budget: bytes, or text as "512MiB"; limits all buffers of the merge, in each process.
+        threads: workers of each process; if not set, all cores, shared with the other ranks of the machine.
+        max_shard_size: bytes of a safetensors file, or text as "5GB".
+        rename: for safetensors: regular expressions and their replacements, applied to every name, in order.
+        include: files to copy into the output's root (config.json, tokenizer files). The files that HF Trainer keeps
+            beside the newest checkpoint are always copied, except weights.
+        allow: checks to skip: "warmup" (the window lies inside the warmup), "lr-change" (the rate changes in it).
+        allow_globals: names of classes in the checkpoints' client state to carry as data; they are not imported.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
@@ -66,7 +73,7 @@ class MergeRecipe(BaseModel):
     format: Literal["zero", "universal", "safetensors"] = "zero"
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     optimizer_states: Literal["carry", "merge", "drop"] = "carry"
-    world_size: int | None = Field(default=None, ge=1, le=MOST_RANKS)
+    world_size: int | None = Field(default=None, ge=1, le=MAX_RANKS)
     stage: Literal[1, 2, 3] | None = None
     sub_group_size: int | None = Field(default=None, ge=1)
     like: Path | None = None
@@ -83,7 +90,7 @@ class MergeRecipe(BaseModel):
     def _bytes(cls, value: int | str) -> int:
         nbytes = parse_size(value)
         if nbytes < 1:
-            raise ValueError("must be at least one byte")
+            raise ValueError(f"at least one byte is needed, found {value!r}")
         return nbytes
 
     @field_validator("rename")
@@ -98,37 +105,87 @@ class MergeRecipe(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _consistent(self) -> "MergeRecipe":
+    def _check_window(self) -> "MergeRecipe":
         by_range = self.from_step is not None or (self.to_step is not None and self.last is None)
         if [self.last is not None, by_range, self.tags is not None].count(True) != 1:
-            raise ValueError("choose the window by one of: `last` (and `to_step`), `from_step` with `to_step`, `tags`")
+            found = self._found("last", "from_step", "to_step", "tags")
+            raise ValueError(
+                "choose the window in exactly one way: `last` (with `to_step`, if it does not end at the newest "
+                f"checkpoint), `from_step` with `to_step`, or `tags`; found {found}"
+            )
         if by_range and (self.from_step is None or self.to_step is None or self.from_step > self.to_step):
-            raise ValueError("`from_step` and `to_step` go together, and `from_step` is not larger")
-        if (self.curve is None) == (self.coefficients is None):
-            raise ValueError("give either `curve` or `coefficients`")
-        if self.coefficients is not None and self.floor:
-            raise ValueError("`floor` belongs to a curve; `coefficients` are taken as they are")
-        if self.dtype is not None and self.format != "safetensors":
-            raise ValueError(f"`dtype` is for safetensors; a {self.format} output keeps the run's precision")
-        shape = [self.world_size, self.stage, self.sub_group_size]
-        if self.format != "zero" and (self.like is not None or any(value is not None for value in shape)):
-            raise ValueError("`world_size`, `stage`, `sub_group_size` and `like` are for zero outputs")
-        if self.like is not None and any(value is not None for value in shape):
-            raise ValueError("`like` decides `world_size`, `stage` and `sub_group_size`; give one or the other")
-        if self.rename and self.format != "safetensors":
-            raise ValueError(f"`rename` is for safetensors; a {self.format} output keeps the run's names")
-        if self.optimizer_states != "carry" and self.format == "safetensors":
-            raise ValueError("`optimizer_states` is for zero; safetensors holds no optimizer states")
-        if self.optimizer_states == "drop" and self.format == "universal":
-            raise ValueError("a universal checkpoint without optimizer states is not loaded by DeepSpeed; keep them")
+            raise ValueError(
+                "`from_step` and `to_step` go together, and `from_step` is not greater than `to_step`; found "
+                f"{self._found('from_step', 'to_step')}"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _check_coefficients(self) -> "MergeRecipe":
+        if (self.curve is None) == (self.coefficients is None):
+            found = self._found("curve", "coefficients")
+            raise ValueError(f"give either `curve` or `coefficients`; found {found}")
+        if self.coefficients is not None and self.floor:
+            raise ValueError(
+                f"`floor` ({self.floor}) belongs to a curve, and `coefficients` are used as they are; remove one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_format(self) -> "MergeRecipe":
+        if self.format != "safetensors":
+            if self.dtype is not None:
+                raise ValueError(
+                    f"`dtype` ({self.dtype}) is for safetensors, a {self.format} output keeps the run's precision; "
+                    "remove it, or set `format` to safetensors"
+                )
+            if self.rename:
+                raise ValueError(
+                    f"`rename` is for safetensors, a {self.format} output keeps the run's names; remove it, or set "
+                    "`format` to safetensors"
+                )
+        if self.optimizer_states != "carry" and self.format == "safetensors":
+            raise ValueError(
+                f"`optimizer_states` ({self.optimizer_states}) is for zero and universal outputs, safetensors hold no "
+                "optimizer states; remove it"
+            )
+        if self.optimizer_states == "drop" and self.format == "universal":
+            raise ValueError(
+                "`optimizer_states` (drop) is for zero outputs: DeepSpeed does not load a universal checkpoint without "
+                "optimizer states; carry or merge them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_form(self) -> "MergeRecipe":
+        form = self._found("world_size", "stage", "sub_group_size")
+        has_form = form != "none of them"
+        if self.format != "zero" and (self.like is not None or has_form):
+            raise ValueError(
+                "`world_size`, `stage`, `sub_group_size` and `like` are for zero outputs; found "
+                f"{self._found('world_size', 'stage', 'sub_group_size', 'like')} with `format` {self.format}"
+            )
+        if self.like is not None and has_form:
+            raise ValueError(
+                f"`like` ({self.like}) decides `world_size`, `stage` and `sub_group_size`; found {form}; give one or the "
+                "other"
+            )
+        return self
+
+    def _found(self, *keys: str) -> str:
+        """The keys that are set, with their values, for an error message."""
+        values = {key: getattr(self, key) for key in keys}
+        return ", ".join(f"`{key}`={value}" for key, value in values.items() if value is not None) or "none of them"
 
 
 def make_recipe(**values: Any) -> MergeRecipe:
-    """A validated recipe; None means not given.
+    """Returns a validated recipe.
+
+    Args:
+        **values: attributes of `MergeRecipe`; None means that the key is not set.
 
     Raises:
-        RecipeError: with every fault that was found: the key in backticks, the value, and what is allowed.
+        RecipeError: the message names every wrong key, its value, and what is expected.
     """
     try:
         return MergeRecipe(**{key: value for key, value in values.items() if value is not None})
@@ -138,97 +195,126 @@ def make_recipe(**values: Any) -> MergeRecipe:
 
 
 SWEPT = {"last": "last{}", "to_step": "to{}", "curve": "{}", "floor": "floor{}", "format": "{}"}
-"""What may be a list of values, one output each, and what the output's folder is then called."""
+"""Keys that may have a list of values, one output per value, and the word in the output's folder name."""
 
 
-def make_recipes(*, named: Collection[str] = (), **values: Any) -> tuple[MergeRecipe, ...]:
-    """The recipes of several outputs of one pass: every combination of the lists, for every entry of `outputs`.
+def make_recipes(*, always_named: Collection[str] = (), **values: Any) -> tuple[MergeRecipe, ...]:
+    """Returns the recipes of several outputs of one pass.
 
-    An entry of `outputs` counts before the common values; its `out` lies below the common one. Where a list has more
-    than one value, outputs are folders below `out`, called after their values (`last8-1-sqrt`).
+    There is a recipe for every combination of the lists, in every entry of `outputs`. An entry's values override the
+    common ones; its `out` lies below the common `out`. Where a list has more than one value, the outputs are folders
+    below `out`, named after their values.
+
+    >>> recipes = make_recipes(run="run", out="merged", last=[4, 8], curve="1-sqrt")
+    >>> [str(recipe.out) for recipe in recipes]
+    ['merged/last4', 'merged/last8']
 
     Args:
-        named: of SWEPT, what a folder is called after even if it has one value, unless the entry has an `out`.
-        values: those of a recipe file.
+        always_named: keys of SWEPT that always appear in the folder name, also when they have a single value. Ignored
+            for entries with their own `out`.
+        **values: attributes of `MergeRecipe`, lists of them for the keys of SWEPT, and `outputs`: mappings of the same.
 
     Raises:
-        RecipeError: with every fault that was found: the key in backticks, the value, and what is allowed.
+        RecipeError: the message names every wrong key, its value, and what is expected.
     """
     common = {key: value for key, value in values.items() if value is not None and key != "outputs"}
     entries = [{}] if values.get("outputs") is None else values["outputs"]
     if not isinstance(entries, list | tuple) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise RecipeError("the recipe is not valid: `outputs`: a list of mappings is needed")
+        raise RecipeError(f"the recipe is not valid: `outputs`: a list of mappings is needed, found {brief(entries)}")
     for mapping in (common, *entries):
         if not isinstance(mapping.get("out", ""), str | Path):
-            raise RecipeError("the recipe is not valid: `out`: the path of a folder is needed")
+            raise RecipeError(
+                f"the recipe is not valid: `out`: the path of a folder is needed, found {brief(mapping['out'])}"
+            )
     recipes: list[MergeRecipe] = []
     for entry in entries:
-        own = common | entry
+        merged = common | entry
         if "out" in entry and "out" in common:
-            own["out"] = Path(common["out"]) / entry["out"]
-        for chosen in _combinations(own, () if "out" in entry else named):
-            recipes.append(make_recipe(**chosen))
-            if len(recipes) > MOST_OUTPUTS:
-                raise RecipeError(f"the recipe is not valid: it has more than {MOST_OUTPUTS} outputs")
+            merged["out"] = Path(common["out"]) / entry["out"]
+        for combination in _combinations(merged, () if "out" in entry else always_named):
+            recipes.append(make_recipe(**combination))
+            if len(recipes) > MAX_OUTPUTS:
+                raise RecipeError(
+                    f"the recipe is not valid: its lists make more than {MAX_OUTPUTS} outputs; shorten them, or split "
+                    "the recipe"
+                )
     return tuple(recipes)
 
 
-def _combinations(values: dict[str, Any], named: Collection[str]) -> Iterator[dict[str, Any]]:
-    lists = {name: list(values[name]) for name in SWEPT if isinstance(values.get(name), list | tuple)}
-    lists |= {name: [values[name]] for name in SWEPT if name in named and name in values and name not in lists}
-    for name, found in lists.items():
-        if not all(isinstance(value, str | int | float) for value in found):
-            raise RecipeError(f"the recipe is not valid: `{name}`: a list of plain values is needed")
-        if not found or len(set(map(str, found))) < len(found):
-            raise RecipeError(f"the recipe is not valid: `{name}`: an empty list, or a value twice")
+def _combinations(values: dict[str, Any], always_named: Collection[str]) -> Iterator[dict[str, Any]]:
+    """The values of a recipe for every combination of the lists in `values`."""
+    lists = {key: list(values[key]) for key in SWEPT if isinstance(values.get(key), list | tuple)}
+    lists |= {key: [values[key]] for key in SWEPT if key in always_named and key in values and key not in lists}
+    for key, options in lists.items():
+        if not all(isinstance(value, str | int | float) for value in options):
+            kinds = few(brief(value) for value in options)
+            raise RecipeError(f"the recipe is not valid: `{key}`: a list of plain values is needed, found {kinds}")
+        if not options or len(set(map(str, options))) < len(options):
+            raise RecipeError(
+                f"the recipe is not valid: `{key}`: the list is empty or has a value twice, found [{few(options)}]"
+            )
     for combination in product(*lists.values()):
-        chosen = dict(zip(lists, combination, strict=True))
-        is_named = {name: name in named or len(found) > 1 for name, found in lists.items()}
-        words = [SWEPT[name].format(chosen[name]) for name in SWEPT if is_named.get(name)]
+        value_of = dict(zip(lists, combination, strict=True))
+        is_named = {key: key in always_named or len(options) > 1 for key, options in lists.items()}
+        words = [SWEPT[key].format(value_of[key]) for key in SWEPT if is_named.get(key)]
         folder = re.sub(r"[^\w.=-]+", "-", "-".join(words))
         out = values.get("out")
-        yield values | chosen | ({"out": Path(out) / folder} if out is not None and folder else {})
+        yield values | value_of | ({"out": Path(out) / folder} if out is not None and folder else {})
 
 
 def load_recipes(path: Path, **overrides: Any) -> tuple[MergeRecipe, ...]:
-    """Recipes from a YAML file, see `make_recipes`; `overrides` that are not None count instead of the file's values.
+    """Reads recipes from a YAML file, see `make_recipes`.
+
+    Args:
+        path: the file.
+        **overrides: values that replace those of the file, where they are not None.
 
     Raises:
-        RecipeError: the file is missing, not a mapping, or not a valid recipe.
+        RecipeError: the file cannot be read, is not a mapping, or is not a valid recipe.
     """
     return make_recipes(**load_values(path, **overrides))
 
 
 def load_values(path: Path, **overrides: Any) -> dict[str, Any]:
-    """The values for `make_recipes` of a YAML file.
+    """Reads the values for `make_recipes` from a YAML file.
+
+    Args:
+        path: the file.
+        **overrides: values that replace those of the file, where they are not None.
 
     Raises:
-        RecipeError: the file is missing, not a mapping, or names what a recipe does not have.
+        RecipeError: the file cannot be read, is not a mapping, or has a key that no recipe has.
     """
     import yaml
 
     try:
         values = yaml.safe_load(read_small(path))
-    except Exception as error:  # safe_load raises nearly anything for what its tags do not fit
+    except Exception as error:  # the constructors of YAML tags raise ValueError, OverflowError, TypeError and others
         raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"the recipe {path} is not a mapping of names to values.")
-    known = {*MergeRecipe.model_fields, "outputs"}
+        raise RecipeError(f"the recipe {path} is not a mapping of keys to values, but {brief(values)}.")
     entries = values.get("outputs")
-    given = (
-        [values, *(entry for entry in entries or () if isinstance(entry, dict))]
-        if isinstance(entries, list)
-        else [values]
-    )
-    unknown = sorted({str(key) for mapping in given for key in mapping} - known)
+    mappings = [values]
+    if isinstance(entries, list):
+        mappings += [entry for entry in entries if isinstance(entry, dict)]
+    known = {*MergeRecipe.model_fields, "outputs"}
+    unknown = sorted({str(key) for mapping in mappings for key in mapping} - known)
     if unknown:
         raise RecipeError(f"the recipe {path} is not valid: {'; '.join(unknown_key(key, known) for key in unknown)}")
     return values | {key: value for key, value in overrides.items() if value is not None}
 
 
 def load_recipe(path: Path, **overrides: Any) -> MergeRecipe:
-    """The recipe of a YAML file that has one output; see `load_recipes`."""
+    """Reads the recipe of a YAML file that has one output.
+
+    Args:
+        path: the file.
+        **overrides: values that replace those of the file, where they are not None.
+
+    Raises:
+        RecipeError: see `load_recipes`; or the file has several outputs.
+    """
     recipes = load_recipes(path, **overrides)
     if len(recipes) > 1:
-        raise RecipeError(f"the recipe {path} has {len(recipes)} outputs; one is wanted here.")
+        raise RecipeError(f"the recipe {path} has {len(recipes)} outputs, expected one; use load_recipes.")
     return recipes[0]

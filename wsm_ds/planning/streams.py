@@ -1,8 +1,9 @@
-"""Which sources make the elements that the parts of a plan want: streams, each over the union of the windows."""
+"""Which sources make the elements that the outputs of a plan request: streams, each over the union of the windows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,38 +14,79 @@ from wsm_ds.layouts.layout import FRAGMENT, Table
 from wsm_ds.planning.intersect import (
     NOWHERE,
     Ints,
-    Order,
     Places,
     line_of,
+    locate,
     order_of,
-    places,
     require_all,
     without_repeats,
 )
-from wsm_ds.planning.plan import Combine, CopySegment, InputFile, OutputFile, Stream, Target
+from wsm_ds.planning.plan import Combine, CopySegment, InputFile, InputNumber, OutputFile, OutputNumber, Stream, Target
+
+
+class FragmentRow(NamedTuple):
+    """A row of a fragment table, see `layouts.layout.FRAGMENT`: elements of a tensor at a byte offset of a file.
+
+    Attributes:
+        tensor: number of the tensor.
+        start: first element.
+        numel: number of elements.
+        file: number of the file.
+        offset: byte offset of the first element.
+        dtype: code of the dtype.
+        replica: 0, or which of several copies that ranks keep for themselves.
+    """
+
+    tensor: int
+    start: int
+    numel: int
+    file: int
+    offset: int
+    dtype: int
+    replica: int = 0
+
+
+def fragment_table(rows: Sequence[FragmentRow]) -> Table:
+    """Returns the rows as a fragment table; rows without elements are left out."""
+    return np.array([row for row in rows if row.numel], dtype=FRAGMENT)
 
 
 @dataclass(frozen=True)
 class SourceTables:
-    """The fragment tables of all layouts that a plan reads (by rising step), in one numbering of tensors and files."""
+    """The fragment tables of all checkpoints that a plan reads, in one numbering of tensors and files.
+
+    Attributes:
+        layouts: the checkpoints, by rising step.
+        inputs: the files of all checkpoints, the plan's first inputs.
+        first_input: for each layout, the number of its first file in `inputs`.
+        numels: elements of each tensor, as the newest layout numbers them.
+        names: names of the tensors, as the newest layout numbers them.
+    """
 
     layouts: tuple[Layout, ...]
     inputs: tuple[InputFile, ...]
-    first_input: tuple[int, ...]
+    first_input: tuple[InputNumber, ...]
     numels: Ints
     names: tuple[str, ...]
 
     def table(self, number: int, kind: str) -> Table:
-        """The fragments of `kind` in layout `number`, with the plan's numbers of tensors and inputs."""
+        """Returns the fragments of `kind` in layout `number`, with the plan's numbers of tensors and inputs.
+
+        Raises:
+            LayoutMismatch: the layout has no elements of this kind.
+        """
         layout = self.layouts[number]
         if kind not in layout.fragments:
-            raise LayoutMismatch(f"{layout.path} holds no {kind}, but {self.layouts[-1].path} does.")
+            raise LayoutMismatch(
+                f"{layout.path} holds no {kind}, but {self.layouts[-1].path} does. Merge checkpoints of one optimizer, "
+                "or carry the optimizer states of the newest (--optimizer-states carry)."
+            )
         table = self.renumbered(layout.fragments[kind], layout)
         table["file"] += self.first_input[number]
         return table
 
     def renumbered(self, table: Table, layout: Layout) -> Table:
-        """A table that numbers tensors as `layout` does, with the plan's numbers."""
+        """Returns a copy of a table that numbers tensors as `layout` does, with the plan's tensor numbers."""
         table = table.copy()
         if layout.names != self.names:
             numbers = {name: index for index, name in enumerate(self.names)}
@@ -53,32 +95,37 @@ class SourceTables:
 
 
 def source_tables(layouts: Sequence[Layout]) -> SourceTables:
-    """Numbers the files of all layouts as the plan's inputs."""
+    """Numbers the files of all layouts as the plan's inputs.
+
+    Args:
+        layouts: all checkpoints that the plan reads, by rising step. They hold the same tensors.
+    """
     inputs: list[InputFile] = []
-    first = []
+    first_inputs = []
     for layout in layouts:
-        first.append(len(inputs))
+        first_inputs.append(InputNumber(len(inputs)))
         for archive in layout.archives:
             inputs.append(InputFile(Path(archive.path), archive.nbytes, archive.path.stat().st_mtime_ns))
     newest = layouts[-1]
     numels = np.array([info.numel for info in newest.tensors.values()], dtype=np.int64)
-    return SourceTables(tuple(layouts), tuple(inputs), tuple(first), numels, newest.names)
+    return SourceTables(tuple(layouts), tuple(inputs), tuple(first_inputs), numels, newest.names)
 
 
 @dataclass(frozen=True)
 class ElementRequest:
-    """Elements that a part wants written.
+    """Elements that an output needs.
 
     Attributes:
-        part: number of the part.
-        kind: of the sources' elements.
-        table: where they belong; its files are the plan's output files, its tensors numbered as in `SourceTables`.
-        members: numbers of the layouts they are made of, oldest first.
-        coefficients: float64, one a member.
-        is_cast: they are cast from what the same part stores of this kind.
+        output: the output.
+        kind: the kind of the sources' elements that they are made of.
+        table: where they belong. File numbers are those of the plan's output files, tensor numbers those of
+            `SourceTables`.
+        members: numbers of the layouts that they are made of, oldest first.
+        coefficients: float64, one per member.
+        is_cast: they are cast from what the same output stores of this kind (module weights from masters).
     """
 
-    output: int
+    output: OutputNumber
     kind: str
     table: Table
     members: tuple[int, ...]
@@ -86,116 +133,136 @@ class ElementRequest:
     is_cast: bool = False
 
 
-def element_streams(tables: SourceTables, wanted: Sequence[ElementRequest]) -> list[Stream]:
-    """The streams that make everything that is wanted, each kind's elements read once.
+@dataclass(frozen=True)
+class _RequestedTable:
+    """A table of a request in which no element occurs twice: one target of a stream."""
+
+    request: ElementRequest
+    table: Table
+
+
+def element_streams(tables: SourceTables, requests: Sequence[ElementRequest]) -> list[Stream]:
+    """Returns the streams that fill all requests. The elements of each kind are read once for all of them.
+
+    Args:
+        tables: the checkpoints.
+        requests: the elements that the outputs need.
 
     Raises:
-        LayoutMismatch: a source lacks elements (the tensor and the range are named).
+        LayoutMismatch: a source lacks elements; the message names the checkpoint, the tensor and the elements.
     """
-    base = line_of(tables.numels)
+    line = line_of(tables.numels)
     streams = []
-    for kind in dict.fromkeys(want.kind for want in wanted):
-        wants = [_own_or_first(tables, want) for want in wanted if want.kind == kind]
-        for replica in np.unique(np.concatenate([want.table["replica"] for want in wants])):
-            for floating in (True, False):
-                chosen = [(want, table) for want in wants for table in _chosen(want.table, replica, floating, base)]
-                if chosen:
-                    streams.append(_stream(tables, kind, int(replica), _combine(kind, floating), chosen, base))
+    for kind in dict.fromkeys(request.kind for request in requests):
+        of_kind = [_with_known_replicas(tables, request) for request in requests if request.kind == kind]
+        for replica in np.unique(np.concatenate([request.table["replica"] for request in of_kind])):
+            for is_floating in (True, False):
+                requested = [
+                    _RequestedTable(request, table)
+                    for request in of_kind
+                    for table in _tables_of(request.table, replica, is_floating, line)
+                ]
+                if requested:
+                    combine = _combine(kind, is_floating)
+                    streams.append(_element_stream(tables, kind, int(replica), combine, requested, line))
     return streams
 
 
-def _own_or_first(tables: SourceTables, want: ElementRequest) -> ElementRequest:
-    """Copies that no source keeps (more ranks than before) are made of the first one."""
-    kept = np.unique(np.concatenate([tables.table(number, want.kind)["replica"] for number in want.members]))
-    table = want.table.copy()
-    table["replica"][~np.isin(table["replica"], kept)] = 0
-    return replace(want, table=table)
+def _with_known_replicas(tables: SourceTables, request: ElementRequest) -> ElementRequest:
+    """Takes per-rank replicas (stage-3 buffers) for ranks that no source has from replica 0."""
+    known = np.unique(np.concatenate([tables.table(number, request.kind)["replica"] for number in request.members]))
+    table = request.table.copy()
+    table["replica"][~np.isin(table["replica"], known)] = 0
+    return replace(request, table=table)
 
 
-def _chosen(table: Table, replica: int, floating: bool, base: Ints) -> list[Table]:
+def _tables_of(table: Table, replica: int, is_floating: bool, line: Ints) -> list[Table]:
+    """The rows of one replica with floating-point or with integer dtypes, without repeated elements."""
     rows = table[table["replica"] == replica]
-    rows = rows[np.array([ALL[code].is_floating for code in rows["dtype"]], dtype=bool) == floating]
-    return without_repeats(rows, base) if len(rows) else []
+    rows = rows[np.array([ALL[code].is_floating for code in rows["dtype"]], dtype=bool) == is_floating]
+    return without_repeats(rows, line) if len(rows) else []
 
 
-def _combine(kind: str, floating: bool) -> Combine:
+def _combine(kind: str, is_floating: bool) -> Combine:
     if kind == "frozen":
         return "equal"
-    return "merge" if floating else "newest"
+    return "merge" if is_floating else "newest"
 
 
-def _stream(
+def _element_stream(
     tables: SourceTables,
     kind: str,
     replica: int,
     combine: Combine,
-    chosen: list[tuple[ElementRequest, Table]],
-    base: Ints,
+    requested: list[_RequestedTable],
+    line: Ints,
 ) -> Stream:
-    order = order_of([table for _, table in chosen], base)
-    checkpoints = tuple(sorted({number for want, _ in chosen for number in want.members}))
+    """The stream of one kind and replica. A source must have the elements of the windows that it is a member of."""
+    order = order_of([one.table for one in requested], line)
+    checkpoints = tuple(sorted({number for one in requested for number in one.request.members}))
     sources = []
     for number in checkpoints:
         table = tables.table(number, kind)
-        own = table[table["replica"] == replica]
-        held = places(order, own if len(own) else table[table["replica"] == 0], base)
-        needed = [table for want, table in chosen if number in want.members]
-        wanted_here = order if len(needed) == len(chosen) else order_of(needed, base)
-        require_all(places(wanted_here, own if len(own) else table[table["replica"] == 0], base), wanted_here,
-                    str(tables.layouts[number].path), base, tables.names)  # fmt: skip
-        sources.append(held)
-    stored = {want.output: index for index, (want, _) in enumerate(chosen) if not want.is_cast}
+        of_replica = table[table["replica"] == replica]
+        table = of_replica if len(of_replica) else table[table["replica"] == 0]
+        places = locate(order, table, line)
+        needed = [one.table for one in requested if number in one.request.members]
+        needed_order = order if len(needed) == len(requested) else order_of(needed, line)
+        needed_places = places if needed_order is order else locate(needed_order, table, line)
+        require_all(needed_places, needed_order, str(tables.layouts[number].path), line, tables.names)
+        sources.append(places)
+    stored_target = {one.request.output: index for index, one in enumerate(requested) if not one.request.is_cast}
     targets = tuple(
         Target(
-            want.output,
-            places(order, table, base),
-            tuple(checkpoints.index(number) for number in want.members),
-            want.coefficients,
-            stored.get(want.output) if want.is_cast else None,
+            one.request.output,
+            locate(order, one.table, line),
+            tuple(checkpoints.index(number) for number in one.request.members),
+            one.request.coefficients,
+            stored_target.get(one.request.output) if one.request.is_cast else None,
         )
-        for want, table in chosen
+        for one in requested
     )
-    return Stream(combine, _numel(order), tuple(sources), checkpoints, targets, _breaks(sources, targets), order, base)
-
-
-def _numel(order: Order) -> int:
-    return int(order.starts[-1])
+    return Stream(combine, order.numel, tuple(sources), checkpoints, targets, _breaks(sources, targets), order, line)
 
 
 def _breaks(sources: Sequence[Places], targets: Sequence[Target]) -> Ints:
-    """Elements at which a dtype changes; what has no place counts as a dtype of its own."""
-    found = []
-    for where in [*sources, *(target.places for target in targets)]:
-        kinds = np.where(where.files == NOWHERE, -1, where.dtypes)
-        found.append(where.starts[1:-1][kinds[1:] != kinds[:-1]])
-    return np.unique(np.concatenate(found)).astype(np.int64)
+    """Stream elements at which a dtype changes. Elements without a place count as a dtype of their own."""
+    breaks = []
+    for places in [*sources, *(target.places for target in targets)]:
+        dtypes = np.where(places.files == NOWHERE, -1, places.dtypes)
+        breaks.append(places.starts[1:-1][dtypes[1:] != dtypes[:-1]])
+    return np.unique(np.concatenate(breaks)).astype(np.int64)
 
 
-def carry_streams(inputs: Sequence[InputFile], outputs: Sequence[OutputFile]) -> list[Stream]:
-    """One stream of all bytes that are copied, each byte of an input read once for all parts."""
+def carry_streams(inputs: Sequence[InputFile], files: Sequence[OutputFile]) -> list[Stream]:
+    """Returns one stream of all bytes that are copied: each byte of an input is read once for all outputs.
+
+    The stream treats each input as a tensor of uint8 elements.
+
+    Args:
+        inputs: the plan's inputs.
+        files: the output files, with the segments to copy.
+
+    Returns:
+        One stream, or none if nothing is copied.
+    """
     byte = CODES["uint8"]
-    rows_of: dict[int, list[tuple[int, ...]]] = {}
-    for number, output in enumerate(outputs):
-        for piece in output.pieces:
-            if isinstance(piece, CopySegment):
-                row = (piece.file, piece.source_offset, piece.nbytes, number, piece.offset, byte, 0)
-                rows_of.setdefault(output.output, []).append(row)
-    if not rows_of:
+    rows_by_output: dict[OutputNumber, list[FragmentRow]] = {}
+    for number, file in enumerate(files):
+        for segment in file.segments:
+            if isinstance(segment, CopySegment):
+                row = FragmentRow(segment.source, segment.source_offset, segment.nbytes, number, segment.offset, byte)
+                rows_by_output.setdefault(file.output, []).append(row)
+    if not rows_by_output:
         return []
-    base = line_of(np.array([file.nbytes for file in inputs], dtype=np.int64))
-    files = [(number, 0, file.nbytes, number, 0, byte, 0) for number, file in enumerate(inputs) if file.nbytes]
-    chosen = [
-        (part, table)
-        for part, rows in rows_of.items()
-        for table in without_repeats(np.array(rows, dtype=FRAGMENT), base)
+    line = line_of(np.array([source.nbytes for source in inputs], dtype=np.int64))
+    whole_inputs = [FragmentRow(number, 0, source.nbytes, number, 0, byte) for number, source in enumerate(inputs)]
+    output_tables = [
+        (output, table)
+        for output, rows in rows_by_output.items()
+        for table in without_repeats(fragment_table(rows), line)
     ]
-    order = order_of([table for _, table in chosen], base)
-    source = places(order, np.array(files, dtype=FRAGMENT), base)
-    targets = tuple(Target(part, places(order, table, base), (0,), (1.0,)) for part, table in chosen)
-    return [Stream("carry", _numel(order), (source,), (), targets, np.zeros(0, np.int64), order, base)]
-
-
-def whole_tensors(placed: Sequence[tuple[int, int, int, int, int]]) -> Table:
-    """An output table of whole tensors from (tensor, numel, file, offset, dtype code)."""
-    rows = [(tensor, 0, numel, file, offset, dtype, 0) for tensor, numel, file, offset, dtype in placed if numel]
-    return np.array(rows, dtype=FRAGMENT)
+    order = order_of([table for _, table in output_tables], line)
+    source = locate(order, fragment_table(whole_inputs), line)
+    targets = tuple(Target(output, locate(order, table, line), (0,), (1.0,)) for output, table in output_tables)
+    return [Stream("carry", order.numel, (source,), (), targets, np.zeros(0, np.int64), order, line)]

@@ -1,4 +1,4 @@
-"""From a recipe's words to the window: which checkpoints, with which coefficients, and whether they belong together."""
+"""From a recipe to its window: which checkpoints, with which coefficients, and whether they belong together."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -19,12 +19,17 @@ from wsm_ds.schedules.curves import parse_curve
 log = logging.getLogger(__name__)
 
 ReadLayout = Callable[[Checkpoint, frozenset[str]], Layout]
-"""`read_layout`, or one that remembers what it has read."""
+"""`read_layout`, or a function that remembers what it has read."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """Layouts by rising step, and a coefficient for each (float64, sums to 1)."""
+    """The checkpoints that are merged into one output.
+
+    Attributes:
+        layouts: by rising step.
+        coefficients: one per layout, float64, with sum 1.
+    """
 
     layouts: tuple[Layout, ...]
     coefficients: NDArray[np.float64]
@@ -33,35 +38,54 @@ class Window:
 def select_window(recipe: MergeRecipe, read: ReadLayout = read_layout) -> Window:
     """Finds, reads and checks the checkpoints of a recipe. Reads metadata only.
 
+    Args:
+        recipe: what the user asks for.
+        read: reads a layout; a caller with several recipes passes a function that reads each checkpoint once.
+
     Raises:
         CheckpointNotFound, BrokenCheckpoint, UnsupportedLayout, UnsafePickle: see `read_layout`.
-        WindowError: no checkpoint in range, a step twice, inside the warmup, across a change of rate.
-        LayoutMismatch: the checkpoints do not hold the same model (the differences are named).
+        WindowError: no checkpoint lies in the range, a step occurs twice, the window lies inside the warmup, or the
+            learning rate changes in it. The message names the checkpoints.
+        LayoutMismatch: the checkpoints do not hold the same model; the message names the differences.
     """
-    layouts = sorted(_chosen(recipe, read), key=lambda layout: layout.step)
+    layouts = sorted(_read_chosen(recipe, read), key=lambda layout: layout.step)
     steps = [layout.step for layout in layouts]
-    twice = sorted({step for step in steps if steps.count(step) > 1})
-    if twice:
-        tags = [layout.tag for layout in layouts if layout.step in twice]
-        raise WindowError(f"step {few(twice)} is in the window more than once: {few(tags)}. Choose by tags.")
+    repeated = sorted({step for step in steps if steps.count(step) > 1})
+    if repeated:
+        tags = [layout.tag for layout in layouts if layout.step in repeated]
+        raise WindowError(
+            f"step {few(repeated)} is in the window more than once: {few(tags)}. "
+            "Choose the checkpoints by tags (--tags A,B,…)."
+        )
     for layout in layouts[:-1]:
         check_same_model(layout, layouts[-1])
-    _check_rates(layouts, recipe.allow)
-    if recipe.coefficients is not None:
-        coefficients = check_coefficients(recipe.coefficients)
-        if len(coefficients) != len(layouts):
-            raise WindowError(f"{len(coefficients)} coefficients were given for {len(layouts)} checkpoints.")
-    else:
+    _check_learning_rates(layouts, recipe.allow)
+    return Window(tuple(layouts), _coefficients(recipe, steps))
+
+
+def _coefficients(recipe: MergeRecipe, steps: list[int]) -> NDArray[np.float64]:
+    """The coefficients that the recipe states, or those of its curve on the grid of the window's steps."""
+    if recipe.coefficients is None:
         curve = parse_curve(recipe.curve or "linear")
-        interval = recipe.oldest_interval
-        coefficients = merge_coefficients(curve, steps=steps, oldest_interval=interval, floor=recipe.floor)
-    return Window(tuple(layouts), coefficients)
+        return merge_coefficients(curve, steps=steps, oldest_interval=recipe.oldest_interval, floor=recipe.floor)
+    coefficients = check_coefficients(recipe.coefficients)
+    if len(coefficients) != len(steps):
+        raise WindowError(
+            f"coefficients (--coefficients): {len(coefficients)} were given for {len(steps)} checkpoints, steps "
+            f"{few(steps)}. Give one per checkpoint, oldest first."
+        )
+    return coefficients
 
 
 def recorded_window(
     sources: Sequence[Mapping[str, Any]], recipe: MergeRecipe, read: ReadLayout = read_layout
 ) -> Window:
-    """The window that a manifest or a plan has recorded, read again.
+    """Reads the window again that a manifest or an interrupted merge has recorded.
+
+    Args:
+        sources: `step`, `tag`, `path` and `coefficient` of each checkpoint, as in the manifest.
+        recipe: its `allow_globals` are used.
+        read: see `select_window`.
 
     Raises:
         CheckpointNotFound, BrokenCheckpoint, UnsupportedLayout, UnsafePickle: see `read_layout`.
@@ -74,10 +98,10 @@ def recorded_window(
 
 
 def union_of(windows: Sequence[Window]) -> tuple[Layout, ...]:
-    """All checkpoints of several windows, by rising step.
+    """Returns all checkpoints of several windows, each once, by rising step.
 
     Raises:
-        LayoutMismatch: they do not hold the same model.
+        LayoutMismatch: they do not hold the same model; the message names the differences.
     """
     layouts = {layout.path: layout for window in windows for layout in window.layouts}
     ordered = sorted(layouts.values(), key=lambda layout: (layout.step, str(layout.path)))
@@ -86,32 +110,37 @@ def union_of(windows: Sequence[Window]) -> tuple[Layout, ...]:
     return tuple(ordered)
 
 
-def _chosen(recipe: MergeRecipe, read: ReadLayout) -> list[Layout]:
+def _read_chosen(recipe: MergeRecipe, read: ReadLayout) -> list[Layout]:
+    """The layouts of the checkpoints that the recipe chooses by tags, by `last` or by a range of steps."""
     allowed = frozenset(recipe.allow_globals)
     if recipe.tags is not None:
         return [read(find_tag(recipe.run, tag), allowed) for tag in recipe.tags]
-    found = find_checkpoints(recipe.run)
+    checkpoints = find_checkpoints(recipe.run)
     if recipe.last is not None:
         until = recipe.to_step
-        tags = {checkpoint.tag for checkpoint in found}
-        once = [c for c in found if c.tag.removesuffix("_universal") not in tags - {c.tag}]  # a copy does not count
-        return _newest_complete([c for c in once if until is None or c.named_step <= until], recipe, read)
+        tags = {checkpoint.tag for checkpoint in checkpoints}
+        # A universal checkpoint beside the checkpoint that it was converted from is the same step a second time.
+        originals = [c for c in checkpoints if c.tag.removesuffix("_universal") not in tags - {c.tag}]
+        return _newest_complete([c for c in originals if until is None or c.named_step <= until], recipe, read)
     low, high = recipe.from_step or 0, recipe.to_step or 0
-    layouts = [read(c, allowed) for c in found if c.named_step < 0 or low <= c.named_step <= high]
+    # A tag may not name its step (-1 then); only the layout tells it.
+    layouts = [read(c, allowed) for c in checkpoints if c.named_step < 0 or low <= c.named_step <= high]
     layouts = [layout for layout in layouts if low <= layout.step <= high]
     if not layouts:
-        raise WindowError(f"{recipe.run} holds no checkpoint from step {low} to {high}; {_held(found)}")
+        raise WindowError(
+            f"{recipe.run} holds no checkpoint from step {low} to {high} (--from, --to); {_tags_of(checkpoints)}"
+        )
     return layouts
 
 
-def _held(found: list[Checkpoint]) -> str:
-    return f"it holds {few(checkpoint.tag for checkpoint in found)}."
+def _tags_of(checkpoints: list[Checkpoint]) -> str:
+    return f"it holds {few(checkpoint.tag for checkpoint in checkpoints)}."
 
 
-def _newest_complete(found: list[Checkpoint], recipe: MergeRecipe, read: ReadLayout) -> list[Layout]:
-    """The newest ones, up to a step if there is one; a broken one at the very end is still being written."""
+def _newest_complete(checkpoints: list[Checkpoint], recipe: MergeRecipe, read: ReadLayout) -> list[Layout]:
+    """The newest `recipe.last` layouts. A broken checkpoint at the very end is skipped: it is still being written."""
     layouts: list[Layout] = []
-    for checkpoint in reversed(found):
+    for checkpoint in reversed(checkpoints):
         if len(layouts) == recipe.last:
             break
         try:
@@ -119,50 +148,60 @@ def _newest_complete(found: list[Checkpoint], recipe: MergeRecipe, read: ReadLay
         except BrokenCheckpoint as error:
             if layouts:
                 raise
-            log.warning("%s is passed over: %s", checkpoint.tag, error)
+            log.warning("%s is skipped: %s", checkpoint.tag, error)
             continue
         if recipe.to_step is None or layout.step <= recipe.to_step:
             layouts.append(layout)
     until = "" if recipe.to_step is None else f" up to step {recipe.to_step}"
     if len(layouts) < (recipe.last or 0):
         raise WindowError(
-            f"{recipe.last} complete checkpoints{until} were asked for, {len(layouts)} are there; {_held(found)}"
+            f"last (--last): {recipe.last} complete checkpoints{until} were asked for, {len(layouts)} are there in "
+            f"{recipe.run}; {_tags_of(checkpoints)}"
         )
     steps = [layout.step for layout in layouts]
     deleted = sorted(step for step in deleted_steps(recipe.run) - set(steps) if min(steps) < step < max(steps))
     if deleted:
         raise WindowError(
             f"the newest {recipe.last} checkpoints{until} of {recipe.run} are not all there any more: `wsm-ds prune` "
-            f"has deleted step {few(deleted)}. Choose the window by its steps, or by tags."
+            f"has deleted step {few(deleted)}. Choose the window by its steps (--from, --to), or by tags (--tags)."
         )
     return layouts
 
 
 def check_same_model(older: Layout, newest: Layout) -> None:
-    """Raises LayoutMismatch if names, shapes, roles or model-parallel degrees differ; names the differences."""
-    sizes = [layout.model_parallel_size for layout in (older, newest)]
-    if sizes[0] != sizes[1]:
+    """Checks that two checkpoints hold the same model.
+
+    Raises:
+        LayoutMismatch: names, shapes, roles, tied names or model-parallel degrees differ; the message names the
+            differences.
+    """
+    if older.model_parallel_size != newest.model_parallel_size:
         raise LayoutMismatch(
-            f"{older.path} was saved with {sizes[0]} model-parallel ranks, {newest.path} with {sizes[1]}; the files do "
-            "not say how a tensor is split between them, so only equal degrees are merged."
+            f"{older.path} was saved with {older.model_parallel_size} model-parallel ranks, {newest.path} with "
+            f"{newest.model_parallel_size}; the files do not say how a tensor is split between the ranks, so only "
+            "checkpoints of equal degrees can be merged."
         )
     differences = [
-        f"{name}: {_described(older, name)} against {_described(newest, name)}"
+        f"{name}: {_tensor_words(older, name)} against {_tensor_words(newest, name)}"
         for name in {**older.tensors, **newest.tensors}
-        if _described(older, name) != _described(newest, name)
+        if _tensor_words(older, name) != _tensor_words(newest, name)
     ]
     if set(older.aliases.items()) != set(newest.aliases.items()):
         differences.append(f"tied names {older.aliases} against {newest.aliases}")
     if differences:
-        raise LayoutMismatch(f"{older.path} and {newest.path} do not hold the same model: {few(differences)}.")
+        raise LayoutMismatch(
+            f"{older.path} and {newest.path} do not hold the same model: {few(differences)}. "
+            "Choose a window of one model."
+        )
 
 
-def _described(layout: Layout, name: str) -> str:
+def _tensor_words(layout: Layout, name: str) -> str:
     info = layout.tensors.get(name)
     return "absent" if info is None else f"{info.role} {list(info.shape)}"
 
 
-def _check_rates(layouts: list[Layout], allow: tuple[str, ...]) -> None:
+def _check_learning_rates(layouts: list[Layout], allow: tuple[str, ...]) -> None:
+    """Refuses a window in which the rate is not constant: a merge emulates a decay from a constant rate."""
     oldest = layouts[0]
     warmup = layouts[-1].warmup_num_steps
     if "warmup" not in allow and warmup is not None and oldest.step < warmup and len(layouts) > 1:

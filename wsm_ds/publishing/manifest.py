@@ -16,7 +16,7 @@ from wsm_ds.engine.tasks import BLOCK_BYTES
 from wsm_ds.errors import VerificationFailed, few
 from wsm_ds.filesystem import checksum
 from wsm_ds.filesystem.small_files import read_small
-from wsm_ds.planning.plan import Plan, described
+from wsm_ds.planning.plan import Plan, describe_output
 from wsm_ds.publishing.staging_folder import MANIFEST, RecordedSource
 
 FORMAT = 2
@@ -46,7 +46,7 @@ def description(plan: Plan, part: int) -> dict[str, Any]:
     inputs = [plan.inputs[number] for number in read if _is_of(plan, part, plan.inputs[number].path)]
     known = {
         "recipe": {name: value for name, value in chosen.recipe.items() if name not in NOT_OF_THE_RESULT},
-        "sources": described(chosen)["sources"],
+        "sources": describe_output(chosen)["sources"],
         "inputs": [[str(source.path.resolve()), source.nbytes, source.mtime_ns] for source in inputs],
         "files": [[output.name, output.nbytes] for _, output in plan.files_of(part)],
         "block_bytes": BLOCK_BYTES,
@@ -70,7 +70,7 @@ def make_manifest(plan: Plan, part: int, written: Sequence[Written]) -> dict[str
         "versions": {name: _version(name) for name in ("wsm_ds", "numpy")},
         "identity": description(plan, part)["identity"],
         "recipe": chosen.recipe,
-        **{name: value for name, value in described(chosen).items() if name != "out"},
+        **{name: value for name, value in describe_output(chosen).items() if name != "out"},
         "block_bytes": BLOCK_BYTES,
         "files": {w.name: {"bytes": w.nbytes, "xxh3_128_of_blocks": w.checksum} for w in written}
         | {name: text_entry(text) for name, text in chosen.texts.items()},

@@ -79,7 +79,7 @@ def make_spec(values: dict[str, Any], ends: EndPoints) -> WatchSpec:
             f"{few(f'`{name}`' for name in fixed)}."
         )
     run, out = Path(values["run"]).absolute(), Path(values["out"]).absolute()
-    recipes = make_recipes(**values | {"run": run, "out": out}, named=NAMED_BY)
+    recipes = make_recipes(**values | {"run": run, "out": out}, always_named=NAMED_BY)
     named = {recipe.out.relative_to(out).as_posix(): recipe for recipe in recipes}
     if len(named) < len(recipes):
         raise RecipeError("two outputs have the same name; give each entry of outputs an out of its own.")

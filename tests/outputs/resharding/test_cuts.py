@@ -13,7 +13,7 @@ from wsm_ds.layouts.layout import Table, TableBuilder, TensorInfo
 from wsm_ds.outputs.resharding.form import Form
 from wsm_ds.outputs.resharding.groups import in_partition_order, subgroups
 from wsm_ds.outputs.resharding.optimizer_file import alignment_paddings, partition_size
-from wsm_ds.planning.intersect import line_of, order_of, places
+from wsm_ds.planning.intersect import line_of, locate, order_of
 
 PADDING = -1.0
 Groups = list[list[int]]  # numbers of elements of each parameter
@@ -110,31 +110,31 @@ def test_every_rank_of_every_form_gets_its_elements_from_every_other_form(
     groups: Groups, out: Form, sources: list[Form]
 ) -> None:
     assert CODES["fp32"] == table(groups, out)[0]["dtype"][0]
-    wanted = literally(groups, out)
+    expected = literally(groups, out)
     out_table, lengths = table(groups, out)
-    assert lengths == [len(rank) for rank in wanted]
+    assert lengths == [len(rank) for rank in expected]
     tables = [table(groups, source)[0] for source in sources]
-    held = [literally(groups, source) for source in sources]
+    flats_of_sources = [literally(groups, source) for source in sources]
     numels = np.array([numel for group in groups for numel in group], dtype=np.int64)
     base = line_of(numels)
     order = order_of([out_table], base)
-    targets = list(places(order, out_table, base).parts(0, int(order.starts[-1])))
-    for k, flats in enumerate(held):
-        made = [np.full(length, PADDING) for length in lengths]
+    targets = list(locate(order, out_table, base).within(0, int(order.starts[-1])))
+    for k, flats in enumerate(flats_of_sources):
+        written = [np.full(length, PADDING) for length in lengths]
         line = np.empty(int(order.starts[-1]))
-        for element, numel, file, offset in places(order, tables[k], base).parts(0, len(line)):
+        for element, numel, file, offset in locate(order, tables[k], base).within(0, len(line)):
             line[element : element + numel] = flats[file][offset // 4 : offset // 4 + numel]
         for element, numel, file, offset in targets:
-            made[file][offset // 4 : offset // 4 + numel] = line[element : element + numel]
-        for got, rank in zip(made, wanted, strict=True):
+            written[file][offset // 4 : offset // 4 + numel] = line[element : element + numel]
+        for got, rank in zip(written, expected, strict=True):
             assert np.array_equal(got, rank)
 
 
 @given(st.lists(st.integers(1, 23), min_size=1, max_size=6), st.integers(1, 5), st.integers(1, 60))
 def test_a_subgroup_closes_with_the_parameter_that_fills_it(numels: list[int], world_size: int, size: int) -> None:
     names = tuple(map(str, range(len(numels))))
-    parts = {name: -(-numel // world_size) for name, numel in zip(names, numels, strict=True)}
+    partition_numels = {name: -(-numel // world_size) for name, numel in zip(names, numels, strict=True)}
     closed = subgroups(names, dict(zip(names, numels, strict=True)), world_size, size)
     assert [name for group in closed for name in group] == list(names)
-    assert all(sum(parts[name] for name in group[:-1]) < size for group in closed)
-    assert all(sum(parts[name] for name in group) >= size for group in closed[:-1])
+    assert all(sum(partition_numels[name] for name in group[:-1]) < size for group in closed)
+    assert all(sum(partition_numels[name] for name in group) >= size for group in closed[:-1])

@@ -42,11 +42,11 @@ def test_every_element_and_every_hyperparameter_is_kept(
 ) -> None:
     run, out = run_of(before, stage), tmp_path / "out"
     reshard(run, "global_step4", out, world_size=after, stage=new_stage, sub_group_size=50 if new_stage == 3 else None)
-    wanted, got = whole(run / "global_step4", stage), whole(out / "global_step4", new_stage)
+    expected, got = whole(run / "global_step4", stage), whole(out / "global_step4", new_stage)
     (old_models, old_optims), (new_models, new_optims) = (load_all(r / "global_step4") for r in (run, out))
     assert len(new_optims) == after
     assert len(new_models) == (after if new_stage == 3 else 1)
-    for kind, tensors in wanted.items():
+    for kind, tensors in expected.items():
         assert set(tensors) == set(got[kind])
         assert all(torch.equal(got[kind][name], tensor) for name, tensor in tensors.items()), kind
     for optim in new_optims.values():
@@ -59,7 +59,7 @@ def test_every_element_and_every_hyperparameter_is_kept(
     if new_stage < 3:
         module = new_models[0]["module"]
         assert list(module) == list(old_models[0]["module"])
-        assert all(torch.equal(module[name], tensor.bfloat16()) for name, tensor in wanted["master"].items())
+        assert all(torch.equal(module[name], tensor.bfloat16()) for name, tensor in expected["master"].items())
         assert module["head.weight"].data_ptr() == module["embedding.weight"].data_ptr()
     else:
         fragments = [new_models[rank]["frozen_param_fragments"]["frozen.weight"] for rank in range(after)]
@@ -153,12 +153,12 @@ def test_deepspeed_loads_another_stage_with_default_arguments(
         for job, report in zip(jobs, reported, strict=True):
             assert report["global_steps"] == 6
             assert all(math.isfinite(loss) for loss in report["losses"])
-            held = torch.load(f"{job['dump']}.rank{rank}")
+            loaded = torch.load(f"{job['dump']}.rank{rank}")
             optim = load_all(Path(job["root"]) / "global_step6")[1][rank]
-            for got, partition in zip(held["masters"], partitions(optim), strict=True):
+            for got, partition in zip(loaded["masters"], partitions(optim), strict=True):
                 assert same_bits(got[: partition.numel()], partition), json.dumps(job)
-            for got_moments, wanted in zip(held["moments"], moments(optim, "exp_avg"), strict=True):
-                assert same_bits(got_moments["exp_avg"], wanted)
+            for got_moments, expected in zip(loaded["moments"], moments(optim, "exp_avg"), strict=True):
+                assert same_bits(got_moments["exp_avg"], expected)
 
 
 @pytest.mark.parametrize("policy", ["carry", "merge", "drop"])

@@ -22,8 +22,8 @@ COEFFICIENTS = [0.5, 0.3, 0.2]
 UNIVERSAL = {"checkpoint": {"load_universal": True}}
 
 
-def equal(got: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    return set(got) == set(wanted) and all(torch.equal(got[name], value) for name, value in wanted.items())
+def equal(got: dict[str, Any], expected: dict[str, Any]) -> bool:
+    return set(got) == set(expected) and all(torch.equal(got[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("after", [1, 3])
@@ -77,14 +77,14 @@ def test_universal_checkpoints_of_deepspeed_merge_like_the_ones_they_were_made_o
     merge(run=run, out=tmp_path / "direct", **common)
     merge(run=converted / f"s{stage}", out=tmp_path / "through", **common, world_size=3, stage=stage, **size)
     direct, through = (whole(tmp_path / name / "global_step6", stage) for name in ("direct", "through"))
-    for kind, wanted in direct.items():
-        assert equal(through[kind], wanted), kind
+    for kind, expected in direct.items():
+        assert equal(through[kind], expected), kind
     assert [i.layout.world_size for i in inspect_run(tmp_path / "through") if i.layout] == [3]
     merge(run=converted / f"s{stage}", last=3, coefficients=COEFFICIENTS, out=tmp_path / "again", format="universal")
     for name, folder in (("again", "again"), ("direct", "direct")):
         export(tmp_path / folder, None, tmp_path / f"{name}-model", dtype="fp32")
-    wanted = load_file(tmp_path / "direct-model/model.safetensors")
-    assert equal(load_file(tmp_path / "again-model/model.safetensors"), wanted)
+    expected = load_file(tmp_path / "direct-model/model.safetensors")
+    assert equal(load_file(tmp_path / "again-model/model.safetensors"), expected)
     assert verify(tmp_path / "again", full=True).note == ""
 
 
@@ -116,8 +116,8 @@ def test_a_window_may_mix_universal_and_native_checkpoints(runs: Path, converted
     (run / "global_step4").symlink_to(runs / "w2_s3_bf16/global_step4")
     merge(run=run, last=2, coefficients=(0.7, 0.3), out=tmp_path / "out")
     merge(run=runs / "w2_s3_bf16", from_step=2, to_step=4, coefficients=(0.7, 0.3), out=tmp_path / "direct")
-    got, wanted = (whole(tmp_path / name / "global_step4", 3) for name in ("out", "direct"))
-    assert equal(got["master"], wanted["master"])
+    got, expected = (whole(tmp_path / name / "global_step4", 3) for name in ("out", "direct"))
+    assert equal(got["master"], expected["master"])
 
 
 def test_a_universal_checkpoint_is_listed_and_its_faults_are_named(

@@ -1,6 +1,6 @@
-"""Layouts out: the files of a checkpoint in a form that the newest source does not have.
+"""Makes the files of a checkpoint in a form (ZeRO stage, world size, universal) that the newest source does not have.
 
-Each file's object tree is made from the newest checkpoint's, so that parameter groups, counters, client state and
-whatever else a training job put there live on; only what the form decides is new. The reader that reads checkpoints
-then says where the elements belong.
+Each file's object tree starts as a copy of the newest checkpoint's, so that parameter groups, counters, client state
+and everything else that the training job saved are kept; only the entries that depend on the form are new. The same
+code that reads checkpoints (`wsm_ds.layouts`) then says where elements lie in the new files.
 """

@@ -1,11 +1,11 @@
-"""An optimizer's parameter groups as the training program made them, whatever the ZeRO stage did with them."""
+"""An optimizer's parameter groups as the training program made them, read back from how a ZeRO stage stores them."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wsm_ds.dtypes import DType
-from wsm_ds.errors import BrokenCheckpoint
+from wsm_ds.errors import BrokenCheckpoint, few
 from wsm_ds.layouts import zero12
 from wsm_ds.layouts.rank_files import element_wise
 from wsm_ds.layouts.universal import open_parameters, whole
@@ -13,14 +13,14 @@ from wsm_ds.torchfile import Tensor, TorchFile
 
 
 @dataclass(frozen=True)
-class Group:
-    """One parameter group.
+class ParameterGroup:
+    """One parameter group of an optimizer.
 
     Attributes:
-        names: parameters in the optimizer's order.
-        hyperparameters: its entry of `param_groups` without the parameters' numbers.
-        states: rank 0's states of the group (of its first sub-group): stand-ins of tensors, and numbers.
-        element_wise: those of them that hold a value per element, with their dtypes.
+        names: its parameters, in the optimizer's order.
+        hyperparameters: its entry of `param_groups`, without the parameters' numbers.
+        states: rank 0's optimizer states of the group (of its first sub-group), by name: tensors and numbers.
+        element_wise: dtypes of the states that hold a value per element, by name.
         master: dtype of the masters.
     """
 
@@ -36,11 +36,16 @@ class Group:
         return bool(self.hyperparameters.get("use_muon"))
 
 
-def read_groups(model: TorchFile, state: dict[str, Any], dealt_to: int) -> tuple[Group, ...]:
-    """The groups of a checkpoint, from rank 0's model file and optimizer state.
+def read_groups(model: TorchFile, state: dict[str, Any], dealt_to: int) -> tuple[ParameterGroup, ...]:
+    """Reads the groups of a checkpoint.
 
     Args:
-        dealt_to: number of ranks that `round_robin_gradients` dealt the parameters out to; 1 without it.
+        model: rank 0's model file.
+        state: rank 0's optimizer state.
+        dealt_to: number of ranks among which `round_robin_gradients` distributed the parameters; 1 without it.
+
+    Raises:
+        BrokenCheckpoint: the model file and the optimizer do not agree about the groups.
     """
     shapes = model.tree["param_shapes"]
     is_stage3 = "fp32_flat_groups" in state
@@ -49,18 +54,22 @@ def read_groups(model: TorchFile, state: dict[str, Any], dealt_to: int) -> tuple
     groups = []
     numbers = sorted(n for entry in base["param_groups"] for n in entry["params"]) if is_stage3 else range(len(shapes))
     if list(numbers) != list(range(len(flats))) or len(shapes) != len(flats):
-        raise BrokenCheckpoint(f"{model.path} names {len(shapes)} flat groups, the optimizer's groups are of others.")
+        raise BrokenCheckpoint(
+            f"{model.path} names {len(shapes)} flat groups, but the optimizer holds {len(flats)} and its param_groups "
+            f"refer to {few(list(numbers))}. Are the files from one checkpoint?"
+        )
     for number, entry in enumerate(base["param_groups"]):
-        held = list(entry["params"]) if is_stage3 else [number]
-        names = [name for index in held for name in shapes[index]]
+        # Stage 3 makes several flat groups (sub-groups) of a parameter group, stages 1 and 2 make one.
+        indices = list(entry["params"]) if is_stage3 else [number]
+        names = [name for index in indices for name in shapes[index]]
         states = base["state"].get(entry["params"][0], {}) if entry["params"] else {}
-        flat = flats[held[0]] if held else flats[0]
+        flat = flats[indices[0]] if indices else flats[0]
         padding = 0 if is_stage3 or "zero_stage" not in state else int(state["group_paddings"][number])
         element_values = element_wise(states, flat.numel, flat.numel + padding)
         if entry.get("use_muon") and isinstance(states.get(zero12.MOMENTUM), Tensor):
             element_values[zero12.MOMENTUM] = states[zero12.MOMENTUM]
         groups.append(
-            Group(
+            ParameterGroup(
                 names=tuple(_dealt_back(names, dealt_to)),
                 hyperparameters=_hyperparameters(entry),
                 states=states,
@@ -73,8 +82,18 @@ def read_groups(model: TorchFile, state: dict[str, Any], dealt_to: int) -> tuple
 
 def read_universal_groups(
     path: Path, model: TorchFile, head: TorchFile, allowed_globals: frozenset[str]
-) -> tuple[Group, ...]:
-    """The groups of a universal checkpoint at `path`; states are those of each group's first parameter."""
+) -> tuple[ParameterGroup, ...]:
+    """Reads the groups of a universal checkpoint; a group's states are those of its first parameter.
+
+    Args:
+        path: the checkpoint's folder.
+        model: its model file.
+        head: its `optimizer_state.pt`.
+        allowed_globals: see `open_torch_file`.
+
+    Raises:
+        BrokenCheckpoint: a group has no parameter that the model file names.
+    """
     shapes, entries = model.tree["param_shapes"], head.tree["param_groups"]
     counters = (head.tree.get("optimizer_state_dict") or {"state": {}})["state"].get(0, {})
     groups = []
@@ -86,11 +105,11 @@ def read_universal_groups(
                 f"{head.path}: param_groups.{number} holds no parameter that {model.path.name} names."
             )
         kinds = open_parameters(path, [*names[:1]], allowed_globals)[names[0]]
-        held = {kind: tensor for kind, file in kinds.items() if (tensor := whole(file.tree)) is not None}
-        master, step = held.pop("fp32"), held.pop("step", counters.get("step"))
-        states = held | ({} if step is None else {"step": step})
-        dtypes = {name: tensor.dtype for name, tensor in held.items()}
-        groups.append(Group(names, _hyperparameters(entry), states, dtypes, master.dtype))
+        tensors = {kind: tensor for kind, file in kinds.items() if (tensor := whole(file.tree)) is not None}
+        master, step = tensors.pop("fp32"), tensors.pop("step", counters.get("step"))
+        states = tensors | ({} if step is None else {"step": step})
+        dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+        groups.append(ParameterGroup(names, _hyperparameters(entry), states, dtypes, master.dtype))
     return tuple(groups)
 
 
@@ -99,28 +118,52 @@ def _hyperparameters(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_partition_order(names: tuple[str, ...], ranks: int) -> list[str]:
-    """Names dealt out to `ranks` one by one, and gathered rank by rank (`stage_1_and_2.py`, `_round_robin_reorder`)."""
+    """Returns the order of a group's parameters under `round_robin_gradients`.
+
+    Parameters are distributed to the ranks one by one and collected rank by rank
+    (`runtime/zero/stage_1_and_2.py:901`, `_round_robin_reorder`).
+
+    >>> in_partition_order(("a", "b", "c", "d", "e"), 2)
+    ['a', 'c', 'e', 'b', 'd']
+
+    Args:
+        names: in the optimizer's order.
+        ranks: number of data-parallel ranks; 1 leaves the order as it is.
+    """
     return [name for rank in range(ranks) for name in names[rank::ranks]]
 
 
 def _dealt_back(dealt: list[str], ranks: int) -> list[str]:
-    """The order that `in_partition_order` was given."""
+    """The inverse of `in_partition_order`."""
     order = [index for rank in range(ranks) for index in range(rank, len(dealt), ranks)]
     return [name for _, name in sorted(zip(order, dealt, strict=True))]
 
 
 def subgroups(names: tuple[str, ...], numels: dict[str, int], world_size: int, size: int) -> list[list[str]]:
-    """Stage 3's sub-groups of a group: closed at `size` elements of a rank (`stage3.py`, `_create_fp16_sub_groups`)."""
-    parts = {name: -(-numels[name] // world_size) for name in names}
-    if size >= sum(parts.values()):
+    """Splits a parameter group into stage 3's sub-groups.
+
+    A sub-group is closed by the parameter with which a rank's partitions reach `size` elements
+    (`runtime/zero/stage3.py:1210`, `_create_fp16_sub_groups`).
+
+    >>> subgroups(("a", "b", "c"), {"a": 4, "b": 4, "c": 4}, world_size=2, size=3)
+    [['a', 'b'], ['c']]
+
+    Args:
+        names: parameters of the group.
+        numels: elements of each parameter.
+        world_size: data-parallel ranks; a rank holds ceil(numel / world_size) elements of a parameter.
+        size: `sub_group_size`, in elements of one rank.
+    """
+    partition_numels = {name: -(-numels[name] // world_size) for name in names}
+    if size >= sum(partition_numels.values()):
         return [list(names)] if names else []
     closed: list[list[str]] = []
     current: list[str] = []
-    held = 0
+    current_numel = 0
     for name in names:
         current.append(name)
-        held += parts[name]
-        if held >= size or name == names[-1]:
+        current_numel += partition_numels[name]
+        if current_numel >= size or name == names[-1]:
             closed.append(current)
-            current, held = [], 0
+            current, current_numel = [], 0
     return closed

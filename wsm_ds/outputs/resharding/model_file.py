@@ -1,17 +1,23 @@
-"""A rank's model file in another form. Keys as `runtime/engine.py:5017`."""
+"""A rank's model file in another form. Its keys: `runtime/engine.py:5017`, `_common_checkpoint_state`."""
 
 from collections import OrderedDict
 from typing import Any
 
 from wsm_ds.layouts.layout import TensorInfo
 from wsm_ds.outputs.resharding.form import Form, Origin, cuts
-from wsm_ds.outputs.resharding.placeholders import room
+from wsm_ds.outputs.resharding.placeholders import placeholder
 from wsm_ds.torchfile import Tensor
 from wsm_ds.torchfile.unpickle import TorchSize
 
 
 def model_tree(origin: Origin, form: Form, rank: int) -> dict[str, Any]:
-    """The object tree of `rank`'s model file (stages 1 and 2 have rank 0's only), with room for the elements."""
+    """Returns the object tree of a rank's model file, with placeholders for elements that the form places anew.
+
+    Args:
+        origin: the newest checkpoint.
+        form: the form of the new file.
+        rank: data-parallel rank; stages 1 and 2 have only rank 0's file.
+    """
     tree: dict[str, Any] = dict(origin.models.get(rank, origin.models[0]).tree)
     first = origin.models[0].tree
     tensors = origin.layout.tensors
@@ -37,30 +43,33 @@ def model_tree(origin: Origin, form: Form, rank: int) -> dict[str, Any]:
 
 
 def _module(origin: Origin, form: Form, old: dict[str, Any]) -> OrderedDict[str, Any]:
-    """Weights under the old names in the old order: placeholders in stage 3, whole tensors else, tied ones shared."""
+    """The module's weights under the old names, in the old order.
+
+    Stage 3 saves empty tensors there, other stages whole ones. Tied weights share one tensor, as in the source.
+    """
     if form.stage < 3 and origin.form.stage < 3:
         return OrderedDict(old)
     new: OrderedDict[str, Any] = OrderedDict()
-    made: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, value in old.items():
         owner = origin.layout.aliases.get(name, name)
         info = origin.layout.tensors.get(owner)
         if info is None or info.role == "buffer" or not isinstance(value, Tensor):
             new[name] = value
             continue
-        if owner not in made:
-            made[owner] = room(info.dtype, (0,) if form.stage == 3 else info.shape)
-        new[name] = made[owner]
+        if owner not in tensors:
+            tensors[owner] = placeholder(info.dtype, (0,) if form.stage == 3 else info.shape)
+        new[name] = tensors[owner]
     return new
 
 
 def _fragment(form: Form, info: TensorInfo, whole: Tensor) -> Tensor:
-    """A frozen parameter beside the module: the same tensor, or in stage 3 the rank's part of it."""
-    return room(info.dtype, (-(-info.numel // form.world_size),)) if form.stage == 3 else whole
+    """A frozen parameter outside the module: the module's tensor, or in stage 3 the rank's partition of it."""
+    return placeholder(info.dtype, (-(-info.numel // form.world_size),)) if form.stage == 3 else whole
 
 
 def with_form(config: Any, form: Form) -> Any:
-    """A ds_config that says what the form is, where it differs."""
+    """Returns a ds_config with the form's stage and sub_group_size; a config without ZeRO is returned unchanged."""
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
         return config
     changed = {"stage": form.stage}

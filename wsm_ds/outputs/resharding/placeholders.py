@@ -1,4 +1,4 @@
-"""Stand-ins that a new object tree is made of: room for elements, copies, globals that DeepSpeed itself pickles."""
+"""Stand-ins for a new object tree: tensors to be filled, copies of tensors, and objects that DeepSpeed pickles."""
 
 import itertools
 from collections import OrderedDict
@@ -11,17 +11,22 @@ from wsm_ds.torchfile import Global, Stub, Tensor
 from wsm_ds.torchfile.unpickle import STORAGES, Storage
 
 STORAGE_NAMES = {torch_name: name for name, torch_name in reversed(STORAGES.items())}
+"""The class of a torch storage, by the torch name of its dtype."""
 _numbers = itertools.count(1)
 
 
-def room(dtype: DType, shape: tuple[int, ...]) -> Tensor:
-    """A contiguous tensor with a storage of its own, to be filled.
+def placeholder(dtype: DType, shape: tuple[int, ...]) -> Tensor:
+    """Returns a contiguous tensor with its own storage, which lies in no file: streams fill it.
+
+    Args:
+        dtype: dtype of the tensor.
+        shape: shape of the tensor.
 
     Raises:
         UnsupportedLayout: torch has no storage class for the dtype.
     """
     if dtype.torch_name not in STORAGE_NAMES:
-        raise UnsupportedLayout(f"a {dtype.name} tensor is not written in another form.")
+        raise UnsupportedLayout(f"a {dtype.name} tensor cannot be resharded: torch has no storage class for its dtype.")
     numel, stride = 1, []
     for size in reversed(shape):
         stride.append(max(numel, 1))
@@ -32,7 +37,10 @@ def room(dtype: DType, shape: tuple[int, ...]) -> Tensor:
 
 
 def own_copies(value: Any) -> Any:
-    """`value` if it is no tensor, else a tensor of the same bytes in a storage of its own."""
+    """Returns a tensor with the same bytes in its own storage; returns anything else unchanged.
+
+    Tensors that share a storage in the source (step counters) would otherwise share it in the output, too.
+    """
     if not isinstance(value, Tensor):
         return value
     return _tensor(replace(value.storage, copy=next(_numbers)), value.offset, value.shape, value.stride)
@@ -44,17 +52,17 @@ def _tensor(storage: Storage, offset: int, shape: tuple[int, ...], stride: tuple
 
 
 def zero_stage(stage: int) -> Stub:
-    """DeepSpeed's enum of the stages."""
+    """Returns DeepSpeed's enum value of a ZeRO stage."""
     return Stub(Global("deepspeed.runtime.zero.config", "ZeroStageEnum"), (stage,))
 
 
 def static_loss_scaler() -> Stub:
-    """What bf16 and fp32 runs save as their loss scaler: a constant 1."""
+    """Returns the loss scaler that bf16 and fp32 runs save: a constant 1."""
     scaler = Global("deepspeed.runtime.fp16.loss_scaler", "LossScaler")
     return Stub(scaler, (), state={"cur_scale": 1.0, "dynamic": False}, is_new=True)
 
 
 def fragment_address(numel: int, start: int) -> Stub:
-    """Where a parameter's elements lie in a rank's partition."""
+    """Returns DeepSpeed's address of a parameter's elements in a rank's partition, both in elements."""
     address = Global("deepspeed.utils.tensor_fragment", "fragment_address")
     return Stub(address, (), state={"numel": numel, "start": start}, is_new=True)

@@ -1,4 +1,4 @@
-"""All files of a ZeRO checkpoint in another form: templates, and where each kind's elements belong in them."""
+"""All files of a ZeRO checkpoint in another form, as templates."""
 
 from wsm_ds.layouts import zero3, zero12
 from wsm_ds.layouts.layout import Table, TableBuilder
@@ -6,42 +6,48 @@ from wsm_ds.layouts.rank_files import RankFiles
 from wsm_ds.outputs.resharding.form import Form, Origin
 from wsm_ds.outputs.resharding.model_file import model_tree
 from wsm_ds.outputs.resharding.optimizer_file import optimizer_tree
-from wsm_ds.outputs.torch_template import Rewritten, inputs_of, rewritten
-from wsm_ds.planning.plan import Template
+from wsm_ds.outputs.torch_template import TorchTemplate, inputs_of, make_torch_template
+from wsm_ds.planning.plan import InputNumber, Template
 
 
 def zero_templates(
-    origin: Origin, form: Form, first_input: int, keeps_states: bool, allowed_globals: frozenset[str]
+    origin: Origin, form: Form, first_input: InputNumber, keeps_states: bool, allowed_globals: frozenset[str]
 ) -> tuple[list[Template], dict[str, Table]]:
-    """Templates of every rank's files; the tables' `file` counts them.
+    """Makes every rank's files.
 
     Args:
+        origin: the newest checkpoint.
+        form: the form of the new checkpoint.
         first_input: the plan's number of the origin's first file.
-        keeps_states: whether there is room for optimizer states.
+        keeps_states: whether the optimizer files hold optimizer states.
+        allowed_globals: see `open_torch_file`.
+
+    Returns:
+        The files, and by kind where elements belong in them; `file` in the tables is the index of a template.
     """
     inputs = inputs_of(origin.layout, first_input)
     ranks = range(form.world_size)
-    models: dict[int, Rewritten] = {}
-    optims: dict[int, Rewritten] = {}
+    models: dict[int, TorchTemplate] = {}
+    optims: dict[int, TorchTemplate] = {}
     prefix = "bf16_" if origin.has_bf16_enabled else ""
     for rank in ranks if form.stage == 3 else (0,):
         name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if form.stage == 3 else "mp_rank_00_model_states.pt"
-        tree, like = model_tree(origin, form, rank), origin.models[0].archive
-        models[rank] = rewritten(name, tree, like, inputs, allowed_globals)
+        tree, original = model_tree(origin, form, rank), origin.models[0].archive
+        models[rank] = make_torch_template(name, tree, original, inputs, allowed_globals)
     for rank in ranks:
         name = f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        tree, like = optimizer_tree(origin, form, rank, keeps_states), origin.optimizer.archive
-        optims[rank] = rewritten(name, tree, like, inputs, allowed_globals)
-    made = [*models.values(), *optims.values()]
+        tree, original = optimizer_tree(origin, form, rank, keeps_states), origin.optimizer.archive
+        optims[rank] = make_torch_template(name, tree, original, inputs, allowed_globals)
+    templates = [*models.values(), *optims.values()]
     layout = origin.layout
     files = RankFiles(
-        {rank: made.file for rank, made in models.items()},
-        {rank: made.file for rank, made in optims.items()},
-        {entry.file.path: index for index, entry in enumerate(made)},
+        {rank: template.file for rank, template in models.items()},
+        {rank: template.file for rank, template in optims.items()},
+        {template.file.path: index for index, template in enumerate(templates)},
         layout.tensors,
         layout.aliases,
         form.world_size,
     )
     builder = TableBuilder()
     (zero3 if form.stage == 3 else zero12).place(builder, files)
-    return [entry.template for entry in made], builder.tables()
+    return [template.template for template in templates], builder.tables()
