@@ -127,7 +127,7 @@ class MergeRecipe(BaseModel):
             raise ValueError(f"give either `curve` or `coefficients`; found {found}")
         if self.coefficients is not None and self.floor:
             raise ValueError(
-                f"`floor` ({self.floor}) belongs to a curve, and `coefficients` are used as they are; remove one of them"
+                f"`floor` ({self.floor}) belongs to a curve, and `coefficients` are used as they are; remove one"
             )
         return self
 
@@ -167,8 +167,8 @@ class MergeRecipe(BaseModel):
             )
         if self.like is not None and has_form:
             raise ValueError(
-                f"`like` ({self.like}) decides `world_size`, `stage` and `sub_group_size`; found {form}; give one or the "
-                "other"
+                f"`like` ({self.like}) decides `world_size`, `stage` and `sub_group_size`; found {form}; give one "
+                "or the other"
             )
         return self
 

@@ -1,9 +1,9 @@
-"""Deleting the checkpoints that no window can want any more; everything that is in doubt is kept.
+"""Deletes the checkpoints that no window can need any more. In doubt, a checkpoint is kept.
 
-In RUN/.wsm-prune lie, of all prunes of a run,
+RUN/.wsm-prune holds, for all prunes of a run,
 
-    deleted.jsonl   what was deleted, a line a checkpoint: a window over one of them is not made of others instead
-    trash/          checkpoints on their way out: each leaves the run by one rename, so that nobody sees half of one
+    deleted.jsonl   what was deleted, one line per checkpoint: a window never takes an older checkpoint in its place
+    trash/          checkpoints that are being deleted: each leaves the run by one rename, so nobody sees half of one
     lock            held by the prune that deletes
 """
 
@@ -32,11 +32,11 @@ NEVER_SETTLES_S = float("inf")
 
 @dataclass(frozen=True)
 class Retention:
-    """What is kept, beside what always is (see `plan_prune`).
+    """What is kept, in addition to what always is (see `plan_prune`).
 
     Attributes:
         specs: watches whose windows must still be possible.
-        folders: where merges of the run are made; what one that was begun needs is kept.
+        folders: where merges of the run are written; the sources of unfinished ones are kept.
         keep_window: the newest complete checkpoints that windows to come need.
         keep_every: checkpoints at multiples of so many steps.
         keep_last: the newest complete checkpoints, for a run that has to start again from one.
@@ -51,7 +51,12 @@ class Retention:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One checkpoint: `kept_because` is empty if it can go."""
+    """Whether one checkpoint is kept.
+
+    Attributes:
+        nbytes: bytes of all its files.
+        kept_because: the reason; empty if it can be deleted.
+    """
 
     checkpoint: Checkpoint
     nbytes: int
@@ -70,7 +75,7 @@ class Verdict:
 
 
 def plan_prune(run: Path, retention: Retention, allowed_globals: frozenset[str] = frozenset()) -> tuple[Verdict, ...]:
-    """What becomes of every checkpoint of a run, oldest first. Deletes nothing.
+    """Decides which checkpoints of a run can be deleted, oldest first. Deletes nothing.
 
     Always kept: the newest complete checkpoint and what is newer, the one that `latest` names, universal copies, links,
     and folders whose names end with no step.
@@ -89,7 +94,7 @@ def plan_prune(run: Path, retention: Retention, allowed_globals: frozenset[str] 
 
 
 def _checkpoints_of(run: Path, retention: Retention) -> list[Checkpoint]:
-    """What is in the run's folder, if it is one that can be pruned so."""
+    """The checkpoints of a run that can be pruned with this retention; raises if it cannot."""
     if not retention.specs and retention.keep_window is None:
         raise RecipeError(
             "nothing says which checkpoints windows need: give --keep-window N, or the --out DIR of a watch."
@@ -106,7 +111,7 @@ def _checkpoints_of(run: Path, retention: Retention) -> list[Checkpoint]:
 
 
 def _reasons(run: Path, retention: Retention, steps: set[int], complete: set[int]) -> dict[int, str]:
-    """Why a step is kept; the first reason of several counts."""
+    """Why each step is kept. If there are several reasons, the first one is given."""
     newest = max(complete, default=-1)
     ordered = sorted(complete)
     reasons = {step: "newer than the newest complete one" for step in steps if step > newest}
@@ -132,13 +137,16 @@ def _reasons(run: Path, retention: Retention, steps: set[int], complete: set[int
 
 
 def _from(complete: Sequence[int], count: int, steps: set[int]) -> set[int]:
-    """The newest `count` complete steps, and what lies between them."""
+    """The newest `count` complete steps, and all steps after the oldest of them."""
     oldest = complete[-count:][:1]
     return {step for step in steps if oldest and step >= oldest[0]} if count else set()
 
 
 def _of_spec(spec: WatchSpec, steps: set[int], complete: set[int]) -> dict[int, str]:
-    """What windows of a watch need, be a broken checkpoint between mended or removed."""
+    """Steps that a watch's open windows need.
+
+    A broken checkpoint may later be repaired or deleted, which changes the windows, so both cases are kept.
+    """
     gone = deleted_steps(spec.run)
     for end, name in merged_outputs(spec):
         gone |= source_steps(spec.run, spec.place(end, name))
@@ -147,7 +155,7 @@ def _of_spec(spec: WatchSpec, steps: set[int], complete: set[int]) -> dict[int, 
 
 
 def _of_begun(run: Path, folders: Iterable[Path]) -> set[int]:
-    """Steps of the run's checkpoints that merges need which have begun and not ended."""
+    """Steps of the run's checkpoints that unfinished merges need."""
     sources = [source for folder in folders for described in begun_below(folder) for source in described["sources"]]
     return {int(source["step"]) for source in sources if Path(source["path"]).is_relative_to(run.resolve())}
 
@@ -166,12 +174,12 @@ def _verdict(checkpoint: Checkpoint, complete: set[int], reasons: dict[int, str]
 
 
 def trash_of(run: Path) -> Path:
-    """Where checkpoints on their way out lie."""
+    """The folder of checkpoints that are being deleted."""
     return (run / DELETED).parent / "trash"
 
 
 def trash_content(run: Path) -> list[Path]:
-    """What a prune that was killed has left to be removed."""
+    """Checkpoints that a killed prune has not deleted completely."""
     return sorted(trash_of(run).iterdir()) if trash_of(run).is_dir() else []
 
 
@@ -181,10 +189,10 @@ def prune(
     allowed_globals: frozenset[str] = frozenset(),
     on_plan: Callable[[tuple[Verdict, ...]], None] = lambda verdicts: None,
 ) -> tuple[Verdict, ...]:
-    """Deletes what `plan_prune` lets go, and what a prune that was killed has left; returns the plan.
+    """Deletes what `plan_prune` does not keep, and what a killed prune left; returns the plan.
 
     Raises:
-        OutputLocked: another prune of the run deletes now.
+        OutputLocked: another prune deletes in the run now.
         OSError: something cannot be removed; the next prune tries again.
     """
     _checkpoints_of(run, retention)
@@ -205,7 +213,7 @@ def prune(
 
 
 def _record(path: Path, verdict: Verdict) -> None:
-    """Says that a checkpoint is deleted, before it is."""
+    """Records that a checkpoint is deleted, before it is deleted."""
     line = json.dumps(verdict.to_json() | {"time": time.time()}) + "\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
@@ -216,7 +224,7 @@ def _record(path: Path, verdict: Verdict) -> None:
 
 
 def prune_report(verdicts: Sequence[Verdict], left: Sequence[Path], *, is_deleting: bool) -> str:
-    """One line a checkpoint, and what is gained."""
+    """The table that `wsm-ds prune` prints: one line per checkpoint, and the bytes that are freed."""
     rows = [
         [verdict.checkpoint.tag, str(verdict.checkpoint.named_step), format_size(verdict.nbytes),
          "yes" if verdict.is_complete else "no", f"kept: {verdict.kept_because}" if verdict.kept_because else "deleted"]
@@ -226,6 +234,6 @@ def prune_report(verdicts: Sequence[Verdict], left: Sequence[Path], *, is_deleti
     freed = format_size(sum(verdict.nbytes for verdict in going))
     text = f"{len(going)} of {len(verdicts)} checkpoints, {freed}"
     lines = [table(["checkpoint", "step", "size", "complete", "verdict"], rows)]
-    lines += [f"left by an earlier prune, and removed with --delete: {few(path.name for path in left)}"] if left else []
+    lines += [f"left by a killed prune, and deleted with --delete: {few(path.name for path in left)}"] if left else []
     lines.append(f"deleting {text}" if is_deleting else f"nothing was deleted; --delete would delete {text}")
     return "\n".join(lines)
