@@ -51,7 +51,7 @@ class Checkpoints:
         self._broken: dict[str, tuple[Fingerprint, str]] = {}
 
     def look(self) -> None:
-        """Lists the run again. Where a universal copy has the same step as a native checkpoint, the native one is taken."""
+        """Lists the run again. Of a native checkpoint and its universal copy, the native one is taken."""
         try:
             found = find_checkpoints(self.run)
         except CheckpointNotFound:
