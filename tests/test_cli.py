@@ -1,6 +1,11 @@
 """The commands as users type them."""
 
+import argparse
+import importlib.util
 import json
+import logging
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from wsm_ds.cli import main
+from wsm_ds.cli import main, parser
 from wsm_ds.planning.recipe import load_recipes
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -130,3 +135,151 @@ def test_help_needs_neither_numpy_nor_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+MESSAGES = {
+    "merge RUN --last 2": "--out is missing",
+    "merge --out NEW": "RUN is missing",
+    "merge RUN --out NEW": "choose the window in exactly one way: --last (with --to, if it does not end at the newest "
+    "checkpoint), --from with --to, or --tags; found none of them",
+    "merge RUN --last two --out NEW": "--last must be a whole number, not 'two'",
+    "merge RUN --last 0 --out NEW": "--last must be at least 1, not '0'",
+    "merge RUN --last 2 --format safetensor --out NEW": "--format must be zero, universal or safetensors, "
+    "not 'safetensor' (did you mean 'safetensors'?)",
+    "merge RUN --last 2 --memory-budget lots --out NEW": "--memory-budget: 'lots' is not a size; write for "
+    "example 512MiB, 5GB or 1000000",
+    "merge RUN --last 2 --dtype bf16 --out NEW": "--dtype (bf16) is for safetensors, a zero output keeps the run's "
+    "precision; remove it, or set --format to safetensors",
+    "merge --recipe recipe.yaml": "the recipe recipe.yaml is not valid: `last` must be a whole number, not 'two'",
+    "merge --recipe recipe.yaml --last three": "the recipe recipe.yaml is not valid: --last must be a whole "
+    "number, not 'three'",
+    "merge --recipe mistyped.yaml": "the recipe mistyped.yaml is not valid: 'lats' is not a key of a recipe "
+    "(did you mean 'last'?)",
+    "reshard RUN --out NEW": "one of --world-size, --stage, --sub-group-size and --like must be given",
+    "watch RUN --last 2": "--out must be given",
+    "watch RUN --last 2 --out NEW --poll-s 0": "--poll-s must be above 0, not 0",
+    "coefficients --curve linear": "--checkpoints or --steps must be given",
+}
+
+
+@pytest.mark.parametrize("arguments", MESSAGES)
+def test_errors_name_the_flag_or_the_key_of_the_recipe_and_show_the_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text("{run: RUN, out: NEW, last: two, curve: linear}")
+    Path("mistyped.yaml").write_text("{run: RUN, out: NEW, lats: 2, curve: linear}")
+    assert main(arguments.split()) == 2
+    expected = f"wsm-ds: RecipeError: {MESSAGES[arguments]}; see wsm-ds {arguments.split()[0]} --help\n"
+    assert capsys.readouterr().err == expected
+
+
+PARSER_MESSAGES = {
+    "merg RUN": r"wsm-ds: COMMAND must be one of inspect, .*, not 'merg' \(did you mean 'merge'\?\)",
+    "merge RUN --lasst 2": r"wsm-ds merge: '--lasst' is not a flag of this command \(did you mean '--last'\?\)",
+    "merge RUN --world_size=2": r"wsm-ds merge: '--world_size' .* \(did you mean '--world-size'\?\)",
+    "merge RUN OTHER": r"wsm-ds merge: 'OTHER' is not an argument of this command",
+    "merge RUN --dtype bf17": r"wsm-ds merge: --dtype must be one of bf16, fp16, fp32, not 'bf17' .*'bf16'\?\)",
+    "merge RUN --threads a": r"wsm-ds merge: --threads must be a whole number, not 'a'",
+    "merge RUN --out": r"wsm-ds merge: --out needs a value",
+    "inspect": r"wsm-ds inspect: RUN must be given",
+    "inspect RUN -v -q": r"wsm-ds inspect: -q/--quiet and -v/--verbose cannot be given together",
+    "reshard RUN --dtype bf16": r"wsm-ds reshard: '--dtype' is not a flag of this command",
+    "reshard RUN --rename a=b": r"wsm-ds reshard: '--rename' is not a flag of this command",
+    "reshard RUN --max-shard-size 1GB": r"wsm-ds reshard: '--max-shard-size' is not a flag of this command",
+    "storage --interval 1 --restart": r"wsm-ds storage: '--restart' is not a flag of this command",
+    "storage --interval 1 --threads 1": r"wsm-ds storage: '--threads' is not a flag of this command",
+    "storage --interval 1 --include a": r"wsm-ds storage: '--include' is not a flag of this command",
+}
+
+
+@pytest.mark.parametrize("arguments", PARSER_MESSAGES)
+def test_the_parser_refuses_in_one_line_and_suggests(capsys: pytest.CaptureFixture[str], arguments: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments.split())
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(PARSER_MESSAGES[arguments] + r"; see wsm-ds( \w+)? --help", line), line
+
+
+def subparsers() -> dict[str, argparse.ArgumentParser]:
+    (commands,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(commands.choices)
+
+
+def examples() -> list[str]:
+    """Every example line of every command's help, in the order of the commands."""
+    texts = [str(command.epilog) for name, command in subparsers().items() if name != "watchdog"]
+    return [line.strip() for text in texts for line in text.splitlines() if line.startswith("  wsm-ds ")]
+
+
+def test_the_examples_of_every_help_work(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder where RUN is a run; steps are thousands in the examples and ones in the run of the tests."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.setpriority", lambda *_: None)
+    for number, line in enumerate(examples()):
+        run = Path("RUN")
+        if not run.is_dir() or number == 0 or "prune" in line:
+            shutil.rmtree(run, ignore_errors=True)
+            shutil.copytree(runs / "w2_s3_bf16", run)
+        assert main(shlex.split(re.sub(r"([246])000\b", r"\1", line))[1:]) == 0, (line, capsys.readouterr().err)
+    assert {line.split()[1] for line in examples()} == {*subparsers()} - {"watchdog"}
+
+
+def test_every_flag_and_positional_has_a_help_text() -> None:
+    for name, command in subparsers().items():
+        assert command.description, name
+        for action in command._actions:
+            assert action.help, (name, action.dest)
+
+
+def test_tag_and_tags_are_one_flag(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, dry = str(runs / "w2_s2_bf16"), ["--dry-run", "--json", "--out", str(tmp_path / "out")]
+    plans = []
+    for flags in (["--tags", "global_step2,global_step6"], ["--tag", "global_step2", "--tag", "global_step6"]):
+        assert main(["merge", run, *flags, *dry]) == 0
+        plans.append(json.loads(capsys.readouterr().out)["outputs"])
+    assert plans[0] == plans[1]
+    for command in (["export"], ["reshard", "--world-size", "3"]):
+        for flag in ("--tag", "--tags"):
+            assert main([command[0], run, *command[1:], flag, "global_step4", *dry]) == 0
+            assert [source["step"] for source in json.loads(capsys.readouterr().out)["outputs"][0]["sources"]] == [4]
+    assert main(["inspect", run, "--tags", "global_step4"]) == 0
+
+
+def test_quiet_and_verbose_set_the_level_of_logging(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    command = ["merge", str(runs / "w2_s2_bf16"), "--last", "2", "--json", "--out"]
+    levels = {"-q": logging.ERROR, "-v": logging.INFO, "-vv": logging.DEBUG, "--quiet": logging.ERROR}
+    for flag, level in levels.items():
+        assert main([*command, str(tmp_path / flag), flag]) == 0
+        assert logging.getLogger("wsm_ds").level == level
+    assert "planned 1 outputs" in caplog.text
+    assert main([*command, str(tmp_path / "last")]) == 0
+    assert logging.getLogger("wsm_ds").level == logging.WARNING
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_is_printed_or_says_what_to_install(capsys: pytest.CaptureFixture[str], shell: str) -> None:
+    has_shtab = importlib.util.find_spec("shtab") is not None
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", shell])
+    shown = capsys.readouterr()
+    if has_shtab:
+        assert ended.value.code == 0
+        assert "--optimizer-states" in shown.out
+    else:
+        assert ended.value.code == 2
+        assert "pip install 'wsm_ds[completion]'" in shown.err
+
+
+def test_the_watchdog_and_the_check_of_a_node_are_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-node", str(tmp_path / "run"), "--free-bytes", "1KB"]) == 0
+    assert ": fit: folder writable, " in capsys.readouterr().out
+    assert main(["check-node", str(tmp_path / "run"), "--rendezvous", "nowhere"]) == 3
+    assert ": unfit: " in capsys.readouterr().out
+    assert main(["watchdog", str(tmp_path / "run"), "--timeout-s", "1", "--start-timeout-s", "0"]) == 3
+    assert "no rank has sent no heartbeat" in capsys.readouterr().err

@@ -187,7 +187,7 @@ def test_a_file_of_another_save_is_named(run: Path, name: str, words: str) -> No
 def test_wrong_recipes_say_what_is_wrong(run: Path, tmp_path: Path) -> None:
     common: dict[str, Any] = {"run": run, "out": tmp_path / "o", "curve": "linear"}
     for values, words in (
-        ({"last": 3, "tags": ("a",)}, "choose the window by one of: .*found `last` 3, `tags` "),
+        ({"last": 3, "tags": ("a",)}, "exactly one way: .* found `last`=3, `tags`="),
         ({"last": 3, "coefficients": (0.5, 0.3, 0.2)}, "either `curve` or `coefficients`"),
         ({"last": 0}, "`last` must be at least 1, not 0"),
         ({"last": 3, "dtype": "bf16"}, r"`dtype` \(bf16\) is for safetensors"),

@@ -268,7 +268,7 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     >>> did_you_mean("cosin", ["linear", "cosine"])
     " (did you mean 'cosine'?)"
     """
-    matches = get_close_matches(str(name)[:100], known, n=1)
+    matches = get_close_matches(str(name)[:100], known, n=1, cutoff=0.7)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 

@@ -17,7 +17,7 @@ from wsm_ds.merging import merge
 from wsm_ds.planning.recipe import make_recipe
 from wsm_ds.publishing.staging_folder import Staging
 from wsm_ds.watching import EndPoints, WatchOptions, WatchSpec, make_spec, watch
-from wsm_ds.watching.prune import Retention, left_in_trash, plan_prune, prune, trash_of
+from wsm_ds.watching.prune import Retention, plan_prune, prune, trash_content, trash_of
 
 NEWEST = Retention(keep_window=1, keep_last=1)
 
@@ -32,7 +32,7 @@ def spec_for(run: PlayedRun, out: Path, last: Any = 2) -> WatchSpec:
 
 
 def kept(run: PlayedRun, retention: Retention) -> dict[int, str]:
-    return {fate.checkpoint.named_step: fate.kept_because for fate in plan_prune(run.folder, retention)}
+    return {verdict.checkpoint.named_step: verdict.kept_because for verdict in plan_prune(run.folder, retention)}
 
 
 def watch_once(spec: WatchSpec) -> None:
@@ -117,7 +117,7 @@ def test_a_prune_killed_at_any_operation_leaves_whole_checkpoints_and_the_next_e
         assert all(item.layout is not None for item in inspect_run(run.folder)), count
         prune(run.folder, NEWEST)
         assert [item.checkpoint.tag for item in inspect_run(run.folder)] == ["global_step6"]
-        assert left_in_trash(run.folder) == []
+        assert trash_content(run.folder) == []
         shutil.rmtree(trash_of(run.folder).parent)
         if not died:
             break
@@ -129,7 +129,7 @@ def test_nothing_is_touched_unless_told_to(run: PlayedRun, tmp_path: Path, capsy
     command = ["prune", str(run.folder), "--keep-window", "1", "--keep-last", "1"]
     assert main(command) == 0
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert shown[0] == ["checkpoint", "step", "size", "complete", "fate"]
+    assert shown[0] == ["checkpoint", "step", "size", "complete", "verdict"]
     assert [row[0::4][:2] for row in shown[1:4]] == [
         ["global_step2", "yes"], ["global_step4", "yes"], ["global_step6", "yes"]
     ]  # fmt: skip
@@ -182,8 +182,8 @@ def test_folders_that_are_not_clear_are_kept(run: PlayedRun, tmp_path: Path) -> 
     shutil.copytree(run.checkpoint(2), run.folder / "best")
     run.checkpoint(4).rename(tmp_path / "elsewhere")
     run.checkpoint(4).symlink_to(tmp_path / "elsewhere")
-    fates = {fate.checkpoint.tag: fate.kept_because for fate in plan_prune(run.folder, NEWEST)}
-    assert fates == {
+    verdicts = {verdict.checkpoint.tag: verdict.kept_because for verdict in plan_prune(run.folder, NEWEST)}
+    assert verdicts == {
         "best": "its name has no step", "global_step2": "", "global_step2_universal": "a universal copy",
         "global_step4": "a link", "global_step6": "latest names it",
     }  # fmt: skip

@@ -258,7 +258,7 @@ def test_a_signal_ends_a_watch_within_seconds_and_keeps_what_it_merged(
     code, errors = beside.end()
     assert code == 130
     assert time.monotonic() - began < 5
-    assert f"{number.name}; what was merged stays. Run the same command again to go on." in errors
+    assert f"{number.name}; what was merged stays. Run the same command again to continue." in errors
     assert outputs(tmp_path / "out") == ["step2/last1-linear"]
     assert is_gone(int(printed.read_text()))
     assert not printed.with_suffix(".json").exists()
@@ -402,10 +402,10 @@ def test_a_run_that_is_not_there_is_waited_for_but_not_by_one_look(run: PlayedRu
 
 def test_wrong_requests_are_refused_before_anything_is_written(run: PlayedRun, tmp_path: Path) -> None:
     for values, words in (
-        ({"last": 1, "to_step": 4}, "chosen by last, not by to_step"),
-        ({"tags": ["global_step2"]}, "chosen by last, not by tags"),
+        ({"last": 1, "to_step": 4}, "chosen by `last`, not by `to_step`"),
+        ({"tags": ["global_step2"]}, "chosen by `last`, not by `tags`"),
         ({"last": 2, "curve": None, "coefficients": [1.0]}, "1 coefficients for a window of 2"),
-        ({"last": 1, "out": None}, "out must be given"),
+        ({"last": 1, "out": None}, "`out` must be given"),
         ({"outputs": [{"last": 1}, {"last": 1, "format": "safetensors"}]}, "same name"),
     ):
         with pytest.raises(RecipeError, match=words):
@@ -426,5 +426,5 @@ def test_the_recipes_of_configs_are_recipes_of_a_watch_unless_their_windows_have
         "mean": ["last8-linear"],
         "sweep": [*(f"eval/last{n}-{curve}" for n in (2, 4, 8) for curve in ("linear", "1-sqrt")), "resume"],
     }
-    with pytest.raises(RecipeError, match="chosen by last, not by from_step, to_step"):
+    with pytest.raises(RecipeError, match="chosen by `last`, not by `from_step`, `to_step`"):
         make_spec(load_values(configs / "merge_1sqrt_safetensors.yaml", out=tmp_path), EndPoints())

@@ -7,37 +7,81 @@ import sys
 from collections.abc import Sequence
 
 from wsm_ds import __version__
-from wsm_ds.cli import inspect, merge, storage, watch
+from wsm_ds.cli import inspect, jobs, merge, storage, watch
+from wsm_ds.cli.command_parser import CommandParser
+from wsm_ds.cli.completion import SHELLS, PrintCompletion
+from wsm_ds.cli.messages import describe
 from wsm_ds.cli.options import EXIT_CODES
 from wsm_ds.errors import WsmError, one_line
 
+log = logging.getLogger(__name__)
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="wsm-ds", description="Merge ZeRO checkpoints instead of decaying the "
-                                     "learning rate.", epilog=EXIT_CODES)  # fmt: skip
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    parser.add_argument("--version", action="version", version=f"wsm-ds {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+LEVELS = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO, 2: logging.DEBUG}
+"""Of logging: for -q, for neither, for -v and for -vv."""
+
+EPILOG = f"""\
+example, a first merge:
+  wsm-ds inspect RUN
+  wsm-ds merge RUN --last 3 --out MERGED
+  wsm-ds verify MERGED
+
+`wsm-ds COMMAND --help` shows the flags and examples of a command.
+
+{EXIT_CODES}"""
+
+
+def parser() -> CommandParser:
+    """The whole command line: a parser with one subparser a command. The pages of docs/ can be written from it."""
+    top = CommandParser(
+        prog="wsm-ds",
+        usage="wsm-ds COMMAND ...",
+        description="Merge DeepSpeed ZeRO checkpoints instead of decaying the learning rate.",
+        epilog=EPILOG,
+    )
+    top.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    top.add_argument("--version", action="version", version=f"wsm-ds {__version__}", help="print the version and exit")
+    top.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=SHELLS,
+        help="print the completion script of a shell and exit; needs pip install 'wsm_ds[completion]'",
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands", prog="wsm-ds")
+    inspect.add_inspect(commands)
     merge.add_commands(commands)
+    inspect.add_verify(commands)
+    inspect.add_coefficients(commands)
+    storage.add_command(commands)
     watch.add_commands(commands)
-    storage.add_commands(commands)
-    inspect.add_commands(commands)
-    return parser
+    jobs.add_commands(commands)
+    return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    """Runs one command.
+
+    Args:
+        arguments: the words after `wsm-ds`; those of the process if None.
+
+    Returns:
+        The exit code; EXIT_CODES says what it means.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files and tensors may be no text
-    options = _parser().parse_args(arguments)
+            stream.reconfigure(errors="backslashreplace")  # names of files and tensors may not be text
+    options, unknown = parser().parse_known_args(arguments)
+    if unknown:
+        options.parser.refuse_unknown(unknown)
+    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("wsm_ds").setLevel(LEVELS[-1 if options.quiet else min(options.verbose, 2)])
     try:
         return int(options.function(options))
     except WsmError as error:
-        print(one_line(f"wsm-ds: {type(error).__name__}: {error}"), file=sys.stderr)
+        log.debug("the error came from here", exc_info=True)
+        print(one_line(f"wsm-ds: {type(error).__name__}: {describe(error, options)}"), file=sys.stderr)
         return error.exit_code
     except OSError as error:
+        log.debug("the error came from here", exc_info=True)
         print(one_line(f"wsm-ds: {error}"), file=sys.stderr)
         return 3
     except KeyboardInterrupt:

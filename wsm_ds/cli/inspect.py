@@ -5,68 +5,109 @@ import json
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.cli.options import allow_global, command, split
+from wsm_ds.cli.options import (
+    RUN,
+    allow_global,
+    command,
+    curve_options,
+    json_option,
+    split,
+    tag_option,
+)
 from wsm_ds.errors import RecipeError
 
+INSPECT = """\
+Show every checkpoint of a run: its step, ZeRO stage, dtype, ranks and size, and whether it is complete. Ends with code
+3 if one is broken."""
+INSPECT_EXAMPLES = """\
+examples:
+  wsm-ds inspect RUN
+  wsm-ds inspect RUN --tag global_step4000 --json"""
+COEFFICIENTS = """\
+Show which coefficients a decay curve gives to the checkpoints of a window, oldest first. No checkpoint is read."""
+COEFFICIENTS_EXAMPLES = """\
+examples:
+  wsm-ds coefficients --curve 1-sqrt --checkpoints 8
+  wsm-ds coefficients --curve linear --steps 2000,4000,6000"""
+VERIFY = """\
+Check an output: all files are there, and their checksums are those of the manifest. Unless the sources are gone, some
+of the output is merged again from them and compared."""
+VERIFY_EXAMPLES = """\
+examples:
+  wsm-ds verify MERGED
+  wsm-ds verify MERGED --full"""
 
-def add_commands(commands: Any) -> None:
-    """Adds this module's commands to the parser's."""
-    inspect = command(commands, "inspect", _inspect, "what a run's folder holds")
-    inspect.add_argument("run", type=Path)
-    inspect.add_argument("--tag", help="one checkpoint; with --json, its tensors too")
+
+def add_inspect(commands: Any) -> None:
+    """Adds `inspect` to the parser's commands."""
+    inspect = command(commands, "inspect", _inspect, "show the checkpoints of a run", INSPECT, INSPECT_EXAMPLES)
+    inspect.add_argument("run", type=Path, metavar="RUN", help=RUN)
+    tag_option(inspect, "show this checkpoint only; with --json, its tensors too (default: all)")
     allow_global(inspect)
+    json_option(inspect)
 
-    coefficients = command(commands, "coefficients", _coefficients, "coefficients of a curve")
-    coefficients.add_argument("--curve", required=True)
-    coefficients.add_argument("-n", type=int, help="number of evenly spaced checkpoints")
-    coefficients.add_argument("--steps", metavar="S,S,…", help="their steps or tokens, if uneven")
-    coefficients.add_argument("--oldest-interval", type=int, metavar="STEPS")
-    coefficients.add_argument("--floor", type=float, metavar="M")
 
-    verify = command(commands, "verify", _verify, "prove that an output is right")
-    verify.add_argument("out", type=Path)
-    verify.add_argument("--full", action="store_true", help="recompute everything from the sources, not samples")
+def add_coefficients(commands: Any) -> None:
+    """Adds `coefficients` to the parser's commands."""
+    coefficients = command(commands, "coefficients", _coefficients, "show the coefficients of a decay curve",
+                           COEFFICIENTS, COEFFICIENTS_EXAMPLES)  # fmt: skip
+    window = coefficients.add_argument_group("window (one of the two)")
+    window.add_argument("-n", "--checkpoints", dest="n", type=int, metavar="N",
+                        help="number of checkpoints, evenly spaced")  # fmt: skip
+    window.add_argument("--steps", metavar="S,S,...", help="the steps (or tokens) of the checkpoints, oldest first")
+    curve_options(coefficients, is_required=True)
+    json_option(coefficients)
+
+
+def add_verify(commands: Any) -> None:
+    """Adds `verify` to the parser's commands."""
+    verify = command(commands, "verify", _verify, "prove that an output is right", VERIFY, VERIFY_EXAMPLES)
+    verify.add_argument("out", type=Path, metavar="DIR", help="the folder of an output of merge, export or reshard")
+    verify.add_argument("--full", action="store_true", help="merge everything again, not only samples")
+    json_option(verify)
 
 
 def _inspect(options: argparse.Namespace) -> int:
     from wsm_ds.inspection import inspect_run
     from wsm_ds.reporting.tables import inspection_report
 
-    found = inspect_run(options.run, options.tag, frozenset(options.allow_global))
+    checkpoints = inspect_run(options.run, options.tag, frozenset(options.allow_globals))
     if options.json:
-        print(json.dumps([item.details() if options.tag else item.to_json() for item in found], indent=2))
+        items = [item.details() if options.tag else item.to_json() for item in checkpoints]
+        print(json.dumps(items, indent=2))
     else:
-        print(inspection_report(found))
-    return 0 if all(item.layout for item in found) else 3
+        print(inspection_report(checkpoints))
+    return 0 if all(item.layout for item in checkpoints) else 3
 
 
 def _coefficients(options: argparse.Namespace) -> int:
     from wsm_ds.reporting.tables import coefficients_report
     from wsm_ds.schedules.coefficients import effective_sample_size, lag, merge_coefficients
 
-    steps = [_number(step) for step in split(options.steps) or ()] or None
+    steps = [_step(text) for text in split(options.steps) or ()] or None
     if steps is not None and options.n not in (None, len(steps)):
-        raise RecipeError(f"-n {options.n} contradicts the {len(steps)} steps given")
-    count = None if steps is not None else options.n
+        raise RecipeError(f"--checkpoints {options.n} contradicts --steps, which has {len(steps)} steps")
+    if steps is None and options.n is None:
+        raise RecipeError("--checkpoints or --steps must be given")
     c = merge_coefficients(
         options.curve,
-        n=count,
+        n=None if steps is not None else options.n,
         steps=steps,
         oldest_interval=options.oldest_interval,
         floor=options.floor or 0.0,
     )
     positions = steps if steps is not None else list(range(len(c)))
-    ess, behind = effective_sample_size(c), lag(c, positions)
+    ess, lag_steps = effective_sample_size(c), lag(c, positions)
     if options.json:
         figures = {
             "coefficients": c.tolist(),
             "steps": positions,
             "effective_sample_size": ess,
-            "lag_steps": behind,
+            "lag_steps": lag_steps,
         }
         print(json.dumps({"curve": options.curve, **figures}, indent=2))
     else:
-        print(coefficients_report(c.tolist(), positions, ess, behind))
+        print(coefficients_report(c.tolist(), positions, ess, lag_steps))
     return 0
 
 
@@ -84,8 +125,8 @@ def _verify(options: argparse.Namespace) -> int:
     return 0
 
 
-def _number(text: str) -> int:
+def _step(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise RecipeError(f"{text!r} is not a step") from None
+        raise RecipeError(f"--steps must be whole numbers with commas between them, not {text!r}") from None

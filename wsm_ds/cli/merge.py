@@ -2,68 +2,129 @@
 
 import argparse
 import json
+import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from wsm_ds.cli.options import (
     FORM,
+    RUN,
+    allow_option,
+    coefficients_option,
     command,
-    content_options,
+    curve_options,
     form_options,
-    naming,
-    recipe_options,
+    format_options,
+    include_option,
+    json_option,
+    machine_options,
+    progress_style,
+    recipe_option,
     recipe_values,
-    several,
+    repeated_values,
+    safetensors_options,
     signals_interrupt,
-    split,
+    tag_option,
+    window_options,
     with_default_curve,
-    work_options,
 )
 from wsm_ds.errors import RecipeError
+
+log = logging.getLogger(__name__)
+
+MERGE = """\
+Merge a window of checkpoints into one, as if the learning rate had decayed over the window. The run is only read."""
+MERGE_USAGE = "[RUN] (--last N | --from STEP --to STEP | --tags A,B) --out DIR [flags]"
+MERGE_EXAMPLES = """\
+examples:
+  wsm-ds merge RUN --last 3 --out MERGED
+  wsm-ds merge RUN --from 2000 --to 6000 --curve 1-sqrt --floor 0.1 --format safetensors --dtype bf16 --out MODEL
+  wsm-ds merge RUN --tags global_step2000,global_step6000 --coefficients 0.25,0.75 --out PAIR
+  wsm-ds merge RUN --last 2,3 --curve linear,1-sqrt --out SWEEP
+  wsm-ds merge RUN --last 3 --out SHOWN --dry-run"""
+EXPORT = """\
+Write the fp32 master weights of one checkpoint as safetensors."""
+EXPORT_EXAMPLES = """\
+examples:
+  wsm-ds export RUN --out NEWEST
+  wsm-ds export RUN --tag global_step4000 --dtype bf16 --max-shard-size 2GB --out OLDER"""
+RESHARD = """\
+Write one checkpoint again for another number of ranks, or another ZeRO stage, so that training continues there."""
+RESHARD_EXAMPLES = """\
+examples:
+  wsm-ds reshard RUN --world-size 4 --out WIDER
+  wsm-ds reshard RUN --tag global_step4000 --stage 3 --sub-group-size 1000000000 --out STAGE3"""
 
 
 def add_commands(commands: Any) -> None:
     """Adds this module's commands to the parser's."""
-    merge = command(commands, "merge", _merge, "merge a window of checkpoints")
-    merge.add_argument("run", nargs="?", type=Path, help="the run's folder (save_dir, or HF Trainer's output_dir)")
-    merge.add_argument("--from", dest="from_step", type=int, metavar="STEP", help="first step of the window")
-    merge.add_argument("--to", dest="to_step", metavar="STEP[,…]", help="last step of the window (also with --last)")
-    merge.add_argument("--tags", metavar="A,B,…", help="checkpoints by name")
-    recipe_options(merge)
-    _output_options(merge)
+    _add_merge(commands)
+    export = command(commands, "export", _export, "write one checkpoint as safetensors", EXPORT, EXPORT_EXAMPLES,
+                     "RUN --out DIR [flags]")  # fmt: skip
+    export.add_argument("run", type=Path, metavar="RUN", help=RUN)
+    tag_option(export, "the checkpoint (default: the newest complete one)")
+    output = _output_options(export)
+    safetensors_options(output)
+    include_option(output)
+    machine_options(export)
 
-    export = command(commands, "export", _export, "one checkpoint to safetensors")
-    export.add_argument("run", type=Path)
-    export.add_argument("--tag", help="default: the newest complete one")
-
-    reshard = command(commands, "reshard", _reshard, "one checkpoint for another number of ranks, or ZeRO stage")
-    reshard.add_argument("run", type=Path)
-    reshard.add_argument("--tag", help="default: the newest complete one")
+    reshard = command(
+        commands, "reshard", _reshard, "write one checkpoint for other ranks, or another ZeRO stage", RESHARD,
+        RESHARD_EXAMPLES, "RUN (--world-size W | --stage S | --sub-group-size N | --like RUN/TAG) --out DIR [flags]",
+    )  # fmt: skip
+    reshard.add_argument("run", type=Path, metavar="RUN", help=RUN)
+    tag_option(reshard, "the checkpoint (default: the newest complete one)")
     form_options(reshard)
-    for parser in (export, reshard):
-        content_options(parser)
-        work_options(parser)
-        _output_options(parser)
+    include_option(_output_options(reshard))
+    machine_options(reshard)
 
 
-def _output_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder to make; it must not exist")
+def _add_merge(commands: Any) -> None:
+    merge = command(commands, "merge", _merge, "merge a window of checkpoints", MERGE, MERGE_EXAMPLES, MERGE_USAGE)
+    merge.add_argument("run", nargs="?", type=Path, metavar="RUN", help=f"{RUN} (may stand in the recipe)")
+    recipe_option(merge)
+    window = window_options(merge)
+    window.add_argument("--from", dest="from_step", type=int, metavar="STEP", help="first step; together with --to")
+    window.add_argument(
+        "--to", dest="to_step", metavar="STEP[,...]",
+        help="last step; with --last: the newest N up to STEP, and several steps make several outputs",
+    )  # fmt: skip
+    window.add_argument(
+        "--tags", "--tag", dest="tags", action="append", default=[], metavar="A,B,...",
+        help="checkpoints by name, in any order",
+    )  # fmt: skip
+    allow_option(window)
+    coefficients_option(curve_options(merge))
+    output = _output_options(merge)
+    format_options(output)
+    safetensors_options(output)
+    include_option(output)
+    form_options(merge)
+    machine_options(merge)
+
+
+def _output_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Adds where a merge goes, and --json."""
+    json_option(parser)
     parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
+    output = parser.add_argument_group("output (what is written)")
+    output.add_argument("--out", type=Path, metavar="DIR", help="the folder to create; it must not exist")
+    return output
 
 
 def _merge(options: argparse.Namespace) -> int:
     from wsm_ds.planning.recipe import load_recipes, make_recipes
 
-    values = recipe_values(options) | {"from_step": options.from_step, "to_step": several(options.to_step)}
-    values["tags"] = split(options.tags)
+    values = recipe_values(options)
     if options.recipe:
         return _carry_out(load_recipes(options.recipe, **values), options)
     return _carry_out(make_recipes(**with_default_curve(values)), options)
 
 
 def _carry_out(recipes: Sequence[Any], options: argparse.Namespace) -> int:
-    """Plans and runs the merge: all ranks of a launcher do."""
+    """Plans the merge, shows the plan, and runs it, together with the other ranks of a launcher."""
     from wsm_ds.distributed.launcher import launched_ranks
     from wsm_ds.merging import plan_merge
     from wsm_ds.reporting.tables import plan_report
@@ -79,48 +140,49 @@ def _carry_out(recipes: Sequence[Any], options: argparse.Namespace) -> int:
 
 
 def _run(recipes: Sequence[Any], ranks: Any, options: argparse.Namespace) -> int:
-    """One rank's part of a merge; rank 0 speaks."""
+    """Runs one rank's share of a merge. Rank 0 prints."""
     from wsm_ds.merging import plan_merge, run_plan
     from wsm_ds.publishing.manifest import read_manifest
     from wsm_ds.reporting.progress import Progress, event
     from wsm_ds.reporting.tables import plan_report, summary_report
 
+    started_s = time.monotonic()
     plan = plan_merge(recipes)
+    log.info("planned %d outputs in %.1f s", len(plan.outputs), time.monotonic() - started_s)
     is_first = ranks.rank == 0
     if is_first and plan.outputs:
         if options.json:
             event("plan", **plan.to_json())
         else:
             print(plan_report(plan), flush=True)
-    style: Any = "quiet" if not is_first else "json" if options.json else "people"
-    moved = (plan.bytes_to_read + plan.bytes_to_write) // ranks.world_size
-    with Progress(moved, style) as progress:
-        done = run_plan(plan, progress.add, ranks=ranks, restart=options.restart)
+    share_bytes = (plan.bytes_to_read + plan.bytes_to_write) // ranks.world_size
+    with Progress(share_bytes, progress_style(options) if is_first else "quiet") as progress:
+        outcome = run_plan(plan, progress.add, ranks=ranks, restart=options.restart)
     if not is_first:
         return 0
-    made = {part.out for part in plan.outputs}
+    new_outputs = {output.out for output in plan.outputs}
     if options.json:
         for recipe in recipes:
-            event("done", out=str(recipe.out), is_new=recipe.out in made, manifest=read_manifest(recipe.out))
-        seconds = {name: round(value, 3) for name, value in vars(done.timings).items()} | {"wall_s": progress.wall_s}
+            event("done", out=str(recipe.out), is_new=recipe.out in new_outputs, manifest=read_manifest(recipe.out))
+        seconds = {name: round(value, 3) for name, value in vars(outcome.timings).items()} | {"wall_s": progress.wall_s}
         event("summary", bytes_read=plan.bytes_to_read, bytes_written=plan.bytes_to_write, **seconds)
         return 0
     for recipe in recipes:
-        print(f"done {recipe.out}" if recipe.out in made else f"done {recipe.out} (by this same merge, before)")
+        print(f"done {recipe.out}" if recipe.out in new_outputs else f"done {recipe.out} (by this same merge, before)")
     if plan.outputs:
-        print(summary_report(plan, done.timings, progress.wall_s, ranks.world_size))
+        print(summary_report(plan, outcome.timings, progress.wall_s, ranks.world_size))
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
-    return _one_checkpoint(options, format="safetensors")
+    return _one_checkpoint(options, format="safetensors", dtype=options.dtype, max_shard_size=options.max_shard_size)
 
 
 def _reshard(options: argparse.Namespace) -> int:
-    wanted = {name: getattr(options, name) for name in FORM}
-    if all(value is None for value in wanted.values()):
-        raise RecipeError("reshard needs --world-size, --stage, --sub-group-size or --like.")
-    return _one_checkpoint(options, format="zero", **wanted)
+    form = {key: getattr(options, key) for key in FORM}
+    if all(value is None for value in form.values()):
+        raise RecipeError("one of --world-size, --stage, --sub-group-size and --like must be given")
+    return _one_checkpoint(options, format="zero", **form)
 
 
 def _one_checkpoint(options: argparse.Namespace, **values: Any) -> int:
@@ -130,11 +192,9 @@ def _one_checkpoint(options: argparse.Namespace, **values: Any) -> int:
         options.run,
         out=options.out,
         tag=options.tag,
-        dtype=options.dtype,
-        max_shard_size=options.max_shard_size,
         memory_budget=options.memory_budget,
         threads=options.threads,
-        **naming(options),
+        **repeated_values(options),
         **values,
     )
     return _carry_out([recipe], options)

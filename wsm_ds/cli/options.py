@@ -1,4 +1,4 @@
-"""What several commands share: their options, and how a recipe's values are read from them."""
+"""What several commands share: their flags, and how a recipe's values are read from them."""
 
 import argparse
 import re
@@ -7,93 +7,201 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-EXIT_CODES = (
-    "exit codes: 0 done; 2 a wrong request; 3 a broken or unsupported checkpoint, a full disk or an I/O error; "
-    "130 interrupted by SIGINT or SIGTERM (run the same command again to go on)"
-)
+from wsm_ds.cli.command_parser import CommandParser
+
+if TYPE_CHECKING:
+    from wsm_ds.reporting.progress import Style
+
+EXIT_CODES = """\
+exit codes: 0 done; 2 a wrong request; 3 a broken or unsupported checkpoint, a full disk or an I/O error;
+130 interrupted by SIGINT or SIGTERM (run the same command again to continue)"""
+RUN = "the run's folder: DeepSpeed's save_dir, or the output_dir of HF Trainer"
 FORM = ("world_size", "stage", "sub_group_size", "like")
+RECIPE = (
+    "run", "out", "from_step", "oldest_interval", "dtype", "optimizer_states", *FORM, "memory_budget", "threads",
+    "max_shard_size",
+)  # fmt: skip
+"""Recipe keys that a flag gives one value. A flag's `dest` is the recipe key; `messages` relies on it."""
 CURVE_SEPARATOR = r",(?=\s*(?:1-sqrt|[A-Za-z]))"
-"""A comma before the name of a curve; others separate the numbers of a table."""
+"""A comma before the name of a curve; other commas separate the numbers of a table."""
 
 
 def command(
-    commands: Any, name: str, function: Callable[[argparse.Namespace], int], text: str, epilog: str = EXIT_CODES
-) -> argparse.ArgumentParser:
-    """A command's parser; `text` is its line in the help."""
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, epilog=epilog)
-    parser.set_defaults(function=function)
-    parser.add_argument("--json", action="store_true", help="print JSON, a merge one event a line")
+    commands: Any,
+    name: str,
+    function: Callable[[argparse.Namespace], int],
+    summary: str,
+    description: str,
+    examples: str,
+    usage: str | None = None,
+) -> CommandParser:
+    """Adds a command with the flags that every command has.
+
+    Args:
+        commands: what `add_subparsers` returned.
+        name: of the command.
+        function: runs it, and returns its exit code.
+        summary: its line in `wsm-ds --help`, without a capital and a full stop.
+        description: what it does, in lines of at most 120 columns.
+        examples: the end of its help; EXIT_CODES are added unless it has its own.
+        usage: replaces the list of all flags, where that is too long to be read.
+    """
+    epilog = examples if "exit codes:" in examples else f"{examples}\n\n{EXIT_CODES}"
+    parser: CommandParser = commands.add_parser(
+        name, help=summary, description=description, epilog=epilog, usage=usage and f"wsm-ds {name} {usage}"
+    )
+    parser.set_defaults(function=function, parser=parser)
+    level = parser.add_mutually_exclusive_group()
+    level.add_argument("-v", "--verbose", action="count", default=0,
+                       help="log more; -vv also shows where an error came from")  # fmt: skip
+    level.add_argument("-q", "--quiet", action="store_true", help="log errors only, and show no progress")
     return parser
 
 
-def recipe_options(parser: argparse.ArgumentParser) -> None:
-    """What a merge is, but for the run, the ends of its window and its output."""
-    parser.add_argument("--recipe", type=Path, metavar="FILE.yaml", help="a recipe; other options count before its own")
-    parser.add_argument(
-        "--last", metavar="N[,N…]", help="the newest N complete checkpoints; several make several outputs"
+def json_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --json."""
+    parser.add_argument("--json", action="store_true", help="print JSON; long commands print one event a line")
+
+
+def recipe_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --recipe."""
+    parser.add_argument("--recipe", type=Path, metavar="FILE.yaml", help="YAML recipe; flags given here override it")
+
+
+def tag_option(parser: argparse.ArgumentParser, text: str) -> None:
+    """Adds --tag, for commands that take one checkpoint."""
+    parser.add_argument("--tag", "--tags", dest="tag", metavar="TAG", help=text)
+
+
+def window_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Adds --last in a group of its own, and returns the group for more flags."""
+    window = parser.add_argument_group("window (which checkpoints are merged)")
+    window.add_argument(
+        "--last", metavar="N[,N...]", help="the newest N complete checkpoints; several numbers make several outputs"
     )
-    parser.add_argument(
-        "--curve", help="linear (default), cosine, 1-sqrt, power:P, ema:R, …; several, with commas, too"
+    return window
+
+
+def allow_option(group: argparse._ActionsContainer) -> None:
+    """Adds --allow."""
+    group.add_argument(
+        "--allow", action="append", default=[], choices=("warmup", "lr-change"),
+        help="merge although the window begins in the warmup, or the learning rate changes in it (default: refuse); "
+        "may be given twice",
+    )  # fmt: skip
+
+
+def curve_options(parser: argparse.ArgumentParser, *, is_required: bool = False) -> argparse._ArgumentGroup:
+    """Adds the curve that a merge emulates; `is_required` where there is no default."""
+    several = "" if is_required else " (default linear); several, with commas, make several outputs"
+    curve = parser.add_argument_group("curve (how much each checkpoint counts)")
+    curve.add_argument("--curve", required=is_required, help=f"linear, cosine, 1-sqrt, power:P, ema:R, ...{several}")
+    floor: dict[str, Any] = {"type": float} if is_required else {}
+    curve.add_argument(
+        "--floor", metavar="M", help="the curve's final learning rate as a fraction of the peak (default 0)", **floor
     )
-    parser.add_argument("--floor", metavar="M", help="final rate as a fraction of the peak (default 0)")
-    parser.add_argument("--coefficients", metavar="C,C,…", help="instead of a curve: oldest first, summing to 1")
-    parser.add_argument("--oldest-interval", type=int, metavar="STEPS", help="steps the oldest checkpoint stands for")
-    parser.add_argument("--format", metavar="F[,F…]", help="zero (default: DeepSpeed loads it), universal, safetensors")
-    form_options(parser)
-    parser.add_argument("--optimizer-states", choices=("carry", "merge", "drop"), help="default carry")
-    parser.add_argument(
-        "--allow", action="append", default=[], choices=("warmup", "lr-change"), help="pass over a check"
+    curve.add_argument(
+        "--oldest-interval", type=int, metavar="STEPS",
+        help="steps that the oldest checkpoint stands for (default: the median distance of two checkpoints)",
+    )  # fmt: skip
+    return curve
+
+
+def coefficients_option(group: argparse._ActionsContainer) -> None:
+    """Adds --coefficients."""
+    group.add_argument(
+        "--coefficients", metavar="C,C,...", help="instead of a curve: a number for each checkpoint, oldest first, "
+        "summing to 1",
+    )  # fmt: skip
+
+
+def format_options(group: argparse._ActionsContainer) -> None:
+    """Adds what an output is."""
+    group.add_argument(
+        "--format", metavar="F[,F...]",
+        help="zero (default: DeepSpeed loads it), universal (for load_universal) or safetensors; several make several "
+        "outputs",
+    )  # fmt: skip
+    group.add_argument(
+        "--optimizer-states", choices=("carry", "merge", "drop"),
+        help="carry those of the newest checkpoint (default), merge them like the parameters, or drop them",
+    )  # fmt: skip
+
+
+def dtype_option(group: argparse._ActionsContainer) -> None:
+    """Adds --dtype."""
+    group.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="of parameters in safetensors (default: the training dtype)"
     )
-    content_options(parser)
-    work_options(parser)
+
+
+def safetensors_options(group: argparse._ActionsContainer) -> None:
+    """Adds what only safetensors have."""
+    dtype_option(group)
+    group.add_argument("--max-shard-size", metavar="SIZE", help="largest safetensors file (default 5GB)")
+    group.add_argument(
+        "--rename", action="append", default=[], metavar="PATTERN=NEW",
+        help="replace a regular expression in tensor names of safetensors; may be given several times, in order",
+    )  # fmt: skip
+
+
+def include_option(group: argparse._ActionsContainer) -> None:
+    """Adds --include."""
+    group.add_argument(
+        "--include", action="append", default=[], type=Path, metavar="FILE",
+        help="copy FILE into the output, for example config.json; may be given several times",
+    )  # fmt: skip
 
 
 def form_options(parser: argparse.ArgumentParser) -> None:
-    """The form of a zero output."""
-    parser.add_argument("--world-size", type=int, metavar="W", help="data-parallel ranks; default: as in the newest")
-    parser.add_argument("--stage", type=int, choices=(1, 2, 3), help="ZeRO stage; default: as in the newest")
-    parser.add_argument(
-        "--sub-group-size", type=int, metavar="N", help="of stage 3, as in the ds_config that will load"
+    """Adds the form of a zero output."""
+    form = parser.add_argument_group("form (which ranks and ZeRO stage a zero output is for)")
+    form.add_argument(
+        "--world-size", type=int, metavar="W", help="data-parallel ranks (default: those of the newest checkpoint)"
     )
-    parser.add_argument("--like", type=Path, metavar="RUN/TAG", help="the form of another checkpoint")
+    form.add_argument(
+        "--stage", type=int, choices=(1, 2, 3), help="ZeRO stage (default: that of the newest checkpoint)"
+    )
+    form.add_argument(
+        "--sub-group-size", type=int, metavar="N",
+        help="sub_group_size of stage 3, as in the ds_config that will load the output (default: that of the newest "
+        "checkpoint)",
+    )  # fmt: skip
+    form.add_argument("--like", type=Path, metavar="RUN/TAG", help="take all three from this checkpoint")
 
 
-def content_options(parser: argparse.ArgumentParser) -> None:
-    """What an output holds."""
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of safetensors; default: as trained")
-    parser.add_argument("--max-shard-size", metavar="SIZE", help="of a safetensors file (default 5GB)")
-    parser.add_argument("--rename", action="append", default=[], metavar="PATTERN=NEW",
-                        help="in names of safetensors: a regular expression and what replaces it")  # fmt: skip
-    parser.add_argument("--include", action="append", default=[], type=Path, metavar="FILE",
-                        help="copy FILE into the output: config.json, tokenizer files")  # fmt: skip
-    allow_global(parser)
+def machine_options(parser: argparse.ArgumentParser) -> None:
+    """Adds how much of the machine a merge takes, and how it treats what it meets there."""
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--memory-budget", metavar="SIZE", help="memory for all buffers of a process (default 512MiB)")
+    machine.add_argument("--threads", type=int, metavar="N", help="threads of a process (default: all cores)")
+    machine.add_argument(
+        "--restart", action="store_true",
+        help="throw away what another, unfinished merge left at the place of the output (default: refuse)",
+    )  # fmt: skip
+    allow_global(machine)
 
 
-def work_options(parser: argparse.ArgumentParser) -> None:
-    """What a merge takes of the machine, and how it treats what it finds."""
-    parser.add_argument("--memory-budget", metavar="SIZE", help="of all buffers (default 512MiB)")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
-    parser.add_argument("--restart", action="store_true", help="throw away what another merge left")
-
-
-def allow_global(parser: argparse.ArgumentParser) -> None:
-    """Classes in checkpoints that are not known."""
-    parser.add_argument("--allow-global", action="append", default=[], metavar="MODULE.NAME",
-                        help="a class in the checkpoints' client state to carry along; it is not imported")  # fmt: skip
+def allow_global(group: argparse._ActionsContainer) -> None:
+    """Adds --allow-global."""
+    group.add_argument(
+        "--allow-global", dest="allow_globals", action="append", default=[], metavar="MODULE.NAME",
+        help="accept this class in the client state of checkpoints; it is carried as data and never imported; may be "
+        "given several times",
+    )  # fmt: skip
 
 
 def recipe_values(options: argparse.Namespace) -> dict[str, Any]:
-    """The values of a recipe that `recipe_options` were given; None where not."""
-    names = ("run", "out", "oldest_interval", "dtype", "optimizer_states", *FORM, "memory_budget", "threads",
-             "max_shard_size")  # fmt: skip
-    values = {name: getattr(options, name) for name in names}
-    values |= {name: several(getattr(options, name)) for name in ("last", "floor", "format")}
+    """The values of a recipe that the command line gives; None for those that it does not, or cannot, give."""
+    values = {key: getattr(options, key, None) for key in RECIPE}
+    values |= {key: several(getattr(options, key, None)) for key in ("last", "to_step", "floor", "format")}
     values["curve"] = several(options.curve, separator=CURVE_SEPARATOR)
-    values["coefficients"] = split(options.coefficients)
-    values["allow"] = tuple(options.allow) or None
-    return values | naming(options)
+    values["coefficients"] = split(getattr(options, "coefficients", None))
+    tags = [tag for text in getattr(options, "tags", []) for tag in split(text) or ()]
+    values |= {"tags": tuple(tags) or None, "allow": tuple(getattr(options, "allow", ())) or None}
+    return values | repeated_values(options)
 
 
 def with_default_curve(values: dict[str, Any]) -> dict[str, Any]:
@@ -103,36 +211,45 @@ def with_default_curve(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def naming(options: argparse.Namespace) -> dict[str, Any]:
-    """Options that may be given more than once."""
-    pairs = [text.rpartition("=") for text in options.rename]
+def repeated_values(options: argparse.Namespace) -> dict[str, Any]:
+    """Recipe values of flags that may be given several times."""
+    pairs = [text.rpartition("=") for text in getattr(options, "rename", ())]
     return {
         "rename": {pattern: replacement for pattern, _, replacement in pairs} or None,
-        "include": tuple(options.include) or None,
-        "allow_globals": tuple(options.allow_global) or None,
+        "include": tuple(getattr(options, "include", ())) or None,
+        "allow_globals": tuple(options.allow_globals) or None,
     }
 
 
 def several(text: str | None, separator: str = ",") -> Any:
     """One value, or a list of them."""
-    parts = [part.strip() for part in re.split(separator, text)] if text else []
-    return parts if len(parts) > 1 else parts[0] if parts else None
+    values = [value.strip() for value in re.split(separator, text)] if text else []
+    return values if len(values) > 1 else values[0] if values else None
 
 
 def split(text: str | None) -> tuple[str, ...] | None:
-    """The parts between commas."""
-    return tuple(part.strip() for part in text.split(",")) if text else None
+    """The values between commas."""
+    return tuple(value.strip() for value in text.split(",")) if text else None
+
+
+def progress_style(options: argparse.Namespace) -> "Style":
+    """How the progress of a merge is shown."""
+    return "quiet" if options.quiet else "json" if options.json else "people"
 
 
 REPEAT_S = 15.0
-"""Launchers send a signal more than once; one that comes so soon after another is the same."""
+"""Launchers send a signal more than once. One that comes so soon after another counts as the same."""
 
 
 @contextmanager
 def signals_interrupt(what_remains: str) -> Iterator[Callable[[], None]]:
-    """SIGTERM and SIGINT end the work at once, and leave what is staged for the next attempt.
+    """Makes SIGTERM and SIGINT raise Interrupted, at once, until the context ends.
 
-    Yields a check that raises the interruption again, if code that passes over errors has swallowed it.
+    Args:
+        what_remains: a sentence for the message: what the interrupted work leaves.
+
+    Yields:
+        A check that raises the interruption again, in case code that ignores errors has swallowed it.
     """
     from wsm_ds.errors import Interrupted
 
@@ -141,7 +258,7 @@ def signals_interrupt(what_remains: str) -> Iterator[Callable[[], None]]:
     def check() -> None:
         if received:
             name = signal.Signals(received[-1][0]).name
-            raise Interrupted(f"{name}; {what_remains} Run the same command again to go on.")
+            raise Interrupted(f"{name}; {what_remains} Run the same command again to continue.")
 
     def stop(number: int, _: object) -> None:
         is_repeated = bool(received) and time.monotonic() - received[-1][1] < REPEAT_S
@@ -149,9 +266,9 @@ def signals_interrupt(what_remains: str) -> Iterator[Callable[[], None]]:
             received.append((number, time.monotonic()))
             check()
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous_handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield check
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)

@@ -5,28 +5,63 @@ import json
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.cli.options import command, recipe_options, recipe_values, with_default_curve
+from wsm_ds.cli.options import (
+    allow_global,
+    command,
+    dtype_option,
+    format_options,
+    json_option,
+    recipe_option,
+    recipe_values,
+    window_options,
+    with_default_curve,
+)
 
-STORAGE = """What the windows of a recipe cost in disk and traffic, before the run starts. Give the model's size by
---parameters, or --like a checkpoint that exists."""
+STORAGE = """\
+Show what the windows of a recipe cost in disk and traffic, before the run starts: the size of a checkpoint, how many
+are kept, and what a merge reads and writes."""
+STORAGE_USAGE = "(--parameters N | --like RUN/TAG) --interval STEPS (--last N | --recipe FILE.yaml) [flags]"
+STORAGE_EXAMPLES = """\
+examples:
+  wsm-ds storage --parameters 7e9 --stage 3 --world-size 64 --interval 1000 --last 4,8,16 --step-time-s 8
+  wsm-ds storage --like RUN/global_step4000 --interval 1000 --last 8 --write-bandwidth 2GB"""
 
 
-def add_commands(commands: Any) -> None:
+def add_command(commands: Any) -> None:
     """Adds this module's command to the parser's."""
-    storage = command(commands, "storage", _storage, "what a recipe costs in disk and traffic, before the run starts")
-    storage.description = STORAGE
+    storage = command(commands, "storage", _storage, "show what a recipe costs in disk and traffic", STORAGE,
+                      STORAGE_EXAMPLES, STORAGE_USAGE)  # fmt: skip
     storage.set_defaults(run=Path("RUN"), out=Path("OUT"))
-    storage.add_argument("--parameters", type=float, metavar="N", help="trained parameters, for example 7e9")
-    storage.add_argument("--train-dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="default bf16")
-    storage.add_argument(
-        "--optimizer", choices=("adam", "lion", "momentum", "sgd"), default="adam", help="default adam"
+    json_option(storage)
+    recipe_option(storage)
+    _checkpoint_options(storage)
+    pace = storage.add_argument_group("pace (how often checkpoints and merges come)")
+    pace.add_argument("--interval", type=int, required=True, metavar="STEPS", help="steps between two checkpoints")
+    pace.add_argument("--every", type=int, metavar="STEPS", help="steps between two merges (default: --interval)")
+    pace.add_argument("--step-time-s", type=float, metavar="S", help="seconds of a step; adds figures a day")
+    pace.add_argument("--tokens-per-step", type=float, metavar="N", help="tokens of a step; adds durations in tokens")
+    pace.add_argument("--write-bandwidth", metavar="SIZE",
+                      help="bytes that the storage moves in a second, for example 2GB; adds durations")  # fmt: skip
+    window = window_options(storage)
+    window.add_argument("--curve", help="curves of the windows (default linear); several, with commas")
+    output = storage.add_argument_group("output (what is written)")
+    format_options(output)
+    dtype_option(output)
+
+
+def _checkpoint_options(storage: argparse.ArgumentParser) -> None:
+    size = storage.add_argument_group("checkpoint (its size, from --parameters or --like)")
+    size.add_argument("--parameters", type=float, metavar="N", help="trained parameters, for example 7e9")
+    size.add_argument("--stage", type=int, choices=(1, 2, 3), help="ZeRO stage of the run (default 1)")
+    size.add_argument("--world-size", type=int, metavar="W", help="data-parallel ranks of the run (default 1)")
+    size.add_argument(
+        "--train-dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="training dtype (default bf16)"
     )
-    storage.add_argument("--interval", type=int, required=True, metavar="STEPS", help="between two checkpoints")
-    storage.add_argument("--every", type=int, metavar="STEPS", help="between two end points (default: the interval)")
-    storage.add_argument("--step-time-s", type=float, metavar="S", help="seconds of a step: for figures a day")
-    storage.add_argument("--tokens-per-step", type=float, metavar="N", help="for durations in tokens")
-    storage.add_argument("--write-bandwidth", metavar="SIZE", help="of the storage in a second, for example 2GB")
-    recipe_options(storage)
+    size.add_argument(
+        "--optimizer", choices=("adam", "lion", "momentum", "sgd"), default="adam", help="optimizer (default adam)"
+    )
+    size.add_argument("--like", type=Path, metavar="RUN/TAG", help="the size of this checkpoint")
+    allow_global(size)
 
 
 def _storage(options: argparse.Namespace) -> int:
@@ -35,26 +70,27 @@ def _storage(options: argparse.Namespace) -> int:
     from wsm_ds.sizes import parse_size
     from wsm_ds.watching import EndPoints, make_spec
 
-    values = recipe_values(options) | {"like": None, "stage": None, "world_size": None}  # here they are the run's
+    values = recipe_values(options) | {"like": None, "stage": None, "world_size": None}  # here they say how the run is
     values = load_values(options.recipe, **values) if options.recipe else with_default_curve(values)
     bandwidth = float(parse_size(options.write_bandwidth)) if options.write_bandwidth else None
     every = options.every if options.every is not None else options.interval
     pace = Pace(options.interval, every, options.step_time_s, options.tokens_per_step, bandwidth)
-    found = estimate(_size(options), make_spec(values, EndPoints()).recipes, pace)
-    print(json.dumps(found.to_json(), indent=2) if options.json else estimate_report(found))
+    costs = estimate(_size(options), make_spec(values, EndPoints()).recipes, pace)
+    print(json.dumps(costs.to_json(), indent=2) if options.json else estimate_report(costs))
     return 0
 
 
 def _size(options: argparse.Namespace) -> Any:
+    """The size of a checkpoint: computed from its parameters, or read from one that exists."""
     from wsm_ds.errors import RecipeError
     from wsm_ds.estimate import checkpoint_size, size_of
     from wsm_ds.layouts import read_layout
     from wsm_ds.layouts.run import checkpoint_at
 
     if (options.parameters is None) == (options.like is None):
-        raise RecipeError("give the model's size by either --parameters or --like RUN/TAG.")
+        raise RecipeError("either --parameters or --like RUN/TAG must be given")
     if options.like is not None:
-        return size_of(read_layout(checkpoint_at(options.like), frozenset(options.allow_global)))
+        return size_of(read_layout(checkpoint_at(options.like), frozenset(options.allow_globals)))
     return checkpoint_size(
         options.parameters,
         stage=options.stage or 1,

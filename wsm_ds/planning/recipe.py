@@ -120,12 +120,12 @@ class MergeRecipe(BaseModel):
         if [self.last is not None, by_range, self.tags is not None].count(True) != 1:
             found = self._found("last", "from_step", "to_step", "tags")
             raise ValueError(
-                "choose the window by one of: `last` (with `to_step`, if it does not end at the newest checkpoint), "
-                f"`from_step` with `to_step`, `tags`; found {found}"
+                "choose the window in exactly one way: `last` (with `to_step`, if it does not end at the newest "
+                f"checkpoint), `from_step` with `to_step`, or `tags`; found {found}"
             )
         if by_range and (self.from_step is None or self.to_step is None or self.from_step > self.to_step):
             raise ValueError(
-                "`from_step` and `to_step` go together, and `from_step` is not larger; found "
+                "`from_step` and `to_step` go together, and `from_step` is not greater than `to_step`; found "
                 f"{self._found('from_step', 'to_step')}"
             )
         return self
@@ -137,7 +137,7 @@ class MergeRecipe(BaseModel):
             raise ValueError(f"give either `curve` or `coefficients`; found {found}")
         if self.coefficients is not None and self.floor:
             raise ValueError(
-                f"`floor` ({self.floor}) belongs to a curve, `coefficients` are used as they are; remove one of them"
+                f"`floor` ({self.floor}) belongs to a curve, and `coefficients` are used as they are; remove one"
             )
         return self
 
@@ -146,12 +146,12 @@ class MergeRecipe(BaseModel):
         if self.format != "safetensors":
             if self.dtype is not None:
                 raise ValueError(
-                    f"`dtype` ({self.dtype}) is for safetensors; a {self.format} output keeps the run's precision; "
+                    f"`dtype` ({self.dtype}) is for safetensors, a {self.format} output keeps the run's precision; "
                     "remove it, or set `format` to safetensors"
                 )
             if self.rename:
                 raise ValueError(
-                    f"`rename` is for safetensors; a {self.format} output keeps the run's names; remove it, or set "
+                    f"`rename` is for safetensors, a {self.format} output keeps the run's names; remove it, or set "
                     "`format` to safetensors"
                 )
         if self.optimizer_states != "carry" and self.format == "safetensors":
@@ -177,15 +177,15 @@ class MergeRecipe(BaseModel):
             )
         if self.like is not None and has_form:
             raise ValueError(
-                f"`like` ({self.like}) decides `world_size`, `stage` and `sub_group_size`; found {form}; "
-                "give one or the other"
+                f"`like` ({self.like}) decides `world_size`, `stage` and `sub_group_size`; found {form}; give one "
+                "or the other"
             )
         return self
 
     def _found(self, *keys: str) -> str:
         """The keys that are set, with their values, for an error message."""
         values = {key: getattr(self, key) for key in keys}
-        return ", ".join(f"`{key}` {value}" for key, value in values.items() if value is not None) or "none of them"
+        return ", ".join(f"`{key}`={value}" for key, value in values.items() if value is not None) or "none of them"
 
 
 def make_recipe(**values: Unpack[RecipeOptions]) -> MergeRecipe:

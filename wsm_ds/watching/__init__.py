@@ -1,4 +1,4 @@
-"""Beside a run: which windows its checkpoints complete, merging them, and which checkpoints nobody needs any more."""
+"""Work beside a training run: merge windows as they become complete, and delete checkpoints that no window needs."""
 
 from wsm_ds.watching.events import Event
 from wsm_ds.watching.spec import WatchSpec, make_spec

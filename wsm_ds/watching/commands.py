@@ -1,9 +1,9 @@
-"""A command of the user's for every merge (an evaluation), one at a time, beside the merging.
+"""Runs a user's command for every merge (an evaluation, for example), one at a time, while the watch goes on merging.
 
-Beside the merge NAME lie, of its command,
+The command of the merge NAME writes, in the same folder,
 
     NAME.exec.out, NAME.exec.err    what it printed
-    NAME.exec.json                  how it ended; written when it has ended, so that without it the command is run again
+    NAME.exec.json                  how it ended; without this file, the command is run again
 """
 
 import contextlib
@@ -42,11 +42,11 @@ class Merged:
     out: Path
 
     def beside(self, suffix: str) -> Path:
-        """A file of the command's, beside the merge."""
+        """A file of the command, in the folder that holds the merge."""
         return self.out.with_name(f"{self.out.name}.exec.{suffix}")
 
     def environment(self) -> dict[str, str]:
-        """What the command finds in its environment."""
+        """Variables that are added to the command's environment."""
         return {
             "WSM_RUN": str(self.run),
             "WSM_STEP": str(self.step),
@@ -56,22 +56,22 @@ class Merged:
 
 
 def parse_command(text: str) -> tuple[str, ...]:
-    """The words of a command line, as a shell would cut it; no shell runs it.
+    """The words of a command line, split as a shell would; no shell runs it.
 
     Raises:
-        RecipeError: a quote is not closed, or the program is not there.
+        RecipeError: a quote is not closed, or the program is not found.
     """
     try:
         words = tuple(shlex.split(text))
     except ValueError as error:
-        raise RecipeError(f"the command {text!r} cannot be cut into words: {error}.") from error
+        raise RecipeError(f"the command {text!r} cannot be split into words: {error}.") from error
     if not words or (PLACE not in words[0] and shutil.which(words[0]) is None):
-        raise RecipeError(f"the command {text!r} names no program that is there; give its path, or set PATH.")
+        raise RecipeError(f"the command {text!r} names a program that is not found; give its path, or set PATH.")
     return words
 
 
 class Commands:
-    """Runs the command for one merge after the other. Used as a context: at its end, what still runs is stopped.
+    """Runs the command for one merge after the other. A context manager: at its end, a running command is stopped.
 
     Args:
         words: of the command; `{}` in them stands for the merge's folder. Empty: there is no command.
@@ -89,7 +89,7 @@ class Commands:
         self.stop()
 
     def add(self, merged: Merged) -> None:
-        """Notes a merge, unless its command has ended already."""
+        """Queues a merge, unless its command has already ended."""
         if self.words and not merged.beside("json").is_file():
             self.waiting.append(merged)
 
@@ -99,7 +99,7 @@ class Commands:
         return self.running is None and not self.waiting
 
     def step(self) -> Iterator[Event]:
-        """Looks after what runs, and starts what waits."""
+        """Reports the command that has ended, and starts the next one."""
         if self.running is not None:
             merged, process, begun = self.running
             if process.poll() is None:
@@ -107,12 +107,12 @@ class Commands:
             self.running = None
             yield self._ended(merged, process.returncode, begun)
         while self.waiting and not self.waiting[0].out.is_dir():
-            self.waiting.popleft()  # it was removed before its turn came
+            self.waiting.popleft()  # the merge was deleted before its turn came
         if self.waiting:
             yield from self._start(self.waiting[0])
 
     def pause(self, seconds: float) -> None:
-        """Sleeps, but not beyond the end of the command that runs."""
+        """Sleeps, at most until the running command ends."""
         if self.running is None:
             time.sleep(seconds)
         else:
@@ -120,7 +120,7 @@ class Commands:
                 self.running[1].wait(seconds)
 
     def stop(self) -> None:
-        """Ends the command that runs, with all of its processes. It is run again by the next watch."""
+        """Ends the running command and all its processes. The next watch runs it again."""
         if self.running is None:
             return
         _, process, _ = self.running
@@ -134,11 +134,11 @@ class Commands:
             except subprocess.TimeoutExpired:
                 continue
         process.wait()
-        with contextlib.suppress(ProcessLookupError):  # what the command has started may ignore SIGTERM, and outlive it
+        with contextlib.suppress(ProcessLookupError):  # its children may ignore SIGTERM, and outlive it
             os.killpg(process.pid, signal.SIGKILL)
 
     def _start(self, merged: Merged) -> Iterator[Event]:
-        """Starts the command, unless one that a killed watch has started for the same merge still runs."""
+        """Starts the command, unless one that a killed watch started for the same merge still runs."""
         begun = time.time()
         out = os.open(merged.beside("out"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:

@@ -1,11 +1,11 @@
-"""Which of a run's checkpoints are complete. They are only looked at: nothing of the run is locked or touched.
+"""Decides which checkpoints of a run are complete. The run is only read: nothing in it is locked or changed.
 
 A checkpoint is written by many ranks, one file after another, on a file system that shows another machine's files
 late and in any order. It is complete when all of this holds:
 
 - its layout can be read: every rank's file is there and is a whole torch file, whose directory is written last;
-- it has settled: `latest`, which DeepSpeed moves after all ranks' files, has come to it; or, where there is no
-  `latest`, a newer checkpoint is there; or else its files have not changed for some time.
+- it has settled: `latest`, which DeepSpeed writes after all ranks' files, names it or a newer one; or there is no
+  `latest`, and a newer checkpoint exists; or its files have not changed for some time.
 """
 
 import time
@@ -19,7 +19,7 @@ Fingerprint = tuple[tuple[str, int, int], ...]
 
 
 def fingerprint(folder: Path) -> Fingerprint:
-    """Name, size and time of change of every file of a checkpoint."""
+    """Name, size in bytes and time of change (ns) of every file of a checkpoint."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     found = [(path, path.stat()) for path in files]
     return tuple((str(path), status.st_size, status.st_mtime_ns) for path, status in found)
@@ -29,9 +29,15 @@ class Checkpoints:
     """The checkpoints of a run, look by look. A checkpoint that was complete once is not read again.
 
     Args:
-        run: the run's folder; it may be empty yet, or not even there.
+        run: the run's folder; it may be empty, or missing.
         allowed_globals: see `read_layout`.
-        settle_s: how long files must not have changed.
+        settle_s: seconds for which files must not have changed.
+
+    Attributes:
+        held: checkpoints of the last look by step, complete or not.
+        seen: steps that were complete in some look.
+        unsettled: steps that may become complete if they are looked at again.
+        problems: by step, why a checkpoint is broken.
     """
 
     def __init__(self, run: Path, allowed_globals: frozenset[str], settle_s: float) -> None:
@@ -45,7 +51,7 @@ class Checkpoints:
         self._broken: dict[str, tuple[Fingerprint, str]] = {}
 
     def look(self) -> None:
-        """Lists the run again: `held` has what is there by the step in its name, a native one before its copy."""
+        """Lists the run again. Of a native checkpoint and its universal copy, the native one is taken."""
         try:
             found = find_checkpoints(self.run)
         except CheckpointNotFound:
@@ -58,7 +64,7 @@ class Checkpoints:
         self.unsettled, self.problems = set(), {}
 
     def is_complete(self, step: int) -> bool:
-        """Whether the checkpoint of a step is whole; if not, it is in `unsettled` or has an entry in `problems`.
+        """Whether the checkpoint of a step is complete; if not, the step is in `unsettled` or in `problems`.
 
         Raises:
             UnsupportedLayout, UnsafePickle: see `read_layout`.
@@ -74,7 +80,7 @@ class Checkpoints:
                 return False
         except Interrupted:
             raise
-        except OSError as error:  # it is being renamed or removed under our eyes, or the file system fails
+        except OSError as error:  # it is being renamed or deleted now, or the file system fails
             self.problems[step] = str(error)
             return False
         self._complete.add(checkpoint.tag)
@@ -82,7 +88,7 @@ class Checkpoints:
         return True
 
     def _is_whole(self, checkpoint: Checkpoint) -> bool:
-        """Whether the layout can be read; a broken one is read again only when a file of it has changed."""
+        """Whether the layout can be read. A broken checkpoint is read again only when one of its files has changed."""
         before = fingerprint(checkpoint.path)
         known = self._broken.get(checkpoint.tag)
         problem = known[1] if known is not None and known[0] == before else self._problem(checkpoint)

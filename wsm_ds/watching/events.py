@@ -1,4 +1,4 @@
-"""What a watch tells while it runs."""
+"""What a watch reports while it runs."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,7 +6,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Event:
-    """One event: its name, a line for people, and its figures as plain data."""
+    """Something that has happened.
+
+    Attributes:
+        name: its kind, as `--json` prints it: "merged", "refused", "waiting", ...
+        text: a line for people.
+        values: its figures, as plain data for JSON.
+    """
 
     name: str
     text: str

@@ -1,9 +1,9 @@
-"""Deleting the checkpoints that no window can want any more; everything that is in doubt is kept.
+"""Deletes the checkpoints that no window can need any more. In doubt, a checkpoint is kept.
 
-In RUN/.wsm-prune lie, of all prunes of a run,
+RUN/.wsm-prune holds, for all prunes of a run,
 
-    deleted.jsonl   what was deleted, a line a checkpoint: a window over one of them is not made of others instead
-    trash/          checkpoints on their way out: each leaves the run by one rename, so that nobody sees half of one
+    deleted.jsonl   what was deleted, one line per checkpoint: a window never takes an older checkpoint in its place
+    trash/          checkpoints that are being deleted: each leaves the run by one rename, so nobody sees half of one
     lock            held by the prune that deletes
 """
 
@@ -33,11 +33,11 @@ NEVER_SETTLES_S = float("inf")
 
 @dataclass(frozen=True)
 class Retention:
-    """What is kept, beside what always is (see `plan_prune`).
+    """What is kept, in addition to what always is (see `plan_prune`).
 
     Attributes:
         specs: watches whose windows must still be possible.
-        folders: where merges of the run are made; what one that was begun needs is kept.
+        folders: where merges of the run are written; the sources of unfinished ones are kept.
         keep_window: the newest complete checkpoints that windows to come need.
         keep_every: checkpoints at multiples of so many steps.
         keep_last: the newest complete checkpoints, for a run that has to start again from one.
@@ -51,8 +51,13 @@ class Retention:
 
 
 @dataclass(frozen=True)
-class Fate:
-    """One checkpoint: `kept_because` is empty if it can go."""
+class Verdict:
+    """Whether one checkpoint is kept.
+
+    Attributes:
+        nbytes: bytes of all its files.
+        kept_because: the reason; empty if it can be deleted.
+    """
 
     checkpoint: Checkpoint
     nbytes: int
@@ -70,8 +75,8 @@ class Fate:
         }
 
 
-def plan_prune(run: Path, retention: Retention, allowed_globals: frozenset[str] = frozenset()) -> tuple[Fate, ...]:
-    """What becomes of every checkpoint of a run, oldest first. Deletes nothing.
+def plan_prune(run: Path, retention: Retention, allowed_globals: frozenset[str] = frozenset()) -> tuple[Verdict, ...]:
+    """Decides which checkpoints of a run can be deleted, oldest first. Deletes nothing.
 
     Always kept: the newest complete checkpoint and what is newer, the one that `latest` names, universal copies, links,
     and folders whose names end with no step.
@@ -86,11 +91,11 @@ def plan_prune(run: Path, retention: Retention, allowed_globals: frozenset[str] 
     checkpoints.look()
     complete = {step for step in checkpoints.held if checkpoints.is_complete(step)}
     reasons = _reasons(run, retention, set(checkpoints.held), complete)
-    return tuple(_fate(checkpoint, complete, reasons) for checkpoint in found)
+    return tuple(_verdict(checkpoint, complete, reasons) for checkpoint in found)
 
 
 def _checkpoints_of(run: Path, retention: Retention) -> list[Checkpoint]:
-    """What is in the run's folder, if it is one that can be pruned so."""
+    """The checkpoints of a run that can be pruned with this retention; raises if it cannot."""
     if not retention.specs and retention.keep_window is None:
         raise RecipeError(
             "nothing says which checkpoints windows need: give --keep-window N, or the --out DIR of a watch."
@@ -107,7 +112,7 @@ def _checkpoints_of(run: Path, retention: Retention) -> list[Checkpoint]:
 
 
 def _reasons(run: Path, retention: Retention, steps: set[int], complete: set[int]) -> dict[int, str]:
-    """Why a step is kept; the first reason of several counts."""
+    """Why each step is kept. If there are several reasons, the first one is given."""
     newest = max(complete, default=-1)
     ordered = sorted(complete)
     reasons = {step: "newer than the newest complete one" for step in steps if step > newest}
@@ -133,13 +138,16 @@ def _reasons(run: Path, retention: Retention, steps: set[int], complete: set[int
 
 
 def _from(complete: Sequence[int], count: int, steps: set[int]) -> set[int]:
-    """The newest `count` complete steps, and what lies between them."""
+    """The newest `count` complete steps, and all steps after the oldest of them."""
     oldest = complete[-count:][:1]
     return {step for step in steps if oldest and step >= oldest[0]} if count else set()
 
 
 def _of_spec(spec: WatchSpec, steps: set[int], complete: set[int]) -> dict[int, str]:
-    """What windows of a watch need, be a broken checkpoint between mended or removed."""
+    """Steps that a watch's open windows need.
+
+    A broken checkpoint may later be repaired or deleted, which changes the windows, so both cases are kept.
+    """
     gone = deleted_steps(spec.run)
     for end, name in merged_outputs(spec):
         gone |= source_steps(spec.run, spec.place(end, name))
@@ -148,12 +156,12 @@ def _of_spec(spec: WatchSpec, steps: set[int], complete: set[int]) -> dict[int, 
 
 
 def _of_begun(run: Path, folders: Iterable[Path]) -> set[int]:
-    """Steps of the run's checkpoints that merges need which have begun and not ended."""
+    """Steps of the run's checkpoints that unfinished merges need."""
     sources = [source for folder in folders for merge in unfinished_merges(folder) for source in merge["sources"]]
     return {int(source["step"]) for source in sources if Path(source["path"]).is_relative_to(run.resolve())}
 
 
-def _fate(checkpoint: Checkpoint, complete: set[int], reasons: dict[int, str]) -> Fate:
+def _verdict(checkpoint: Checkpoint, complete: set[int], reasons: dict[int, str]) -> Verdict:
     nbytes = sum(path.stat().st_size for path in checkpoint.path.rglob("*") if path.is_file())
     step = checkpoint.named_step
     reason = reasons.get(step, "")
@@ -163,16 +171,16 @@ def _fate(checkpoint: Checkpoint, complete: set[int], reasons: dict[int, str]) -
         reason = "a universal copy"
     elif checkpoint.path.is_symlink():
         reason = "a link"
-    return Fate(checkpoint, nbytes, step in complete, reason)
+    return Verdict(checkpoint, nbytes, step in complete, reason)
 
 
 def trash_of(run: Path) -> Path:
-    """Where checkpoints on their way out lie."""
+    """The folder of checkpoints that are being deleted."""
     return (run / DELETED).parent / "trash"
 
 
-def left_in_trash(run: Path) -> list[Path]:
-    """What a prune that was killed has left to be removed."""
+def trash_content(run: Path) -> list[Path]:
+    """Checkpoints that a killed prune has not deleted completely."""
     return sorted(trash_of(run).iterdir()) if trash_of(run).is_dir() else []
 
 
@@ -180,47 +188,47 @@ def prune(
     run: Path,
     retention: Retention,
     allowed_globals: frozenset[str] = frozenset(),
-    on_plan: Callable[[tuple[Fate, ...]], None] = lambda fates: None,
-) -> tuple[Fate, ...]:
-    """Deletes what `plan_prune` lets go, and what a prune that was killed has left; returns the plan.
+    on_plan: Callable[[tuple[Verdict, ...]], None] = lambda verdicts: None,
+) -> tuple[Verdict, ...]:
+    """Deletes what `plan_prune` does not keep, and what a killed prune left; returns the plan.
 
     Raises:
-        OutputLocked: another prune of the run deletes now.
+        OutputLocked: another prune deletes in the run now.
         OSError: something cannot be removed; the next prune tries again.
     """
     _checkpoints_of(run, retention)
     trash = trash_of(run)
     trash.mkdir(parents=True, exist_ok=True)
     with hold_lock(trash.parent / "lock", f"another prune deletes in {run}"):
-        for path in left_in_trash(run):
+        for path in trash_content(run):
             shutil.rmtree(path)
-        fates = plan_prune(run, retention, allowed_globals)
-        on_plan(fates)
-        going = [fate for fate in fates if not fate.kept_because]
-        for fate in going:
-            _record(run / DELETED, fate)
-            fate.checkpoint.path.rename(trash / fate.checkpoint.tag)
-        for fate in going:
-            shutil.rmtree(trash / fate.checkpoint.tag)
-    return fates
+        verdicts = plan_prune(run, retention, allowed_globals)
+        on_plan(verdicts)
+        going = [verdict for verdict in verdicts if not verdict.kept_because]
+        for verdict in going:
+            _record(run / DELETED, verdict)
+            verdict.checkpoint.path.rename(trash / verdict.checkpoint.tag)
+        for verdict in going:
+            shutil.rmtree(trash / verdict.checkpoint.tag)
+    return verdicts
 
 
-def _record(path: Path, fate: Fate) -> None:
-    """Says that a checkpoint is deleted, before it is."""
-    append_line(path, json.dumps(fate.to_json() | {"time": time.time()}))
+def _record(path: Path, verdict: Verdict) -> None:
+    """Records that a checkpoint is deleted, before it is deleted."""
+    append_line(path, json.dumps(verdict.to_json() | {"time": time.time()}))
 
 
-def prune_report(fates: Sequence[Fate], left: Sequence[Path], *, is_deleting: bool) -> str:
-    """One line a checkpoint, and what is gained."""
+def prune_report(verdicts: Sequence[Verdict], left: Sequence[Path], *, is_deleting: bool) -> str:
+    """The table that `wsm-ds prune` prints: one line per checkpoint, and the bytes that are freed."""
     rows = [
-        [fate.checkpoint.tag, str(fate.checkpoint.named_step), format_size(fate.nbytes),
-         "yes" if fate.is_complete else "no", f"kept: {fate.kept_because}" if fate.kept_because else "deleted"]
-        for fate in fates
+        [verdict.checkpoint.tag, str(verdict.checkpoint.named_step), format_size(verdict.nbytes),
+         "yes" if verdict.is_complete else "no", f"kept: {verdict.kept_because}" if verdict.kept_because else "deleted"]
+        for verdict in verdicts
     ]  # fmt: skip
-    going = [fate for fate in fates if not fate.kept_because]
-    freed = format_size(sum(fate.nbytes for fate in going))
-    text = f"{len(going)} of {len(fates)} checkpoints, {freed}"
-    lines = [table(["checkpoint", "step", "size", "complete", "fate"], rows)]
-    lines += [f"left by an earlier prune, and removed with --delete: {few(path.name for path in left)}"] if left else []
+    going = [verdict for verdict in verdicts if not verdict.kept_because]
+    freed = format_size(sum(verdict.nbytes for verdict in going))
+    text = f"{len(going)} of {len(verdicts)} checkpoints, {freed}"
+    lines = [table(["checkpoint", "step", "size", "complete", "verdict"], rows)]
+    lines += [f"left by a killed prune, and deleted with --delete: {few(path.name for path in left)}"] if left else []
     lines.append(f"deleting {text}" if is_deleting else f"nothing was deleted; --delete would delete {text}")
     return "\n".join(lines)

@@ -71,12 +71,13 @@ def make_spec(values: dict[str, Any], ends: EndPoints) -> WatchSpec:
     """
     missing = [name for name in ("run", "out") if values.get(name) is None]
     if missing:
-        raise RecipeError(f"{' and '.join(missing)} must be given: which run is watched, and where its merges go.")
+        raise RecipeError(f"{' and '.join(f'`{name}`' for name in missing)} must be given.")
     entries = [values, *(entry for entry in values.get("outputs") or () if isinstance(entry, dict))]
     fixed = sorted({name for entry in entries for name in FIXED if entry.get(name) is not None})
     if fixed:
         raise RecipeError(
-            f"the windows of a watch end at every new checkpoint, so they are chosen by last, not by {few(fixed)}."
+            "the windows of a watch end at every new checkpoint, so they are chosen by `last`, not by "
+            f"{few(f'`{name}`' for name in fixed)}."
         )
     run, out = Path(values["run"]).absolute(), Path(values["out"]).absolute()
     recipes = make_recipes(**values | {"run": run, "out": out}, always_named=NAMED_BY)

@@ -1,7 +1,7 @@
-"""Merging beside a run: every window that a new checkpoint completes, once.
+"""Merges every window that a new checkpoint completes, once.
 
-What is done is known from DIR alone: an output's manifest says that it is merged, `NAME.refused.json` beside its place
-that it cannot be, a staging folder that it was begun. So a watch may be killed at any moment and started again.
+All state is in DIR. A window is merged if its output has a manifest, refused if `NAME.refused.json` exists, and begun
+if it has a staging folder. So a watch may be killed at any moment and started again.
 """
 
 import json
@@ -42,11 +42,11 @@ from wsm_ds.watching.windows import OpenWindow, open_windows
 log = logging.getLogger(__name__)
 
 REFUSALS = (WindowError, LayoutMismatch, NonFiniteValue)
-"""What a window meets every time it is tried."""
+"""Errors that a window gets again each time it is tried: it is recorded as refused."""
 TICK_S = 0.5
 LONGEST_PAUSE_S = 3600.0
 PATIENCE_LOOKS = 3
-"""Looks after the last end point, before a window that waits for a broken checkpoint is given up."""
+"""After the last end point: how many looks a window waits for a broken checkpoint, before it is given up."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class WatchOptions:
     """How a watch works.
 
     Attributes:
-        poll_s: seconds between two looks, and for which files must not change, see `complete`.
-        is_once: whether to merge what is complete now, and to end.
-        command: its words; see `commands`.
-        restart: whether to throw away what another merge, begun and not ended, has left at an output's place.
+        poll_s: seconds between two looks; also how long files must not have changed, see `completeness`.
+        is_once: merge what is complete now, and end.
+        command: words of the command for every merge; see `commands`. Empty: none.
+        restart: throw away what another, unfinished merge left at an output's place.
         style: how the progress of a merge is shown.
     """
 
@@ -71,18 +71,20 @@ class WatchOptions:
 def watch(
     spec: WatchSpec, options: WatchOptions, check: Callable[[], None] = lambda: None
 ) -> Generator[Event, None, None]:
-    """Merges every window that is complete or becomes so, and yields what happens; ends as `options` and `spec` say.
+    """Merges every window that is complete or becomes complete, and yields what happens.
+
+    It ends after one look with `is_once`, and otherwise when the run has passed the last end point.
 
     Args:
-        spec: what is merged, and where to.
+        spec: what is merged, and where.
         options: how.
-        check: called every now and then; an error it raises ends the watch.
+        check: called at least twice a second while waiting; an error that it raises ends the watch.
 
     Raises:
-        OutputLocked: another watch has `spec.out`.
-        BrokenCheckpoint: at the end, some windows could not be made because a checkpoint between is not whole.
+        OutputLocked: another watch merges into `spec.out`.
+        BrokenCheckpoint: at the end: some windows were not merged, because one of their checkpoints is broken.
         UnsupportedLayout, UnsafePickle, RecipeError, BudgetTooSmall, OutputExists: no window can be merged so.
-        OSError: with `is_once`, what another look might get over.
+        OSError: at the end: a merge failed, and would have been tried again.
     """
     spec.out.mkdir(parents=True, exist_ok=True)
     with hold_lock(spec.out / LOCK, f"another watch merges into {spec.out}"), Commands(options.command) as commands:
@@ -103,11 +105,11 @@ def watch(
         while not commands.is_idle:
             yield from _wait(commands, TICK_S, check)
         yield watcher.summary()
-        watcher.raise_what_is_left()
+        watcher.raise_unfinished()
 
 
 def _wait(commands: Commands, seconds: float, check: Callable[[], None]) -> Iterator[Event]:
-    """Sleeps, and looks after the commands meanwhile."""
+    """Sleeps, and starts and ends commands meanwhile."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
         check()
@@ -117,7 +119,7 @@ def _wait(commands: Commands, seconds: float, check: Callable[[], None]) -> Iter
 
 @dataclass(frozen=True)
 class _Pause:
-    """Why an end point waits, how long in all, and until when."""
+    """Why an end point waits, how long this wait is, and until when (monotonic seconds)."""
 
     error: Exception
     pause_s: float
@@ -125,7 +127,7 @@ class _Pause:
 
 
 class _Watcher:
-    """What a watch knows from one look to the next. All but the pauses could be found out again from the folders."""
+    """What a watch knows from one look to the next. Except for the pauses, it could be read again from the folders."""
 
     def __init__(self, spec: WatchSpec, options: WatchOptions, commands: Commands) -> None:
         self.spec, self.options, self.commands = spec, options, commands
@@ -133,7 +135,7 @@ class _Watcher:
         self.checkpoints = Checkpoints(spec.run, allowed, options.poll_s)
         self.resolved: set[tuple[int, str]] = set()
         self.recorded: set[int] = set()
-        self.told: set[str] = set()
+        self.already_reported: set[str] = set()
         self.counts: Counter[str] = Counter()
         self.pauses: dict[int, _Pause] = {}
         self.blocked: dict[int, str] = {}
@@ -141,21 +143,21 @@ class _Watcher:
             self._note_merged(end, name)
 
     def look(self, check: Callable[[], None]) -> Iterator[Event]:
-        """Merges every window that is complete; one pass for each end point, oldest first."""
+        """Lists the run, and merges every complete window: one pass for each end point, oldest first."""
         self.checkpoints.look()
         self.blocked = {}
-        yield from self._tell_if_empty()
+        yield from self._report_if_empty()
         windows: dict[int, list[OpenWindow]] = {}
         for window in self._open_windows():
             windows.setdefault(window.end, []).append(window)
         self.pauses = {end: pause for end, pause in self.pauses.items() if end in windows}
-        for end, own in windows.items():
+        for end, windows_there in windows.items():
             check()
-            yield from self._look_at(end, own)
+            yield from self._look_at(end, windows_there)
             yield from self.commands.step()
 
     def is_at_end(self) -> bool:
-        """Whether nothing more can come: one look was asked for, or the run has passed the last end point."""
+        """Whether no more windows will come: with `is_once`, or when the run has passed the last end point."""
         until = self.spec.ends.until
         if self.options.is_once:
             return True
@@ -164,24 +166,27 @@ class _Watcher:
         return any(self.checkpoints.is_complete(step) for step in self.checkpoints.held if step >= until)
 
     def is_content_after(self, looks: int) -> bool:
-        """Whether so many looks at the end were enough: a checkpoint that may settle is looked at again, and one that
-        is broken some times more, unless once was asked for."""
+        """Whether `looks` looks after the end are enough.
+
+        A checkpoint that has not settled is looked at again. A broken one is looked at PATIENCE_LOOKS times more,
+        unless `is_once`.
+        """
         if self.options.is_once:
             return looks > 1 or not self.checkpoints.unsettled
         return not self.checkpoints.unsettled and (not self.blocked or looks > PATIENCE_LOOKS)
 
     def summary(self) -> Event:
-        """How much was done."""
+        """The last event: how many windows were merged, refused and passed over."""
         counts = {name: self.counts[name] for name in ("merged", "refused", "passed_over")}
         text = f"done: {counts['merged']} merged, {counts['refused']} refused, {counts['passed_over']} passed over"
         return Event("done", text, counts)
 
-    def raise_what_is_left(self) -> None:
-        """Raises what has kept windows from being made, if anything has."""
+    def raise_unfinished(self) -> None:
+        """Raises the error that kept windows from being merged, if there is one."""
         for pause in self.pauses.values():
             raise pause.error
         if self.blocked:
-            raise BrokenCheckpoint(f"windows were not made: {few(self.blocked.values(), 2)}")
+            raise BrokenCheckpoint(f"windows were not merged: {few(self.blocked.values(), 2)}")
 
     def _open_windows(self) -> list[OpenWindow]:
         held = self.checkpoints.held
@@ -194,12 +199,12 @@ class _Watcher:
         return (end, name) in self.resolved
 
     def _look_at(self, end: int, windows: list[OpenWindow]) -> Iterator[Event]:
-        """Merges those windows of one end point that can be merged."""
+        """Merges the windows of one end point that are complete."""
         if end in self.pauses and self.pauses[end].until_s > time.monotonic():
             return
         if not self.checkpoints.is_complete(end):
             if end < max(self.checkpoints.held):  # the newest one is still being written, and is not spoken of
-                yield from self._tell_of_broken((end,))
+                yield from self._report_of_broken((end,))
             return
         ready = []
         for window in windows:
@@ -208,10 +213,10 @@ class _Watcher:
             elif all(map(self.checkpoints.is_complete, window.steps)):
                 ready.append(window)
             else:
-                yield from self._tell_of_broken(window.steps)
+                yield from self._report_of_broken(window.steps)
         try:
             if ready:
-                yield from self._make(ready)
+                yield from self._merge(ready)
             self.pauses.pop(end, None)
         except OSError as error:
             is_ours = isinstance(error, OutputExists) and not isinstance(error, OutputLocked)
@@ -219,8 +224,8 @@ class _Watcher:
                 raise
             yield from self._pause(end, error)
 
-    def _make(self, windows: Sequence[OpenWindow]) -> Iterator[Event]:
-        """Merges windows in one pass; where one is refused, each in a pass of its own."""
+    def _merge(self, windows: Sequence[OpenWindow]) -> Iterator[Event]:
+        """Merges windows in one pass. If one of them is refused, each gets a pass of its own."""
         recipes = [self.spec.recipe_at(window.end, window.name) for window in windows]
         began = time.monotonic()
         try:
@@ -230,10 +235,12 @@ class _Watcher:
         except REFUSALS as error:
             if len(windows) > 1:
                 for window in windows:
-                    yield from self._make([window])
+                    yield from self._merge([window])
                 return
             if not all(self.checkpoints.held[step].path.is_dir() for step in windows[0].steps):
-                raise CheckpointNotFound(str(error)) from error  # it was refused for what has just gone
+                raise CheckpointNotFound(
+                    str(error)
+                ) from error  # the refusal comes from a checkpoint that has just been deleted
             yield self._refuse(windows[0], error)
             return
         for window in windows:
@@ -242,14 +249,14 @@ class _Watcher:
         yield _merged(windows, recipes, plan, time.monotonic() - began)
 
     def _require_steps(self, plan: Plan, windows: Sequence[OpenWindow]) -> None:
-        """Raises CheckpointNotFound unless the plan's windows are ours: the run has changed since we looked."""
+        """Raises CheckpointNotFound if the plan has other steps than the windows: the run has changed."""
         expected = {self.spec.place(window.end, window.name): window.steps for window in windows}
-        for part in plan.outputs:
-            steps = tuple(source.step for source in part.sources)
-            if steps != expected[part.out]:
+        for output in plan.outputs:
+            steps = tuple(source.step for source in output.sources)
+            if steps != expected[output.out]:
                 raise CheckpointNotFound(
-                    f"{part.out} would be made of steps {few(steps)}, not {few(expected[part.out])}: checkpoints have "
-                    "come or gone meanwhile."
+                    f"{output.out} would be merged from steps {few(steps)}, not {few(expected[output.out])}: "
+                    "checkpoints have appeared or been deleted meanwhile."
                 )
 
     def _run(self, plan: Plan) -> None:
@@ -262,7 +269,10 @@ class _Watcher:
                 run_plan(plan, progress.add, restart=True)
 
     def _note_merged(self, end: int, name: str) -> None:
-        """The sources of what is merged have been there, though they be gone; and its command is due."""
+        """Records a finished merge.
+
+        Its source steps count as "existed once", even if they have been pruned since, and its command is queued.
+        """
         out = self.spec.place(end, name)
         discard(out)
         self.resolved.add((end, name))
@@ -270,7 +280,7 @@ class _Watcher:
         self.commands.add(Merged(self.spec.run, end, name, out))
 
     def _refuse(self, window: OpenWindow, error: WsmError) -> Event:
-        """Records why a window cannot be merged."""
+        """Records in NAME.refused.json why a window cannot be merged, so that it is not tried again."""
         values: dict[str, Any] = {
             "step": window.end,
             "window": window.name,
@@ -286,35 +296,35 @@ class _Watcher:
     def _pass_over(self, window: OpenWindow) -> Iterator[Event]:
         self.resolved.add((window.end, window.name))
         self.counts["passed_over"] += 1
-        text = f"step {window.end} {window.name} is passed over: step {few(window.gone)} is not there any more"
+        text = f"step {window.end} {window.name} is passed over: step {few(window.gone)} was deleted"
         yield Event("passed_over", text, {"step": window.end, "window": window.name, "gone": window.gone})
 
-    def _tell_of_broken(self, steps: Sequence[int]) -> Iterator[Event]:
-        """What a window waits for, once."""
+    def _report_of_broken(self, steps: Sequence[int]) -> Iterator[Event]:
+        """Reports, once, the broken checkpoints that a window waits for."""
         for step in steps:
             problem = self.checkpoints.problems.get(step)
             if problem is not None:
                 self.blocked[step] = problem
-                yield from self._tell_once("waiting", f"step {step} is needed and not whole: {problem}", step=step)
+                yield from self._report_once("waiting", f"step {step} is needed and is broken: {problem}", step=step)
 
-    def _tell_if_empty(self) -> Iterator[Event]:
+    def _report_if_empty(self) -> Iterator[Event]:
         if self.checkpoints.held:
             return
         if self.options.is_once and not self.spec.run.is_dir():
             raise CheckpointNotFound(f"{self.spec.run} is not a folder.")
-        yield from self._tell_once("waiting", f"{self.spec.run} holds no checkpoint yet")
+        yield from self._report_once("waiting", f"{self.spec.run} holds no checkpoint yet")
 
-    def _tell_once(self, name: str, text: str, **values: Any) -> Iterator[Event]:
-        if text not in self.told:
-            self.told.add(text)
+    def _report_once(self, name: str, text: str, **values: Any) -> Iterator[Event]:
+        if text not in self.already_reported:
+            self.already_reported.add(text)
             yield Event(name, text, values)
 
     def _pause(self, end: int, error: Exception) -> Iterator[Event]:
-        """Tries an end point again after a pause that doubles with each failure."""
+        """Lets an end point wait before it is tried again; the pause doubles with each failure."""
         pause_s = self.options.poll_s if end not in self.pauses else 2 * self.pauses[end].pause_s
         pause_s = min(pause_s, LONGEST_PAUSE_S)
         self.pauses[end] = _Pause(error, pause_s, time.monotonic() + pause_s)
-        text = f"step {end} failed, and is tried again in {pause_s:.0f} s: {type(error).__name__}: {error}"
+        text = f"step {end} failed and will be tried again in {pause_s:.0f} s: {type(error).__name__}: {error}"
         yield Event("failed", text, {"step": end, "error": type(error).__name__, "message": str(error)})
 
 

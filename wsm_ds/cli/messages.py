@@ -1,0 +1,31 @@
+"""Error messages in the words of the command line: flags where the library names recipe keys."""
+
+import argparse
+import re
+
+from wsm_ds.errors import RecipeError, WsmError
+
+INVALID = "the recipe is not valid: "
+"""How `wsm_ds.planning.recipe` begins a message about values, wherever they come from."""
+
+
+def describe(error: WsmError, options: argparse.Namespace) -> str:
+    """An error's message for the user of a command.
+
+    The library writes recipe keys in backticks. A key becomes its flag, except where the value comes from a recipe
+    file: then the key stays, and the message names the file.
+
+    Args:
+        error: what a command has raised.
+        options: the parsed arguments of the command.
+    """
+    text = str(error)
+    recipe_file = getattr(options, "recipe", None)
+    flags = options.parser.flags()
+    if recipe_file is not None:
+        flags = {key: flag for key, flag in flags.items() if getattr(options, key, None) not in (None, [])}
+        text = re.sub(f"^{INVALID}", f"the recipe {recipe_file} is not valid: ".replace("\\", r"\\"), text)
+    else:
+        text = text.removeprefix(INVALID)
+    text = re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), text)
+    return f"{text.rstrip('.')}; see {options.parser.prog} --help" if isinstance(error, RecipeError) else text
