@@ -26,7 +26,7 @@ ASSETS = ROOT / "docs/assets"
 DATA = ASSETS / "merge_gain.json"
 WINDOW, WARMUP_STEPS, BATCHES = 8, 40, 16
 FIRST_STEP = 800
-"""Drawn from here on. The JSON has all steps: earlier, the loss falls fast, and a merge is behind because it is older."""
+"""Drawn from here on. The JSON has all steps: earlier, the loss falls fast, and a merge, which is older, is behind."""
 WIDTH, HEIGHT = 760, 380
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 64, 52
 

@@ -3,7 +3,7 @@
     python docs/generate.py           # writes them
     python docs/generate.py --check   # exit code 1 if one of them differs from the code
 
-The pages are made from the parser's actions and the sources' syntax trees, so that all versions of Python make the same.
+They are made from the parser's actions and the sources' syntax trees, so that all versions of Python make the same.
 """
 
 import argparse
@@ -30,8 +30,10 @@ API_HEAD = """# Python
 
 Made by `docs/generate.py` from the code: the names of `wsm_ds`, and `wsm_ds.training.TrainingJob`.
 
-`import wsm_ds` makes `WSMLR` and `WSDLR` known to DeepSpeed. It imports neither torch nor DeepSpeed; each name is loaded
-when it is first used.
+`import wsm_ds` makes `WSMLR` and `WSDLR` known to DeepSpeed. It imports neither torch nor DeepSpeed; each name is
+loaded when it is first used.
+
+<!-- fmt: off -->
 """
 
 

@@ -20,7 +20,7 @@ NOT_RUN = {
     "torchrun --nproc-per-node 8 -- launch/pretrain.py --run RUN --config configs/zero2_bf16.json --until-step 10000 "
     "--save-every 500 --data tokens.bin": "tests/training and tests/launch run launch/pretrain.py",
     'engine.load_checkpoint("quickstart/mean")': "needs an engine; tests/test_merge_deepspeed.py loads every merge",
-    "job = TrainingJob(": "tests/training/test_training_job_deepspeed.py runs the whole script of the package's docstring",
+    "job = TrainingJob(": "tests/training/test_training_job_deepspeed.py runs the whole script",
 }
 """Commands, and beginnings of Python examples, that are not run here; and why."""
 LANGUAGES = {"sh", "python", "text", "json", "yaml"}
@@ -45,7 +45,7 @@ def folder(runs: Path, tmp_path: Path) -> Path:
         shutil.copytree(runs / "w2_s2_bf16", tmp_path / name)
     (tmp_path / "configs").mkdir()
     for recipe in (ROOT / "configs").glob("*.yaml"):
-        text = re.sub(r"(?<=[ [])\d+(?=[],\n])", lambda match: YAML_NUMBERS[match[0]], recipe.read_text())
+        text = re.sub(r"(?<=[ [])\d+(?=[],}\n])", lambda match: YAML_NUMBERS[match[0]], recipe.read_text())
         (tmp_path / "configs" / recipe.name).write_text(text)
     config = (ROOT / "configs/zero2_bf16.json").read_text()
     (tmp_path / "ds_config.json").write_text(config)
@@ -67,7 +67,7 @@ def run_block(block: Block, folder: Path) -> str:
     """Runs the commands of a block, or its Python; returns what they printed."""
     if block.language == "python":
         prelude = PRELUDES.get(block.text.splitlines()[0], "")
-        command = [sys.executable, "-c", prelude + block.text]
+        command = [sys.executable, "-c", prelude + for_the_tiny_run(block.text)]
     else:
         commands = [for_the_tiny_run(command) for command in block.commands if command not in NOT_RUN]
         command = ["bash", "-e", "-c", "\n".join(commands)]
