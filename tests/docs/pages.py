@@ -29,7 +29,7 @@ class Block:
     def commands(self) -> list[str]:
         """The commands of a block for a shell, without comments; a line that ends in a backslash goes on."""
         lines = self.text.replace("\\\n", " ").splitlines()
-        return [" ".join(line.split()) for text in lines if (line := re.sub(r"\s+# .*$", "", text).strip())]
+        return [" ".join(line.split()) for text in lines if (line := re.sub(r"(^|\s)# .*$", "", text).strip())]
 
 
 def blocks(page: Path, *languages: str) -> list[Block]:
