@@ -1,4 +1,4 @@
-"""Makes docs/cli.md, docs/api.md and the table of errors in docs/failures.md from the code.
+"""Makes docs/cli.md, docs/api.md and the tables in docs/failures.md and docs/architecture.md from the code.
 
     python docs/generate.py           # writes them
     python docs/generate.py --check   # exit code 1 if one of them differs from the code
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
+PACKAGE = DOCS.parent / "wsm_ds"
 MARKERS = "<!-- begin: made by docs/generate.py -->\n", "<!-- end -->\n"
 SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Ranks|Memory|Example|Examples|Note|Source):(.*)$")
 ITEM = re.compile(r"^(\*{0,2}\w[\w.]*(?:, \*{0,2}\w[\w.]*)*)(?: \([^)]*\))?: ?(.*)$")
@@ -277,19 +278,49 @@ def _exit_code(error: Any) -> str:
     return "that of the rank" if error.__name__ == "PeerFailed" else str(error.exit_code)
 
 
+def package_table() -> str:
+    """The table of packages: first line of the docstring, and what each imports; the highest first."""
+    paths = [path for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")]
+    paths += [path.parent for path in PACKAGE.glob("*/__init__.py")]
+    imports = {path.stem: _imports(path) for path in paths}
+
+    def depth(name: str) -> int:
+        return 1 + max(map(depth, imports[name]), default=0)
+
+    rows = []
+    for path in sorted(paths, key=lambda path: (-depth(path.stem), path.stem)):
+        source = path / "__init__.py" if path.is_dir() else path
+        text = (ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or "").partition("\n\n")[0]
+        rows.append(f"| `{path.stem}` | {_cell(text)} | {', '.join(sorted(imports[path.stem]))} |")
+    return "\n".join(["| package or module | what it is | imports |", "|---|---|---|", *rows, ""])
+
+
+def _imports(path: Path) -> set[str]:
+    """The packages and modules of wsm_ds that one of them imports, itself left out."""
+    names = set[str]()
+    for source in path.rglob("*.py") if path.is_dir() else [path]:
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "wsm_ds":
+                names.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("wsm_ds."):
+                names.add((node.module or "").split(".")[1])
+    return {name for name in names if (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file()} - {path.stem}
+
+
+def _with_section(page: str, section: str) -> dict[Path, str]:
+    """A page with the section between its markers replaced."""
+    path = DOCS / page
+    before, _, rest = path.read_text(encoding="utf-8").partition(MARKERS[0])
+    return {path: before + MARKERS[0] + section + MARKERS[1] + rest.partition(MARKERS[1])[2]}
+
+
 def pages() -> dict[Path, str]:
     """Every page that is made from the code, with its text."""
     from wsm_ds import cli
 
-    failures = DOCS / "failures.md"
-    before, _, rest = failures.read_text(encoding="utf-8").partition(MARKERS[0])
-    after = rest.partition(MARKERS[1])[2]
     make_parser = getattr(cli, "parser", None) or cli._parser
-    return {
-        DOCS / "cli.md": cli_page(make_parser()),
-        DOCS / "api.md": api_page(),
-        failures: before + MARKERS[0] + error_table() + MARKERS[1] + after,
-    }
+    whole = {DOCS / "cli.md": cli_page(make_parser()), DOCS / "api.md": api_page()}
+    return whole | _with_section("failures.md", error_table()) | _with_section("architecture.md", package_table())
 
 
 def main() -> int:

@@ -86,9 +86,11 @@ def test_the_manifest_page_names_every_key_of_a_manifest(runs: Path, tmp_path: P
     assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set(manifest)
 
 
-def test_the_architecture_page_names_every_package_and_module() -> None:
-    package = ROOT / "wsm_ds"
-    names = {path.name for path in package.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
-    names |= {path.stem for path in package.glob("*.py") if not path.stem.startswith("__")}
-    rows = re.findall(r"^\| (`.*?`) \|", (DOCS / "architecture.md").read_text(), flags=re.MULTILINE)
-    assert set(re.findall(r"`([\w/]+)`", " ".join(rows))) == names
+def test_the_picture_of_the_packages_is_that_of_the_imports() -> None:
+    page = DOCS / "architecture.md"
+    lines = [re.split(r" {3,}", line.strip())[0] for line in blocks(page, "text")[1].text.splitlines()]
+    level = {name: number for number, line in enumerate(lines) for name in line.split(" · ") if line.strip("│▼")}
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert sorted(level) == sorted(name for name, _ in rows)
+    for name, imported in rows:
+        assert all(level[other] >= level[name] for other in imported.split(", ") if other), name
