@@ -63,12 +63,13 @@ def _command(command: str, name: str, parser: argparse.ArgumentParser, common_ep
         for action in actions:
             yield f"| {_words(action)} | {_cell(_help(action))} |"
         yield ""
-    if parser.epilog and parser.epilog != common_epilog:
-        yield from _epilog(parser)
+    yield from _epilog(parser, without=common_epilog or "")
 
 
-def _epilog(parser: argparse.ArgumentParser) -> list[str]:
-    epilog = textwrap.dedent(parser.epilog or "").strip()
+def _epilog(parser: argparse.ArgumentParser, without: str = "") -> list[str]:
+    """The text below the options, but for paragraphs that stand in another."""
+    paragraphs = re.split(r"\n\n+", textwrap.dedent(parser.epilog or "").strip())
+    epilog = "\n\n".join(paragraph for paragraph in paragraphs if paragraph not in without)
     if not epilog:
         return []
     if parser.formatter_class is argparse.HelpFormatter:
