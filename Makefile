@@ -53,7 +53,8 @@ check: $(VENV)/installed
 	$(BIN)/python -m pytest --quiet tests/test_architecture.py
 
 docs: $(VENV)/docs
-	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) .nox quickstart build dist site *.egg-info
