@@ -30,6 +30,8 @@ TORCH = {
     "transformers",
 }
 """Modules that import torch."""
+LAZY = {"lazy", "recording_optimizer", "reference"}
+"""Modules that import torch when a test uses them."""
 MARKS = {
     "torch": "the test needs torch",
     "deepspeed": "the test trains with DeepSpeed, or reads what such a training wrote",
@@ -70,7 +72,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def imports_torch(path: Path, *, at_top: bool) -> bool:
     """Whether a file names a module of TORCH in an import; `at_top`: in one that runs when the file is imported."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    return any(_imported(node) & TORCH for node in (tree.body if at_top else ast.walk(tree)))
+    if at_top:
+        return any(_imported(node) & TORCH for node in tree.body)
+    return any(_imported(node) & (TORCH | LAZY) for node in ast.walk(tree))
 
 
 def _imported(node: ast.AST) -> set[str]:

@@ -1,10 +1,12 @@
 """The slow literal merge: torch.load everything, average in float64, round once. What every fast path must equal."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from lazy import torch
 
 
 def load_all(checkpoint: Path) -> tuple[dict[int, Any], dict[int, Any]]:

@@ -1,11 +1,13 @@
 """What a training program saves beside the model, as Megatron-DeepSpeed does, comes back from a merge unchanged."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from deepspeed_runs import launch
+from lazy import torch
 from reference import load_all, same_tree
 
 from wsm_ds.merging import merge

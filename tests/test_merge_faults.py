@@ -1,5 +1,7 @@
 """Bad input gets a clear error. No file is lost, and no incomplete output appears."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
@@ -9,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from lazy import torch
 
 from wsm_ds import merging
 from wsm_ds.engine import seals, tasks

@@ -1,12 +1,13 @@
 """Windows whose checkpoints were written at different world sizes and stages, into every form of output."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from lazy import load_file, torch
 from reference import average, whole
-from safetensors.torch import load_file
 
 from wsm_ds.merging import export, merge
 from wsm_ds.verification import verify

@@ -1,5 +1,7 @@
 """HF Trainer for real: runs that it writes, merges that it resumes from and that transformers loads."""
 
+from __future__ import annotations
+
 import json
 import math
 import shutil
@@ -7,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from deepspeed_runs import launch
+from lazy import load_file, torch
 from reference import load_all, merged_masters, merged_parameters, same_bits, unpadded
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wsm_ds.cli import main
 from wsm_ds.errors import RecipeError
@@ -112,6 +112,8 @@ def test_transformers_loads_the_safetensors_of_a_trainer_run_without_more_ado(
     names = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     names |= {"model.safetensors.index.json", "wsm_merge.json"}
     assert {path.name for path in out.iterdir() if path.suffix != ".safetensors"} == names
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     wanted = merged_parameters(sources(run), COEFFICIENTS, stage)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied

@@ -1,5 +1,7 @@
 """What rank 0 decides, all ranks follow; and an error of rank 0 reaches all."""
 
+from __future__ import annotations
+
 import os
 import sys
 import threading
@@ -11,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from torch.distributed import PrefixStore, TCPStore
+from lazy import torch
 
 from wsm_ds.distributed import ranks
 from wsm_ds.distributed.ranks import Ranks, StoreRanks
@@ -19,17 +21,19 @@ from wsm_ds.errors import PeerFailed, Superseded
 
 
 @pytest.fixture(scope="module")
-def server() -> TCPStore:
-    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+def server() -> torch.distributed.TCPStore:
+    return torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-def on_ranks(server: TCPStore, name: str, world_size: int, work: Callable[[Ranks], Any], **options: Any) -> list[Any]:
+def on_ranks(
+    server: torch.distributed.TCPStore, name: str, world_size: int, work: Callable[[Ranks], Any], **options: Any
+) -> list[Any]:
     """What `work` returns or raises on every rank: a thread each, with a connection of its own."""
 
     def one(rank: int) -> Any:
-        store = TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=30))
+        store = torch.distributed.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=30))
         try:
-            return work(StoreRanks(PrefixStore(name, store), rank, world_size, **options))
+            return work(StoreRanks(torch.distributed.PrefixStore(name, store), rank, world_size, **options))
         except Exception as error:
             return error
 
@@ -41,7 +45,7 @@ def test_one_process_decides_for_itself_and_gets_what_json_keeps() -> None:
     assert Ranks().decide(lambda: {"path": ("a", 1)}) == {"path": ["a", 1]}
 
 
-def test_rank_0_alone_decides_and_all_ranks_get_its_decisions_in_order(server: TCPStore) -> None:
+def test_rank_0_alone_decides_and_all_ranks_get_its_decisions_in_order(server: torch.distributed.TCPStore) -> None:
     deciding: list[int] = []
 
     def work(member: Ranks) -> list[Any]:
@@ -55,7 +59,7 @@ def test_rank_0_alone_decides_and_all_ranks_get_its_decisions_in_order(server: T
     assert deciding == [0, 0, 0]
 
 
-def test_an_error_of_rank_0_reaches_all_with_its_exit_code_and_nobody_waits(server: TCPStore) -> None:
+def test_an_error_of_rank_0_reaches_all_with_its_exit_code_and_nobody_waits(server: torch.distributed.TCPStore) -> None:
     def decision() -> None:
         raise Superseded("attempt 1 was superseded")
 
@@ -69,7 +73,7 @@ def test_an_error_of_rank_0_reaches_all_with_its_exit_code_and_nobody_waits(serv
     assert time.monotonic() - began_s < ranks.FAREWELL_S / 2
 
 
-def test_a_decision_that_does_not_come_in_time_is_an_error_on_the_others(server: TCPStore) -> None:
+def test_a_decision_that_does_not_come_in_time_is_an_error_on_the_others(server: torch.distributed.TCPStore) -> None:
     done = threading.Event()
 
     def work(member: Ranks) -> Any:
@@ -86,9 +90,9 @@ def test_a_decision_that_does_not_come_in_time_is_an_error_on_the_others(server:
     assert str(error).endswith("decides nothing for 0.3 s.")
 
 
-def test_ranks_that_only_decide_send_no_beats(server: TCPStore) -> None:
+def test_ranks_that_only_decide_send_no_beats(server: torch.distributed.TCPStore) -> None:
     on_ranks(server, "quiet", 2, lambda member: member.decide(lambda: 1))
-    assert not PrefixStore("quiet", server).check(["wsm/beat/0"])
+    assert not torch.distributed.PrefixStore("quiet", server).check(["wsm/beat/0"])
 
 
 def test_ranks_do_not_import_torch() -> None:

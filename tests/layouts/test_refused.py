@@ -1,14 +1,15 @@
 """Checkpoints that DeepSpeed writes and that are not read: refused by name, before anything appears."""
 
+from __future__ import annotations
+
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from deepspeed_runs import launch
-from safetensors.torch import load_file
+from lazy import load_file, torch
 
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, WsmError
 from wsm_ds.inspection import inspect_run

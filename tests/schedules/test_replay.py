@@ -1,14 +1,16 @@
 """A merge equals a replay of the recorded updates with decayed learning rates; with weight decay nearly."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lazy import torch
 
 from wsm_ds.schedules.coefficients import (
     coefficients_from_decay_factors,

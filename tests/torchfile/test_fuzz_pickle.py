@@ -1,6 +1,8 @@
 # ruff: noqa: E501
 """Crafted and damaged torch files end in one of our errors, soon, and in little memory."""
 
+from __future__ import annotations
+
 import pickle
 import random
 import struct
@@ -12,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import torch
+from lazy import torch
 
 from wsm_ds.errors import BrokenCheckpoint, WsmError
 from wsm_ds.torchfile import open_torch_file, unpickle

@@ -1,11 +1,13 @@
 """What is read and written again is the same to torch."""
 
+from __future__ import annotations
+
 import zipfile
 import zlib
 from pathlib import Path
 
 import pytest
-import torch
+from lazy import torch
 from reference import same_tree
 
 from wsm_ds.outputs.torch_template import Inputs, make_torch_template

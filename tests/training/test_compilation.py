@@ -4,16 +4,21 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from torch.utils.file_baton import FileBaton
 
 from wsm_ds.errors import StaleLock
 from wsm_ds.training.compilation import extensions_folder, require_no_stale_locks
 
+if TYPE_CHECKING:
+    from torch.utils.file_baton import FileBaton
 
-def lock_of_op(folder: Path, age_s: float) -> FileBaton:
+
+def lock_of_op(folder: Path, age_s: float) -> "FileBaton":
     """What torch makes while it compiles."""
+    from torch.utils.file_baton import FileBaton
+
     path = folder / "py311_cpu" / "fused_adam" / "lock"
     path.parent.mkdir(parents=True)
     baton = FileBaton(str(path))

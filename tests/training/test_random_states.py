@@ -1,11 +1,13 @@
 """Random states of Python, numpy and torch come back exactly."""
 
+from __future__ import annotations
+
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from lazy import torch
 
 from wsm_ds.errors import BrokenCheckpoint
 from wsm_ds.training.random_states import load_random_states, save_random_states, seed_random_states, states_file

@@ -1,5 +1,7 @@
 """A watch beside a run that saves: every window once, the bytes of a plain merge, and the run untouched."""
 
+from __future__ import annotations
+
 import errno
 import json
 import shutil
@@ -14,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from dying import dies_at
+from lazy import torch
 from played_run import PlayedRun, contents, outputs
 from processes import is_gone
 
