@@ -319,8 +319,7 @@ def pages() -> dict[Path, str]:
     """Every page that is made from the code, with its text."""
     from wsm_ds import cli
 
-    make_parser = cli.parser
-    whole = {DOCS / "cli.md": cli_page(make_parser()), DOCS / "api.md": api_page()}
+    whole = {DOCS / "cli.md": cli_page(cli.parser()), DOCS / "api.md": api_page()}
     return whole | _with_section("failures.md", error_table()) | _with_section("architecture.md", package_table())
 
 

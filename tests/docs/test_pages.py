@@ -49,6 +49,7 @@ def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+@pytest.mark.torch  # the page of the Python interface describes WSMLR
 def test_generated_pages_are_what_the_code_says() -> None:
     for path, text in script("generate").pages().items():
         assert path.read_text(encoding="utf-8") == text, f"run python docs/generate.py: {path} is out of date"

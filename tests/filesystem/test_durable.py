@@ -24,8 +24,8 @@ def test_a_write_that_writes_less_is_continued(tmp_path: Path, monkeypatch: pyte
 def test_a_text_is_synced_before_its_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
-    def noting(name: str) -> Callable[..., None]:
-        operation = getattr(os, name)
+    def noting(owner: Any, name: str) -> Callable[..., None]:
+        operation = getattr(owner, name)
 
         def perform(*arguments: Any) -> None:
             calls.append(name)
@@ -33,8 +33,8 @@ def test_a_text_is_synced_before_its_rename(tmp_path: Path, monkeypatch: pytest.
 
         return perform
 
-    for name in ("fsync", "replace"):
-        monkeypatch.setattr(os, name, noting(name))
+    for owner, name in ((os, "fsync"), (Path, "replace")):
+        monkeypatch.setattr(owner, name, noting(owner, name))
     durable.replace_text(tmp_path / "a folder" / "file", "text\n")
     assert calls == ["fsync", "replace"]
     assert [path.name for path in (tmp_path / "a folder").iterdir()] == ["file"]
