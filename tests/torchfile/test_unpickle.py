@@ -72,7 +72,7 @@ def test_client_state_of_any_known_kind_is_read_as_data(tmp_path: Path) -> None:
         "none": None,
     }
     tree = open_torch_file(saved(tmp_path / "client.pt", state)).tree
-    assert tree["args"].made_by.name == "Namespace"
+    assert tree["args"].callee.name == "Namespace"
     assert tree["args"].state == {"lr": 0.1, "hidden": [1, 2]}
     assert tree["size"] == (2, 3)
     assert tree["order"] == {"a": 1}
@@ -119,7 +119,7 @@ def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path: Path) -> 
     path = saved(tmp_path / "t.pt", {"x": torch.arange(10)})
     file = open_torch_file(path)
     x = file.tree["x"]
-    longer = Tensor(x.storage, 0, (11,), (1,), x.made_by)
+    longer = Tensor(x.storage, 0, (11,), (1,), x.call)
     with pytest.raises(BrokenCheckpoint, match="beyond its storage"):
         file.byte_offset(longer)
 

@@ -63,7 +63,7 @@ def test_windows_that_are_not_made_yet_keep_their_checkpoints(run: PlayedRun, tm
     run.save(2, 4)
     spec = spec_for(run, tmp_path / "out")
     retention = Retention((spec,), keep_last=1)
-    assert kept(run, retention) == {2: "last2-linear of step 4, not made yet", 4: "latest names it"}
+    assert kept(run, retention) == {2: "last2-linear of step 4, not merged yet", 4: "latest names it"}
     watch_once(spec)
     assert kept(run, retention) == {2: "", 4: "latest names it"}
     prune(run.folder, retention)

@@ -224,7 +224,7 @@ def test_a_watch_killed_in_a_merge_goes_on_with_it_although_the_run_went_on(
     second = start(*arguments, code=SMALL_BLOCKS)
     code, errors = second.end()
     assert code == 0, errors
-    assert "step4/last2-linear: going on with the merge that was begun there" in errors
+    assert "step4/last2-linear: continuing the merge that was begun there" in errors
     for step in (4, 6):
         merge(make_recipe(run=run.folder, last=2, to_step=step, curve="linear", out=tmp_path / f"plain{step}"))
         assert contents(tmp_path / f"out/step{step}/last2-linear") == contents(tmp_path / f"plain{step}")
@@ -348,7 +348,7 @@ def test_without_latest_an_older_checkpoint_is_complete_and_the_newest_settles(r
     (run.folder / "latest").unlink()
     checkpoints = Checkpoints(run.folder, frozenset(), float("inf"))
     checkpoints.look()
-    assert [step for step in checkpoints.held if checkpoints.is_complete(step)] == [2]
+    assert [step for step in checkpoints.by_step if checkpoints.is_complete(step)] == [2]
     assert checkpoints.unsettled == {4}
 
 

@@ -48,8 +48,9 @@ def tasks_of(plan: Plan) -> list[Task]:
 
 
 def bytes_per_element(stream: Stream) -> float:
-    """Bytes that are read and written for an element of a stream, on average."""
-    return sum(where.nbytes for where in [*stream.sources, *(t.places for t in stream.targets)]) / stream.numel
+    """The mean number of bytes that are read and written for an element of a stream."""
+    all_places = [*stream.sources, *(target.places for target in stream.targets)]
+    return sum(places.nbytes for places in all_places) / stream.numel
 
 
 def share(tasks: list[Task], rank: int, world_size: int) -> list[Task]:

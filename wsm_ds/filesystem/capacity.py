@@ -1,4 +1,4 @@
-"""Free disk and free memory, checked before a merge starts: better an error now than a full disk in an hour."""
+"""Free disk and free memory, checked before a merge starts, so that it does not fail after an hour."""
 
 import os
 from pathlib import Path
@@ -52,7 +52,7 @@ def require_memory(nbytes: int) -> None:
 
 
 def available_memory() -> int | None:
-    """Bytes of memory that this process may still use; None where the system does not tell."""
+    """Bytes of memory that this process may still use; None where the system does not say."""
     limits = [limit for limit in (_available_on_machine(), _limit_of_control_group()) if limit is not None]
     return min(limits, default=None)
 

@@ -17,7 +17,7 @@ from wsm_ds.torchfile import Tensor, TorchFile
 MOMENTUM = "momentum_buffer"
 
 
-class Slice(NamedTuple):
+class Piece(NamedTuple):
     """Elements [start, start + numel) of the parameter `name`, at element `position` of a partition."""
 
     name: str
@@ -44,8 +44,8 @@ def place(builder: TableBuilder, files: RankFiles) -> None:
                 raise BrokenCheckpoint(
                     f"{optim.path}: partition {group} holds {numel} elements, that of rank 0 {partition_numels[group]}."
                 )
-            slices_of_rank = _slices_of_rank(files, optim, group, shapes, rank)
-            _place_partition(builder, files, optim, group, slices_of_rank)
+            rank_pieces = _rank_pieces(files, optim, group, shapes, rank)
+            _place_partition(builder, files, optim, group, rank_pieces)
 
 
 def _partition_numel(state: dict[str, Any], group: int) -> int:
@@ -58,7 +58,7 @@ def _partition_numel(state: dict[str, Any], group: int) -> int:
     return stored + int(state["group_paddings"][group]) if "zero_stage" in state else stored
 
 
-def _slices_of_rank(files: RankFiles, optim: TorchFile, group: int, shapes: dict[str, Any], rank: int) -> list[Slice]:
+def _rank_pieces(files: RankFiles, optim: TorchFile, group: int, shapes: dict[str, Any], rank: int) -> list[Piece]:
     """What a rank's partition of a parameter group holds."""
     state = optim.tree["optimizer_state_dict"]
     partition_numel = _partition_numel(state, group)
@@ -70,23 +70,23 @@ def _slices_of_rank(files: RankFiles, optim: TorchFile, group: int, shapes: dict
     alignment = alignments[group] if alignments else []
     expected = sum(files.tensors[name].numel for name in share.names) + sum(int(padding) for padding in alignment)
     require_numel(optim, f"parameter group {group}", partition_numel * share.count, expected)
-    return list(slices(share.names, alignment, files.tensors, share.index * partition_numel, partition_numel))
+    return list(pieces(share.names, alignment, files.tensors, share.index * partition_numel, partition_numel))
 
 
 def _place_partition(
-    builder: TableBuilder, files: RankFiles, optim: TorchFile, group: int, slices_of_rank: list[Slice]
+    builder: TableBuilder, files: RankFiles, optim: TorchFile, group: int, rank_pieces: list[Piece]
 ) -> None:
     state, numbers, file = optim.tree["optimizer_state_dict"], files.tensor_numbers, files.indices[optim.path]
     masters = state["single_partition_of_fp32_groups"][group]
     states = _states(state, group)
     flats = {"master": masters, **element_wise(states, masters.numel, _partition_numel(state, group))}
-    slices_by_kind = dict.fromkeys(flats, slices_of_rank)
+    pieces_by_kind = dict.fromkeys(flats, rank_pieces)
     if is_muon(state["base_optimizer_state"], group) and isinstance(states.get(MOMENTUM), Tensor):
         flats[MOMENTUM] = states[MOMENTUM]
-        slices_by_kind[MOMENTUM] = whole_parameters(slices_of_rank, files.tensors)
+        pieces_by_kind[MOMENTUM] = whole_parameters(rank_pieces, files.tensors)
     for kind, flat in flats.items():
         base = optim.byte_offset(flat)
-        for name, start, numel, position in slices_by_kind[kind]:
+        for name, start, numel, position in pieces_by_kind[kind]:
             require_numel(optim, f"{kind} of partition {group}", flat.numel, position + numel)
             offset = base + position * flat.dtype.itemsize
             builder.add(kind, numbers[name], start, numel, file=file, offset=offset, dtype=flat.dtype)
@@ -100,19 +100,19 @@ def is_muon(base: Any, group: int) -> bool:
     return isinstance(base, dict) and bool(base["param_groups"][group].get("use_muon"))
 
 
-def whole_parameters(slices: Iterable[Slice], tensors: dict[str, TensorInfo]) -> list[Slice]:
+def whole_parameters(pieces: Iterable[Piece], tensors: dict[str, TensorInfo]) -> list[Piece]:
     """The parameters that lie in a partition, wholly or in part, as whole ones one after the other.
 
     >>> from wsm_ds.dtypes import BY_NAME
     >>> info = TensorInfo((4,), BY_NAME["bf16"], "parameter")
-    >>> whole_parameters([Slice("a", 2, 2, 0), Slice("b", 0, 1, 2)], {"a": info, "b": info})
-    [Slice(name='a', start=0, numel=4, position=0), Slice(name='b', start=0, numel=4, position=4)]
+    >>> whole_parameters([Piece("a", 2, 2, 0), Piece("b", 0, 1, 2)], {"a": info, "b": info})
+    [Piece(name='a', start=0, numel=4, position=0), Piece(name='b', start=0, numel=4, position=4)]
     """
-    wholes, position = [], 0
-    for name, *_ in slices:
-        wholes.append(Slice(name, 0, tensors[name].numel, position))
+    whole_pieces, position = [], 0
+    for name, *_ in pieces:
+        whole_pieces.append(Piece(name, 0, tensors[name].numel, position))
         position += tensors[name].numel
-    return wholes
+    return whole_pieces
 
 
 def _require_group_count(optim: TorchFile, state: dict[str, Any], groups: int) -> None:
@@ -128,9 +128,9 @@ def _require_group_count(optim: TorchFile, state: dict[str, Any], groups: int) -
             )
 
 
-def slices(
+def pieces(
     names: Iterable[str], alignment: list[int], tensors: dict[str, TensorInfo], first: int, size: int
-) -> Iterator[Slice]:
+) -> Iterator[Piece]:
     """Yield the parts of a group's parameters that lie in the partition [first, first + size) of its line of elements.
 
     Args:
@@ -142,15 +142,15 @@ def slices(
 
     >>> from wsm_ds.dtypes import BY_NAME
     >>> info = TensorInfo((4,), BY_NAME["bf16"], "parameter")
-    >>> list(slices(["a", "b"], [], {"a": info, "b": info}, 3, 3))
-    [Slice(name='a', start=3, numel=1, position=0), Slice(name='b', start=0, numel=2, position=1)]
+    >>> list(pieces(["a", "b"], [], {"a": info, "b": info}, 3, 3))
+    [Piece(name='a', start=3, numel=1, position=0), Piece(name='b', start=0, numel=2, position=1)]
     """
     position = 0
     for index, name in enumerate(names):
         numel = tensors[name].numel
         begin, end = max(position, first), min(position + numel, first + size)
         if begin < end:
-            yield Slice(name, begin - position, end - begin, begin - first)
+            yield Piece(name, begin - position, end - begin, begin - first)
         position += numel + (int(alignment[index]) if index < len(alignment) else 0)
 
 

@@ -76,13 +76,13 @@ Segment = CopySegment | LiteralSegment | ZeroSegment
 class CrcField:
     """A CRC-32 that a zip file stores of its own bytes.
 
-    The checksum of [offset, offset + nbytes) belongs, as 4 little-endian bytes, at each of `positions`: a zip has it
+    The checksum of [offset, offset + nbytes) belongs, as 4 little-endian bytes, at each of `crc_offsets`: a zip has it
     in the record's data descriptor and in the central directory.
     """
 
     offset: int
     nbytes: int
-    positions: tuple[int, ...]
+    crc_offsets: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -215,7 +215,7 @@ class WSMLR(LRScheduler):
         """Writes the next update's rates into all parameter groups."""
         if len(self.optimizer.param_groups) != len(self.max_lrs):
             # DeepSpeed removes groups without parameters after the scheduler was made (runtime/engine.py).
-            places = self._hooks.old_places()
+            places = self._hooks.old_indices()
             self.min_lrs = regrouped("warmup_min_lr", self.min_lrs, places)
             self.max_lrs = regrouped("warmup_max_lr", self.max_lrs, places)
             self.base_lrs = list(self.max_lrs)

@@ -49,7 +49,7 @@ class OptimizerHooks:
     def __init__(self, optimizer: torch.optim.Optimizer, after_load: Callable[[], None]) -> None:
         self.optimizer = optimizer
         self._rates: list[float] = []
-        self._places: dict[int, int] = {}  # id of a group's dict → its place in the list
+        self._indices: dict[int, int] = {}  # id of a group's dict → its place in the list
         self._must_rewrite = False
         self._made_update = self._other_made_update = False
         self._register(weakref.WeakMethod(after_load))
@@ -79,9 +79,9 @@ class OptimizerHooks:
         self.optimizer.register_load_state_dict_post_hook(after_load_state)
         self._any_step_hook = register_optimizer_step_post_hook(after_any_step)
 
-    def old_places(self) -> list[int | None]:
+    def old_indices(self) -> list[int | None]:
         """Each group's place when the rates were last set; None for a group that was not there."""
-        return [self._places.get(id(group)) for group in self.optimizer.param_groups]
+        return [self._indices.get(id(group)) for group in self.optimizer.param_groups]
 
     def set_rates(self, rates: Sequence[float], *, must_rewrite: bool) -> None:
         """Writes one rate into each parameter group.
@@ -91,7 +91,7 @@ class OptimizerHooks:
             must_rewrite: whether to write them once more right before the next step of the optimizer.
         """
         groups = self.optimizer.param_groups
-        self._places = {id(group): place for place, group in enumerate(groups)}
+        self._indices = {id(group): place for place, group in enumerate(groups)}
         self._rates = list(rates)
         self._must_rewrite = must_rewrite
         self._write(groups)
@@ -118,7 +118,7 @@ class OptimizerHooks:
         """
         is_full, is_common = len(groups) == len(self._rates), len(set(self._rates)) == 1
         for place, group in enumerate(groups):
-            known = self._places.get(id(group), 0 if is_common else place if is_full else None)
+            known = self._indices.get(id(group), 0 if is_common else place if is_full else None)
             if known is None:
                 raise ScheduleError(
                     "the optimizer's parameter groups were replaced one by one, and they have different learning "

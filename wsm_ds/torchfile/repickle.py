@@ -187,7 +187,7 @@ class _PickleWriter:
         self._memoize(size)
 
     def _save_tensor(self, tensor: Tensor) -> None:
-        self._save_call(tensor.made_by)
+        self._save_call(tensor.call)
         self._memoize(tensor)
 
     def _save_stub(self, stub: Stub) -> None:
@@ -198,7 +198,7 @@ class _PickleWriter:
         self._save_state(stub.state)
 
     def _save_call(self, stub: Stub) -> None:
-        self._save_global(stub.made_by)
+        self._save_global(stub.callee)
         self.save(stub.args)
         self.data += pickle.NEWOBJ if stub.is_new else pickle.REDUCE
 

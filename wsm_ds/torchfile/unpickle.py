@@ -88,7 +88,7 @@ class Stub:
     """The object that a call of a `Global` would have made.
 
     Attributes:
-        made_by: the callable.
+        callee: the callable.
         args: its arguments.
         state: what BUILD gave the object (`__setstate__`, or its `__dict__`).
         items: what was appended to it.
@@ -96,7 +96,7 @@ class Stub:
         is_new: the call was of the class's `__new__` (NEWOBJ), not of the class (REDUCE).
     """
 
-    made_by: Global
+    callee: Global
     args: tuple[Any, ...]
     state: Any = None
     items: list[Any] = field(default_factory=list)
@@ -159,7 +159,7 @@ class Tensor:
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    made_by: Stub
+    call: Stub
     dtype_override: DType | None = None
 
     @property
@@ -306,8 +306,8 @@ def _rebuilt(
         raise pickle.UnpicklingError("a tensor has no storage, or a stride of another length than its shape")
     if type(offset) is not int or not 0 <= offset <= MOST_ELEMENTS or math.prod(shape) > MOST_ELEMENTS:
         raise pickle.UnpicklingError("a tensor's offset or number of elements is beyond any file")
-    made_by = Stub(Global("torch._utils", name), (storage, offset, shape, stride, *rest))
-    return Tensor(storage, offset, shape, stride, made_by, dtype)
+    call = Stub(Global("torch._utils", name), (storage, offset, shape, stride, *rest))
+    return Tensor(storage, offset, shape, stride, call, dtype)
 
 
 def _rebuild_parameter(data: Tensor, *rest: Any) -> Tensor:
@@ -323,8 +323,8 @@ def _rebuild_from_type_v2(function: Any, kind: Any, args: Any, state: Any) -> An
 
 
 def _rewrapped(module: str, name: str, inner: Tensor, args: tuple[Any, ...]) -> Tensor:
-    made_by = Stub(Global(module, name), args)
-    return Tensor(inner.storage, inner.offset, inner.shape, inner.stride, made_by, inner.dtype_override)
+    call = Stub(Global(module, name), args)
+    return Tensor(inner.storage, inner.offset, inner.shape, inner.stride, call, inner.dtype_override)
 
 
 _STRUCTURAL: dict[str, Any] = {

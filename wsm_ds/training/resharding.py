@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Partitioning:
+class EngineForm:
     """How a checkpoint is split into partitions: what must be equal for DeepSpeed to load it.
 
     Attributes:
@@ -41,15 +41,15 @@ class Partitioning:
         return f"ZeRO-{self.stage} on {self.world_size} ranks"
 
 
-def partitioning_of_layout(layout: Layout) -> Partitioning:
+def form_of_layout(layout: Layout) -> EngineForm:
     """Returns how a checkpoint was saved."""
-    return Partitioning(layout.stage, layout.world_size, _sub_group_size(layout) if layout.stage == 3 else None)
+    return EngineForm(layout.stage, layout.world_size, _sub_group_size(layout) if layout.stage == 3 else None)
 
 
-def partitioning_of_engine(engine: Any) -> Partitioning:
+def form_of_engine(engine: Any) -> EngineForm:
     """Returns how a DeepSpeed engine saves, and what it loads."""
     stage = int(engine.zero_optimization_stage())
-    return Partitioning(stage, int(engine.dp_world_size), int(engine.zero_sub_group_size()) if stage == 3 else None)
+    return EngineForm(stage, int(engine.dp_world_size), int(engine.zero_sub_group_size()) if stage == 3 else None)
 
 
 def _sub_group_size(layout: Layout) -> int:
@@ -58,12 +58,12 @@ def _sub_group_size(layout: Layout) -> int:
     return int(size) if isinstance(size, int | float) else DEFAULT_SUB_GROUP_SIZE
 
 
-def resharded_folder(job: JobFolder, tag: str, target: Partitioning) -> Path:
+def resharded_folder(job: JobFolder, tag: str, target: EngineForm) -> Path:
     """Returns the folder in which the rewritten checkpoint lies until it is loaded."""
     return job.folder / f"resharded-{tag}-zero{target.stage}-{target.world_size}-ranks"
 
 
-def reshard_together(checkpoint: Path, target: Partitioning, out: Path, ranks: Ranks) -> None:
+def reshard_together(checkpoint: Path, target: EngineForm, out: Path, ranks: Ranks) -> None:
     """Rewrites a checkpoint with another partitioning. Goes on where a killed attempt stopped.
 
     Args:

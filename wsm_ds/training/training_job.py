@@ -101,7 +101,7 @@ class TrainingJob:
         """
         import deepspeed.comm as dist
 
-        target = resharding.partitioning_of_engine(engine)
+        target = resharding.form_of_engine(engine)
         choice = self.ranks.decide(lambda: self._choose(target))
         if choice is None:
             seed_random_states(self.constants["seed"], 0, self.rank)
@@ -205,12 +205,12 @@ class TrainingJob:
         checkpoints.remove_older_attempts(self.job, attempt)
         return attempt, done
 
-    def _choose(self, target: resharding.Partitioning) -> dict[str, Any] | None:
+    def _choose(self, target: resharding.EngineForm) -> dict[str, Any] | None:
         layout = checkpoints.newest_complete(self.job.run)
         if layout is None:
             log.warning("%s holds no checkpoint: a new run", self.job.run)
             return None
-        saved = resharding.partitioning_of_layout(layout)
+        saved = resharding.form_of_layout(layout)
         log.warning("resuming from %s (%s)%s", layout.path, saved, "" if saved == target else f" as {target}")
         resharding.remove_resharded(self.job, keep=resharding.resharded_folder(self.job, layout.path.name, target))
         return {

@@ -36,13 +36,13 @@ class ParameterGroup:
         return bool(self.hyperparameters.get("use_muon"))
 
 
-def read_groups(model: TorchFile, state: dict[str, Any], dealt_to: int) -> tuple[ParameterGroup, ...]:
+def read_groups(model: TorchFile, state: dict[str, Any], round_robin_ranks: int) -> tuple[ParameterGroup, ...]:
     """Reads the groups of a checkpoint.
 
     Args:
         model: rank 0's model file.
         state: rank 0's optimizer state.
-        dealt_to: number of ranks among which `round_robin_gradients` distributed the parameters; 1 without it.
+        round_robin_ranks: number of ranks among which `round_robin_gradients` distributed the parameters; 1 without it.
 
     Raises:
         BrokenCheckpoint: the model file and the optimizer do not agree about the groups.
@@ -70,7 +70,7 @@ def read_groups(model: TorchFile, state: dict[str, Any], dealt_to: int) -> tuple
             element_values[zero12.MOMENTUM] = states[zero12.MOMENTUM]
         groups.append(
             ParameterGroup(
-                names=tuple(_dealt_back(names, dealt_to)),
+                names=tuple(_in_optimizer_order(names, round_robin_ranks)),
                 hyperparameters=_hyperparameters(entry),
                 states=states,
                 element_wise={name: value.dtype for name, value in element_values.items()},
@@ -133,7 +133,7 @@ def in_partition_order(names: tuple[str, ...], ranks: int) -> list[str]:
     return [name for rank in range(ranks) for name in names[rank::ranks]]
 
 
-def _dealt_back(dealt: list[str], ranks: int) -> list[str]:
+def _in_optimizer_order(dealt: list[str], ranks: int) -> list[str]:
     """The inverse of `in_partition_order`."""
     order = [index for rank in range(ranks) for index in range(rank, len(dealt), ranks)]
     return [name for _, name in sorted(zip(order, dealt, strict=True))]

@@ -15,9 +15,9 @@ from wsm_ds.outputs.resharding.groups import ParameterGroup
 from wsm_ds.outputs.resharding.model_file import with_form
 from wsm_ds.outputs.resharding.placeholders import (
     fragment_address,
-    own_copies,
     placeholder,
     static_loss_scaler,
+    with_own_storage,
     zero_stage,
 )
 from wsm_ds.torchfile import Stub, Tensor
@@ -90,13 +90,13 @@ def _partitions(
         # The ZeRO class saves masters without the padding at the end, BF16_Optimizer with it.
         partitions.masters.append(placeholder(group.master, (size if form.is_bf16_optimizer else size - padding,)))
         partitions.group_paddings.append(padding)
-        slices = list(zero12.slices(names[number], paddings[number], tensors, rank * size, size))
+        pieces = list(zero12.pieces(names[number], paddings[number], tensors, rank * size, size))
         momentum = {}
         if group.is_muon:
-            wholes = zero12.whole_parameters(slices, tensors)
-            momentum[zero12.MOMENTUM] = sum(numel for _, _, numel, _ in wholes)
+            whole_pieces = zero12.whole_parameters(pieces, tensors)
+            momentum[zero12.MOMENTUM] = sum(numel for _, _, numel, _ in whole_pieces)
         partitions.states[number] = _states(group, size, momentum)
-        addresses = {name: fragment_address(numel, position) for name, _, numel, position in slices}
+        addresses = {name: fragment_address(numel, position) for name, _, numel, position in pieces}
         mapping = OrderedDict((name, addresses[name]) for name in group.names if name in addresses)
         partitions.slice_mappings.append(mapping)
     return partitions
@@ -187,7 +187,7 @@ def _states(group: ParameterGroup, size: int, sizes: dict[str, int]) -> dict[str
     return {
         name: placeholder(group.element_wise[name], (sizes.get(name, size),))
         if name in group.element_wise
-        else own_copies(value)
+        else with_own_storage(value)
         for name, value in group.states.items()
     }
 

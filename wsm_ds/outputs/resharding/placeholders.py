@@ -36,7 +36,7 @@ def placeholder(dtype: DType, shape: tuple[int, ...]) -> Tensor:
     return _tensor(storage, 0, shape, tuple(reversed(stride)))
 
 
-def own_copies(value: Any) -> Any:
+def with_own_storage(value: Any) -> Any:
     """Returns a tensor with the same bytes in its own storage; returns anything else unchanged.
 
     Tensors that share a storage in the source (step counters) would otherwise share it in the output, too.
