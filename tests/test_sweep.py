@@ -143,7 +143,7 @@ def test_wrong_sweeps_say_what_is_wrong(runs: Path, tmp_path: Path) -> None:
             make_recipes(**common | values)
     with pytest.raises(RecipeError, match="same folder"):
         plan_merge([make_recipe(**common, last=2), make_recipe(**common, last=3)])
-    with pytest.raises(WindowError, match="2 complete checkpoints up to step 2 were asked for, 1 are there"):
+    with pytest.raises(WindowError, match=r"2 complete checkpoints up to step 2 were asked for, but .* has 1;"):
         plan_merge(make_recipe(**common, last=2, to_step=2))
     (tmp_path / "out").mkdir()
     (tmp_path / "out/last3").mkdir()

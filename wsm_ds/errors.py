@@ -263,10 +263,14 @@ def brief(value: object) -> str:
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """The end of a message about an unknown `name`: the known one that resembles it most, or nothing.
+    """The end of a message about an unknown name: a suggestion, or "" if no known name resembles it.
 
     >>> did_you_mean("cosin", ["linear", "cosine"])
     " (did you mean 'cosine'?)"
+
+    Args:
+        name: the unknown name; anything with a text.
+        known: the valid names.
     """
     matches = get_close_matches(str(name)[:100], known, n=1, cutoff=0.7)
     return f" (did you mean {matches[0]!r}?)" if matches else ""

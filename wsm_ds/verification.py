@@ -50,11 +50,11 @@ def verify(out: str | os.PathLike[str], *, full: bool = False) -> VerificationRe
 
     Args:
         out: the output's folder.
-        full: whether to recompute all of it. Else some tasks of each stream are recomputed, the same ones every time.
+        full: whether to recompute everything. Otherwise some tasks of each stream are recomputed, always the same ones.
 
     Raises:
-        VerificationFailed: there is no manifest, or a file is missing, superfluous or differs. The file and the byte
-            are named.
+        VerificationFailed: the manifest is missing; or a file is missing, superfluous or differs. The message names the
+            file and, if known, the byte.
     """
     folder = Path(out)
     manifest = read_manifest(folder)
@@ -126,7 +126,7 @@ class _Comparison:
 
 
 def _recompute(plan: Plan, out: Path, full: bool) -> int:
-    """Compares what a plan makes with what `out` holds; returns the number of bytes."""
+    """Compares the bytes that a plan gives with those in `out`; returns their number."""
     comparison = _Comparison(plan, out)
     for number, file in enumerate(plan.files):
         if comparison.paths[number].stat().st_size != file.nbytes:

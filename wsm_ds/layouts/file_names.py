@@ -1,4 +1,4 @@
-"""What the names of a ZeRO checkpoint's files say: which rank wrote each, and which files there must be."""
+"""File names of a ZeRO checkpoint: which rank wrote each file, and which files a complete checkpoint has."""
 
 import re
 from itertools import islice
@@ -32,7 +32,7 @@ class Rank(NamedTuple):
 
 
 class RankCounts(NamedTuple):
-    """How many model-parallel ranks (tensor-parallel times pipeline stages) and data-parallel ranks there are."""
+    """The numbers of model-parallel ranks (tensor-parallel ranks times pipeline stages) and data-parallel ranks."""
 
     mp: int
     dp: int
@@ -42,7 +42,7 @@ class RankCounts(NamedTuple):
 
 
 def refuse_unsupported(path: Path, entries: list[str]) -> None:
-    """Raise UnsupportedLayout if the folder `path` holds files of a format that is not read; its files are named."""
+    """Raises UnsupportedLayout if the folder `path` holds files of a format that this version does not read."""
     for pattern, what in UNSUPPORTED:
         hits = [name for name in entries if pattern.search(name)]
         if hits:
@@ -58,7 +58,7 @@ def files_by_rank(path: Path, entries: list[str], pattern: re.Pattern[str]) -> d
         pattern: `MODEL_FILE` or `OPTIM_FILE`.
 
     Raises:
-        BrokenCheckpoint: two files are of one rank; both are named.
+        BrokenCheckpoint: one rank has two files; both are named.
     """
     names: dict[Rank, str] = {}
     for name in entries:
@@ -76,14 +76,14 @@ def files_by_rank(path: Path, entries: list[str], pattern: re.Pattern[str]) -> d
 
 
 def require_files(path: Path, what: str, names: dict[Rank, str], counts: RankCounts) -> None:
-    """Raise BrokenCheckpoint unless each rank has its file, and no other file is there.
+    """Raises BrokenCheckpoint unless each rank has its file, and no other file is there.
 
     Args:
         path: the checkpoint's folder, for the message.
         what: "model file" or "optimizer file".
-        names: the files that are there.
-        counts: the ranks that must have one. A broken file may name any number of ranks, so no more ranks are
-            counted than there are files, plus the few that the message names.
+        names: the existing files, as `files_by_rank` returns them.
+        counts: the numbers of ranks, each of which must have a file. They come from a file that may be broken, and
+            can be huge. So the search ends after the few missing ranks that the message names.
     """
     ranks = (Rank(mp, dp) for mp in range(counts.mp) for dp in range(counts.dp))
     suffix = "optim_states.pt" if what == "optimizer file" else "model_states.pt"

@@ -1,4 +1,4 @@
-"""Learning rates and warmup of a saved run: what tells whether its checkpoints were written at one constant rate."""
+"""Learning rates and warmup of a saved run. They show whether checkpoints were saved at one constant rate."""
 
 import sys
 from typing import Any
@@ -48,9 +48,9 @@ def _rate(file: TorchFile, value: Any) -> float:
 
 
 def warmup_num_steps(model: dict[str, Any]) -> int | None:
-    """Updates of the warmup, as the saved scheduler says, or else the saved ds_config; None if neither does.
+    """Updates of the warmup, from the saved scheduler or else from the saved ds_config; None if neither has it.
 
-    DeepSpeed's own schedulers save only how many updates there were (`runtime/lr_schedules.py`, `state_dict`).
+    DeepSpeed's own schedulers save only the count of updates (`runtime/lr_schedules.py`, `state_dict`).
     """
     saved = model.get("lr_scheduler") or {}
     if not isinstance(saved, dict):

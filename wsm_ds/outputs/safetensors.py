@@ -55,7 +55,7 @@ def plan_safetensors(
     newest = window.newest(tables)
     if newest.model_parallel_size > 1:
         raise UnsupportedLayout(
-            f"{newest.path} is held by {newest.model_parallel_size} model-parallel ranks together, and its files "
+            f"{newest.path} is a checkpoint of {newest.model_parallel_size} model-parallel ranks, and its files "
             "do not say how each tensor is split. Merge into a zero checkpoint (--format zero), and export that with "
             "the training code's own converter."
         )
@@ -143,7 +143,9 @@ def _shard(
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    return _Shard(file, header, {n: o + len(header) for n, o in offsets.items()}, len(header) + position)
+    return _Shard(
+        file, header, {name: offset + len(header) for name, offset in offsets.items()}, len(header) + position
+    )
 
 
 def _index(

@@ -1,4 +1,4 @@
-"""A torch file with a changed object tree: its bytes as a template, and itself as a reader will see it."""
+"""A torch file with a changed object tree: the template of its bytes, and the file as a reader will see it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

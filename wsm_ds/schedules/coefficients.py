@@ -4,11 +4,12 @@ Let θ_0 … θ_k be checkpoints, oldest first, N = k + 1, with the updates θ_i
 
     Σ_j c_j θ_j  =  θ_0 - Σ_{i=1..k} w_i g_i,      w_i = Σ_{j>=i} c_j,      c_j = w_j - w_{j+1}
 
-with w_0 = 1 and w_{k+1} = 0. So a merge with the *coefficients* c_0 … c_k equals a run whose i-th segment of updates
-is scaled by the *decay factor* w_i. All arrays here are float64, oldest first: N coefficients, N - 1 decay factors.
+with w_0 = 1 and w_{k+1} = 0. g_i is the sum of the updates of interval i, between θ_{i-1} and θ_i. So a merge with the
+*coefficients* c_0 … c_k equals a run whose updates of interval i are scaled by the *decay factor* w_i. All arrays here
+are float64, oldest first: N coefficients, N - 1 decay factors.
 
-Source: Tian et al., arXiv 2507.17634, Theorem 3.1 (THEORY.md sections 1 and 2). The grid is that of the paper, whose
-printed weights (Figure 2) it gives to the last digit, and that of Megatron-LM's merge tool.
+Source: Tian et al., arXiv 2507.17634, Theorem 3.1; docs/theory.md, "The identity". The grid is that of the paper: it
+reproduces every digit of the weights in the paper's Figure 2. Megatron-LM's merge tool has the same grid.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from wsm_ds.schedules.grid import exact_steps, grid
 
 SUM_TOLERANCE = 1e-9
 """How far the sum of the user's coefficients may be from 1."""
-_RISE_TOLERANCE = 1e-12  # a curve's function may round; a table from the user must not rise at all
+_RISE_TOLERANCE = 1e-12  # a curve's function rounds; the user's decay factors must not rise at all
 
 
 def decay_factors(
@@ -235,8 +236,9 @@ def weight_decay_aware_coefficients(
     """Returns coefficients for AdamW: decoupled weight decay becomes weaker together with the learning rate.
 
     With ρ_i = (1 - ηλ)^T_i, P_i = Π_{m>i} (1 - η w_m λ)^T_m and W_i = w_i P_i:
-    c_k = W_k, c_i = W_i - ρ_{i+1} W_{i+1}, c_0 = P_0 - ρ_1 W_1 (THEORY.md section 3). Use the plain coefficients for
-    weights that the optimizer does not decay (norms, biases). Inside each segment this is still an approximation.
+    c_k = W_k, c_i = W_i - ρ_{i+1} W_{i+1}, c_0 = P_0 - ρ_1 W_1 Use the plain coefficients for weights that
+    the optimizer does not decay (norms, biases). Inside each interval this is still an approximation (docs/theory.md,
+    "What is exact").
 
     Args:
         w: float64[k], decay factors, not rising, within [0, 1].

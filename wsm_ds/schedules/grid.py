@@ -1,7 +1,7 @@
 """The positions, within the decay, at which a merge reads its curve.
 
-THEORY.md section 2 has the formula. A window of N checkpoints lasts N intervals: its oldest checkpoint stands for the
-interval before it.
+See docs/theory.md, "From a curve to coefficients". A window of N checkpoints lasts N intervals: its oldest checkpoint
+stands for the interval before it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from wsm_ds.errors import CurveError
 from wsm_ds.schedules.curves import Array
 
 MOST_CHECKPOINTS = 1_000_000
-"""Limit of `n`, so that a mistyped number does not fill the memory."""
+"""Largest `n`, so that a mistyped number does not fill the memory."""
 
 
 def grid(n: int | None = None, *, steps: Iterable[float] | None = None, oldest_interval: float | None = None) -> Array:

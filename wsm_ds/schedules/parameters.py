@@ -66,7 +66,7 @@ def regrouped(name: str, rates: list[float], old_indices: Sequence[int | None]) 
     Args:
         name: the parameter's name, for the error message.
         rates: one rate for each of the old groups.
-        old_indices: for each of the new groups, its place among the old ones; None for an added group.
+        old_indices: for each of the new groups, its index among the old ones; None for an added group.
 
     Raises:
         ScheduleError: a group was added and the old groups have different rates, so the new rate is unknown.
@@ -78,7 +78,7 @@ def regrouped(name: str, rates: list[float], old_indices: Sequence[int | None]) 
         [8.0, 8.0, 8.0]
     """
     if None not in old_indices:
-        return [rates[place] for place in old_indices if place is not None]
+        return [rates[index] for index in old_indices if index is not None]
     return rates_per_group(name, collapsed(rates), len(old_indices))
 
 

@@ -31,7 +31,7 @@ class Record:
         offset: of its first byte in the torch file.
         nbytes: its length.
         crc: its CRC-32.
-        crc_offsets: where the torch file repeats the CRC-32.
+        crc_offsets: byte offsets in the torch file at which the CRC-32 is stored.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Archive:
 
 
 def read_archive(path: Path) -> Archive:
-    """Read the central directory and the local headers of a torch file, but none of its data.
+    """Reads the central directory and the local headers of a torch file, but none of its data.
 
     Raises:
         BrokenCheckpoint: it is not a zip or is truncated, or records lie outside the file or overlap.

@@ -15,7 +15,14 @@ PADDING_TAG = 0x4246  # "FB", as torch writes it
 
 @dataclass(frozen=True, slots=True)
 class PlacedRecord:
-    """A record's place in the new zip. `crc_offsets` are the file offsets where its CRC-32 belongs."""
+    """Where a record lies in the new zip.
+
+    Attributes:
+        name: of the record, without the root folder.
+        offset: of its first byte.
+        nbytes: its length.
+        crc_offsets: where its CRC-32 belongs.
+    """
 
     name: str
     offset: int
@@ -25,7 +32,7 @@ class PlacedRecord:
 
 @dataclass(frozen=True)
 class ZipFrame:
-    """Everything of a zip but the records' data.
+    """A zip without the records' data.
 
     Attributes:
         nbytes: length of the whole file.
@@ -39,7 +46,7 @@ class ZipFrame:
 
 
 def frame(root: str, sizes: dict[str, int]) -> ZipFrame:
-    """Lay out a zip.
+    """Lays out a zip.
 
     Args:
         root: the folder in the zip that holds all records.

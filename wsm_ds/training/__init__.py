@@ -1,6 +1,6 @@
 """Makes a DeepSpeed training script safe to kill at any moment, to start again, to extend, and to run on other nodes.
 
-    # train.py: start it with `torchrun --nproc-per-node 2 train.py`. The same command again goes on where it stopped.
+    # train.py: start it with `torchrun --nproc-per-node 2 train.py`. The same command again continues the run.
     import sys
     from pathlib import Path
 

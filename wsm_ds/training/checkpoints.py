@@ -26,7 +26,7 @@ RECOVERY_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 
 
 def newest_complete(run: Path) -> Layout | None:
-    """Reads the newest checkpoint of which every file is there and complete.
+    """Reads the newest complete checkpoint: no file is missing or truncated.
 
     The file `latest` is not used, because it may be old or name a broken checkpoint. Broken checkpoints are named in
     the log.
@@ -35,7 +35,7 @@ def newest_complete(run: Path) -> Layout | None:
         Its layout. None if the run has no checkpoint at all.
 
     Raises:
-        BrokenCheckpoint: there are checkpoints, and all of them are broken.
+        BrokenCheckpoint: the run has checkpoints, and all of them are broken.
         UnsupportedLayout, UnsafePickle: see `read_layout`.
     """
     try:

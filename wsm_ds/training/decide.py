@@ -102,7 +102,7 @@ def _start(options: argparse.Namespace) -> list[str]:
 
 
 def _begin(options: argparse.Namespace) -> list[str]:
-    """The argument is the attempt's number and the tag that it goes on from."""
+    """The argument is the attempt's number and the tag from which it continues."""
     job = JobFolder(options.run)
     attempt = begin_attempt(job)
     job.logs(attempt).mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     start = add("start", _start, "may a job begin an attempt?")
-    begin = add("begin", _begin, "begin an attempt; prints its number and the checkpoint that it goes on from")
+    begin = add("begin", _begin, "begin an attempt; prints its number and the checkpoint from which it continues")
     nodes = add("nodes", _nodes, "on which nodes do the ranks start? Reads the output of the node check")
     end = add("end", _end, "the ranks have ended: what follows?")
     processes = add("processes", _processes, "print the hosts and process ids of an attempt's ranks")

@@ -1,4 +1,4 @@
-"""A rank's sign of life on shared storage. The watchdog reads it; the rank learns there of stops and newer attempts."""
+"""The heartbeat of a rank: a file on shared storage, which the watchdog reads. Its thread also looks for a stop."""
 
 import json
 import logging
@@ -78,10 +78,10 @@ class Heartbeat:
 
     def _now(self) -> dict[str, Any]:
         beat = {"attempt": self.attempt, "step": self.step, "time": self.time, "alive": time.time()}
-        return beat | self.fixed | {"where": _place(self.main_thread)}
+        return beat | self.fixed | {"where": _code_line(self.main_thread)}
 
 
-def _place(thread: int) -> str:
+def _code_line(thread: int) -> str:
     frame = sys._current_frames().get(thread)
     if frame is None:
         return "nowhere"

@@ -46,7 +46,7 @@ class Interruption:
             signal.signal(number, handler)
 
     def agreed(self) -> bool:
-        """Tells whether any rank was asked to stop.
+        """Whether any rank was asked to stop.
 
         Ranks: all, between two steps. It holds an all-reduce of one number.
         """

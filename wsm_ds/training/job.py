@@ -1,9 +1,9 @@
-"""The folder RUN/job: everything that belongs to running jobs, and not to the checkpoints.
+"""The folder RUN/job: the files of running jobs, apart from the checkpoints.
 
     attempt               the number of the newest attempt; it rises by 1 at each start
     attempt-K/            what attempt K writes before it is published
     resharded-TAG-…/      a checkpoint rewritten for another number of ranks or stage, while it is loaded
-    unusable/             broken checkpoints that stood where a new one had to go
+    unusable/             broken checkpoints, moved away because a new one has the same name
     heartbeat/            one file per rank
     steps.jsonl           one line per step
     stop                  made by people: the ranks save and leave, and do not start before it is removed
@@ -54,7 +54,7 @@ class JobFolder:
 
     @property
     def unusable(self) -> Path:
-        """The folder of broken checkpoints that stood where a new one had to go."""
+        """The folder of broken checkpoints that were moved away because a new one has the same name."""
         return self.folder / "unusable"
 
     @property
@@ -152,7 +152,7 @@ def superseded(job: JobFolder, attempt: int, newest: int) -> Superseded:
     """Builds the error of an attempt that is not the newest one."""
     return Superseded(
         f"attempt {attempt} of {job.run} was superseded by attempt {newest}; it ends here and publishes nothing more. "
-        "A node that was cut off and came back ends so; nothing has to be done."
+        "This happens when a node was cut off and came back; nothing has to be done."
     )
 
 
@@ -162,7 +162,7 @@ def is_done(job: JobFolder, until_step: int, *, attempt: int | None = None) -> b
     Args:
         job: the run's.
         until_step: number of updates.
-        attempt: the attempt that must have got there; None for any.
+        attempt: the attempt that must have reached it; None for any.
     """
     try:
         done = json.loads(job.done.read_text(encoding="utf-8"))

@@ -2,9 +2,9 @@
 
 DeepSpeed refuses such a checkpoint ("The checkpoint being loaded used a DP world size of 2 but the current world size
 is 4"), because each file holds the partition of one rank. DeepSpeed's own way, a universal checkpoint, restores neither
-buffers nor frozen parameters, and needs a conversion as well. So all ranks of the job write the checkpoint anew in its
-native form, and share the work by bytes. The rewritten checkpoint lies in RUN/job until it is loaded. It needs as much
-disk space as one checkpoint.
+buffers nor frozen parameters, and needs a conversion as well. So all ranks of the job together write a native
+checkpoint in the form of the engine, and share the work by bytes. The rewritten checkpoint lies in RUN/job until it is
+loaded. It needs as much disk space as one checkpoint.
 """
 
 import logging
@@ -25,12 +25,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class EngineForm:
-    """How a checkpoint is split into partitions: what must be equal for DeepSpeed to load it.
+    """The form of a checkpoint, as far as it must be equal to the engine's for DeepSpeed to load it.
 
     Attributes:
         stage: ZeRO stage, 0 to 3.
         world_size: data-parallel ranks.
-        sub_group_size: elements, as in DeepSpeed's config; None below stage 3, where nothing depends on it.
+        sub_group_size: of stage 3, in elements, as in DeepSpeed's config; None in other stages.
     """
 
     stage: int
@@ -42,12 +42,12 @@ class EngineForm:
 
 
 def form_of_layout(layout: Layout) -> EngineForm:
-    """Returns how a checkpoint was saved."""
+    """Returns the form of a checkpoint."""
     return EngineForm(layout.stage, layout.world_size, _sub_group_size(layout) if layout.stage == 3 else None)
 
 
 def form_of_engine(engine: Any) -> EngineForm:
-    """Returns how a DeepSpeed engine saves, and what it loads."""
+    """Returns the form in which a DeepSpeed engine saves and loads."""
     stage = int(engine.zero_optimization_stage())
     return EngineForm(stage, int(engine.dp_world_size), int(engine.zero_sub_group_size()) if stage == 3 else None)
 
@@ -64,11 +64,11 @@ def resharded_folder(job: JobFolder, tag: str, target: EngineForm) -> Path:
 
 
 def reshard_together(checkpoint: Path, target: EngineForm, out: Path, ranks: Ranks) -> None:
-    """Rewrites a checkpoint with another partitioning. Goes on where a killed attempt stopped.
+    """Rewrites a checkpoint in another form. Continues what a killed attempt has written.
 
     Args:
         checkpoint: RUN/TAG.
-        target: the partitioning of the engine that will load it.
+        target: the form of the engine that will load it.
         out: the folder to write.
         ranks: the processes that share the work, in an object for this call alone.
 

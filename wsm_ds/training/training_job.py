@@ -50,7 +50,7 @@ class TrainingJob:
 
     Raises:
         Superseded: WSM_ATTEMPT is not the newest attempt.
-        TrainingError: RUN/job/stop is there.
+        TrainingError: RUN/job/stop exists.
         StaleLock: see `prepare_compilation`.
         RecipeError: a number is below 1, or see `find_ranks`.
     """
@@ -95,7 +95,7 @@ class TrainingJob:
         Ranks: all; rank 0 chooses the checkpoint.
 
         Raises:
-            BrokenCheckpoint: there are checkpoints, and none is complete.
+            BrokenCheckpoint: the run has checkpoints, and none is complete.
             UnsupportedLayout, InsufficientCapacity: the checkpoint needs to be rewritten, and cannot be.
             TrainingError: the checkpoint was saved with other `constants`.
         """
@@ -156,7 +156,7 @@ class TrainingJob:
                     )
                 heartbeat.reached(step)
                 if heartbeat.stop_is_asked:
-                    interrupted.ask(f"{self.job.stop} is there")
+                    interrupted.ask(f"{self.job.stop} exists")
                 is_interrupted = interrupted.agreed()
                 self._write_line(step, time.monotonic() - began_s)
                 if step % self.save_every == 0 or step == self.until_step or is_interrupted:
@@ -171,7 +171,7 @@ class TrainingJob:
             heartbeat.stop()
 
     def record(self, **values: float) -> None:
-        """Sets what the line of this step in RUN/job/steps.jsonl says beside the step's number and its time.
+        """Adds values to the line of this step in RUN/job/steps.jsonl.
 
         Args:
             values: by name, such as `loss=2.5`.
@@ -199,7 +199,7 @@ class TrainingJob:
     def _begin(self) -> tuple[int, bool]:
         done = is_done(self.job, self.until_step)
         if self.job.stop.exists() and not done:  # checked first: a new attempt would supersede one that still saves
-            raise TrainingError(f"{self.job.stop} is there; remove it to go on.")
+            raise TrainingError(f"{self.job.stop} exists; remove it to continue.")
         attempt = given_attempt() or begin_attempt(self.job)
         require_current(self.job, attempt)
         checkpoints.remove_older_attempts(self.job, attempt)

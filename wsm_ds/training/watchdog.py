@@ -105,14 +105,14 @@ class Watch:
 
     def _blame(self, now_s: float) -> str:
         """Describes the slowest rank: a dead one, else one at the lowest step, else one at another line than most."""
-        places = Counter(last.beat["where"] for last in self.last_beats.values())
+        code_lines = Counter(last.beat["where"] for last in self.last_beats.values())
         newest_sign_s = max(last.alive_s for last in self.last_beats.values())
         slowest = min(
             self.last_beats.values(),
             key=lambda last: (
                 last.alive_s > newest_sign_s - STOPPED_S,
                 last.beat["step"],
-                places[last.beat["where"]],
+                code_lines[last.beat["where"]],
                 last.step_s,
             ),
         )
@@ -125,12 +125,12 @@ class Watch:
         )
         if others:
             steps = sorted({last.beat["step"] for last in others})
-            waiting = few(f"{count} in {place}" for place, count in _places(others))
+            waiting = few(f"{count} in {code_line}" for code_line, count in _code_lines(others))
             text += f" The others are at step {few(steps)}: {waiting}."
         return text
 
 
-def _places(beats: list[LastBeat]) -> list[tuple[str, int]]:
+def _code_lines(beats: list[LastBeat]) -> list[tuple[str, int]]:
     return Counter(last.beat["where"] for last in beats).most_common()
 
 

@@ -1,4 +1,4 @@
-"""An optimizer's parameter groups as the training program made them, read back from how a ZeRO stage stores them."""
+"""An optimizer's parameter groups, as the training program made them, from the files of a ZeRO stage."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ def read_groups(model: TorchFile, state: dict[str, Any], round_robin_ranks: int)
     Args:
         model: rank 0's model file.
         state: rank 0's optimizer state.
-        round_robin_ranks: number of ranks among which `round_robin_gradients` distributed the parameters; 1 without it.
+        round_robin_ranks: number of ranks to which `round_robin_gradients` distributed the parameters; 1 without it.
 
     Raises:
         BrokenCheckpoint: the model file and the optimizer do not agree about the groups.
@@ -81,28 +81,28 @@ def read_groups(model: TorchFile, state: dict[str, Any], round_robin_ranks: int)
 
 
 def read_universal_groups(
-    path: Path, model: TorchFile, head: TorchFile, allowed_globals: frozenset[str]
+    path: Path, model: TorchFile, optimizer_state: TorchFile, allowed_globals: frozenset[str]
 ) -> tuple[ParameterGroup, ...]:
     """Reads the groups of a universal checkpoint; a group's states are those of its first parameter.
 
     Args:
         path: the checkpoint's folder.
         model: its model file.
-        head: its `optimizer_state.pt`.
+        optimizer_state: its `optimizer_state.pt`.
         allowed_globals: see `open_torch_file`.
 
     Raises:
         BrokenCheckpoint: a group has no parameter that the model file names.
     """
-    shapes, entries = model.tree["param_shapes"], head.tree["param_groups"]
-    counters = (head.tree.get("optimizer_state_dict") or {"state": {}})["state"].get(0, {})
+    shapes, entries = model.tree["param_shapes"], optimizer_state.tree["param_groups"]
+    counters = (optimizer_state.tree.get("optimizer_state_dict") or {"state": {}})["state"].get(0, {})
     groups = []
     for number, entry in enumerate(entries):
         indices = [number] if len(shapes) == len(entries) else entry["params"]
         names = tuple(name for index in indices if index < len(shapes) for name in shapes[index])
         if not names:
             raise BrokenCheckpoint(
-                f"{head.path}: param_groups.{number} holds no parameter that {model.path.name} names."
+                f"{optimizer_state.path}: param_groups.{number} holds no parameter that {model.path.name} names."
             )
         kinds = open_parameters(path, [*names[:1]], allowed_globals)[names[0]]
         tensors = {kind: tensor for kind, file in kinds.items() if (tensor := whole(file.tree)) is not None}
@@ -133,10 +133,10 @@ def in_partition_order(names: tuple[str, ...], ranks: int) -> list[str]:
     return [name for rank in range(ranks) for name in names[rank::ranks]]
 
 
-def _in_optimizer_order(dealt: list[str], ranks: int) -> list[str]:
-    """The inverse of `in_partition_order`."""
-    order = [index for rank in range(ranks) for index in range(rank, len(dealt), ranks)]
-    return [name for _, name in sorted(zip(order, dealt, strict=True))]
+def _in_optimizer_order(names: list[str], ranks: int) -> list[str]:
+    """The inverse of `in_partition_order`: from partition order back to the optimizer's order."""
+    order = [index for rank in range(ranks) for index in range(rank, len(names), ranks)]
+    return [name for _, name in sorted(zip(order, names, strict=True))]
 
 
 def subgroups(names: tuple[str, ...], numels: dict[str, int], world_size: int, size: int) -> list[list[str]]:

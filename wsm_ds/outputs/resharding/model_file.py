@@ -11,7 +11,7 @@ from wsm_ds.torchfile.unpickle import TorchSize
 
 
 def model_tree(origin: Origin, form: Form, rank: int) -> dict[str, Any]:
-    """Returns the object tree of a rank's model file, with placeholders for elements that the form places anew.
+    """Returns the object tree of a rank's model file, with placeholders for elements that move in the new form.
 
     Args:
         origin: the newest checkpoint.

@@ -36,13 +36,13 @@ def optimizer_tree(origin: Origin, form: Form, rank: int, keeps_states: bool) ->
         rank: data-parallel rank.
         keeps_states: whether the file holds optimizer states.
     """
-    make = _stage3 if form.stage == 3 else _stage12
+    optimizer_state = _stage3 if form.stage == 3 else _stage12
     model = origin.models[0].tree
     outer = dict(origin.optimizer.tree)
     if origin.layout.is_universal:
         outer = {"ds_config": model.get("ds_config"), "ds_version": model.get("ds_version")}
-    new = make(origin, form, rank, keeps_states)
-    return outer | {"optimizer_state_dict": new, "ds_config": with_form(outer.get("ds_config"), form)}
+    new_state = optimizer_state(origin, form, rank, keeps_states)
+    return outer | {"optimizer_state_dict": new_state, "ds_config": with_form(outer.get("ds_config"), form)}
 
 
 @dataclass
@@ -103,7 +103,7 @@ def _partitions(
 
 
 def alignment_paddings(tensors: dict[str, TensorInfo], form: Form, names: list[str]) -> list[int]:
-    """Returns how many padding elements follow each parameter of a group in the flat tensor.
+    """Returns the number of padding elements after each parameter of a group in the flat tensor.
 
     With `parameter_alignment`, every parameter begins at a multiple of 16 bytes; nothing follows the last one.
 
@@ -126,7 +126,7 @@ def alignment_paddings(tensors: dict[str, TensorInfo], form: Form, names: list[s
 def partition_size(
     tensors: dict[str, TensorInfo], form: Form, names: list[str], paddings: list[int], rank: int
 ) -> tuple[int, int]:
-    """Returns the size of a group's partitions, and how much of a rank's partition is padding at the group's end.
+    """Returns the size of a group's partitions, and the padding at the group's end in a rank's partition.
 
     size = ceil(numel / (2 · world_size)) · 2, for `numel` elements of the group with the paddings between parameters.
 

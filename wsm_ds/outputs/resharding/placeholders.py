@@ -1,4 +1,4 @@
-"""Stand-ins for a new object tree: tensors to be filled, copies of tensors, and objects that DeepSpeed pickles."""
+"""Parts of a new object tree: tensors that streams will fill, copies of tensors, and objects that DeepSpeed pickles."""
 
 import itertools
 from collections import OrderedDict
@@ -31,8 +31,8 @@ def placeholder(dtype: DType, shape: tuple[int, ...]) -> Tensor:
     for size in reversed(shape):
         stride.append(max(numel, 1))
         numel *= size
-    kind = Global("torch", STORAGE_NAMES[dtype.torch_name])
-    storage = Storage(f"new{next(_numbers)}", dtype, kind, "cpu", numel)
+    storage_class = Global("torch", STORAGE_NAMES[dtype.torch_name])
+    storage = Storage(f"new{next(_numbers)}", dtype, storage_class, "cpu", numel)
     return _tensor(storage, 0, shape, tuple(reversed(stride)))
 
 
