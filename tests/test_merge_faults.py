@@ -167,7 +167,7 @@ def test_a_hostile_checkpoint_is_refused_and_inspect_says_so(run: Path) -> None:
     assert [item.layout is not None for item in found] == [True, False, True]
     assert "posix.system" in (found[1].problem or "")
     assert not marker.exists()
-    refused(run, UnsafePickle, r"global_step4/mp_rank_00_model_states\.pt asks for the global posix\.system")
+    refused(run, UnsafePickle, r"global_step4/mp_rank_00_model_states\.pt names the global posix\.system")
 
 
 @pytest.mark.parametrize(

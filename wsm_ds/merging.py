@@ -26,19 +26,12 @@ from wsm_ds.outputs.safetensors import plan_safetensors
 from wsm_ds.outputs.trainer_files import trainer_files
 from wsm_ds.outputs.zero_checkpoint import OutputFiles, OutputWindow, plan_zero_checkpoint
 from wsm_ds.planning.plan import CopySegment, InputFile, InputNumber, Output, OutputFile, OutputNumber, Plan, Source
-from wsm_ds.planning.recipe import MergeRecipe, make_recipe
-from wsm_ds.planning.recipe_options import CheckpointOptions, ExportOptions, RecipeOptions, ReshardOptions
+from wsm_ds.planning.recipe import MergeRecipe, make_recipe, one_recipe
+from wsm_ds.planning.recipe_options import ExportOptions, RecipeOptions, ReshardOptions
 from wsm_ds.planning.streams import ElementRequest, SourceTables, carry_streams, element_streams, source_tables
 from wsm_ds.planning.window import ReadLayout, Window, recorded_window, select_window, union_of
 from wsm_ds.publishing.manifest import description, make_manifest, read_manifest
-from wsm_ds.publishing.staging_folder import (
-    MANIFEST,
-    Staging,
-    commit,
-    discard,
-    staged,
-    unfinished_merge,
-)
+from wsm_ds.publishing.staging_folder import MANIFEST, Staging, commit, discard, staged, unfinished_merge
 from wsm_ds.schedules.coefficients import effective_sample_size, lag
 
 Progress = Callable[[int], None]
@@ -351,25 +344,6 @@ def merge_all(recipes: Sequence[MergeRecipe]) -> tuple[MergeResult, ...]:
     return tuple(
         MergeResult(recipe.out, read_manifest(recipe.out), recipe.out in new_outputs, timings) for recipe in recipes
     )
-
-
-def one_recipe(
-    run: str | os.PathLike[str],
-    *,
-    out: str | os.PathLike[str],
-    tag: str | None = None,
-    **options: Unpack[CheckpointOptions],
-) -> MergeRecipe:
-    """The recipe that writes one checkpoint again, in another format or form.
-
-    Args:
-        run: the run's folder.
-        out: the folder to make; it must not exist.
-        tag: the checkpoint's name; None: the newest complete one.
-        options: what the output is, see `MergeRecipe`.
-    """
-    window: dict[str, Any] = {"tags": (tag,)} if tag else {"last": 1}
-    return make_recipe(run=run, out=out, coefficients=(1.0,), **window, **options)
 
 
 def export(

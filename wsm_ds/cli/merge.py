@@ -188,7 +188,7 @@ def _reshard(options: argparse.Namespace) -> int:
 
 
 def _one_checkpoint(options: argparse.Namespace, **values: Any) -> int:
-    from wsm_ds.merging import one_recipe
+    from wsm_ds.planning.recipe import one_recipe
 
     recipe = one_recipe(
         options.run,

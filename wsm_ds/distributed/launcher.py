@@ -30,6 +30,7 @@ def launched_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
         RecipeError: the launcher's variables are incomplete, or the ranks do not find each other.
     """
     variables = dict(os.environ if environment is None else environment)
+    # torchrun inside a Slurm step has both kinds of variables; those of torchrun count.
     if "WORLD_SIZE" not in variables and int(variables.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         variables |= slurm_variables(variables)
     if int(variables.get("WORLD_SIZE", "1")) < 2:

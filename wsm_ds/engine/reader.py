@@ -88,6 +88,7 @@ class Reader:
         descriptor = self.open_files.descriptor(file)
         done = 0
         while done < len(into):
+            # One call returns at most 2 GiB (man 2 read), and less on some network file systems.
             count = os.preadv(descriptor, [into[done:]], offset + done)
             if count == 0:
                 raise BrokenCheckpoint(

@@ -100,6 +100,7 @@ class StagedFiles:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
+                # The file is sparse: ranks can write anywhere, and zero segments take no time.
                 os.ftruncate(descriptor, file.nbytes)
                 for segment in file.segments:
                     if isinstance(segment, LiteralSegment):

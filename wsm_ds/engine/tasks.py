@@ -64,6 +64,7 @@ def share(tasks: list[Task], rank: int, world_size: int) -> list[Task]:
     if world_size == 1:
         return tasks
     nbytes = np.array([task.nbytes for task in tasks], dtype=np.int64)
+    # By the middle of a task: by its beginning or its end, a large task would be counted for the wrong rank.
     middle = np.cumsum(nbytes) - nbytes / 2
     rank_of_task = np.minimum(middle * world_size / max(int(nbytes.sum()), 1), world_size - 1).astype(np.int64)
     return [task for task, owner in zip(tasks, rank_of_task.tolist(), strict=True) if owner == rank]

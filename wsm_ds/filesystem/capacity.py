@@ -25,9 +25,11 @@ def require_disk(folder: Path, nbytes: int, files: int, what: str) -> None:
         InsufficientCapacity: bytes or inodes are missing; the message has both figures.
     """
     status = os.statvfs(folder)
+    # f_bavail, not f_bfree: some free blocks may be reserved for root.
     free_bytes = status.f_bavail * status.f_frsize
     if free_bytes < nbytes:
         raise InsufficientCapacity(f"{folder} has {format_size(free_bytes)} free, {what} needs {format_size(nbytes)}.")
+    # Btrfs reports 0 inodes in all: it makes them as needed.
     if status.f_files and status.f_favail < files + EXTRA_INODES:
         raise InsufficientCapacity(f"{folder} has {status.f_favail} inodes free, {what} needs {files + EXTRA_INODES}.")
 

@@ -132,6 +132,7 @@ def move_into_place(content: Path, out: Path) -> None:
     Raises:
         OutputExists: something is at `out`.
     """
+    # A sync of a file does not sync its name: the folder must be synced, too (man 2 fsync).
     for folder in [path for path in content.rglob("*") if path.is_dir()] + [content]:
         sync_folder(folder)
     require_absent(out)

@@ -40,6 +40,7 @@ def learning_rates(file: TorchFile, groups: Any) -> tuple[float, ...]:
 def _rate(file: TorchFile, value: Any) -> float:
     """A group's rate: a number, or a tensor of one element (torch's `capturable` optimizers)."""
     if isinstance(value, Tensor) and value.numel == 1 and value.dtype.is_floating:
+        # `capturable=True` keeps the rate on the device, so torch saves it as a tensor.
         stored = np.fromfile(file.path, value.dtype.storage, 1, offset=file.byte_offset(value))
         return float(widen(stored, value.dtype)[0])
     if not isinstance(value, int | float) or abs(value) > sys.float_info.max:

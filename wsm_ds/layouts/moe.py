@@ -52,6 +52,7 @@ class Experts:
             if match is None or match["layer"] not in self.counts:
                 global_names.append(name)
                 continue
+            # `global_expert_id` of `_save_moe_checkpoint`, runtime/engine.py.
             number = ep_rank * (self.counts[match["layer"]] // ep_size) + int(match["number"])
             global_names.append(f"{match['layer']}{number}{match['rest']}")
         return tuple(global_names)

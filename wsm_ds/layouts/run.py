@@ -38,6 +38,7 @@ def find_checkpoints(run: Path) -> list[Checkpoint]:
     if not run.is_dir():
         raise CheckpointNotFound(f"{run} is not a folder. Give the folder that was passed to save_checkpoint.")
     folders = [path for path in run.iterdir() if path.is_dir() and path.name != JOB and not path.name.startswith(".")]
+    # HF Trainer saves into RUN/checkpoint-N (transformers/trainer_utils.py, PREFIX_CHECKPOINT_DIR).
     for trainer in [path for path in folders if path.name.startswith("checkpoint-")]:
         folders += [path for path in trainer.iterdir() if path.is_dir()]
     checkpoints = [_checkpoint(run, path) for path in folders if _is_checkpoint(path)]

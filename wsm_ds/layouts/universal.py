@@ -137,6 +137,7 @@ def add_fragments(builder: TableBuilder, files: RankFiles, parameters: dict[str,
         numel = files.tensors[name].numel
         for kind, file in kinds.items():
             tensor = whole(file.tree)
+            # `step.pt` holds the optimizer's step counter, not a value per element.
             if tensor is None or kind == "step":
                 continue
             if tensor.numel != numel:

@@ -55,6 +55,7 @@ def _partition_numel(state: dict[str, Any], group: int) -> int:
     `runtime/zero/stage_1_and_2.py:3327`), BF16_Optimizer does not (`runtime/bf16_optimizer.py:633`).
     """
     stored: int = state["single_partition_of_fp32_groups"][group].numel
+    # Only the ZeRO class writes `zero_stage`, so its absence shows BF16_Optimizer.
     return stored + int(state["group_paddings"][group]) if "zero_stage" in state else stored
 
 
@@ -79,6 +80,8 @@ def _add_partition(
     state, numbers, file = optim.tree["optimizer_state_dict"], files.tensor_numbers, files.indices[optim.path]
     masters = state["single_partition_of_fp32_groups"][group]
     states = _states(state, group)
+    # Elastic checkpoints trim the states as they trim the masters; others save them with the padding
+    # (`_get_state_without_padding`, runtime/zero/stage_1_and_2.py:3338).
     flats = {"master": masters, **element_wise(states, masters.numel, _partition_numel(state, group))}
     pieces_by_kind = dict.fromkeys(flats, rank_pieces)
     if is_muon(state["base_optimizer_state"], group) and isinstance(states.get(MOMENTUM), Tensor):

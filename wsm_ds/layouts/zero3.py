@@ -42,6 +42,7 @@ def add_model(builder: TableBuilder, files: RankFiles, model: TorchFile, rank: i
         is_whole = info.role == "buffer"
         start, numel = (0, info.numel) if is_whole else partition(info.numel, rank, files.world_size)
         require_numel(model, name, stored.numel, numel)
+        # Buffers are not partitioned and may differ between ranks, so each rank's copy is kept.
         offset, replica = model.byte_offset(stored), rank if is_whole else 0
         builder.add(
             info.role, numbers[name], start, numel, file=file, offset=offset, dtype=stored.dtype, replica=replica
@@ -67,6 +68,8 @@ def _add_optimizer(builder: TableBuilder, files: RankFiles, optim: TorchFile, ra
             f"{optim.path} holds {len(flats)} sub-groups cut for {state['partition_count']} ranks, but the model file "
             f"names {len(subgroups)} sub-groups and {files.world_size} ranks."
         )
+    # DeepSpeed sets one flat tensor per sub-group as the only parameter of its optimizer group while it saves, so the
+    # states have the numbers of sub-groups (`_set_fp32_optimizer_param_groups`, runtime/zero/stage3.py:3442).
     for number, names in enumerate(subgroups):
         states = state["optimizer_state_dict"]["state"].get(number, {})
         for kind, flat in {"master": flats[number], **element_wise(states, flats[number].numel)}.items():
@@ -77,6 +80,7 @@ def _add_subgroup(
     builder: TableBuilder, files: RankFiles, optim: TorchFile, kind: str, flat: Tensor, names: list[str], rank: int
 ) -> None:
     numbers, file, what = files.tensor_numbers, files.indices[optim.path], f"{kind} of the sub-group of {few(names, 1)}"
+    # Every rank saves the full partition size, also the last ranks, whose partitions are partly padding.
     partition_numels = [-(-files.tensors[name].numel // files.world_size) for name in names]
     if flat.numel == 0 and any(partition_numels):
         raise UnsupportedLayout(

@@ -129,6 +129,7 @@ def _shard(
     file: str, names: list[str], tensors: dict[str, TensorInfo], dtypes: dict[str, DType], renamed: dict[str, str]
 ) -> _Shard:
     """Lays out one shard. Tensors of wider dtypes come first, so that each is aligned to its element size."""
+    # transformers writes this entry, too (modeling_utils.py, `save_pretrained`).
     entries: dict[str, object] = {METADATA: {"format": "pt"}}
     offsets, position = {}, 0
     for name in sorted(names, key=lambda name: -dtypes[name].itemsize):
@@ -141,6 +142,7 @@ def _shard(
         offsets[name] = position
         position += nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    # The header is padded to 8 bytes, so that the tensors after it are aligned.
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
     return _Shard(

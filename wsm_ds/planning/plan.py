@@ -283,18 +283,18 @@ def segments_outside(segments: Sequence[Segment], begins: Ints, ends: Ints) -> t
     Returns:
         The rest, in order; a segment with a range in its middle becomes two. Literal segments stay whole.
     """
-    rest: list[Segment] = []
-    at = 0
+    remaining: list[Segment] = []
+    index = 0
     for segment in segments:
-        position, end = segment.offset, segment.offset + segment.nbytes
-        while at < len(begins) and begins[at] < end:
-            if isinstance(segment, LiteralSegment) or begins[at] < position or ends[at] > end:
-                raise AssertionError(f"elements at {begins[at]} do not lie in the segment at {segment.offset}")
-            _append_range(rest, segment, position, int(begins[at]))
-            position = int(ends[at])
-            at += 1
-        _append_range(rest, segment, position, end)
-    return tuple(rest)
+        offset, end = segment.offset, segment.offset + segment.nbytes
+        while index < len(begins) and begins[index] < end:
+            if isinstance(segment, LiteralSegment) or begins[index] < offset or ends[index] > end:
+                raise AssertionError(f"elements at {begins[index]} do not lie in the segment at {segment.offset}")
+            _append_range(remaining, segment, offset, int(begins[index]))
+            offset = int(ends[index])
+            index += 1
+        _append_range(remaining, segment, offset, end)
+    return tuple(remaining)
 
 
 def _append_range(segments: list[Segment], whole: Segment, begin: int, end: int) -> None:

@@ -14,7 +14,7 @@ from wsm_ds.distributed.launcher import local_world_size
 from wsm_ds.errors import RecipeError, brief, few
 from wsm_ds.filesystem.small_files import read_small
 from wsm_ds.planning.recipe_errors import unknown_key, validation_sentences
-from wsm_ds.planning.recipe_options import RecipeOptions, SweepOptions
+from wsm_ds.planning.recipe_options import CheckpointOptions, RecipeOptions, SweepOptions
 from wsm_ds.sizes import parse_size
 
 Allowance = Literal["warmup", "lr-change"]
@@ -204,6 +204,28 @@ def make_recipe(**values: Unpack[RecipeOptions]) -> MergeRecipe:
     except ValidationError as error:
         faults = validation_sentences(error, MergeRecipe.model_fields)
         raise RecipeError(f"the recipe is not valid: {faults}") from error
+
+
+def one_recipe(
+    run: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str],
+    tag: str | None = None,
+    **options: Unpack[CheckpointOptions],
+) -> MergeRecipe:
+    """The recipe that writes one checkpoint again, in another format or form.
+
+    Args:
+        run: the run's folder.
+        out: the folder to make; it must not exist.
+        tag: the checkpoint's name; None: the newest complete one.
+        options: what the output is, see `MergeRecipe`.
+
+    Raises:
+        RecipeError: see `make_recipe`.
+    """
+    window: dict[str, Any] = {"tags": (tag,)} if tag else {"last": 1}
+    return make_recipe(run=run, out=out, coefficients=(1.0,), **window, **options)
 
 
 SWEPT = {"last": "last{}", "to_step": "to{}", "curve": "{}", "floor": "floor{}", "format": "{}"}

@@ -59,6 +59,7 @@ def description(plan: Plan, number: int) -> dict[str, Any]:
     content = {
         "recipe": {name: value for name, value in output.recipe.items() if name not in NOT_OF_THE_RESULT},
         "sources": describe_output(output)["sources"],
+        # Paths, sizes and times stand for the content: hashing all sources would cost as much as the merge.
         "inputs": [[str(source.path.resolve()), source.nbytes, source.mtime_ns] for source in inputs],
         "files": [[file.name, file.nbytes] for _, file in plan.files_of(number)],
         "block_bytes": BLOCK_BYTES,

@@ -141,6 +141,7 @@ def _take_over(staging: Staging, described: dict[str, Any], restart: bool) -> No
             f"{staging.folder} holds a merge that was begun with other arguments or sources ({few(differing)} differ). "
             "Run that one again to finish it, or pass --restart to throw it away."
         )
+    # The lock file stays: a process that had opened a removed one would hold a lock that nobody else sees.
     for path in staging.folder.iterdir():
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -128,6 +128,7 @@ def begin_attempt(job: JobFolder) -> int:
     attempt = read_attempt(job) + 1
     while True:
         try:
+            # mkdir is atomic, also on NFS.
             job.attempt_folder(attempt).mkdir(parents=True)
             break
         except FileExistsError:

@@ -15,8 +15,9 @@ from typing import Any
 
 from wsm_ds.distributed.ranks import Ranks
 from wsm_ds.layouts import Layout
-from wsm_ds.merging import one_recipe, plan_merge, run_plan
+from wsm_ds.merging import plan_merge, run_plan
 from wsm_ds.outputs.resharding.form import DEFAULT_SUB_GROUP_SIZE, zero_config
+from wsm_ds.planning.recipe import one_recipe
 from wsm_ds.torchfile import open_torch_file
 from wsm_ds.training.job import JobFolder
 

@@ -86,6 +86,7 @@ class Checkpoints:
         except OSError as error:  # another process renames or deletes it now, or the file system fails
             self.problems[step] = str(error)
             return False
+        # Never read again: reading the metadata of thousands of rank files at every look would load the storage.
         self._complete.add(checkpoint.tag)
         self.seen.add(step)
         return True

@@ -61,6 +61,7 @@ def _stage12(origin: Origin, form: Form, rank: int, keeps_states: bool) -> dict[
     names = [cut[0] for cut in cuts(form, origin.groups, origin.layout)]
     paddings = [alignment_paddings(origin.layout.tensors, form, group_names) for group_names in names]
     partitions = _partitions(origin, form, rank, names, paddings)
+    # BF16_Optimizer saves no loss scale (runtime/bf16_optimizer.py:629).
     new = {} if form.is_bf16_optimizer else loss_scaling(old)
     if "clip_grad" in old:
         new["clip_grad"] = old["clip_grad"]
