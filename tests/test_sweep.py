@@ -118,9 +118,9 @@ def test_a_recipe_lists_outputs_and_the_same_command_makes_what_is_missing(
     shutil.rmtree(outs[1])
     assert main(command) == 0
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("done")] == [
-        f"done {outs[0]} (by this same merge, before)",
+        f"done {outs[0]} (already made by the same merge)",
         f"done {outs[1]}",
-        f"done {outs[2]} (by this same merge, before)",
+        f"done {outs[2]} (already made by the same merge)",
     ]  # fmt: skip
     assert [contents(out) for out in outs] == first
 

@@ -58,7 +58,7 @@ def test_the_same_merge_typed_by_hand_is_known_to_be_done(
     once(spec_for(run.save(2, 4), tmp_path / "out", last=2))
     place = tmp_path / "out/step4/last2-linear"
     assert main(["merge", str(run.folder), "--last", "2", "--to", "4", "--out", str(place)]) == 0
-    assert "by this same merge, before" in capsys.readouterr().out
+    assert "already made by the same merge" in capsys.readouterr().out
 
 
 def test_a_recipe_names_its_outputs_below_each_end_point(run: PlayedRun, tmp_path: Path) -> None:

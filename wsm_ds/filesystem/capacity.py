@@ -12,14 +12,14 @@ CGROUP_LIMITS = ("/sys/fs/cgroup{path}/memory.max", "/sys/fs/cgroup/memory{path}
 """Where cgroup version 2 and version 1 show a group's limit."""
 
 
-def require_disk(folder: Path, nbytes: int, files: int, what: str) -> None:
+def require_disk(folder: Path, nbytes: int, files: int, purpose: str) -> None:
     """Checks that a file system has enough bytes and inodes free.
 
     Args:
         folder: any folder of the file system.
         nbytes: bytes that are needed.
         files: files that will be made.
-        what: what needs them, for the message.
+        purpose: the work that needs them, for the message.
 
     Raises:
         InsufficientCapacity: bytes or inodes are missing; the message has both figures.
@@ -28,10 +28,14 @@ def require_disk(folder: Path, nbytes: int, files: int, what: str) -> None:
     # f_bavail, not f_bfree: some free blocks may be reserved for root.
     free_bytes = status.f_bavail * status.f_frsize
     if free_bytes < nbytes:
-        raise InsufficientCapacity(f"{folder} has {format_size(free_bytes)} free, {what} needs {format_size(nbytes)}.")
+        raise InsufficientCapacity(
+            f"{folder} has {format_size(free_bytes)} free, {purpose} needs {format_size(nbytes)}."
+        )
     # Btrfs reports 0 inodes in all: it makes them as needed.
     if status.f_files and status.f_favail < files + EXTRA_INODES:
-        raise InsufficientCapacity(f"{folder} has {status.f_favail} inodes free, {what} needs {files + EXTRA_INODES}.")
+        raise InsufficientCapacity(
+            f"{folder} has {status.f_favail} inodes free, {purpose} needs {files + EXTRA_INODES}."
+        )
 
 
 def disk_usage_bytes(folder: Path) -> int:

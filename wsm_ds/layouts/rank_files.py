@@ -67,7 +67,14 @@ def element_wise(states: dict[str, Any], *numels: int) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if len(value.shape) == 1 and value.numel in numels}
 
 
-def require_numel(file: TorchFile, what: str, numel: int, expected: int) -> None:
-    """Raises BrokenCheckpoint if `what` of `file` has fewer elements than expected."""
+def require_numel(file: TorchFile, tensor: str, numel: int, expected: int) -> None:
+    """Raises BrokenCheckpoint if a tensor of a file has fewer elements than expected.
+
+    Args:
+        file: the file.
+        tensor: a name of the tensor, for the message.
+        numel: its elements.
+        expected: the least number of elements.
+    """
     if numel < expected:
-        raise BrokenCheckpoint(f"{file.path}: {what} holds {numel} elements, expected at least {expected}.")
+        raise BrokenCheckpoint(f"{file.path}: {tensor} holds {numel} elements, expected at least {expected}.")

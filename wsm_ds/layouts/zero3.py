@@ -79,14 +79,18 @@ def _add_optimizer(builder: TableBuilder, files: RankFiles, optim: TorchFile, ra
 def _add_subgroup(
     builder: TableBuilder, files: RankFiles, optim: TorchFile, kind: str, flat: Tensor, names: list[str], rank: int
 ) -> None:
-    numbers, file, what = files.tensor_numbers, files.indices[optim.path], f"{kind} of the sub-group of {few(names, 1)}"
+    numbers, file, flat_name = (
+        files.tensor_numbers,
+        files.indices[optim.path],
+        f"{kind} of the sub-group of {few(names, 1)}",
+    )
     # Every rank saves the full partition size, also the last ranks, whose partitions are partly padding.
     partition_numels = [-(-files.tensors[name].numel // files.world_size) for name in names]
     if flat.numel == 0 and any(partition_numels):
         raise UnsupportedLayout(
-            f"{optim.path}: {what} is empty: it was offloaded to NVMe, which this version does not read."
+            f"{optim.path}: {flat_name} is empty: it was offloaded to NVMe, which this version does not read."
         )
-    require_numel(optim, what, flat.numel, sum(partition_numels))
+    require_numel(optim, flat_name, flat.numel, sum(partition_numels))
     offset = optim.byte_offset(flat)
     for name, partition_numel in zip(names, partition_numels, strict=True):
         start, numel = partition(files.tensors[name].numel, rank, files.world_size)

@@ -299,16 +299,16 @@ def running_merge_factor(n: int, exponent: float = 1.0) -> float:
     return float(((n - 1) / n) ** exponent)
 
 
-def _row(values: Any, what: str) -> Array:
+def _row(values: Any, argument: str) -> Array:
     try:
         row = np.array(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise CurveError(f"{what} must be a list of numbers: {error}") from None
+        raise CurveError(f"{argument} must be a list of numbers: {error}") from None
     if row.ndim != 1:
-        raise CurveError(f"{what} must be one list of numbers, found shape {row.shape}")
+        raise CurveError(f"{argument} must be one list of numbers, found shape {row.shape}")
     bad = np.flatnonzero(~np.isfinite(row))
     if bad.size:
-        raise CurveError(f"{what} must be finite, found {row[bad[0]]} at index {bad[0]}")
+        raise CurveError(f"{argument} must be finite, found {row[bad[0]]} at index {bad[0]}")
     return row
 
 
@@ -322,14 +322,14 @@ def _non_negative(c: ArrayLike) -> Array:
     return row
 
 
-def _checked_decay_factors(w: ArrayLike, what: str, tolerance: float = 0.0) -> Array:
-    row = _row(w, what)
+def _checked_decay_factors(w: ArrayLike, argument: str, tolerance: float = 0.0) -> Array:
+    row = _row(w, argument)
     outside = np.flatnonzero((row < -tolerance) | (row > 1.0 + tolerance))
     if outside.size:
-        raise CurveError(f"{what} must be within [0, 1], found {row[outside[0]]} at index {outside[0]}")
+        raise CurveError(f"{argument} must be within [0, 1], found {row[outside[0]]} at index {outside[0]}")
     lowest = np.minimum.accumulate(row)
     rises = np.flatnonzero(row > lowest + tolerance)
     if rises.size:
         i = rises[0]
-        raise CurveError(f"{what} must not rise, found {row[i]} at index {i} after {lowest[i]}")
+        raise CurveError(f"{argument} must not rise, found {row[i]} at index {i} after {lowest[i]}")
     return np.clip(lowest, 0.0, 1.0)

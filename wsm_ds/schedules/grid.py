@@ -82,13 +82,13 @@ def exact_steps(steps: Iterable[float]) -> list[Fraction]:
     return positions
 
 
-def _exact(value: Any, what: str) -> Fraction:
+def _exact(value: Any, argument: str) -> Fraction:
     try:
         return Fraction(operator.index(value))
     except TypeError:
         if isinstance(value, float) and math.isfinite(value):
             return Fraction(value)
-    raise CurveError(f"{what} must be a finite number, found {value!r}")
+    raise CurveError(f"{argument} must be a finite number, found {value!r}")
 
 
 def _uneven_grid(positions: Sequence[Fraction], oldest_interval: float | None) -> Array:

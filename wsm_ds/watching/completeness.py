@@ -94,8 +94,8 @@ class Checkpoints:
     def _is_whole(self, checkpoint: Checkpoint) -> bool:
         """Whether the layout can be read. A broken checkpoint is read again only when one of its files has changed."""
         before = fingerprint(checkpoint.path)
-        known = self._broken.get(checkpoint.tag)
-        problem = known[1] if known is not None and known[0] == before else self._problem(checkpoint)
+        earlier = self._broken.get(checkpoint.tag)
+        problem = earlier[1] if earlier is not None and earlier[0] == before else self._problem(checkpoint)
         if problem:
             self._broken[checkpoint.tag] = (before, problem)
             self.problems[checkpoint.named_step] = problem

@@ -124,16 +124,18 @@ def _reasons(run: Path, retention: Retention, steps: set[int], complete: set[int
     ordered = sorted(complete)
     reasons = {step: "newer than the newest complete one" for step in steps if step > newest}
     latest = latest_step(run)
-    named = [
+    steps_by_reason = [
         ("latest names it", {latest} if latest is not None else set()),
         ("newest complete", {newest}),
         (f"newest {retention.keep_last} complete", _from(ordered, retention.keep_last, steps)),
     ]
     if retention.keep_window:
-        named.append((f"window of {retention.keep_window}", _from(ordered, retention.keep_window, steps)))
+        steps_by_reason.append((f"window of {retention.keep_window}", _from(ordered, retention.keep_window, steps)))
     if retention.keep_every:
-        named.append((f"every {retention.keep_every}", {step for step in steps if step % retention.keep_every == 0}))
-    for reason, kept in named:
+        steps_by_reason.append(
+            (f"every {retention.keep_every}", {step for step in steps if step % retention.keep_every == 0})
+        )
+    for reason, kept in steps_by_reason:
         for step in kept:
             reasons.setdefault(step, reason)
     for spec in retention.specs:

@@ -259,10 +259,10 @@ def _require_same_groups(origin: Origin, pattern: Origin) -> None:
         ("dtypes", origin.layout.dtype.name, pattern.layout.dtype.name),
         ("parameter groups", *([group.names for group in checkpoint.groups] for checkpoint in (origin, pattern))),
     ]
-    for what, origin_value, pattern_value in comparisons:
+    for name, origin_value, pattern_value in comparisons:
         if origin_value != pattern_value:
             raise LayoutMismatch(
-                f"{origin.layout.path} cannot be written like {pattern.layout.path} (--like): their {what} differ, "
+                f"{origin.layout.path} cannot be written like {pattern.layout.path} (--like): their {name} differ, "
                 f"{origin_value} against {pattern_value}. Choose a checkpoint of the same model, or give --stage and "
                 "--world-size."
             )
