@@ -281,7 +281,7 @@ def estimate_report(costs: Estimate) -> str:
     rows = [
         ["checkpoint", f"{format_size(size.nbytes)} in {size.files} files"],
         ["kept by prune", f"{costs.kept} checkpoints, {format_size(costs.kept * size.nbytes)}"],
-        ["most, while one is merged and one is written", f"{costs.peak}, {format_size(costs.peak * size.nbytes)}"],
+        ["at most, while one is merged and one written", f"{costs.peak}, {format_size(costs.peak * size.nbytes)}"],
         [f"merging, every {pace.every_steps} steps", f"reads {format_size(costs.read_bytes)}"],
         ["", f"writes {format_size(costs.written_bytes)}"],
     ]

@@ -98,7 +98,7 @@ def processes_by_host(heartbeats: Iterable[dict[str, Any]], attempt: int) -> dic
 
 def _start(options: argparse.Namespace) -> list[str]:
     job = JobFolder(options.run)
-    return _carried_out(job, decide_start(read_run_state(job, options.until_step), options.until_step))
+    return _record_and_print(job, decide_start(read_run_state(job, options.until_step), options.until_step))
 
 
 def _begin(options: argparse.Namespace) -> list[str]:
@@ -120,13 +120,13 @@ def _nodes(options: argparse.Namespace) -> list[str]:
     else:
         stamp = f"{time.strftime('%F %T')} job {options.job_id}"
         decision = decide_slurm_nodes(state, attempt, reports_from_srun(hosts, output), last_line, silence, stamp)
-    return _carried_out(job, decision)
+    return _record_and_print(job, decision)
 
 
 def _end(options: argparse.Namespace) -> list[str]:
     job = JobFolder(options.run)
     end = RanksEnd(is_signalled=bool(options.signal), hang=options.hang, exit_code=options.exit_code)
-    return _carried_out(job, decide_end(read_run_state(job, options.until_step), _attempt(options), end))
+    return _record_and_print(job, decide_end(read_run_state(job, options.until_step), _attempt(options), end))
 
 
 def _processes(options: argparse.Namespace) -> list[str]:
@@ -143,7 +143,7 @@ def _requeue(options: argparse.Namespace) -> list[str]:
     return instructions(decide_requeue(parse_slurm_job(sys.stdin.read()), options.unfit_nodes))
 
 
-def _carried_out(job: JobFolder, decision: Decision) -> list[str]:
+def _record_and_print(job: JobFolder, decision: Decision) -> list[str]:
     record(job, decision)
     return instructions(decision)
 

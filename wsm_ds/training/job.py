@@ -105,7 +105,7 @@ def read_attempt(job: JobFolder) -> int:
         return 0
 
 
-def given_attempt() -> int | None:
+def exported_attempt() -> int | None:
     """Returns the attempt's number that a job script has exported as WSM_ATTEMPT; None if there is none.
 
     Raises:

@@ -26,7 +26,7 @@ from typing import Any
 
 from wsm_ds.errors import RanksSilent, WsmError, few
 from wsm_ds.training.heartbeat import UNCHANGED_S
-from wsm_ds.training.job import JobFolder, given_attempt, is_done, read_attempt, require_current
+from wsm_ds.training.job import JobFolder, exported_attempt, is_done, read_attempt, require_current
 
 POLL_S = 1.0
 STOPPED_S = 3 * UNCHANGED_S
@@ -148,7 +148,7 @@ def watch(run: Path, *, timeout_s: float, start_timeout_s: float, stop: threadin
         Superseded: a newer attempt was started.
     """
     job = JobFolder(run)
-    attempt = given_attempt() or read_attempt(job)
+    attempt = exported_attempt() or read_attempt(job)
     watching = Watch(job, attempt, timeout_s=timeout_s, start_timeout_s=start_timeout_s)
     while not (stop.is_set() or is_done(job, 0, attempt=attempt)):
         watching.look(time.monotonic())
