@@ -150,5 +150,6 @@ def _sampled(plan: Plan) -> list[Task]:
     for number in range(len(plan.streams)):
         stream_tasks = [task for task in tasks if task.stream == number]
         count = min(len(stream_tasks), SAMPLED_TASKS_PER_FILE * max(1, len(plan.files)))
+        # Seeded by the stream's number, so that a failure can be reproduced.
         samples += random.Random(number).sample(stream_tasks, count)
     return samples

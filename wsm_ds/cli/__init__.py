@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that are not UTF-8
+    # `parse_known_args`: the parser of the command, not the top parser, must report unknown flags.
     options, unknown = parser().parse_known_args(arguments)
     if unknown:
         options.parser.refuse_unknown(unknown)

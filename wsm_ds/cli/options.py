@@ -278,6 +278,7 @@ def signals_interrupt(consequence: str) -> Iterator[Callable[[], None]]:
             raise Interrupted(f"{name}; {consequence} Run the same command again to continue.")
 
     def stop(number: int, _: object) -> None:
+        # Not an interruption of its own: it could end the clean-up that the first signal has started.
         is_repeated = bool(received) and time.monotonic() - received[-1][1] < REPEAT_S
         if not is_repeated:
             received.append((number, time.monotonic()))

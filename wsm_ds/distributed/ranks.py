@@ -120,6 +120,7 @@ class StoreRanks(Ranks):
         for rank in range(self.world_size) if self.rank == 0 else (0,):
             beat = self._ask(self.store.add, f"wsm/beat/{rank}", 0)
             if self.last_beats.get(rank, (-1, now))[0] != beat:
+                # By change, on this rank's clock: clocks of hosts differ.
                 self.last_beats[rank] = (beat, now)
             elif now - self.last_beats[rank][1] > SILENT_S:
                 raise PeerFailed(f"rank {rank} ({self._host(rank)}) has not answered for {SILENT_S:g} s.", 3)

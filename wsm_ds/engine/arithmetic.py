@@ -35,6 +35,7 @@ def kernel() -> ctypes.CDLL | None:
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = Path(__file__).with_name("_kernel" + suffix)
         if path.is_file():
+            # CDLL, not PyDLL: it releases the GIL during a call, so that threads sum at the same time.
             library = ctypes.CDLL(str(path))
             pointer, size = ctypes.c_void_p, ctypes.c_size_t
             library.wsm_scratch_bytes.argtypes, library.wsm_scratch_bytes.restype = [size], size
@@ -124,6 +125,7 @@ def weighted_sum(
     with np.errstate(all="ignore"):
         total = np.multiply(widen(elements[0], dtypes[0]), coefficients[0], dtype=np.float64)
         for values, dtype, coefficient in zip(elements[1:], dtypes[1:], coefficients[1:], strict=True):
+            # float64 products: a product in float32 would be rounded before it is added.
             total += np.multiply(widen(values, dtype), coefficient, dtype=np.float64)
         summed: Array = total if keeps_fp64 else total.astype(np.float32)
     return summed, bool(np.isfinite(summed).all())

@@ -93,6 +93,7 @@ def run_tasks(
     try:
         for thread in worker_threads:
             while thread.is_alive():
+                # With a timeout: the main thread runs signal handlers only between its own bytecodes.
                 thread.join(CHECK_INTERVAL_S)
                 check()
     finally:

@@ -39,6 +39,7 @@ def assemble(
     return Layout(
         path=checkpoint.path,
         tag=checkpoint.tag,
+        # From the file, not from the tag: a user may choose any tag in `save_checkpoint`.
         step=int(first.models[0].tree["global_steps"]),
         stage=stage,
         world_size=first.world_size,

@@ -74,6 +74,8 @@ def weights_by_rank(path: Path, files: Iterable[TorchFile], models: list[Any]) -
     weights: list[list[WeightsFile]] = [[] for _ in stages]
     for (layer, tp), file in layer_files.items():
         owners, prefix = _owners(file, layer, stages, tp_size)
+        # A layer's file has the layer's own names (`save_state_dict`, runtime/pipe/module.py:607), while `param_shapes`
+        # has those of the whole module.
         weights[owners[tp]].append(WeightsFile(file, {prefix + name: value for name, value in file.tree.items()}))
     return [tuple(rank_weights) for rank_weights in weights]
 

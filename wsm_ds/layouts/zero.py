@@ -45,6 +45,7 @@ def read(checkpoint: Checkpoint, entries: list[str], first_model: TorchFile, all
     trees = [models[Rank(mp, 0)].tree for mp in range(counts.mp)]
     extra_weights = _open_extra_weights(path, entries, stage, trees, allowed_globals)
     ranks: list[RankFiles] = []
+    # A layer that borrows a tied module has no file of its own: the weights are in the file of another stage.
     for mp in range(counts.mp):
         borrowed = pipeline.borrowed_weights(trees[mp], extra_weights[mp], extra_weights)
         ranks.append(_rank_files(_of_mp_rank(models, mp), _of_mp_rank(optims, mp), extra_weights[mp], borrowed, ranks))

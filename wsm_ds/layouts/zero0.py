@@ -127,6 +127,7 @@ def read_optimizer(file: TorchFile) -> Optimizer:
         pieces = tuple(_unfused_pieces(file, state["fp32_groups"], base, weights))
     else:
         pieces = tuple(_pieces_by_order(base, weights))
+    # In fp32 DeepSpeed saves the torch optimizer itself; its 16-bit wrappers save it under `optimizer_state_dict`.
     module_is_master = base is state
     trained = set(weights) if module_is_master else {piece.name for piece in pieces}
     tensors = {n: TensorInfo(t.shape, t.dtype, "parameter") for n, t in weights.items() if n in trained}
@@ -271,6 +272,7 @@ def _pieces_by_order(base: dict[str, Any], weights: dict[str, Tensor]) -> Iterat
     if len(groups) != 1 or len(groups[0]["params"]) != len(names):
         return
     pieces = [NamedPiece(name, 0, weights[name].numel, _states(base, n, weights[name])) for n, name in enumerate(names)]
+    # Either all parameters have states or none has. Otherwise the order of the group is not that of the module.
     if all(bool(piece.kinds) == bool(pieces[0].kinds) for piece in pieces):
         yield from pieces
 

@@ -129,6 +129,7 @@ def plan_zero_checkpoint(
     shareable = ("frozen", "buffer", *(["master"] if newest.stage == 0 else []))
     places |= {kind: _trimmed(tables, window, kind, places[kind]) for kind in shareable if kind in places}
     requests = [window.request(kind, places[kind]) for kind in ("master", "frozen", "buffer") if kind in places]
+    # Stage 3 saves no module weights: the engine casts them from the masters when it loads.
     if "module" in places:
         requests.append(window.request("master", places["module"], is_cast=True))
     if not drops_states:

@@ -126,6 +126,7 @@ def without_repeats(table: Table, line: Ints) -> list[Table]:
     order = np.argsort(begin, kind="stable")
     if np.all(end[order][:-1] <= begin[order][1:]):
         return [table]
+    # First fit along the line: each row goes into the first table whose last row ends before it.
     layers: list[list[int]] = []
     layer_ends: list[int] = []
     for row in order:
@@ -229,6 +230,7 @@ def _line_range(table: Table, line: Ints) -> tuple[Ints, Ints]:
 def _sorted_line(table: Table, line: Ints) -> tuple[Ints, Ints, Ints]:
     """The rows of a table sorted along the line, and their begins and ends. Of repeated begins the first row stays."""
     begin, end = _line_range(table, line)
+    # A source may store a tensor twice, such as a tied one; both copies hold the same elements.
     begin, rows = np.unique(begin, return_index=True)
     return rows, begin, end[rows]
 

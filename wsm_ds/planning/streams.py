@@ -205,6 +205,7 @@ def _element_stream(
     for number in checkpoints:
         table = tables.table(number, kind)
         of_replica = table[table["replica"] == replica]
+        # A source of fewer ranks lacks the replicas of further ranks; replica 0 stands for them.
         table = of_replica if len(of_replica) else table[table["replica"] == 0]
         places = locate(order, table, line)
         needed = [requested.table for requested in requests if number in requested.request.members]
@@ -212,6 +213,7 @@ def _element_stream(
         needed_places = places if needed_order is order else locate(needed_order, table, line)
         require_all(needed_places, needed_order, str(tables.layouts[number].path), line, tables.names)
         sources.append(places)
+    # DeepSpeed casts module weights from the masters of the same output, so a cast target refers to that target.
     stored_target = {
         requested.request.output: index for index, requested in enumerate(requests) if not requested.request.is_cast
     }

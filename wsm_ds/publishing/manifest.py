@@ -71,6 +71,7 @@ def _is_input_of(plan: Plan, number: int, path: Path) -> bool:
     """Whether a file belongs to a checkpoint of this output's window, or to no checkpoint (a file that is copied)."""
     window_sources = {str(source.path) for source in plan.outputs[number].sources}
     other_sources = {str(source.path) for output in plan.outputs for source in output.sources} - window_sources
+    # A plan of several windows reads more checkpoints than this output is made of.
     return not any(path.resolve().is_relative_to(other) for other in other_sources)
 
 

@@ -266,6 +266,7 @@ def weight_decay_aware_coefficients(
     if decay_per_step >= 1.0:
         raise CurveError(f"learning_rate * weight_decay must be below 1, found {decay_per_step}")
 
+    # log1p and exp keep the precision of 1 - ηλ, which is close to 1.
     raw_shrink = np.exp(intervals * np.log1p(-decay_per_step))
     shrink = np.exp(intervals * np.log1p(-decay_per_step * factors))
     products = np.append(np.cumprod(shrink[::-1])[::-1], 1.0)

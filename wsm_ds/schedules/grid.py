@@ -101,6 +101,7 @@ def _uneven_grid(positions: Sequence[Fraction], oldest_interval: float | None) -
         oldest = (intervals[(len(intervals) - 1) // 2] + intervals[len(intervals) // 2]) / 2
     else:
         return np.empty(0)
+    # Exact fractions: with floats, equal intervals would not give exactly i / N.
     start = positions[0] - oldest
     duration = positions[-1] - start
     return np.array([float((position - start) / duration) for position in positions[:-1]])

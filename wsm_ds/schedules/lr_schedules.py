@@ -92,6 +92,7 @@ class WSMLR(LRScheduler):
         self.warmup_num_steps = update_count("warmup_num_steps", warmup_num_steps)
         initial_lrs = [float(group.get("initial_lr", group["lr"])) for group in groups]
         for group, rate in zip(groups, initial_lrs, strict=True):
+            # torch's schedulers leave their peak here; a scheduler that is made later starts from it.
             group.setdefault("initial_lr", rate)
         peak = initial_lrs if warmup_max_lr is None else warmup_max_lr
         self.min_lrs = rates_per_group("warmup_min_lr", warmup_min_lr, len(groups))

@@ -77,6 +77,7 @@ class OptimizerHooks:
 
         self.optimizer.register_step_pre_hook(before_step)
         self.optimizer.register_load_state_dict_post_hook(after_load_state)
+        # A global hook of torch: it also sees optimizers that this object does not know.
         self._any_step_hook = register_optimizer_step_post_hook(after_any_step)
 
     def old_indices(self) -> list[int | None]:

@@ -255,6 +255,7 @@ class _InertUnpickler(InertMachine):
             return Stub(callee.global_, args, is_new=is_new)
         if as_global(callee) is None or (is_new and not isinstance(callee, type)):
             raise pickle.UnpicklingError("it calls an object that is not a global")
+        # `torch.save` makes an empty one and fills it by SETITEMS. Arguments could hold keys that nobody has checked.
         if callee is collections.OrderedDict and args:
             raise pickle.UnpicklingError("an OrderedDict is not filled in the way that torch does")
         return callee(*args)
@@ -297,6 +298,8 @@ def _rebuild_tensor_v2(storage: Storage, offset: int, shape: Any, stride: Any, *
 
 
 def _rebuild_tensor_v3(storage: Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> Tensor:
+    # torch uses version 3 for dtypes without a storage class of their own, with the dtype as a further argument
+    # (`torch/_tensor.py`, `_reduce_ex_internal`; `torch/storage.py`, `_new_dtypes`).
     dtype_name = as_global(rest[2]) if len(rest) > 2 else None
     if dtype_name is not None and dtype_name.name not in BY_TORCH_NAME:
         raise UnsupportedLayout(f"a tensor has the dtype {dtype_name}, which this version does not read.")

@@ -85,6 +85,7 @@ class Heartbeat:
 
 
 def _code_line(thread: int) -> str:
+    # The main thread may hang in C code; its Python frame still shows where.
     frame = sys._current_frames().get(thread)
     if frame is None:
         return "nowhere"

@@ -89,6 +89,7 @@ class Watch:
         if beat["attempt"] != self.attempt:
             return
         last = self.last_beats.get(beat["rank"])
+        # By change, not by the time in the file: clocks of hosts differ.
         step_s = last.step_s if last and last.beat["step"] == beat["step"] else now_s
         alive_s = last.alive_s if last and last.beat["alive"] == beat["alive"] else now_s
         self.last_beats[beat["rank"]] = LastBeat(beat, step_s, alive_s)

@@ -4,8 +4,8 @@ A checkpoint is written by many ranks, one file after another, on a file system 
 late and in any order. It is complete when all of this holds:
 
 - its layout can be read: no rank's file is missing, and each is a whole zip. torch writes the zip's directory last;
-- it has settled: `latest`, which DeepSpeed writes after all ranks' files, names it or a newer one; or there is no
-  `latest`, and a newer checkpoint exists; or its files have not changed for some time.
+- it has settled: `latest`, which DeepSpeed's rank 0 writes after its own files, names it or a newer one; or there is
+  no `latest`, and a newer checkpoint exists; or its files have not changed for some time.
 """
 
 import time
@@ -114,6 +114,8 @@ class Checkpoints:
         return ""
 
     def _has_settled(self, checkpoint: Checkpoint) -> bool:
+        # `latest` alone does not suffice: rank 0 writes it after its own files, before the barrier at the end of
+        # `save_checkpoint` (runtime/engine.py:4961). So `_is_whole` has read every rank's file before.
         latest = latest_step(checkpoint.path.parent)
         if latest is not None and latest >= checkpoint.named_step:
             return True

@@ -245,6 +245,7 @@ class _Watcher:
                 for window in windows:
                     yield from self._merge([window])
                 return
+            # A prune may have deleted a checkpoint during the merge. That is no property of the window.
             if not all(self.checkpoints.by_step[step].path.is_dir() for step in windows[0].steps):
                 raise CheckpointNotFound(
                     str(error)

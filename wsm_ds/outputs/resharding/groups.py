@@ -67,6 +67,7 @@ def read_groups(model: TorchFile, state: dict[str, Any], round_robin_ranks: int)
         padding = 0 if is_stage3 or "zero_stage" not in state else int(state["group_paddings"][number])
         element_values = element_wise(states, flat.numel, flat.numel + padding)
         if entry.get("use_muon") and isinstance(states.get(zero12.MOMENTUM), Tensor):
+            # Its length is that of whole parameters, so `element_wise` does not recognize it.
             element_values[zero12.MOMENTUM] = states[zero12.MOMENTUM]
         groups.append(
             ParameterGroup(
