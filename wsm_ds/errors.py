@@ -138,7 +138,7 @@ class NonFiniteValue(WsmError, ValueError):
 
 
 class VerificationFailed(WsmError, ValueError):
-    """A merged output differs from its manifest or from what its sources give.
+    """A merged output differs from its manifest or from the merge of its sources.
 
     Raised by `verify`, and when a manifest is read. The message names the file and, if known, the byte.
     """

@@ -129,7 +129,7 @@ def staged(out: Path, described: dict[str, Any], *, restart: bool = False) -> It
 
 
 def _take_over(staging: Staging, described: dict[str, Any], restart: bool) -> None:
-    """Continues what the same merge has left, or empties the staging folder and begins anew."""
+    """Continues what the same merge has left, or empties the staging folder for a new merge."""
     recorded = unfinished_merge(staging.out)
     if recorded is not None and not restart:
         if recorded.get("identity") == described["identity"]:

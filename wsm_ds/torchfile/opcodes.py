@@ -46,7 +46,13 @@ class InertMachine(_Machine):  # type: ignore[misc]
         self.parts_of_keys = 0
 
     def make(self, callee: Any, args: Any, *, is_new: bool) -> Any:
-        """Returns what a call of `callee` stands for; if `is_new`, of its `__new__` (opcode NEWOBJ)."""
+        """Returns the value of a call in the pickle.
+
+        Args:
+            callee: the object that the pickle calls.
+            args: the arguments; anything, if the pickle is malformed.
+            is_new: whether the `__new__` of `callee` is called (opcode NEWOBJ).
+        """
         raise NotImplementedError
 
     def set_state(self, target: Any, state: Any) -> None:

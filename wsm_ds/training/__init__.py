@@ -44,7 +44,7 @@ __all__ = ["TrainingJob"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports TrainingJob when it is first used: the watchdog and the job scripts must not wait for what it imports."""
+    """Imports TrainingJob when it is first used: the watchdog and the job scripts must not wait for its imports."""
     if name != "TrainingJob":
         raise AttributeError(f"module 'wsm_ds.training' has no attribute {name!r}")
     from wsm_ds.training.training_job import TrainingJob

@@ -59,7 +59,7 @@ def read_run_state(job: JobFolder, until_step: int) -> RunState:
 
 
 def record(job: JobFolder, decision: Decision) -> None:
-    """Writes what a decision leaves in RUN/job.
+    """Writes the records of a decision to RUN/job.
 
     Raises:
         OSError: the disk is full, or fails.
@@ -73,7 +73,7 @@ def record(job: JobFolder, decision: Decision) -> None:
 
 
 def instructions(decision: Decision) -> list[str]:
-    """Returns what the script has to do, one instruction a line.
+    """Returns the instructions for the script, one per line.
 
     >>> instructions(Decision(Action.REQUEUE, "n2", messages=("n2 is left out: no answer",)))
     ['log n2 is left out: no answer', 'requeue n2']
@@ -153,7 +153,7 @@ def _attempt(options: argparse.Namespace) -> Attempt:
 
 
 def _text(path: Path) -> str:
-    """The text of a file; "" if it is not there. Ranks and nodes print what they like, so any bytes are read."""
+    """The text of a file; "" if it does not exist. Bytes that are not UTF-8, which ranks may print, are replaced."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:

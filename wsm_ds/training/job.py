@@ -49,7 +49,11 @@ class JobFolder:
         return self.folder / "attempt"
 
     def attempt_folder(self, attempt: int) -> Path:
-        """The folder in which attempt K writes what it has not published yet."""
+        """The folder of what an attempt has written and not published yet.
+
+        Args:
+            attempt: its number.
+        """
         return self.folder / f"attempt-{attempt}"
 
     @property
