@@ -28,8 +28,8 @@ def record_source_reads(monkeypatch: pytest.MonkeyPatch) -> list[Range]:
         if fused is not None:
             for source in sources:
                 if source.descriptor != arithmetic.IN_MEMORY:
-                    end = source.position + numel * source.dtype.itemsize
-                    ranges.append((str(Path(f"/proc/self/fd/{source.descriptor}").resolve()), source.position, end))
+                    end = source.offset + numel * source.dtype.itemsize
+                    ranges.append((str(Path(f"/proc/self/fd/{source.descriptor}").resolve()), source.offset, end))
         return fused
 
     monkeypatch.setattr(reader.Reader, "read", recording_read)

@@ -122,7 +122,7 @@ def test_the_same_merge_again_is_done_and_another_one_is_refused(
     assert main(command) == 0
     source_reads.clear()
     assert main([*command, "--threads", "1", "--memory-budget", "100MiB"]) == 0
-    assert "by this same merge, before" in capsys.readouterr().out
+    assert "already made by the same merge" in capsys.readouterr().out
     assert source_reads == []
     assert main([*command, "--curve", "1-sqrt"]) == 2
     assert "exists and is another merge" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 The bytes of a tensor are little-endian. numpy has no bfloat16 and no 8-bit floats, so arrays of these types hold the
 bits as unsigned integers. `widen` and `narrow` convert between stored elements and the float32 (for fp64: float64)
-in which values are summed and rounded (THEORY.md section 3).
+in which values are summed and rounded (docs/theory.md, "What is exact").
 """
 
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ ALL = (
 BY_NAME = {dtype.name: dtype for dtype in ALL}
 BY_TORCH_NAME = {dtype.torch_name: dtype for dtype in ALL}
 CODES = {dtype.name: code for code, dtype in enumerate(ALL)}
-"""Places in `ALL` by name: the small integers in the `dtype` column of fragment tables."""
+"""Indices in `ALL` by name: the small integers in the `dtype` column of fragment tables."""
 
 
 def widen(stored: Array, dtype: DType) -> Array:

@@ -138,7 +138,7 @@ class NonFiniteValue(WsmError, ValueError):
 
 
 class VerificationFailed(WsmError, ValueError):
-    """A merged output differs from its manifest or from what its sources give.
+    """A merged output differs from its manifest or from the merge of its sources.
 
     Raised by `verify`, and when a manifest is read. The message names the file and, if known, the byte.
     """
@@ -263,10 +263,14 @@ def brief(value: object) -> str:
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """The end of a message about an unknown `name`: the known one that resembles it most, or nothing.
+    """The end of a message about an unknown name: a suggestion, or "" if no known name resembles it.
 
     >>> did_you_mean("cosin", ["linear", "cosine"])
     " (did you mean 'cosine'?)"
+
+    Args:
+        name: the unknown name; anything with a text.
+        known: the valid names.
     """
     matches = get_close_matches(str(name)[:100], known, n=1, cutoff=0.7)
     return f" (did you mean {matches[0]!r}?)" if matches else ""

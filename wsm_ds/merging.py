@@ -26,19 +26,12 @@ from wsm_ds.outputs.safetensors import plan_safetensors
 from wsm_ds.outputs.trainer_files import trainer_files
 from wsm_ds.outputs.zero_checkpoint import OutputFiles, OutputWindow, plan_zero_checkpoint
 from wsm_ds.planning.plan import CopySegment, InputFile, InputNumber, Output, OutputFile, OutputNumber, Plan, Source
-from wsm_ds.planning.recipe import MergeRecipe, make_recipe
-from wsm_ds.planning.recipe_options import CheckpointOptions, ExportOptions, RecipeOptions, ReshardOptions
+from wsm_ds.planning.recipe import MergeRecipe, make_recipe, one_recipe
+from wsm_ds.planning.recipe_options import ExportOptions, RecipeOptions, ReshardOptions
 from wsm_ds.planning.streams import ElementRequest, SourceTables, carry_streams, element_streams, source_tables
 from wsm_ds.planning.window import ReadLayout, Window, recorded_window, select_window, union_of
 from wsm_ds.publishing.manifest import description, make_manifest, read_manifest
-from wsm_ds.publishing.staging_folder import (
-    MANIFEST,
-    Staging,
-    commit,
-    discard,
-    staged,
-    unfinished_merge,
-)
+from wsm_ds.publishing.staging_folder import MANIFEST, Staging, commit, discard, staged, unfinished_merge
 from wsm_ds.schedules.coefficients import effective_sample_size, lag
 
 Progress = Callable[[int], None]
@@ -48,33 +41,33 @@ Progress = Callable[[int], None]
 def plan_merge(recipes: MergeRecipe | Sequence[MergeRecipe] | None = None, /, **options: Unpack[RecipeOptions]) -> Plan:
     """Plans what `merge` would do. Reads metadata only, and writes nothing.
 
-    An output that the same merge has made before is left out; if all are, the plan has no outputs. A merge that was
-    killed keeps the checkpoints that it began with, also if newer ones have appeared since.
+    An output that the same merge has already made is left out. If all are, the plan has no outputs. A killed merge
+    keeps the checkpoints with which it began, even if the run has newer ones now.
 
     Args:
         recipes: one or several; several are made in one pass, and every source is read once.
         options: the fields of one `MergeRecipe`, instead of `recipes`.
 
     Raises:
-        WsmError: the window, the checkpoints or the budget are not right; see `select_window`, `workers_for`.
-        OutputExists: the recipe's `out` is there already, and is not this merge.
+        WsmError: the window, the checkpoints or the budget are not valid; see `select_window`, `workers_for`.
+        OutputExists: the recipe's `out` exists and is not an output of this merge.
     """
     if recipes is None:
         recipes = make_recipe(**options)
-    chosen = [recipes] if isinstance(recipes, MergeRecipe) else list(recipes)
-    if len({recipe.out.absolute() for recipe in chosen}) < len(chosen):
+    all_recipes = [recipes] if isinstance(recipes, MergeRecipe) else list(recipes)
+    if len({recipe.out.absolute() for recipe in all_recipes}) < len(all_recipes):
         raise RecipeError("two outputs have the same folder.")
     read = cache(read_layout)
-    windows = [_window(recipe, read) for recipe in chosen]
-    plan = plan_windows(chosen, windows)
-    remaining = [number for number, recipe in enumerate(chosen) if not _is_made(plan, number, recipe.out)]
-    if len(remaining) < len(chosen):
-        return plan_windows([chosen[number] for number in remaining], [windows[number] for number in remaining])
+    windows = [_window(recipe, read) for recipe in all_recipes]
+    plan = plan_windows(all_recipes, windows)
+    remaining = [number for number, recipe in enumerate(all_recipes) if not _is_made(plan, number, recipe.out)]
+    if len(remaining) < len(all_recipes):
+        return plan_windows([all_recipes[number] for number in remaining], [windows[number] for number in remaining])
     return plan
 
 
 def _window(recipe: MergeRecipe, read: ReadLayout) -> Window:
-    """The window that a killed merge of this recipe began with, or else the one that the recipe chooses now."""
+    """The window with which a killed merge of this recipe began, or else the one that the recipe chooses now."""
     unfinished = unfinished_merge(recipe.out)
     if unfinished is not None:
         fields = recipe.model_dump(mode="json")
@@ -87,7 +80,7 @@ def _window(recipe: MergeRecipe, read: ReadLayout) -> Window:
 
 
 def _is_made(plan: Plan, number: int, out: Path) -> bool:
-    """Whether the same merge has made this output before. Removes what is left of its staging folder then."""
+    """Whether the same merge has already made this output. If so, removes the rest of its staging folder."""
     if not (out / MANIFEST).is_file():
         require_absent(out)
         return False
@@ -107,9 +100,9 @@ def plan_windows(
     """Plans recipes whose windows are known.
 
     Args:
-        recipes: one an output.
-        windows: one a recipe.
-        sidecar_names: of the files that HF Trainer keeps beside a checkpoint, those to copy; None: all.
+        recipes: one per output.
+        windows: one per recipe.
+        sidecar_names: names of the files to copy from those that HF Trainer keeps beside a checkpoint; None: all.
     """
     if not recipes:
         return Plan((), (), (), (), (), 0, 1)
@@ -121,26 +114,26 @@ def plan_windows(
     for number, (recipe, window) in enumerate(zip(recipes, windows, strict=True)):
         members = tuple(layout_numbers[layout.path] for layout in window.layouts)
         output_window = OutputWindow(OutputNumber(number), members, tuple(window.coefficients.tolist()), len(files))
-        made, texts = _files(tables, output_window, recipe, reads_states)
-        names = {file.name for file in made.files} | set(texts)
+        planned, texts = _files(tables, output_window, recipe, reads_states)
+        names = {file.name for file in planned.files} | set(texts)
         paths = _copied_paths(recipe, window.layouts[-1], sidecar_names)
-        copies, copied = _copies(OutputNumber(number), paths, len(inputs), names)
-        files += [*made.files, *copies]
-        inputs += copied
-        requests += made.requests
+        copies, copied_inputs = _copies(OutputNumber(number), paths, len(inputs), names)
+        files += [*planned.files, *copies]
+        inputs += copied_inputs
+        requests += planned.requests
         outputs.append(_output(recipe, window, texts))
     streams = element_streams(tables, requests) + carry_streams(inputs, files)
     budget = int(recipes[0].memory_budget)
     plan = Plan(tuple(outputs), inputs, tuple(files), tuple(streams), tables.names, budget, recipes[0].threads)
-    workers_for(plan, budget, recipes[0].threads)  # raises BudgetTooSmall now, not after the plan was shown
+    workers_for(plan, budget, recipes[0].threads)  # raises BudgetTooSmall before the plan is shown
     return plan
 
 
 def _reads_states(recipe: MergeRecipe) -> bool:
-    """Whether an output takes optimizer states element by element, not with the bytes of whole files."""
-    is_reformed = recipe.format == "universal" or recipe.like is not None
-    is_reformed |= any(value is not None for value in (recipe.world_size, recipe.stage, recipe.sub_group_size))
-    return recipe.optimizer_states == "merge" or (is_reformed and recipe.optimizer_states == "carry")
+    """Whether an output reads optimizer states element by element, and does not copy them with whole files."""
+    is_resharded = recipe.format == "universal" or recipe.like is not None
+    is_resharded |= any(value is not None for value in (recipe.world_size, recipe.stage, recipe.sub_group_size))
+    return recipe.optimizer_states == "merge" or (is_resharded and recipe.optimizer_states == "carry")
 
 
 def _files(
@@ -207,11 +200,11 @@ def _sources(layouts: tuple[Layout, ...], coefficients: list[float]) -> tuple[So
 
 @dataclass(frozen=True)
 class MergeOutcome:
-    """What `run_plan` has done.
+    """The result of `run_plan`.
 
     Attributes:
-        manifests: one an output, in the plan's order; none on other ranks than rank 0.
-        timings: seconds of this process's threads, by what they did.
+        manifests: one per output, in the plan's order; empty on all ranks but rank 0.
+        timings: seconds of this process's threads, by kind of work.
     """
 
     manifests: tuple[dict[str, Any], ...]
@@ -224,9 +217,9 @@ class MergeResult:
 
     Attributes:
         out: its folder.
-        manifest: what `wsm_merge.json` in it says: recipe, sources with steps and coefficients, files with checksums.
-        is_new: False if the same merge had made it before, so that nothing was done.
-        timings: of the pass that made it, and all other outputs of that pass.
+        manifest: the content of its `wsm_merge.json`: recipe, sources, coefficients, files with checksums.
+        is_new: False if the same merge had already made it, so that nothing was done.
+        timings: of the pass that made it together with all other outputs of the call.
     """
 
     out: Path
@@ -240,8 +233,8 @@ def run_plan(
 ) -> MergeOutcome:
     """Writes and publishes a plan's outputs.
 
-    Every output appears whole, or not at all. Sources are opened read-only. After a kill, the same call continues where
-    the killed one stopped.
+    Every output appears whole, or not at all. Sources are opened read-only. After a kill, the same call continues the
+    merge.
 
     Ranks: all, inside `ranks.together()`; each runs its share of the plan, rank 0 publishes.
 
@@ -249,7 +242,7 @@ def run_plan(
         plan: the same on every rank.
         on_bytes: called with the bytes that were read and written since the last call.
         ranks: those of a launcher; None: this process alone.
-        restart: whether to remove what another, unfinished merge has left at the same place.
+        restart: whether to remove the staging folder of another, unfinished merge to the same output.
 
     Raises:
         OutputExists, NonFiniteValue, LayoutMismatch, BrokenCheckpoint, InsufficientCapacity: see `staged`, `run_tasks`.
@@ -261,7 +254,7 @@ def run_plan(
         return MergeOutcome((), Timings())
     stagings = [Staging(output.out) for output in plan.outputs]
     descriptions = [description(plan, number) for number in range(len(plan.outputs))]
-    # Rank 0 makes the staging folders only when all ranks have planned: a late rank would take them for another's.
+    # Rank 0 makes the staging folders after all ranks have planned: else a late rank would try to continue a merge.
     ranks.barrier("planned")
     with ExitStack() as stack:
         require_memory(plan.memory_bytes)
@@ -281,7 +274,7 @@ def run_plan(
 
 
 def _write(plan: Plan, files: StagedFiles, ranks: Ranks, on_bytes: Progress) -> Timings:
-    """Runs this rank's share of the tasks; returns when the files of all ranks are on the disk."""
+    """Runs this rank's share of the tasks. Returns when the files of all ranks are on the disk."""
     workers = workers_for(plan, plan.memory_bytes, plan.threads)
     files.open()
     try:
@@ -340,34 +333,17 @@ def merge_all(recipes: Sequence[MergeRecipe]) -> tuple[MergeResult, ...]:
     """Makes several outputs in one pass: every source is read once. See `make_recipes`.
 
     Returns:
-        One result a recipe, in their order.
+        One result per recipe, in their order.
 
     Raises:
         WsmError: see `plan_merge` and `run_plan`.
     """
     plan = plan_merge(recipes)
-    new = {output.out for output in plan.outputs}
+    new_outputs = {output.out for output in plan.outputs}
     timings = run_plan(plan).timings
-    return tuple(MergeResult(recipe.out, read_manifest(recipe.out), recipe.out in new, timings) for recipe in recipes)
-
-
-def one_recipe(
-    run: str | os.PathLike[str],
-    *,
-    out: str | os.PathLike[str],
-    tag: str | None = None,
-    **options: Unpack[CheckpointOptions],
-) -> MergeRecipe:
-    """The recipe that writes one checkpoint in another form.
-
-    Args:
-        run: the run's folder.
-        out: the folder to make; it must not exist.
-        tag: the checkpoint's name; None: the newest complete one.
-        options: what the output is, see `MergeRecipe`.
-    """
-    window: dict[str, Any] = {"tags": (tag,)} if tag else {"last": 1}
-    return make_recipe(run=run, out=out, coefficients=(1.0,), **window, **options)
+    return tuple(
+        MergeResult(recipe.out, read_manifest(recipe.out), recipe.out in new_outputs, timings) for recipe in recipes
+    )
 
 
 def export(
@@ -377,7 +353,16 @@ def export(
     tag: str | None = None,
     **options: Unpack[ExportOptions],
 ) -> MergeResult:
-    """Writes one checkpoint's fp32 masters, rounded to `dtype`, as safetensors. See `one_recipe`.
+    """Writes one checkpoint's fp32 masters, rounded to `dtype`, as safetensors.
+
+    Args:
+        run: the run's folder.
+        out: the folder to make; it must not exist.
+        tag: the checkpoint's name; None: the newest complete one.
+        options: see `MergeRecipe`.
+
+    Raises:
+        WsmError: see `plan_merge` and `run_plan`.
 
     Example:
         export("RUN", out="MODEL", dtype="bf16")
@@ -392,7 +377,16 @@ def reshard(
     tag: str | None = None,
     **options: Unpack[ReshardOptions],
 ) -> MergeResult:
-    """Writes one checkpoint for another `world_size` or ZeRO `stage`, or in the form of another (`like`).
+    """Writes one checkpoint for another `world_size` or ZeRO `stage`, or in the form of another checkpoint (`like`).
+
+    Args:
+        run: the run's folder.
+        out: the folder to make; it must not exist.
+        tag: the checkpoint's name; None: the newest complete one.
+        options: see `MergeRecipe`.
+
+    Raises:
+        WsmError: see `plan_merge` and `run_plan`.
 
     Example:
         reshard("RUN", out="RUN64", world_size=64)

@@ -1,4 +1,4 @@
-"""Proof that an output is right: its files are those of the manifest, and the sources give the same bytes again."""
+"""Verifies an output: its files are those of the manifest, and the sources give the same bytes again."""
 
 import os
 import random
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from wsm_ds.engine.reader import Reader
+from wsm_ds.engine.seals import CRC_BYTES
 from wsm_ds.engine.tasks import Task, tasks_of
 from wsm_ds.engine.threads import workers_for
 from wsm_ds.engine.timings import Timings
@@ -24,11 +25,12 @@ from wsm_ds.publishing.manifest import read_manifest
 from wsm_ds.publishing.staging_folder import MANIFEST
 
 SAMPLED_TASKS_PER_FILE = 2
+"""Tasks of each stream that `verify` recomputes without `full`, times the number of output files."""
 
 
 @dataclass(frozen=True)
 class VerificationResult:
-    """What `verify` has proven.
+    """What `verify` has checked.
 
     Attributes:
         files: number of files whose checksums are right.
@@ -48,11 +50,11 @@ def verify(out: str | os.PathLike[str], *, full: bool = False) -> VerificationRe
 
     Args:
         out: the output's folder.
-        full: whether to recompute all of it. Else some tasks of each stream are recomputed, the same ones every time.
+        full: whether to recompute everything. Otherwise some tasks of each stream are recomputed, always the same ones.
 
     Raises:
-        VerificationFailed: there is no manifest, or a file is missing, superfluous or differs. The file and the byte
-            are named.
+        VerificationFailed: the manifest is missing; or a file is missing, superfluous or differs. The message names the
+            file and, if known, the byte.
     """
     folder = Path(out)
     manifest = read_manifest(folder)
@@ -93,7 +95,7 @@ class _Comparison:
         self.paths = [out / file.name for file in plan.files]
         # A worker does not know the CRC-32s of a zip: they are filled in when the file is complete.
         self.crc_offsets = [
-            sorted(place + byte for crc in file.crc_fields for place in crc.positions for byte in range(4))
+            sorted(offset + byte for crc in file.crc_fields for offset in crc.crc_offsets for byte in range(CRC_BYTES))
             for file in plan.files
         ]
         self.nbytes = 0
@@ -102,16 +104,16 @@ class _Comparison:
         """Raises VerificationFailed at the first byte that differs. CRC-32s are left to the checksums."""
         with self.paths[number].open("rb") as file:
             file.seek(offset)
-            found = np.frombuffer(file.read(len(data)), np.uint8)
+            actual = np.frombuffer(file.read(len(data)), np.uint8)
         expected = np.frombuffer(data, np.uint8)
-        if len(found) < len(expected):
+        if len(actual) < len(expected):
             raise VerificationFailed(
-                f"{self.paths[number]} ends at byte {offset + len(found)}; have the sources changed?"
+                f"{self.paths[number]} ends at byte {offset + len(actual)}; have the sources changed?"
             )
         offsets = self.crc_offsets[number]
         first, last = bisect_left(offsets, offset), bisect_left(offsets, offset + len(data))
-        crc_positions = [place - offset for place in offsets[first:last]]
-        differences = np.setdiff1d(np.flatnonzero(expected != found), crc_positions)
+        crc_bytes = [crc_offset - offset for crc_offset in offsets[first:last]]
+        differences = np.setdiff1d(np.flatnonzero(expected != actual), crc_bytes)
         if len(differences):
             raise VerificationFailed(
                 f"{self.paths[number]}: byte {offset + differences[0]} is not what the sources make."
@@ -124,7 +126,7 @@ class _Comparison:
 
 
 def _recompute(plan: Plan, out: Path, full: bool) -> int:
-    """Compares what a plan makes with what `out` holds; returns the number of bytes."""
+    """Compares the bytes that a plan gives with those in `out`; returns their number."""
     comparison = _Comparison(plan, out)
     for number, file in enumerate(plan.files):
         if comparison.paths[number].stat().st_size != file.nbytes:
@@ -148,5 +150,6 @@ def _sampled(plan: Plan) -> list[Task]:
     for number in range(len(plan.streams)):
         stream_tasks = [task for task in tasks if task.stream == number]
         count = min(len(stream_tasks), SAMPLED_TASKS_PER_FILE * max(1, len(plan.files)))
+        # Seeded by the stream's number, so that a failure can be reproduced.
         samples += random.Random(number).sample(stream_tasks, count)
     return samples

@@ -87,7 +87,7 @@ def test_a_decision_that_does_not_come_in_time_is_an_error_on_the_others(server:
 
     _, error = on_ranks(server, "late", 2, work, timeout_s=0.3)
     assert type(error) is PeerFailed
-    assert str(error).endswith("decides nothing for 0.3 s.")
+    assert str(error).endswith("has decided nothing for 0.3 s.")
 
 
 def test_ranks_that_only_decide_send_no_beats(server: torch.distributed.TCPStore) -> None:

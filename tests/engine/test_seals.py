@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from wsm_ds.engine import seals
-from wsm_ds.engine.seals import CrcFields, Fingerprint, block_count, block_of, block_range, block_sizes, read_seal
+from wsm_ds.engine.seals import BlockHasher, CrcFields, block_count, block_of, block_range, block_sizes, read_seal
 from wsm_ds.filesystem import checksum
 from wsm_ds.planning.plan import CrcField, OutputFile, OutputNumber
 
@@ -43,18 +43,18 @@ def test_a_seal_is_the_same_for_any_cuts_and_gives_the_crcs_of_the_fields(data: 
     sealed = []
     for block in range(block_count(FILE)):
         _, end = block_range(FILE, block)
-        fingerprint = Fingerprint(fields, block)
-        while fingerprint.position < end:
-            cut = int(random.integers(fingerprint.position + 1, end + 1))
-            fingerprint.update(memoryview(data)[fingerprint.position : cut])
-        sealed.append(fingerprint.seal())
+        block_hasher = BlockHasher(fields, block)
+        while block_hasher.offset < end:
+            cut = int(random.integers(block_hasher.offset + 1, end + 1))
+            block_hasher.update(memoryview(data)[block_hasher.offset : cut])
+        sealed.append(block_hasher.seal())
         assert sealed[-1] == read_seal(file, fields, block)
     os.close(file)
     assert fields.values(sealed) == {field: zlib.crc32(data[field.offset :][: field.nbytes]) for field in FIELDS[::2]}
     filled = bytearray(data)
     for field in FIELDS:
-        for position in field.positions:
-            filled[position : position + 4] = b"\0\0\0\0"
+        for offset in field.crc_offsets:
+            filled[offset : offset + 4] = b"\0\0\0\0"
     digests = [checksum.Hasher(bytes(filled[slice(*block_range(FILE, b))])).digest() for b in range(7)]
     assert [seal.digest for seal in sealed] == digests
 

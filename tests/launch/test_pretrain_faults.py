@@ -85,7 +85,7 @@ def test_unfit_node_left_out_hang_ended_cut_off_node_fenced_off_and_stopped_by_a
     assert run.newest_step == max(line["step"] for line in run.lines if line["attempt"] == 4)
     again = submit(cluster, run, tmp_path, here, "--nodes=1")
     cluster.wait(again.id, "FAILED", timeout_s=60)
-    assert "remove it to go on" in again.output.read_text()
+    assert "remove it to continue" in again.output.read_text()
     assert run.attempt == 4
     do_as_readme(cluster, 'rm "$RUN/job/stop"', run=run.folder, data=data)
     assert not (run.folder / "job/stop").exists()

@@ -146,7 +146,7 @@ def test_every_missing_file_is_named(written: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_is_refused_and_inspect_shows_the_rest(written: Path, tmp_path: Path) -> None:
     source, out = written / "2 stages, 2 data-parallel ranks", tmp_path / "out"
-    with pytest.raises(UnsupportedLayout, match="held by 2 model-parallel ranks"):
+    with pytest.raises(UnsupportedLayout, match="checkpoint of 2 model-parallel ranks"):
         export(source, out=out)
     with pytest.raises(UnsupportedLayout, match="it holds layer_00-model_states"):
         reshard(source, out=out, world_size=4)

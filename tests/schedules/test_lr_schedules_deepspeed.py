@@ -31,8 +31,8 @@ def changed(**parameters: Any) -> dict[str, Any]:
     return {"type": "WSMLR", "params": WSM["params"] | parameters}
 
 
-def cases(root: Path) -> dict[str, dict[str, Any]]:
-    """Every job by name; those that load come after the one that saves."""
+def cases_of_engines(root: Path) -> dict[str, dict[str, Any]]:
+    """Starts and resumes in every engine."""
     jobs: dict[str, dict[str, Any]] = {}
     for name, engine in ENGINES.items():
         jobs[f"{name}: fresh"] = engine | {"updates": 5, "scheduler": WSM}
@@ -46,6 +46,11 @@ def cases(root: Path) -> dict[str, dict[str, Any]]:
         jobs[f"{name}: foreign"] = engine | {"updates": 1, "client": "foreign on the same model"}
         jobs[f"{name}: other peak refused"] = load | {"scheduler": changed(warmup_max_lr=2.0)}
         jobs[f"{name}: other peak applied"] = load | {"scheduler": changed(warmup_max_lr=2.0, on_change="apply")}
+    return jobs
+
+
+def cases_of_schedules(root: Path) -> dict[str, dict[str, Any]]:
+    """Starts and resumes of one engine with every kind of scheduler."""
     zero2 = ENGINES["stage 2 bf16"]
     decay = {"decay_start_step": 2, "decay_num_steps": 2, "decay_curve": "linear", "warmup_num_steps": 2}
     stable = {"type": "WSMLR", "params": {"warmup_max_lr": 1.0, "warmup_num_steps": 2}}
@@ -53,7 +58,7 @@ def cases(root: Path) -> dict[str, dict[str, Any]]:
         "type": "WarmupLR",
         "params": {"warmup_max_lr": 1.0, "warmup_num_steps": 4, "warmup_type": "linear"},
     }
-    jobs |= {
+    return {
         "accumulation": zero2 | {"updates": 5, "scheduler": WSM, "config": {"gradient_accumulation_steps": 3}},
         "overflow": {"stage": 2, "dtype": "fp16", "updates": 7, "scheduler": WSM, "overflow": [0, 3]}
         | {"config": {"fp16": {"enabled": True, "initial_scale_power": 4, "hysteresis": 1}}},
@@ -82,6 +87,11 @@ def cases(root: Path) -> dict[str, dict[str, Any]]:
         "torch": zero2 | {"updates": 2, "client": "torch", "save": str(root / "torch")},
         "from torch": zero2 | {"updates": 3, "scheduler": WSM, "load": str(root / "torch")},
     }
+
+
+def cases_of_universal_checkpoints(root: Path) -> dict[str, dict[str, Any]]:
+    """Resumes from universal checkpoints."""
+    jobs: dict[str, dict[str, Any]] = {}
     for stage in (1, 2, 3):
         engine = {"stage": stage, "dtype": "bf16"}
         run = {"save": str(root / f"universal {stage}")}
@@ -102,6 +112,12 @@ def cases(root: Path) -> dict[str, dict[str, Any]]:
             "load": run["save"],
             "load_options": {"load_optimizer_states": False, "tag": "saved"},
         }
+    return jobs
+
+
+def cases(root: Path) -> dict[str, dict[str, Any]]:
+    """Every job by name; those that load come after the one that saves."""
+    jobs = cases_of_engines(root) | cases_of_schedules(root) | cases_of_universal_checkpoints(root)
     return {name: job | {"do": "schedule"} for name, job in jobs.items()}
 
 

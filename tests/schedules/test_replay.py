@@ -24,7 +24,7 @@ CURVES = ["linear", "cosine", "1-sqrt", "power:2", "inverse-sqrt:0.1", "exponent
 
 
 def record(make_optimizer: Callable[[list[torch.Tensor]], Any], intervals: int, steps_per_interval: int) -> Array:
-    """Trains a noisy logistic regression; the checkpoints and each segment's parameters, step by step."""
+    """Trains a noisy logistic regression; the checkpoints and each interval's parameters, step by step."""
     torch.manual_seed(7)
     inputs = torch.randn(64, 12, dtype=torch.float64)
     labels = (inputs @ torch.randn(12, dtype=torch.float64) > 0).double()
@@ -42,7 +42,7 @@ def record(make_optimizer: Callable[[list[torch.Tensor]], Any], intervals: int, 
 
 
 def replay(path: Array, w: Any, steps_per_interval: int, decay_per_step: float = 0.0) -> Array:
-    """The recorded updates once more, each scaled by its segment's decay factor."""
+    """The recorded updates once more, each scaled by its interval's decay factor."""
     theta = path[0]
     for step in range(1, len(path)):
         factor = w[(step - 1) // steps_per_interval]

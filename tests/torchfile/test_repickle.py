@@ -31,8 +31,8 @@ def rewritten_file(source: Path, target: Path) -> Path:
             assert isinstance(piece, CopySegment)
             out[piece.offset : piece.offset + piece.nbytes] = data[piece.source_offset :][: piece.nbytes]
     for crc in template.crc_fields:
-        for place in crc.positions:
-            out[place : place + 4] = zlib.crc32(out[crc.offset : crc.offset + crc.nbytes]).to_bytes(4, "little")
+        for offset in crc.crc_offsets:
+            out[offset : offset + 4] = zlib.crc32(out[crc.offset : crc.offset + crc.nbytes]).to_bytes(4, "little")
     target.write_bytes(out)
     assert len(contents) == len(open_torch_file(target).archive.records)
     return target

@@ -108,7 +108,7 @@ def described(value: Any, file: TorchFile) -> Any:
         return ("tensor", value.shape, value.stride, value.offset, value.dtype.name, record.nbytes)
     if isinstance(value, Stub):
         inner = (value.args, value.items, value.entries, value.state)
-        return ("object", str(value.made_by), value.is_new, described(inner, file))
+        return ("object", str(value.callee), value.is_new, described(inner, file))
     if isinstance(value, Global):
         return ("global", str(value))
     if isinstance(value, dict):

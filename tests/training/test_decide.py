@@ -49,7 +49,7 @@ def test_start(decide: Decide, job: JobFolder) -> None:
     start = ("start", job.run, "--until-step=100")
     assert decide(*start) == ["start"]
     job.stop.touch()
-    assert decide(*start) == [f"fail stopped by {job.stop}; remove it to go on"]
+    assert decide(*start) == [f"fail stopped by {job.stop}; remove it to continue"]
     job.failed.write_text("3 attempts in a row …\nand more\n")
     assert decide(*start)[0].startswith("fail gave up before: 3 attempts in a row …. ")
     mark_done(job, 100, attempt=3)

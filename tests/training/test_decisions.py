@@ -70,7 +70,7 @@ def test_an_empty_file_failed_counts_too() -> None:
 
 def test_no_job_begins_before_people_have_removed_the_file_stop() -> None:
     decision = decide_start(replace(STATE, is_stopped=True), 100)
-    assert decision == Decision(Action.FAIL, "stopped by /run/job/stop; remove it to go on")
+    assert decision == Decision(Action.FAIL, "stopped by /run/job/stop; remove it to continue")
 
 
 # --- the ranks have ended
@@ -90,7 +90,7 @@ def test_a_superseded_attempt_decides_nothing_and_records_nothing() -> None:
 @pytest.mark.parametrize("is_signalled", [False, True])
 def test_a_stopped_run_is_not_requeued(is_signalled: bool) -> None:
     decision = decide_end(replace(STATE, is_stopped=True), ATTEMPT, RanksEnd(is_signalled=is_signalled))
-    assert decision == Decision(Action.FAIL, "stopped by /run/job/stop; remove it to go on")
+    assert decision == Decision(Action.FAIL, "stopped by /run/job/stop; remove it to continue")
 
 
 def test_after_a_signal_nothing_counts_as_a_crash() -> None:

@@ -11,7 +11,7 @@ from wsm_ds.layouts import find_checkpoints
 from wsm_ds.training.job import (
     JobFolder,
     begin_attempt,
-    given_attempt,
+    exported_attempt,
     is_done,
     mark_done,
     read_attempt,
@@ -63,9 +63,9 @@ def test_the_job_folder_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_an_attempt_that_is_given_must_be_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WSM_ATTEMPT", raising=False)
-    assert given_attempt() is None
+    assert exported_attempt() is None
     monkeypatch.setenv("WSM_ATTEMPT", "7")
-    assert given_attempt() == 7
+    assert exported_attempt() == 7
     monkeypatch.setenv("WSM_ATTEMPT", "7a")
     with pytest.raises(RecipeError, match="WSM_ATTEMPT is '7a'"):
-        given_attempt()
+        exported_attempt()

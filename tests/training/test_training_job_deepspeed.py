@@ -162,7 +162,7 @@ def test_a_file_makes_the_ranks_save_and_leave_and_none_begins_while_it_is_there
     assert (run / "latest").read_text() == f"global_step{newest}"
     again = launcher.start(run, *common)
     assert again.wait() == [1, 1]
-    assert f"{stop} is there; remove it to go on" in again.output
+    assert f"{stop} exists; remove it to continue" in again.output
     assert steps(run)[-1]["step"] == newest
     assert read_attempt(JobFolder(run)) == 1  # nothing was superseded
 

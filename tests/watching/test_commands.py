@@ -12,7 +12,7 @@ from processes import is_gone
 from wsm_ds.cli import main
 from wsm_ds.errors import RecipeError
 from wsm_ds.watching import EndPoints, Event, WatchOptions, WatchSpec, make_spec, watch
-from wsm_ds.watching.commands import Commands, Merged, parse_command
+from wsm_ds.watching.commands import Commands, FinishedMerge, parse_command
 
 SAY = "import os, sys; print(*sys.argv[1:], sep='\\n'); print(os.environ['WSM_MERGE'], os.environ['WSM_STEP']); "
 
@@ -93,10 +93,10 @@ def test_a_command_killed_by_a_signal_has_its_negative_number(spec: WatchSpec) -
 
 def test_a_command_that_a_killed_watch_has_left_is_waited_for_not_doubled(spec: WatchSpec, tmp_path: Path) -> None:
     once(spec)
-    merged = Merged(spec.run, 2, "last1-linear", spec.out / "step2/last1-linear")
-    with merged.beside("out").open("a") as left, Commands(python("print('mine')")) as commands:
+    merge = FinishedMerge(spec.run, 2, "last1-linear", spec.out / "step2/last1-linear")
+    with merge.command_file("out").open("a") as left, Commands(python("print('mine')")) as commands:
         fcntl.flock(left, fcntl.LOCK_EX)  # what the left command's own standard output does
-        commands.add(merged)
+        commands.add(merge)
         assert [*commands.step(), *commands.step()] == []
         assert commands.running is None
         left.close()
@@ -104,18 +104,18 @@ def test_a_command_that_a_killed_watch_has_left_is_waited_for_not_doubled(spec: 
         commands.pause(60)
         (event,) = commands.step()
     assert event.values["exit_code"] == 0
-    assert merged.beside("out").read_text() == "mine\n"
+    assert merge.command_file("out").read_text() == "mine\n"
 
 
 def test_what_a_command_started_dies_with_the_watch(spec: WatchSpec) -> None:
     once(spec)
-    merged = Merged(spec.run, 2, "last1-linear", spec.out / "step2/last1-linear")
+    merge = FinishedMerge(spec.run, 2, "last1-linear", spec.out / "step2/last1-linear")
     code = "import subprocess, sys; p = subprocess.Popen(['sleep', '100']); print(p.pid, flush=True); p.wait()"
     with Commands(python(code)) as commands:
-        commands.add(merged)
+        commands.add(merge)
         list(commands.step())
-        while not merged.beside("out").read_text().endswith("\n"):
+        while not merge.command_file("out").read_text().endswith("\n"):
             commands.pause(0.02)
-    grandchild = int(merged.beside("out").read_text())
+    grandchild = int(merge.command_file("out").read_text())
     assert is_gone(grandchild)
-    assert not merged.beside("json").exists()
+    assert not merge.command_file("json").exists()

@@ -63,7 +63,7 @@ def test_windows_that_are_not_made_yet_keep_their_checkpoints(run: PlayedRun, tm
     run.save(2, 4)
     spec = spec_for(run, tmp_path / "out")
     retention = Retention((spec,), keep_last=1)
-    assert kept(run, retention) == {2: "last2-linear of step 4, not made yet", 4: "latest names it"}
+    assert kept(run, retention) == {2: "last2-linear of step 4, not merged yet", 4: "latest names it"}
     watch_once(spec)
     assert kept(run, retention) == {2: "", 4: "latest names it"}
     prune(run.folder, retention)
@@ -100,7 +100,7 @@ def test_what_a_begun_merge_needs_is_kept(run: PlayedRun, tmp_path: Path) -> Non
     assert Staging(recipe.out).folder.is_dir()
     retention = Retention(folders=(tmp_path / "merges",), keep_window=1, keep_last=1)
     assert kept(run, retention) == {
-        2: "a merge that was begun needs it", 4: "a merge that was begun needs it", 6: "latest names it"
+        2: "an unfinished merge needs it", 4: "an unfinished merge needs it", 6: "latest names it"
     }  # fmt: skip
     merge(recipe)
     assert kept(run, retention)[2] == ""

@@ -6,11 +6,7 @@ import errno
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,87 +17,15 @@ from dying import dies_at
 from lazy import torch
 from played_run import PlayedRun, contents, outputs
 from processes import is_gone
+from watches import PATIENCE_S, POLL_S, named, once, spec_for
 
 from wsm_ds.cli import main
 from wsm_ds.errors import BrokenCheckpoint, CheckpointNotFound, OutputExists, OutputLocked, RecipeError
 from wsm_ds.merging import merge
 from wsm_ds.planning.recipe import load_values, make_recipe
 from wsm_ds.publishing.staging_folder import Staging
-from wsm_ds.watching import EndPoints, Event, WatchOptions, WatchSpec, make_spec, watch, watcher
+from wsm_ds.watching import EndPoints, WatchOptions, make_spec, watch, watcher
 from wsm_ds.watching.completeness import Checkpoints
-
-POLL_S = 0.2
-PATIENCE_S = 60.0
-
-
-@pytest.fixture
-def run(runs: Path, tmp_path: Path) -> PlayedRun:
-    return PlayedRun(runs / "w2_s2_bf16", tmp_path / "a run" / "it's here")
-
-
-def spec_for(run: PlayedRun, out: Path, ends: EndPoints | None = None, **values: Any) -> WatchSpec:
-    return make_spec({"curve": "linear", "run": run.folder, "out": out} | values, ends or EndPoints())
-
-
-def once(spec: WatchSpec, **options: Any) -> list[Event]:
-    return list(watch(spec, WatchOptions(poll_s=0.05, is_once=True, **options)))
-
-
-def named(name: str, events: list[Event]) -> list[Event]:
-    return [event for event in events if event.name == name]
-
-
-class Watching:
-    """A watch in a process of its own, and the events that it prints."""
-
-    def __init__(self, *arguments: object, code: str = "") -> None:
-        program = f"import sys\n{code}\nfrom wsm_ds.cli import main\nsys.exit(main(sys.argv[1:]))"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", program, "watch", *map(str, arguments), "--json", "--poll-s", str(POLL_S)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        assert self.process.stderr is not None
-        self.out, self.err = self.process.stdout, self.process.stderr
-        self.patience = threading.Timer(PATIENCE_S, self.process.kill)  # then whatever is read from it ends, too
-        self.patience.start()
-        self.events: list[dict[str, Any]] = []
-
-    def until(self, name: str, **values: Any) -> dict[str, Any]:
-        """Waits for an event; those before it are in `events`."""
-        for line in self.out:
-            self.events.append(json.loads(line))
-            if self.events[-1]["event"] == name and values.items() <= self.events[-1].items():
-                return self.events[-1]
-        raise AssertionError(
-            f"no {name} {values} in {self.events}: {self.process.stderr and self.process.stderr.read()}"
-        )
-
-    def end(self) -> tuple[int, str]:
-        """Waits for its end; exit code and what it said."""
-        self.events += [json.loads(line) for line in self.out]
-        errors = self.err.read()
-        return self.process.wait(), errors
-
-
-@pytest.fixture
-def start() -> Iterator[Any]:
-    """Starts watches, and leaves none behind."""
-    started: list[Watching] = []
-
-    def starting(*arguments: object, code: str = "") -> Watching:
-        started.append(Watching(*arguments, code=code))
-        return started[-1]
-
-    yield starting
-    for one in started:
-        one.process.kill()
-        one.patience.cancel()
-        one.process.wait()
-        one.out.close()
-        one.err.close()
 
 
 def test_windows_appear_as_the_run_saves_and_none_of_a_checkpoint_that_is_not_whole(
@@ -136,7 +60,7 @@ def test_the_same_merge_typed_by_hand_is_known_to_be_done(
     once(spec_for(run.save(2, 4), tmp_path / "out", last=2))
     place = tmp_path / "out/step4/last2-linear"
     assert main(["merge", str(run.folder), "--last", "2", "--to", "4", "--out", str(place)]) == 0
-    assert "by this same merge, before" in capsys.readouterr().out
+    assert "already made by the same merge" in capsys.readouterr().out
 
 
 def test_a_recipe_names_its_outputs_below_each_end_point(run: PlayedRun, tmp_path: Path) -> None:
@@ -226,7 +150,7 @@ def test_a_watch_killed_in_a_merge_goes_on_with_it_although_the_run_went_on(
     second = start(*arguments, code=SMALL_BLOCKS)
     code, errors = second.end()
     assert code == 0, errors
-    assert "step4/last2-linear: going on with the merge that was begun there" in errors
+    assert "step4/last2-linear: continuing the merge that was begun there" in errors
     for step in (4, 6):
         merge(make_recipe(run=run.folder, last=2, to_step=step, curve="linear", out=tmp_path / f"plain{step}"))
         assert contents(tmp_path / f"out/step{step}/last2-linear") == contents(tmp_path / f"plain{step}")
@@ -350,7 +274,7 @@ def test_without_latest_an_older_checkpoint_is_complete_and_the_newest_settles(r
     (run.folder / "latest").unlink()
     checkpoints = Checkpoints(run.folder, frozenset(), float("inf"))
     checkpoints.look()
-    assert [step for step in checkpoints.held if checkpoints.is_complete(step)] == [2]
+    assert [step for step in checkpoints.by_step if checkpoints.is_complete(step)] == [2]
     assert checkpoints.unsettled == {4}
 
 

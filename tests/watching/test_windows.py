@@ -54,8 +54,8 @@ def test_what_windows_need_is_said_with_the_reason() -> None:
         {100, 200, 300, 400}, set(), {"last2": 2}, EndPoints(), lambda end, name: (end, name) in resolved
     )
     assert needed == {
-        100: "last2 of step 200, not made yet",
-        200: "last2 of step 200, not made yet",
+        100: "last2 of step 200, not merged yet",
+        200: "last2 of step 200, not merged yet",
         400: "last2 to come",
     }
 
@@ -67,7 +67,7 @@ class Simulated:
     counts: dict[str, int]
     ends: EndPoints
     saved: list[int] = field(default_factory=list)
-    held: set[int] = field(default_factory=set)
+    present: set[int] = field(default_factory=set)
     made: Windows = field(default_factory=dict)
 
     def is_resolved(self, end: int, name: str) -> bool:
@@ -75,17 +75,17 @@ class Simulated:
 
     def watch(self, most: int) -> None:
         """Makes at most so many windows, then is killed."""
-        for window in list(open_windows(self.held, self.gone, self.counts, self.ends, self.is_resolved))[:most]:
+        for window in list(open_windows(self.present, self.gone, self.counts, self.ends, self.is_resolved))[:most]:
             if not window.gone:
                 self.made[window.end, window.name] = window.steps
 
     def prune(self) -> None:
-        needed = needed_steps(self.held, self.gone, self.counts, self.ends, self.is_resolved)
-        self.held = set(needed) | set(self.saved[-1:])
+        needed = needed_steps(self.present, self.gone, self.counts, self.ends, self.is_resolved)
+        self.present = set(needed) | set(self.saved[-1:])
 
     @property
     def gone(self) -> set[int]:
-        return set(self.saved) - self.held
+        return set(self.saved) - self.present
 
 
 @given(
@@ -107,7 +107,7 @@ def test_every_window_of_a_watch_without_prunes_is_made_with_them_too(
     for action, number in actions:
         if action == "save":
             run.saved.append((run.saved[-1] if run.saved else 0) + number)
-            run.held.add(run.saved[-1])
+            run.present.add(run.saved[-1])
         elif action == "watch":
             run.watch(number)
         else:
@@ -116,4 +116,4 @@ def test_every_window_of_a_watch_without_prunes_is_made_with_them_too(
     everything = open_windows(run.saved, (), run.counts, ends, nothing_resolved)
     assert run.made == {(window.end, window.name): window.steps for window in everything}
     run.prune()
-    assert len(run.held) <= max(1, max(counts) - 1)
+    assert len(run.present) <= max(1, max(counts) - 1)

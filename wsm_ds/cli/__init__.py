@@ -17,7 +17,7 @@ from wsm_ds.errors import WsmError, one_line
 log = logging.getLogger(__name__)
 
 LEVELS = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO, 2: logging.DEBUG}
-"""Of logging: for -q, for neither, for -v and for -vv."""
+"""Level of logging by verbosity: -1 is -q, 1 is -v, 2 is -vv."""
 
 EPILOG = f"""\
 example, a first merge:
@@ -31,7 +31,7 @@ example, a first merge:
 
 
 def parser() -> CommandParser:
-    """The whole command line: a parser with one subparser a command. The pages of docs/ can be written from it."""
+    """The parser of the whole command line, with one subparser per command. docs/cli.md is made from it."""
     top = CommandParser(
         prog="wsm-ds",
         usage="wsm-ds COMMAND ...",
@@ -68,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files and tensors may not be text
+            stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that are not UTF-8
+    # `parse_known_args`: the parser of the command, not the top parser, must report unknown flags.
     options, unknown = parser().parse_known_args(arguments)
     if unknown:
         options.parser.refuse_unknown(unknown)

@@ -1,4 +1,4 @@
-"""A parser whose errors are one plain line that names the flag, shows the value and suggests what was meant."""
+"""A parser whose errors are one plain line: the flag, the wrong value, and a suggestion."""
 
 import argparse
 import re
@@ -22,17 +22,21 @@ PLAIN: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"the following arguments are required: (.*)", r"\1 must be given"),
     (r"argument (\S+): (.*)", r"\1: \2"),
 )
-"""What argparse says (CPython's argparse.py), and what is shown instead; the first that fits."""
+"""Patterns of argparse's messages (CPython's argparse.py) and their replacements. The first match counts."""
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An ArgumentParser with plain errors, and with texts that are shown as they are written."""
+    """An ArgumentParser with plain errors, which shows descriptions and epilogs without new line breaks."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | options)
 
     def error(self, message: str) -> NoReturn:
-        """Ends the process with code 2 and one line: argparse's long usage hides what is wrong."""
+        """Ends the process with code 2 and one line. argparse would print its usage first, which hides the error.
+
+        Args:
+            message: argparse's message.
+        """
         for pattern, replacement in PLAIN:
             if re.fullmatch(pattern, message, re.DOTALL):
                 message = re.sub(pattern, replacement, message, count=1, flags=re.DOTALL)
@@ -40,7 +44,11 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, one_line(f"{self.prog}: {message}; see {self.prog} --help") + "\n")
 
     def refuse_unknown(self, arguments: Sequence[str]) -> NoReturn:
-        """Ends the process for arguments that this command does not have."""
+        """Ends the process with an error about unknown arguments.
+
+        Args:
+            arguments: those that argparse did not recognize; the first flag among them is named.
+        """
         flag = next((text for text in arguments if text.startswith("-")), arguments[0])
         name = flag.split("=")[0]
         suggestion = did_you_mean(name.replace("_", "-"), self._option_string_actions)
@@ -48,7 +56,7 @@ class CommandParser(argparse.ArgumentParser):
         self.error(f"{name!r} is not a {kind} of this command{suggestion}".replace("a argument", "an argument"))
 
     def flags(self) -> dict[str, str]:
-        """The flag, or the name of the positional argument, of every value by its name, which is the recipe key's."""
+        """Returns the flag (or the name of the positional argument) of each recipe key."""
         names = {}
         for action in self._actions:
             long = [option for option in action.option_strings if option.startswith("--")]

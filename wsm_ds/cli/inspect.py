@@ -1,4 +1,4 @@
-"""Commands that look and change nothing: inspect, coefficients, verify."""
+"""Commands that only read: inspect, coefficients, verify."""
 
 import argparse
 import json
@@ -30,8 +30,8 @@ examples:
   wsm-ds coefficients --curve 1-sqrt --checkpoints 8
   wsm-ds coefficients --curve linear --steps 2000,4000,6000"""
 VERIFY = """\
-Check an output: all files are there, and their checksums are those of the manifest. Unless the sources are gone, some
-of the output is merged again from them and compared."""
+Check an output: no file is missing, and the checksums are those of the manifest. If the sources still exist, a part of
+the output is merged again from them and compared."""
 VERIFY_EXAMPLES = """\
 examples:
   wsm-ds verify MERGED
@@ -61,7 +61,7 @@ def add_coefficients(commands: Any) -> None:
 
 def add_verify(commands: Any) -> None:
     """Adds `verify` to the parser's commands."""
-    verify = command(commands, "verify", _verify, "prove that an output is right", VERIFY, VERIFY_EXAMPLES)
+    verify = command(commands, "verify", _verify, "verify an output", VERIFY, VERIFY_EXAMPLES)
     verify.add_argument("out", type=Path, metavar="DIR", help="the folder of an output of merge, export or reshard")
     verify.add_argument("--full", action="store_true", help="merge everything again, not only samples")
     json_option(verify)
@@ -115,13 +115,13 @@ def _verify(options: argparse.Namespace) -> int:
     from wsm_ds.sizes import format_size
     from wsm_ds.verification import verify
 
-    proof = verify(options.out, full=options.full)
+    result = verify(options.out, full=options.full)
     if options.json:
-        print(json.dumps({"files": proof.files, "bytes": proof.nbytes, "recomputed_bytes": proof.recomputed_bytes,
-                          "note": proof.note}, indent=2))  # fmt: skip
+        print(json.dumps({"files": result.files, "bytes": result.nbytes, "recomputed_bytes": result.recomputed_bytes,
+                          "note": result.note}, indent=2))  # fmt: skip
     else:
-        print(f"{options.out}: {proof.files} files, {format_size(proof.nbytes)}: all checksums match")
-        print(proof.note or f"recomputed {format_size(proof.recomputed_bytes)} from the sources: identical")
+        print(f"{options.out}: {result.files} files, {format_size(result.nbytes)}: all checksums match")
+        print(result.note or f"recomputed {format_size(result.recomputed_bytes)} from the sources: identical")
     return 0
 
 

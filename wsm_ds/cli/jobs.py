@@ -20,7 +20,7 @@ examples:
   wsm-ds check-node RUN
   wsm-ds check-node RUN --accelerators 8 --free-bytes 1MB
 
-exit codes: 0 the node is fit; 2 a wrong request; 3 it is not fit, and the line says why"""
+exit codes: 0 the node is fit; 2 a wrong request; 3 the node is not fit, and the line says why"""
 
 
 def add_commands(commands: Any) -> None:

@@ -83,7 +83,7 @@ def add_commands(commands: Any) -> None:
 
 def _add_merge(commands: Any) -> None:
     merge = command(commands, "merge", _merge, "merge a window of checkpoints", MERGE, MERGE_EXAMPLES, MERGE_USAGE)
-    merge.add_argument("run", nargs="?", type=Path, metavar="RUN", help=f"{RUN} (may stand in the recipe)")
+    merge.add_argument("run", nargs="?", type=Path, metavar="RUN", help=f"{RUN} (or in the recipe)")
     recipe_option(merge)
     window = window_options(merge)
     window.add_argument("--from", dest="from_step", type=int, metavar="STEP", help="first step; together with --to")
@@ -106,7 +106,7 @@ def _add_merge(commands: Any) -> None:
 
 
 def _output_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Adds where a merge goes, and --json."""
+    """Adds --json, --dry-run, and the group of --out, to which the caller adds more flags."""
     json_option(parser)
     parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
     output = parser.add_argument_group("output (what is written)")
@@ -168,7 +168,9 @@ def _run(recipes: Sequence[Any], ranks: Any, options: argparse.Namespace) -> int
         event("summary", bytes_read=plan.bytes_to_read, bytes_written=plan.bytes_to_write, **seconds)
         return 0
     for recipe in recipes:
-        print(f"done {recipe.out}" if recipe.out in new_outputs else f"done {recipe.out} (by this same merge, before)")
+        print(
+            f"done {recipe.out}" if recipe.out in new_outputs else f"done {recipe.out} (already made by the same merge)"
+        )
     if plan.outputs:
         print(summary_report(plan, outcome.timings, progress.wall_s, ranks.world_size))
     return 0
@@ -186,7 +188,7 @@ def _reshard(options: argparse.Namespace) -> int:
 
 
 def _one_checkpoint(options: argparse.Namespace, **values: Any) -> int:
-    from wsm_ds.merging import one_recipe
+    from wsm_ds.planning.recipe import one_recipe
 
     recipe = one_recipe(
         options.run,

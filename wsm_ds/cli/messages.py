@@ -6,7 +6,7 @@ import re
 from wsm_ds.errors import RecipeError, WsmError
 
 INVALID = "the recipe is not valid: "
-"""How `wsm_ds.planning.recipe` begins a message about values, wherever they come from."""
+"""The beginning of all messages of `wsm_ds.planning.recipe` about values."""
 
 
 def describe(error: WsmError, options: argparse.Namespace) -> str:
@@ -16,7 +16,7 @@ def describe(error: WsmError, options: argparse.Namespace) -> str:
     file: then the key stays, and the message names the file.
 
     Args:
-        error: what a command has raised.
+        error: the error that ended a command.
         options: the parsed arguments of the command.
     """
     text = str(error)

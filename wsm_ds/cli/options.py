@@ -1,4 +1,4 @@
-"""What several commands share: their flags, and how a recipe's values are read from them."""
+"""Flags that several commands have, and the recipe values that they give."""
 
 import argparse
 import re
@@ -23,7 +23,7 @@ RECIPE = (
     "run", "out", "from_step", "oldest_interval", "dtype", "optimizer_states", *FORM, "memory_budget", "threads",
     "max_shard_size",
 )  # fmt: skip
-"""Recipe keys that a flag gives one value. A flag's `dest` is the recipe key; `messages` relies on it."""
+"""Recipe keys whose flag takes one value. The `dest` of a flag must be its recipe key: `messages` relies on it."""
 CURVE_SEPARATOR = r",(?=\s*(?:1-sqrt|[A-Za-z]))"
 """A comma before the name of a curve; other commas separate the numbers of a table."""
 
@@ -46,7 +46,7 @@ def command(
         summary: its line in `wsm-ds --help`, without a capital and a full stop.
         description: what it does, in lines of at most 120 columns.
         examples: the end of its help; EXIT_CODES are added unless it has its own.
-        usage: replaces the list of all flags, where that is too long to be read.
+        usage: replaces the list of all flags, if that list would be too long.
     """
     epilog = examples if "exit codes:" in examples else f"{examples}\n\n{EXIT_CODES}"
     parser: CommandParser = commands.add_parser(
@@ -76,7 +76,7 @@ def tag_option(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def window_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Adds --last in a group of its own, and returns the group for more flags."""
+    """Adds the group of the window with --last, and returns the group for more flags."""
     window = parser.add_argument_group("window (which checkpoints are merged)")
     window.add_argument(
         "--last", metavar="N[,N...]", help="the newest N complete checkpoints; several numbers make several outputs"
@@ -94,7 +94,12 @@ def allow_option(group: argparse._ActionsContainer) -> None:
 
 
 def curve_options(parser: argparse.ArgumentParser, *, is_required: bool = False) -> argparse._ArgumentGroup:
-    """Adds the curve that a merge emulates; `is_required` where there is no default."""
+    """Adds the group of the curve, and returns it for more flags.
+
+    Args:
+        parser: of the command.
+        is_required: whether --curve has no default.
+    """
     several = "" if is_required else " (default linear); several, with commas, make several outputs"
     curve = parser.add_argument_group("curve (how much each checkpoint counts)")
     curve.add_argument("--curve", required=is_required, help=f"linear, cosine, 1-sqrt, power:P, ema:R, ...{several}")
@@ -104,7 +109,7 @@ def curve_options(parser: argparse.ArgumentParser, *, is_required: bool = False)
     )
     curve.add_argument(
         "--oldest-interval", type=int, metavar="STEPS",
-        help="steps that the oldest checkpoint stands for (default: the median distance of two checkpoints)",
+        help="steps of the interval before the oldest checkpoint (default: the median of the other intervals)",
     )  # fmt: skip
     return curve
 
@@ -118,7 +123,7 @@ def coefficients_option(group: argparse._ActionsContainer) -> None:
 
 
 def format_options(group: argparse._ActionsContainer) -> None:
-    """Adds what an output is."""
+    """Adds --format and --optimizer-states."""
     group.add_argument(
         "--format", metavar="F[,F...]",
         help="zero (default: DeepSpeed loads it), universal (for load_universal) or safetensors; several make several "
@@ -138,7 +143,7 @@ def dtype_option(group: argparse._ActionsContainer) -> None:
 
 
 def safetensors_options(group: argparse._ActionsContainer) -> None:
-    """Adds what only safetensors have."""
+    """Adds the flags of safetensors outputs."""
     dtype_option(group)
     group.add_argument("--max-shard-size", metavar="SIZE", help="largest safetensors file (default 5GB)")
     group.add_argument(
@@ -156,7 +161,7 @@ def include_option(group: argparse._ActionsContainer) -> None:
 
 
 def form_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the form of a zero output."""
+    """Adds the group of the form of a zero output."""
     form = parser.add_argument_group("form (which ranks and ZeRO stage a zero output is for)")
     form.add_argument(
         "--world-size", type=int, metavar="W", help="data-parallel ranks (default: those of the newest checkpoint)"
@@ -173,13 +178,13 @@ def form_options(parser: argparse.ArgumentParser) -> None:
 
 
 def machine_options(parser: argparse.ArgumentParser) -> None:
-    """Adds how much of the machine a merge takes, and how it treats what it meets there."""
+    """Adds memory, threads, --restart and --allow-global."""
     machine = parser.add_argument_group("machine")
     machine.add_argument("--memory-budget", metavar="SIZE", help="memory for all buffers of a process (default 512MiB)")
     machine.add_argument("--threads", type=int, metavar="N", help="threads of a process (default: all cores)")
     machine.add_argument(
         "--restart", action="store_true",
-        help="throw away what another, unfinished merge left at the place of the output (default: refuse)",
+        help="remove the staging folder of another, unfinished merge to the same output (default: refuse)",
     )  # fmt: skip
     allow_global(machine)
 
@@ -194,7 +199,11 @@ def allow_global(group: argparse._ActionsContainer) -> None:
 
 
 def recipe_values(options: argparse.Namespace) -> dict[str, Any]:
-    """The values of a recipe that the command line gives; None for those that it does not, or cannot, give."""
+    """The values of a recipe, by key, from the flags of a command; None for a flag that is not given.
+
+    Args:
+        options: the parsed arguments. The command may lack some of the flags.
+    """
     values = {key: getattr(options, key, None) for key in RECIPE}
     values |= {key: several(getattr(options, key, None)) for key in ("last", "to_step", "floor", "format")}
     values["curve"] = several(options.curve, separator=CURVE_SEPARATOR)
@@ -205,14 +214,14 @@ def recipe_values(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def with_default_curve(values: dict[str, Any]) -> dict[str, Any]:
-    """A linear curve where nothing says what the coefficients are."""
+    """Returns the values with a linear curve, if they have neither a curve nor coefficients."""
     if values["curve"] is None and values["coefficients"] is None:
         return values | {"curve": "linear"}
     return values
 
 
 def repeated_values(options: argparse.Namespace) -> dict[str, Any]:
-    """Recipe values of flags that may be given several times."""
+    """The recipe values, by key, of flags that may be given several times."""
     pairs = [text.rpartition("=") for text in getattr(options, "rename", ())]
     return {
         "rename": {pattern: replacement for pattern, _, replacement in pairs} or None,
@@ -222,13 +231,21 @@ def repeated_values(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def several(text: str | None, separator: str = ",") -> Any:
-    """One value, or a list of them."""
+    """One value, or the list of values between separators; None for no text.
+
+    >>> several("4"), several("4, 8")
+    ('4', ['4', '8'])
+
+    Args:
+        text: the value of a flag.
+        separator: a regular expression.
+    """
     values = [value.strip() for value in re.split(separator, text)] if text else []
     return values if len(values) > 1 else values[0] if values else None
 
 
 def split(text: str | None) -> tuple[str, ...] | None:
-    """The values between commas."""
+    """The values between commas; None for no text."""
     return tuple(value.strip() for value in text.split(",")) if text else None
 
 
@@ -238,15 +255,15 @@ def progress_style(options: argparse.Namespace) -> "Style":
 
 
 REPEAT_S = 15.0
-"""Launchers send a signal more than once. One that comes so soon after another counts as the same."""
+"""Launchers send a signal several times. A signal within this time after another one counts as the same."""
 
 
 @contextmanager
-def signals_interrupt(what_remains: str) -> Iterator[Callable[[], None]]:
+def signals_interrupt(consequence: str) -> Iterator[Callable[[], None]]:
     """Makes SIGTERM and SIGINT raise Interrupted, at once, until the context ends.
 
     Args:
-        what_remains: a sentence for the message: what the interrupted work leaves.
+        consequence: a sentence for the message: what happens to the interrupted work.
 
     Yields:
         A check that raises the interruption again, in case code that ignores errors has swallowed it.
@@ -258,9 +275,10 @@ def signals_interrupt(what_remains: str) -> Iterator[Callable[[], None]]:
     def check() -> None:
         if received:
             name = signal.Signals(received[-1][0]).name
-            raise Interrupted(f"{name}; {what_remains} Run the same command again to continue.")
+            raise Interrupted(f"{name}; {consequence} Run the same command again to continue.")
 
     def stop(number: int, _: object) -> None:
+        # Not an interruption of its own: it could end the clean-up that the first signal has started.
         is_repeated = bool(received) and time.monotonic() - received[-1][1] < REPEAT_S
         if not is_repeated:
             received.append((number, time.monotonic()))

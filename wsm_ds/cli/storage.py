@@ -1,4 +1,4 @@
-"""The command that counts before a run starts: storage."""
+"""The command storage: the disk space and traffic of a run's checkpoints and merges, before the run starts."""
 
 import argparse
 import json
@@ -35,13 +35,13 @@ def add_command(commands: Any) -> None:
     json_option(storage)
     recipe_option(storage)
     _checkpoint_options(storage)
-    pace = storage.add_argument_group("pace (how often checkpoints and merges come)")
+    pace = storage.add_argument_group("pace (how often the run saves and merges)")
     pace.add_argument("--interval", type=int, required=True, metavar="STEPS", help="steps between two checkpoints")
     pace.add_argument("--every", type=int, metavar="STEPS", help="steps between two merges (default: --interval)")
     pace.add_argument("--step-time-s", type=float, metavar="S", help="seconds of a step; adds figures a day")
     pace.add_argument("--tokens-per-step", type=float, metavar="N", help="tokens of a step; adds durations in tokens")
     pace.add_argument("--write-bandwidth", metavar="SIZE",
-                      help="bytes that the storage moves in a second, for example 2GB; adds durations")  # fmt: skip
+                      help="bytes that the storage moves per second, for example 2GB; adds durations")  # fmt: skip
     window = window_options(storage)
     window.add_argument("--curve", help="curves of the windows (default linear); several, with commas")
     output = storage.add_argument_group("output (what is written)")
@@ -70,7 +70,8 @@ def _storage(options: argparse.Namespace) -> int:
     from wsm_ds.sizes import parse_size
     from wsm_ds.watching import EndPoints, make_spec
 
-    values = recipe_values(options) | {"like": None, "stage": None, "world_size": None}  # here they say how the run is
+    # The flags of these names describe the run here, not the form of an output.
+    values = recipe_values(options) | {"like": None, "stage": None, "world_size": None}
     values = load_values(options.recipe, **values) if options.recipe else with_default_curve(values)
     bandwidth = float(parse_size(options.write_bandwidth)) if options.write_bandwidth else None
     every = options.every if options.every is not None else options.interval

@@ -44,8 +44,8 @@ examples:
   wsm-ds watch RUN --last 3 --out MERGES --once --exec 'ls {}'"""
 PRUNE = """\
 Show which checkpoints of a run are needed and which are not; with --delete, delete those that are not. Always kept: the
-newest complete checkpoint, the one that `latest` names, one that may still be being written, and the sources of merges
-that have begun or are due. --keep-window, or --out with the folder of a watch, must say what windows need."""
+newest complete checkpoint and newer ones, the one that `latest` names, and the sources of unfinished and future merges.
+Give --keep-window, or --out with the folder of a watch: they say which checkpoints windows need."""
 PRUNE_USAGE = "RUN (--keep-window N | --out DIR) [flags]"
 PRUNE_EXAMPLES = """\
 examples:
@@ -53,7 +53,7 @@ examples:
   wsm-ds prune RUN --out MERGES --last 3
   wsm-ds prune RUN --keep-window 3 --keep-every 4000 --delete"""
 EXEC = """run this command for every merge, without a shell; {} in it, and $WSM_MERGE, stand for the folder of the merge
-(also set: WSM_STEP, WSM_WINDOW, WSM_RUN). Its output is kept in DIR/step{N}/NAME.exec.*. If it fails, the watch
+(also set: WSM_STEP, WSM_WINDOW, WSM_RUN). What it prints is kept in DIR/step{N}/NAME.exec.*. If it fails, the watch
 continues"""
 
 
@@ -67,11 +67,13 @@ def _add_watch(commands: Any) -> None:
     watch = command(commands, "watch", _watch, "merge every window as soon as it is complete", WATCH, WATCH_EXAMPLES,
                     WATCH_USAGE)  # fmt: skip
     watch.add_argument("run", nargs="?", type=Path, metavar="RUN",
-                       help=f"{RUN}; it may still be empty (may stand in the recipe)")  # fmt: skip
+                       help=f"{RUN}; it may still be empty (or in the recipe)")  # fmt: skip
     recipe_option(watch)
     json_option(watch)
     watch.add_argument("--once", action="store_true", help="merge what is complete now, and end: for cron or a job")
-    watch.add_argument("--poll-s", type=float, default=30.0, metavar="S", help="seconds between looks (default 30)")
+    watch.add_argument(
+        "--poll-s", type=float, default=30.0, metavar="S", help="seconds between two looks at the run (default 30)"
+    )
     watch.add_argument("--exec", dest="exec_command", metavar="CMD", help=" ".join(EXEC.split()))
     watch.add_argument("--nice", type=int, default=10, metavar="N",
                        help="lower the priority of this process: 0 to 19 (default 10)")  # fmt: skip
@@ -95,9 +97,9 @@ def _add_prune(commands: Any) -> None:
     json_option(prune)
     prune.add_argument("--delete", action="store_true", help="delete (default: only show)")
     allow_global(prune)
-    keep = prune.add_argument_group("keep (checkpoints that stay, besides those that a watch needs)")
+    keep = prune.add_argument_group("keep (checkpoints that are kept, besides those that a watch needs)")
     keep.add_argument("--keep-window", type=int, metavar="N",
-                      help="keep the newest N complete checkpoints, for windows to come")  # fmt: skip
+                      help="keep the newest N complete checkpoints, for future windows")  # fmt: skip
     keep.add_argument("--keep-every", type=int, metavar="STEPS", help="keep checkpoints at multiples of STEPS")
     keep.add_argument("--keep-last", type=int, default=2, metavar="N",
                       help="keep the newest N complete checkpoints, for restarting training (default 2)")  # fmt: skip
@@ -108,7 +110,7 @@ def _add_prune(commands: Any) -> None:
                        help="the recipe of a watch that has not begun in --out DIR yet")  # fmt: skip
     watch.add_argument("--last", metavar="N[,N...]", help="instead of --recipe: the lengths of its windows")
     watch.add_argument("--curve", help="with --last: its curves (default linear)")
-    end_point_options(watch, "no window ends after STEP (default: there is no last one)")
+    end_point_options(watch, "no window ends after STEP (default: no limit)")
 
 
 def end_point_options(group: argparse._ActionsContainer, until: str) -> None:

@@ -1,4 +1,4 @@
-"""Several processes on one task: who takes part, barriers, decisions, and errors that reach every rank.
+"""Several processes on one operation (a merge, a training attempt): barriers, decisions, errors that reach every rank.
 
-Importing it imports no torch; only a task of several processes does.
+It imports torch only where there are several processes.
 """

@@ -1,4 +1,4 @@
-"""Which processes take part: those that torchrun, deepspeed or srun have started, or one alone.
+"""Finds the ranks that torchrun, deepspeed or srun have started, or a single process.
 
 torch is imported only where there are several processes.
 """
@@ -14,12 +14,12 @@ from wsm_ds.distributed.ranks import Ranks, StoreRanks
 from wsm_ds.errors import RecipeError
 
 JOIN_S = 600.0
-"""How long the ranks wait for each other at the start."""
-_tasks = itertools.count()
+"""Seconds that the ranks wait for each other at the start."""
+_operations = itertools.count()
 
 
 def launched_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
-    """The ranks that a launcher has started for one task, or one process alone.
+    """The ranks that a launcher has started, or one process alone.
 
     Ranks: all call it, before anything else.
 
@@ -30,6 +30,7 @@ def launched_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
         RecipeError: the launcher's variables are incomplete, or the ranks do not find each other.
     """
     variables = dict(os.environ if environment is None else environment)
+    # torchrun inside a Slurm step has both kinds of variables; those of torchrun count.
     if "WORLD_SIZE" not in variables and int(variables.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         variables |= slurm_variables(variables)
     if int(variables.get("WORLD_SIZE", "1")) < 2:
@@ -45,7 +46,7 @@ def launched_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
 
 
 def process_group_ranks(*, timeout_s: float = math.inf) -> Ranks:
-    """The ranks of torch's process group, for one task: they use a part of the group's store that is theirs alone.
+    """The ranks of torch's process group, for one operation. Each call uses its own prefix of the group's store.
 
     Ranks: all, equally often, after the process group is initialized.
 
@@ -54,13 +55,13 @@ def process_group_ranks(*, timeout_s: float = math.inf) -> Ranks:
     """
     from torch.distributed import PrefixStore, distributed_c10d
 
-    store = PrefixStore(f"wsm_ds/{next(_tasks)}", distributed_c10d._get_default_store())
+    store = PrefixStore(f"wsm_ds/{next(_operations)}", distributed_c10d._get_default_store())
     rank, world_size = distributed_c10d.get_rank(), distributed_c10d.get_world_size()
     return StoreRanks(store, rank, world_size, timeout_s=timeout_s) if world_size > 1 else Ranks()
 
 
 def local_world_size() -> int:
-    """The number of ranks that share this machine's cores, as the launcher says; 1 if it does not."""
+    """The number of ranks that share this machine's cores, from the launcher's variables; 1 without them."""
     for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "SLURM_STEP_TASKS_PER_NODE"):
         digits = os.environ.get(name, "").split("(")[0].split(",")[0]  # Slurm writes "4(x2),3"
         if digits.isdigit():
@@ -69,13 +70,13 @@ def local_world_size() -> int:
 
 
 def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that torchrun would set, for a Slurm step of one task a rank.
+    """The variables that torchrun would set, for a Slurm step with one task per rank.
 
     Args:
         environment: the variables that srun sets.
 
     Raises:
-        RecipeError: Slurm does not say on which hosts the step runs.
+        RecipeError: `scontrol` does not print the hosts of the step.
     """
     variables = {"RANK": environment["SLURM_PROCID"], "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"]}
     if "MASTER_ADDR" not in environment:

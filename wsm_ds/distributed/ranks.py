@@ -1,4 +1,4 @@
-"""Several processes on one task: barriers, decisions of rank 0, and errors that reach every rank.
+"""Several processes on one operation: barriers, decisions of rank 0, and errors that reach every rank.
 
 The ranks exchange short texts at torch's TCPStore; tensors and checkpoints go through the shared file system. A merge
 and a training job use the same protocol, `Ranks`.
@@ -24,9 +24,9 @@ POLL_S = 0.05
 LONGEST_POLL_S = 1.0
 BEAT_S = 5.0
 SILENT_S = 120.0
-"""A rank that has not beaten for so long is given up."""
+"""A rank without a heartbeat for this long counts as failed."""
 FAREWELL_S = 15.0
-"""How long rank 0, which usually holds the store, waits for the others before it leaves."""
+"""Seconds that rank 0 waits at its end for the others: its process usually runs the store's server."""
 
 
 class Ranks:
@@ -39,7 +39,10 @@ class Ranks:
     world_size = 1
 
     def barrier(self, name: str) -> None:
-        """Returns when all ranks have called it with this name. A name is used once.
+        """Returns when all ranks have called it with this name.
+
+        Args:
+            name: used for one barrier only.
 
         Raises:
             PeerFailed: another rank failed, or no longer answers.
@@ -49,7 +52,11 @@ class Ranks:
         """Raises PeerFailed if another rank failed, or no longer answers."""
 
     def agree(self, name: str, value: str) -> None:
-        """Checks that all ranks have the value that rank 0 has. A name is used once.
+        """Checks that all ranks have the value that rank 0 has.
+
+        Args:
+            name: what is compared, for the message; used once.
+            value: of this rank.
 
         Raises:
             RecipeError: rank 0 has another value.
@@ -57,28 +64,34 @@ class Ranks:
         """
 
     def decide(self, decision: Callable[[], Any]) -> Any:
-        """Calls `decision` on rank 0 alone, and returns on every rank what it returned, as JSON keeps it.
+        """Calls `decision` on rank 0 alone, and returns its result on every rank.
+
+        Args:
+            decision: returns plain data.
+
+        Returns:
+            The result after a conversion to JSON and back, also on rank 0.
 
         Raises:
             Exception: on rank 0, what `decision` raised.
-            PeerFailed: on the other ranks, the same error; or rank 0 is gone, or decides nothing in time.
+            PeerFailed: on the other ranks, the same error; or rank 0 is gone, or has not decided in time.
         """
         return json.loads(json.dumps(decision()))
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """While the context runs, an error of one rank ends all ranks, and a rank that is silent is noticed."""
+        """While the context runs, an error of one rank ends all ranks, and so does a rank without a heartbeat."""
         yield
 
 
 class StoreRanks(Ranks):
-    """One of several processes that meet at a store. An object serves one task, such as one merge.
+    """One of several processes that meet at a store. An object serves one operation, such as one merge.
 
     Args:
-        store: torch's TCPStore, or a PrefixStore of it that is for this task alone.
+        store: torch's TCPStore, or a PrefixStore of it that this operation alone uses.
         rank: of this process.
         world_size: number of processes.
-        timeout_s: how long `decide` waits for rank 0.
+        timeout_s: seconds that `decide` waits for rank 0.
     """
 
     def __init__(self, store: Any, rank: int, world_size: int, *, timeout_s: float = math.inf) -> None:
@@ -107,6 +120,7 @@ class StoreRanks(Ranks):
         for rank in range(self.world_size) if self.rank == 0 else (0,):
             beat = self._ask(self.store.add, f"wsm/beat/{rank}", 0)
             if self.last_beats.get(rank, (-1, now))[0] != beat:
+                # By change, on this rank's clock: clocks of hosts differ.
                 self.last_beats[rank] = (beat, now)
             elif now - self.last_beats[rank][1] > SILENT_S:
                 raise PeerFailed(f"rank {rank} ({self._host(rank)}) has not answered for {SILENT_S:g} s.", 3)
@@ -125,7 +139,7 @@ class StoreRanks(Ranks):
         key = f"wsm/decision/{self.decisions}"
         try:
             if self.rank == 0:
-                with self._telling():
+                with self._errors_reach_all():
                     self._ask(self.store.set, key, json.dumps(decision()))
             return json.loads(self._wait_for(key, self.timeout_s))
         except BaseException:
@@ -135,18 +149,18 @@ class StoreRanks(Ranks):
     @override
     @contextmanager
     def together(self) -> Iterator[None]:
-        # Only here: a training job runs for weeks, and has its own heartbeats.
+        # Not in `__init__`: a training job never enters this context, because it has heartbeats of its own.
         self.is_beating = True
         threading.Thread(target=self._beat, daemon=True, name="beat").start()
         try:
-            with self._telling():
+            with self._errors_reach_all():
                 yield
         finally:
             self._leave()
 
     @contextmanager
-    def _telling(self) -> Iterator[None]:
-        """Tells the other ranks of an error inside. The first error of all ranks counts."""
+    def _errors_reach_all(self) -> Iterator[None]:
+        """Sends an error in the context to the other ranks. The first error of all ranks counts."""
         try:
             yield
         except PeerFailed:
@@ -155,13 +169,14 @@ class StoreRanks(Ranks):
             code = error.exit_code if isinstance(error, WsmError) else 3 if isinstance(error, Exception) else 130
             text = f"{code} rank {self.rank} ({socket.gethostname()}): {type(error).__name__}: {error}"
             try:
+                # It sets the key only if no rank has set it before (`Store.compare_set` with an empty old value).
                 self.store.compare_set("wsm/error", "", text)
-            except Exception:  # the store is gone with rank 0, and so are the others
-                log.debug("the other ranks could not be told", exc_info=True)
+            except Exception:  # the store ended with rank 0, and with it the other ranks
+                log.debug("the error could not be sent to the other ranks", exc_info=True)
             raise
 
     def _leave(self) -> None:
-        """Says that this rank needs the store no more; rank 0 waits a while until all ranks have said so."""
+        """Announces that this rank needs the store no more. Rank 0 waits at most FAREWELL_S for all announcements."""
         if self.has_left.is_set():
             return
         self.has_left.set()
@@ -171,7 +186,7 @@ class StoreRanks(Ranks):
             while self.rank == 0 and self.store.add("wsm/left", 0) < self.world_size and time.monotonic() < deadline_s:
                 time.sleep(POLL_S)
         except Exception:
-            log.debug("the store was gone first", exc_info=True)
+            log.debug("the store ended before this rank", exc_info=True)
 
     def _beat(self) -> None:
         while not self.has_left.is_set():
@@ -188,14 +203,14 @@ class StoreRanks(Ranks):
         return text
 
     def _poll(self, is_over: Callable[[], bool], timeout_s: float = math.inf) -> None:
-        """Returns when `is_over()`. Raises PeerFailed if a rank failed, is silent, or the time is up."""
+        """Returns when `is_over()` is true. Raises PeerFailed if a rank failed or is silent, or after `timeout_s`."""
         # Polled, not `store.wait`: a wait locks this process's connection, which NCCL's watchdog needs, too.
         began_s = time.monotonic()
         while not is_over():
             self.check()
             waited_s = time.monotonic() - began_s
             if waited_s > timeout_s:
-                raise PeerFailed(f"rank 0 ({self._host(0)}) decides nothing for {timeout_s:g} s.", 3)
+                raise PeerFailed(f"rank 0 ({self._host(0)}) has decided nothing for {timeout_s:g} s.", 3)
             time.sleep(min(max(POLL_S, waited_s / 10), LONGEST_POLL_S))
 
     def _ask(self, question: Callable[..., Any], *arguments: Any) -> Any:

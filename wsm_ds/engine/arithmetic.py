@@ -1,8 +1,8 @@
 """Weighted sums of stored elements, Σ c_k θ_k, and their rounding to the dtype of an output.
 
-The sum is taken in float64, oldest source first, and rounded once to float32 (THEORY.md section 3). So every result has
-one right bit pattern. Two implementations give these bits: `kernel.c`, which reads and sums fp32 and bf16 sources and
-is built when a C compiler is there at installation; and numpy, for everything else.
+The sum is taken in float64, oldest source first, and rounded once to float32 (docs/theory.md, "What is exact"). So
+every result has one right bit pattern. Two implementations give these bits: `kernel.c`, which reads and sums fp32 and
+bf16 sources and is built if the installation finds a C compiler; and numpy, for everything else.
 """
 
 import ctypes
@@ -22,9 +22,9 @@ Array = NDArray[Any]
 SCRATCH_BYTES_PER_ELEMENT = 32
 """Upper bound of the temporary arrays and the result of one sum, per element."""
 SCRATCH_BYTES = 1 << 20
-"""Upper bound of what the compiled kernel needs besides, for any number of elements."""
+"""Upper bound of the further memory that the compiled kernel needs, for any number of elements."""
 PADDED_NUMEL = 32
-"""`BLOCK` of `kernel.c`: it writes whole blocks, so its output arrays have a multiple of so many elements."""
+"""`BLOCK` of `kernel.c`: it writes whole blocks, so the length of its output arrays is a multiple of this."""
 IN_MEMORY = -(1 << 31)
 """`IN_MEMORY` of `kernel.c`."""
 
@@ -35,6 +35,7 @@ def kernel() -> ctypes.CDLL | None:
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = Path(__file__).with_name("_kernel" + suffix)
         if path.is_file():
+            # CDLL, not PyDLL: it releases the GIL during a call, so that threads sum at the same time.
             library = ctypes.CDLL(str(path))
             pointer, size = ctypes.c_void_p, ctypes.c_size_t
             library.wsm_scratch_bytes.argtypes, library.wsm_scratch_bytes.restype = [size], size
@@ -52,12 +53,12 @@ class StoredElements:
 
     Attributes:
         descriptor: of an open file, or IN_MEMORY.
-        position: byte offset of the first element in the file; its address if `descriptor` is IN_MEMORY.
+        offset: of the first element in the file, in bytes; its address if `descriptor` is IN_MEMORY.
         dtype: of the elements.
     """
 
     descriptor: int
-    position: int
+    offset: int
     dtype: DType
 
 
@@ -124,6 +125,7 @@ def weighted_sum(
     with np.errstate(all="ignore"):
         total = np.multiply(widen(elements[0], dtypes[0]), coefficients[0], dtype=np.float64)
         for values, dtype, coefficient in zip(elements[1:], dtypes[1:], coefficients[1:], strict=True):
+            # float64 products: a product in float32 would be rounded before it is added.
             total += np.multiply(widen(values, dtype), coefficient, dtype=np.float64)
         summed: Array = total if keeps_fp64 else total.astype(np.float32)
     return summed, bool(np.isfinite(summed).all())
@@ -140,7 +142,7 @@ def fused_sums(
     It reads a few thousand elements at a time, so that every sum finds them in the processor's cache.
 
     Args:
-        sources: all that any sum is made of.
+        sources: the sources of all sums.
         wanted_sums: for each sum, the numbers of its sources, rising, and their coefficients.
         numel: elements of each source.
         scratch: gives the arrays for the sums, which are valid until its next use.
@@ -163,14 +165,14 @@ def fused_sums(
         coefficients[row, list(members)] = coefficients_of_members
         is_member[row, list(members)] = 1
     descriptors = np.array([source.descriptor for source in sources], dtype=np.int32)
-    positions = np.array([source.position for source in sources], dtype=np.int64)
+    offsets = np.array([source.offset for source in sources], dtype=np.int64)
     is_bf16 = np.array([source.dtype.name == "bf16" for source in sources], dtype=np.uint8)
     addresses = (ctypes.c_void_p * len(sums))(*(array.ctypes.data for array in sums))
-    pieces = scratch.array("pieces", 0, library.wsm_scratch_bytes(len(sources)), np.uint8)
+    kernel_memory = scratch.array("kernel", 0, library.wsm_scratch_bytes(len(sources)), np.uint8)
     read_s = ctypes.c_double(0.0)
     status = library.wsm_sums(
-        addresses, descriptors.ctypes.data, positions.ctypes.data, is_bf16.ctypes.data, coefficients.ctypes.data,
-        is_member.ctypes.data, len(sources), len(sums), numel, pieces.ctypes.data, ctypes.byref(read_s),
+        addresses, descriptors.ctypes.data, offsets.ctypes.data, is_bf16.ctypes.data, coefficients.ctypes.data,
+        is_member.ctypes.data, len(sources), len(sums), numel, kernel_memory.ctypes.data, ctypes.byref(read_s),
     )  # fmt: skip
     return None if status < 0 else FusedSums([array[:numel] for array in sums], bool(status), read_s.value)
 

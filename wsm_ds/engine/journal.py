@@ -1,4 +1,4 @@
-"""The record of finished blocks, so that a merge that was killed does not write them again.
+"""The record of finished blocks, so that a killed merge does not write them again when it continues.
 
 Each rank appends one line of JSON per finished block to its own journal in the staging folder. Lines are not synced to
 the disk. After a kill of the process the page cache still has both the line and the block. After a power failure
@@ -47,7 +47,7 @@ def read_journals(folder: Path) -> dict[BlockName, Seal]:
 
 
 def read_claims(folder: Path) -> dict[BlockName, Seal]:
-    """The blocks that earlier attempts had finished, if their bytes are still those of the seals."""
+    """The blocks that earlier attempts had finished, with their seals. The caller compares the bytes with the seals."""
     return dict(_entries(folder / CLAIMS))
 
 

@@ -181,7 +181,7 @@ size_t wsm_scratch_bytes(size_t source_count) {
  *
  *   outs           sum_count arrays of numel floats, with space up to the next multiple of BLOCK
  *   descriptors    [source_count]; of an open file, or IN_MEMORY
- *   positions      [source_count]; byte offset of the first element in the file, or its address if IN_MEMORY
+ *   offsets        [source_count]; byte offset of the first element in the file, or its address if IN_MEMORY
  *   is_bf16        [source_count]; else the elements are fp32
  *   coefficients   [sum_count][source_count]
  *   is_member      [sum_count][source_count]; whether the source is in the sum (a coefficient of 0 times an infinity
@@ -191,7 +191,7 @@ size_t wsm_scratch_bytes(size_t source_count) {
  *
  * Returns 1 if every sum is finite, 0 if not, -1 if a source could not be read in full. After -1 the caller reads again
  * in Python, which is slower and says what is wrong. */
-int wsm_sums(float *const *outs, const int *descriptors, const int64_t *positions, const uint8_t *is_bf16,
+int wsm_sums(float *const *outs, const int *descriptors, const int64_t *offsets, const uint8_t *is_bf16,
              const double *coefficients, const uint8_t *is_member, size_t source_count, size_t sum_count, size_t numel,
              void *scratch, double *read_s) {
     Term *terms = scratch;
@@ -204,10 +204,10 @@ int wsm_sums(float *const *outs, const int *descriptors, const int64_t *position
         for (size_t k = 0; k < source_count; k++) {
             size_t size = is_bf16[k] ? 2 : 4;
             char *elements = stored + 4 * piece * k;
-            int64_t position = positions[k] + (int64_t)(begin * size);
+            int64_t offset = offsets[k] + (int64_t)(begin * size);
             if (descriptors[k] == IN_MEMORY)
-                memcpy(elements, (const char *)(intptr_t)position, count * size);
-            else if (!read_all(descriptors[k], elements, count * size, position))
+                memcpy(elements, (const char *)(intptr_t)offset, count * size);
+            else if (!read_all(descriptors[k], elements, count * size, offset))
                 return -1;
             memset(elements + count * size, 0, (padded - count) * size);
         }

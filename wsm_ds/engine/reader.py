@@ -1,4 +1,4 @@
-"""Reads ranges of input files. Never returns less than a range, and tries again when a network file system fails."""
+"""Reads whole ranges of input files, and tries again when a network file system fails for a moment."""
 
 import errno
 import logging
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 OPEN_FILES = 64
 TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
-"""What NFS, Lustre and GPFS answer while a server fails over."""
+"""Errors that NFS, Lustre and GPFS give while a server fails over."""
 PAUSES_S = (0.1, 0.5, 2.0, 8.0)
 """Pauses before the second, third, ... attempt to read a range after such an error."""
 
@@ -44,7 +44,7 @@ class Reader:
         Args:
             file: number of the input.
             offset: in bytes.
-            into: writable memory of as many bytes as are wanted.
+            into: writable memory; its length is the number of bytes to read.
 
         Raises:
             BrokenCheckpoint: the file is gone, or it ends too early; the message names the file.
@@ -88,6 +88,7 @@ class Reader:
         descriptor = self.open_files.descriptor(file)
         done = 0
         while done < len(into):
+            # One call returns at most 2 GiB (man 2 read), and less on some network file systems.
             count = os.preadv(descriptor, [into[done:]], offset + done)
             if count == 0:
                 raise BrokenCheckpoint(
@@ -106,10 +107,10 @@ def check_unchanged(inputs: Sequence[InputFile]) -> None:
     """
     for source in inputs:
         try:
-            now = source.path.stat()
+            status = source.path.stat()
         except FileNotFoundError as error:
             raise BrokenCheckpoint(f"{source.path} vanished while it was read; nothing was published.") from error
-        if (now.st_size, now.st_mtime_ns) != (source.nbytes, source.mtime_ns):
+        if (status.st_size, status.st_mtime_ns) != (source.nbytes, source.mtime_ns):
             raise BrokenCheckpoint(
                 f"{source.path} changed while it was read; nothing was published. Merge again when no process writes "
                 "to it."

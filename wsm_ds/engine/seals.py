@@ -81,9 +81,9 @@ class CrcFields:
         self.begins = [field.offset for field in self.fields]
         self.ends = [field.offset + field.nbytes for field in self.fields]
         self.filled_bytes = sorted(
-            position + byte
+            offset + byte
             for field in output_file.crc_fields
-            for position in field.positions
+            for offset in field.crc_offsets
             for byte in range(CRC_BYTES)
         )
 
@@ -106,28 +106,28 @@ class CrcFields:
         return dict(zip(self.fields, crcs, strict=True))
 
 
-class Fingerprint:
+class BlockHasher:
     """Makes the seal of a block from its bytes, which come in order, a range at a time.
 
     Attributes:
-        position: offset in the file of the next byte to come.
+        offset: where the next byte to come lies in the file.
         end: offset in the file where the block ends.
     """
 
     def __init__(self, crc_fields: CrcFields, block: int) -> None:
         self.crc_fields = crc_fields
-        self.position, self.end = block_range(crc_fields.output_file, block)
+        self.offset, self.end = block_range(crc_fields.output_file, block)
         self.hasher = checksum.Hasher()
-        self.fields = crc_fields.overlapping(self.position, self.end)
+        self.fields = crc_fields.overlapping(self.offset, self.end)
         self.crcs = [0] * len(self.fields)
 
     def update(self, data: memoryview) -> None:
-        """Adds the bytes at `position`. They must not go beyond the block."""
-        begin, end = self.position, self.position + len(data)
-        for at, number in enumerate(self.fields):
+        """Adds the bytes at `offset`. They must not go beyond the block."""
+        begin, end = self.offset, self.offset + len(data)
+        for index, number in enumerate(self.fields):
             low, high = max(self.crc_fields.begins[number], begin), min(self.crc_fields.ends[number], end)
             if low < high:
-                self.crcs[at] = zlib.crc32(data[low - begin : high - begin], self.crcs[at])
+                self.crcs[index] = zlib.crc32(data[low - begin : high - begin], self.crcs[index])
         filled = self.crc_fields.filled_bytes
         first, last = bisect_left(filled, begin), bisect_left(filled, end)
         if first < last:
@@ -136,7 +136,7 @@ class Fingerprint:
                 masked[offset - begin] = 0
             data = memoryview(masked)
         self.hasher.update(data)
-        self.position = end
+        self.offset = end
 
     def seal(self) -> Seal:
         """The seal of the bytes so far."""
@@ -149,10 +149,10 @@ def read_seal(descriptor: int, crc_fields: CrcFields, block: int) -> Seal:
     Raises:
         OSError: the file ends before the block does; the message has the byte.
     """
-    fingerprint = Fingerprint(crc_fields, block)
-    for data in _read_pieces(descriptor, fingerprint.position, fingerprint.end):
-        fingerprint.update(data)
-    return fingerprint.seal()
+    block_hasher = BlockHasher(crc_fields, block)
+    for data in _read_range(descriptor, block_hasher.offset, block_hasher.end):
+        block_hasher.update(data)
+    return block_hasher.seal()
 
 
 def read_digest(descriptor: int, output_file: OutputFile, block: int) -> bytes:
@@ -162,13 +162,13 @@ def read_digest(descriptor: int, output_file: OutputFile, block: int) -> bytes:
         OSError: the file ends before the block does; the message has the byte.
     """
     hasher = checksum.Hasher()
-    for data in _read_pieces(descriptor, *block_range(output_file, block)):
+    for data in _read_range(descriptor, *block_range(output_file, block)):
         hasher.update(data)
     return hasher.digest()
 
 
-def _read_pieces(descriptor: int, begin: int, end: int) -> Iterator[memoryview]:
-    """The bytes [begin, end), READ_BYTES at a time. The memory of a piece is used again for the next one."""
+def _read_range(descriptor: int, begin: int, end: int) -> Iterator[memoryview]:
+    """The bytes [begin, end), at most READ_BYTES at a time. Each yielded view is valid until the next one."""
     buffer = memoryview(bytearray(min(READ_BYTES, end - begin)))
     while begin < end:
         count = os.preadv(descriptor, [buffer[: end - begin]], begin)

@@ -70,9 +70,10 @@ class Slice:
 
 
 def slice_ranges(stream: Stream, task: Task, slice_numel: int) -> Iterator[tuple[int, int]]:
-    """Cuts a task into [begin, end) of at most `slice_numel` elements, and wherever a dtype changes.
+    """Cuts a task into ranges [begin, end) of at most `slice_numel` elements, in which no dtype changes.
 
-    The elements of a "carry" stream are bytes. Its slices have four times as many, as many bytes as fp32 elements.
+    The elements of a "carry" stream are bytes. Its slices have four times as many elements, which is the number of
+    bytes of a slice of fp32 elements.
     """
     if stream.combine == "carry":
         slice_numel *= 4

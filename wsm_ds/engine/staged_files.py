@@ -1,8 +1,8 @@
 """The output files of a merge while they are written: which blocks are finished, and their seals.
 
-Threads and ranks write the bytes of a file in any order. A block is hashed while its bytes come, if they come in order
-(they mostly do: a task ends where a block does). Else it is read again when it is complete. The seal of a finished
-block goes to the journal, so that a merge that was killed goes on after the last finished block.
+Threads and ranks write the bytes of a file in any order. Mostly the bytes of one block come in order, because a task
+ends where a block ends. Such a block is hashed while it is written. Any other block is read again when it is complete.
+The seal of a finished block goes to the journal, so that a killed merge does not write the block again.
 """
 
 import os
@@ -15,8 +15,8 @@ from pathlib import Path
 from wsm_ds.engine.journal import BlockName, Journal, read_claims, read_journals
 from wsm_ds.engine.seals import (
     CRC_BYTES,
+    BlockHasher,
     CrcFields,
-    Fingerprint,
     Seal,
     block_count,
     block_of,
@@ -32,7 +32,7 @@ from wsm_ds.filesystem.durable import sync_file, write_all
 from wsm_ds.planning.intersect import Ints
 from wsm_ds.planning.plan import LiteralSegment, OutputFile, Plan, ZeroSegment
 
-SEEN_WITHIN_S = 120.0
+VISIBLE_WITHIN_S = 120.0
 SYNC_BYTES, SYNC_POLL_S = 1 << 27, 0.02
 MAX_FILES_PER_EARLY_SYNC = 32
 Block = tuple[int, int]
@@ -82,7 +82,7 @@ class StagedFiles:
         self.claims: dict[Block, Seal] = {}
         self.sealed: set[Block] = set()
         # None: the bytes of the block did not come in order, so it will be read again.
-        self.fingerprints: dict[Block, Fingerprint | None] = {}
+        self.block_hashers: dict[Block, BlockHasher | None] = {}
         self.written_files: set[int] = set()
         self.remaining_bytes: list[Ints] = []
         self.unsynced_bytes = 0
@@ -100,6 +100,7 @@ class StagedFiles:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
+                # The file is sparse: ranks can write anywhere, and zero segments take no time.
                 os.ftruncate(descriptor, file.nbytes)
                 for segment in file.segments:
                     if isinstance(segment, LiteralSegment):
@@ -162,17 +163,17 @@ class StagedFiles:
         while len(data):
             key = number, block_of(offset)
             _, block_end = block_range(self.plan.files[number], key[1])
-            piece = data[: block_end - offset]
+            block_data = data[: block_end - offset]
             with self.lock:
-                fingerprint = self._take_fingerprint(key, offset)
-            if fingerprint is not None:
-                begun = time.perf_counter()
-                fingerprint.update(piece)
-                timings.hash_s += time.perf_counter() - begun
+                block_hasher = self._take_hasher(key, offset)
+            if block_hasher is not None:
+                began_s = time.perf_counter()
+                block_hasher.update(block_data)
+                timings.hash_s += time.perf_counter() - began_s
                 with self.lock:
-                    self.fingerprints.setdefault(key, fingerprint)
-            blocks.append((key[1], len(piece)))
-            data, offset = data[len(piece) :], offset + len(piece)
+                    self.block_hashers.setdefault(key, block_hasher)
+            blocks.append((key[1], len(block_data)))
+            data, offset = data[len(block_data) :], offset + len(block_data)
         return blocks
 
     def mark_written(self, number: int, block: int, nbytes: int, timings: Timings) -> None:
@@ -195,12 +196,12 @@ class StagedFiles:
             self.remaining_bytes[number][block] -= nbytes
             if self.remaining_bytes[number][block]:
                 return
-            fingerprint = self.fingerprints.pop(key, None)
+            block_hasher = self.block_hashers.pop(key, None)
         begin, end = block_range(self.plan.files[number], block)
-        begun = time.perf_counter()
-        is_whole = fingerprint is not None and fingerprint.position == end
-        seal = fingerprint.seal() if fingerprint is not None and is_whole else self._read_seal(key)
-        timings.hash_s += time.perf_counter() - begun
+        began_s = time.perf_counter()
+        is_whole = block_hasher is not None and block_hasher.offset == end
+        seal = block_hasher.seal() if block_hasher is not None and is_whole else self._read_seal(key)
+        timings.hash_s += time.perf_counter() - began_s
         with self.lock:
             self._seal(key, seal)
             self.unsynced_bytes += end - begin
@@ -212,7 +213,7 @@ class StagedFiles:
             is_over: when it is set, the call returns.
 
         Raises:
-            OSError: the system could not write bytes to the disk that it had taken before.
+            OSError: the system accepted bytes earlier, and now fails to write them to the disk.
         """
         while not is_over.wait(SYNC_POLL_S):
             if self.unsynced_bytes >= SYNC_BYTES:
@@ -241,7 +242,7 @@ class StagedFiles:
         """Waits until the files that this rank wrote to are on the disk; rank 0, which created them, syncs all.
 
         Raises:
-            OSError: the system could not write bytes to the disk that it had taken before.
+            OSError: the system accepted bytes earlier, and now fails to write them to the disk.
         """
         for number in sorted(self.written_files) if self.rank else range(len(self.paths)):
             sync_file(self.paths[number])
@@ -271,20 +272,20 @@ class StagedFiles:
                 self.claims.pop(block, None)
         return seal == claim
 
-    def _take_fingerprint(self, block: Block, offset: int) -> Fingerprint | None:
-        """Removes and returns the block's fingerprint if it continues at `offset`. Else the block gets none any more.
+    def _take_hasher(self, block: Block, offset: int) -> BlockHasher | None:
+        """Removes and returns the block's hasher if it continues at `offset`. Else the block is marked as out of order.
 
         It is removed so that no other thread takes it while this one hashes without the lock.
         """
         if block in self.sealed:
             return None
         number, index = block
-        if block not in self.fingerprints and offset == block_range(self.plan.files[number], index)[0]:
-            return Fingerprint(self.crc_fields[number], index)
-        fingerprint = self.fingerprints.pop(block, None)
-        if fingerprint is not None and fingerprint.position == offset:
-            return fingerprint
-        self.fingerprints[block] = None
+        if block not in self.block_hashers and offset == block_range(self.plan.files[number], index)[0]:
+            return BlockHasher(self.crc_fields[number], index)
+        block_hasher = self.block_hashers.pop(block, None)
+        if block_hasher is not None and block_hasher.offset == offset:
+            return block_hasher
+        self.block_hashers[block] = None
         return None
 
     def _seal(self, block: Block, seal: Seal) -> None:
@@ -318,8 +319,8 @@ class StagedFiles:
         """Writes the CRC-32s, little-endian as in every zip. That of an empty entry is 0."""
         crcs = self.crc_fields[number].values(seals)
         for field in self.plan.files[number].crc_fields:
-            for position in field.positions:
-                write_all(descriptor, memoryview(crcs.get(field, 0).to_bytes(CRC_BYTES, "little")), position)
+            for offset in field.crc_offsets:
+                write_all(descriptor, memoryview(crcs.get(field, 0).to_bytes(CRC_BYTES, "little")), offset)
 
     def _all_blocks(self) -> set[Block]:
         return {(number, block) for number, file in enumerate(self.plan.files) for block in range(block_count(file))}
@@ -337,21 +338,21 @@ def _wait_until_visible(folder: Path) -> None:
 
     Listing the parent makes the client ask the server again.
     """
-    deadline = time.monotonic() + SEEN_WITHIN_S
-    while not folder.is_dir() and time.monotonic() < deadline:
+    deadline_s = time.monotonic() + VISIBLE_WITHIN_S
+    while not folder.is_dir() and time.monotonic() < deadline_s:
         list(folder.parent.iterdir())
         time.sleep(0.2)
 
 
 def _bytes_from_streams(file: OutputFile) -> Ints:
-    """Bytes of each block that streams will write, shape [block_count]; the others are there after `create`."""
+    """Bytes of each block that streams will write, shape [block_count]. `create` has written all other bytes."""
     nbytes = block_sizes(file)
     for segment in file.segments:
         if isinstance(segment, LiteralSegment | ZeroSegment):
-            position, end = segment.offset, segment.offset + segment.nbytes
-            while position < end:
-                block = block_of(position)
+            offset, end = segment.offset, segment.offset + segment.nbytes
+            while offset < end:
+                block = block_of(offset)
                 stop = min(end, block_range(file, block)[1])
-                nbytes[block] -= stop - position
-                position = stop
+                nbytes[block] -= stop - offset
+                offset = stop
     return nbytes

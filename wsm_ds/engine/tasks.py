@@ -48,8 +48,9 @@ def tasks_of(plan: Plan) -> list[Task]:
 
 
 def bytes_per_element(stream: Stream) -> float:
-    """Bytes that are read and written for an element of a stream, on average."""
-    return sum(where.nbytes for where in [*stream.sources, *(t.places for t in stream.targets)]) / stream.numel
+    """The mean number of bytes that are read and written for an element of a stream."""
+    all_places = [*stream.sources, *(target.places for target in stream.targets)]
+    return sum(places.nbytes for places in all_places) / stream.numel
 
 
 def share(tasks: list[Task], rank: int, world_size: int) -> list[Task]:
@@ -63,6 +64,7 @@ def share(tasks: list[Task], rank: int, world_size: int) -> list[Task]:
     if world_size == 1:
         return tasks
     nbytes = np.array([task.nbytes for task in tasks], dtype=np.int64)
+    # By the middle of a task: by its beginning or its end, a large task would be counted for the wrong rank.
     middle = np.cumsum(nbytes) - nbytes / 2
     rank_of_task = np.minimum(middle * world_size / max(int(nbytes.sum()), 1), world_size - 1).astype(np.int64)
     return [task for task, owner in zip(tasks, rank_of_task.tolist(), strict=True) if owner == rank]

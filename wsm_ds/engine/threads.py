@@ -1,4 +1,4 @@
-"""The threads of one process: how many the memory budget holds, and how they run the tasks."""
+"""The threads of one process: how many fit into the memory budget, and how they run the tasks."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -34,12 +34,12 @@ class Workers:
 
 
 def workers_for(plan: Plan, memory_bytes: int, threads: int) -> Workers:
-    """Finds how many threads and which slices the memory budget holds.
+    """Finds how many threads, and slices of which size, fit into the memory budget.
 
     Args:
         plan: gives the largest number of sources and of targets of a stream.
         memory_bytes: the budget of all threads together.
-        threads: number of threads that the user wants. It is reduced if the budget is too small for them.
+        threads: number of threads that the user asks for. It is reduced if the budget is too small for them.
 
     Raises:
         BudgetTooSmall: the budget is too small for one thread; the message gives the least that is enough.
@@ -72,8 +72,8 @@ def run_tasks(
         tasks: those of this process.
         files: open staged files.
         workers: see `workers_for`.
-        on_bytes: is told the bytes read and written of each finished task. One thread at a time calls it.
-        check: is called several times a second. An error that it raises stops the work.
+        on_bytes: called with the bytes that a finished task has read and written, by one thread at a time.
+        check: called several times a second. An error that it raises stops the work.
 
     Returns:
         The seconds of all threads together.
@@ -93,6 +93,7 @@ def run_tasks(
     try:
         for thread in worker_threads:
             while thread.is_alive():
+                # With a timeout: the main thread runs signal handlers only between its own bytecodes.
                 thread.join(CHECK_INTERVAL_S)
                 check()
     finally:
@@ -105,7 +106,7 @@ def run_tasks(
 
 
 class _TaskQueue:
-    """What the threads of one `run_tasks` share: the tasks that are left, the errors, the seconds.
+    """What the threads of one `run_tasks` share: the remaining tasks, the errors, the seconds.
 
     Attributes:
         stop: set when there is an error or nothing more to do; every thread then ends.
@@ -139,7 +140,7 @@ class _TaskQueue:
         try:
             self.files.sync_early(self.stop)
         except BaseException as error:
-            # The kernel reports a write that it had put off and that failed once, here. The last sync would pass.
+            # Linux reports a failed delayed write to one fsync only (man 2 fsync, EIO). A later fsync would succeed.
             self._fail(error)
 
     def _run_tasks(self, timings: Timings) -> None:

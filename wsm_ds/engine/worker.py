@@ -62,8 +62,7 @@ class Worker:
         reader: of this thread.
         sink: takes the bytes.
         slice_numel: most elements of a slice, see `threads.workers_for`.
-        already_reported: names of tensors of which no further warning is wanted. Workers may share the set and add to
-            it.
+        already_reported: names of tensors that a warning has named. Workers share the set and add to it.
         timings: of this thread; the seconds of reading and of arithmetic are added to them.
 
     Memory: one slice of each source, and what is made of it. Nothing grows with the checkpoints.
@@ -107,9 +106,9 @@ class Worker:
             source_elements = self._read_sources(stream, members, begin, end)
         current = Slice(stream, begin, end, source_elements, sums)
         for target, places in targets:
-            begun = time.perf_counter()
+            began_s = time.perf_counter()
             stored = self._stored(current, target)
-            self.timings.arithmetic_s += time.perf_counter() - begun
+            self.timings.arithmetic_s += time.perf_counter() - began_s
             data = memoryview(stored.view(np.uint8))  # type: ignore[arg-type]
             itemsize = stored.itemsize
             for place in places:
@@ -121,22 +120,24 @@ class Worker:
                     self.sink.write(place.file, place.offset, place_bytes)
 
     def _read_ahead(self, stream: Stream, task: Task) -> None:
-        """Has the system fetch the beginning of a task, so that the sources do not wait for each other."""
+        """Asks the system to fetch the first ranges of a task from all sources at once, in the background."""
         for source in stream.sources:
             for place in islice(source.within(task.begin, task.end), READ_AHEAD_PLACES):
                 self.reader.will_read(place.file, place.offset, place.numel * source.dtype(place.element).itemsize)
 
     def _carry(self, stream: Stream, target: Place, data: memoryview) -> None:
         for source in stream.sources[0].within(target.element, target.element + len(data)):
-            at = source.element - target.element
+            begin = source.element - target.element
             descriptor = self.reader.descriptor(source.file)
-            self.sink.carry(target.file, target.offset + at, data[at : at + source.numel], descriptor, source.offset)
+            end = begin + source.numel
+            self.sink.carry(target.file, target.offset + begin, data[begin:end], descriptor, source.offset)
 
     def _read_and_sum(self, stream: Stream, targets: Sequence[Target], begin: int, end: int) -> dict[SumKey, Array]:
         """All weighted sums of a slice, read and summed by the compiled kernel. Empty if it cannot do it.
 
-        It cannot if a source is not one run of bytes here, if a read fails, or if a sum is not finite. The slow way
-        of `_read_sources` and `_summed` then gives the same sums, tries failed reads again, and names what is wrong.
+        The kernel needs each source as one run of bytes. It also gives up if a read fails or a sum is not finite.
+        `_read_sources` and `_summed` are slower and give the same bits. They try failed reads again, and their errors
+        name the tensor.
         """
         members = sorted({member for target in targets for member in target.members})
         # The descriptors of all members must be open at the same time.
@@ -153,17 +154,17 @@ class Worker:
             sources.append(StoredElements(descriptor, places[0].offset, source.dtype(begin)))
         keys = [*dict.fromkeys(SumKey(target.members, target.coefficients, False) for target in targets)]
         wanted_sums = [(tuple(members.index(member) for member in key.members), key.coefficients) for key in keys]
-        begun = time.perf_counter()
+        began_s = time.perf_counter()
         fused = arithmetic.fused_sums(sources, wanted_sums, end - begin, self.scratch)
         if fused is None or not fused.is_finite:
             return {}
         self.timings.read_s += fused.read_s
-        self.timings.arithmetic_s += time.perf_counter() - begun - fused.read_s
+        self.timings.arithmetic_s += time.perf_counter() - began_s - fused.read_s
         return dict(zip(keys, fused.sums, strict=True))
 
     def _read_sources(self, stream: Stream, members: set[int], begin: int, end: int) -> dict[int, Array]:
-        """The stored elements of each of the sources `members`, by its number. Elements that it lacks are zeros."""
-        begun = time.perf_counter()
+        """The stored elements of each source in `members`, by its number. Elements that a source lacks are zeros."""
+        began_s = time.perf_counter()
         elements = {}
         for number in sorted(members):
             source = stream.sources[number]
@@ -173,10 +174,10 @@ class Worker:
             if sum(place.numel for place in places) < end - begin:
                 into[:] = bytes(len(into))
             for element, numel, file, offset in places:
-                at = (element - begin) * dtype.itemsize
-                self.reader.read(file, offset, into[at : at + numel * dtype.itemsize])
+                first_byte = (element - begin) * dtype.itemsize
+                self.reader.read(file, offset, into[first_byte : first_byte + numel * dtype.itemsize])
             elements[number] = np.frombuffer(into, dtype=dtype.storage)
-        self.timings.read_s += time.perf_counter() - begun
+        self.timings.read_s += time.perf_counter() - began_s
         return elements
 
     def _buffer(self, number: int, nbytes: int) -> memoryview:
@@ -228,7 +229,7 @@ class Worker:
         return current.sums[key]
 
     def _newest(self, current: Slice, target: Target, dtype: DType) -> Array:
-        """The elements of the window's newest source, after those of the others were compared with them."""
+        """The elements of the newest source of the window. Those of the other sources are compared with them."""
         last = target.members[-1]
         newest, newest_dtype = current.source_elements[last], current.source_dtype(last)
         for member in target.members[:-1]:
@@ -262,14 +263,15 @@ class Worker:
         """The error for a sum that is not finite. It names the first source that is not."""
         for member in target.members:
             values = widen(current.source_elements[member], current.source_dtype(member))
-            bad = np.flatnonzero(~np.isfinite(values))
-            if len(bad):
-                element = current.begin + int(bad[0])
+            non_finite = np.flatnonzero(~np.isfinite(values))
+            if len(non_finite):
+                element = current.begin + int(non_finite[0])
                 place = next(current.stream.sources[member].within(element, element + 1))
                 name = current.stream.name(element, self.plan.names)
                 return NonFiniteValue(
-                    f"{self.plan.inputs[place.file].path} holds {values[bad[0]]} in {name} ({len(bad)} such values "
-                    "nearby): that run had diverged, or the file is damaged. Leave the checkpoint out of the window."
+                    f"{self.plan.inputs[place.file].path} holds {values[non_finite[0]]} in {name} "
+                    f"({len(non_finite)} such values nearby): that run had diverged, or the file is damaged. Leave the "
+                    "checkpoint out of the window."
                 )
         name = current.stream.name(current.begin, self.plan.names)
         return NonFiniteValue(

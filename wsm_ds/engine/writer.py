@@ -44,7 +44,7 @@ class Writer:
         self._write(number, offset, data, (offset, offset))
 
     def carry(self, number: int, offset: int, data: memoryview, source: int, source_offset: int) -> None:
-        """Writes bytes that are copied from an input. Blocks of the file system that both files can share are shared.
+        """Writes bytes that are copied from an input. Where the file system can, both files share its blocks.
 
         Args:
             number: of the output file in the plan.
@@ -56,18 +56,18 @@ class Writer:
         Raises:
             OSError: the disk is full, or the file cannot be written.
         """
-        begun = time.perf_counter()
+        began_s = time.perf_counter()
         shared = clone_range(source, source_offset, self.open_files.descriptor(number), offset, len(data))
-        self.timings.write_s += time.perf_counter() - begun
+        self.timings.write_s += time.perf_counter() - began_s
         self._write(number, offset, data, shared or (offset, offset))
 
     def _write(self, number: int, offset: int, data: memoryview, shared: tuple[int, int]) -> None:
-        """Writes `data` except for the range `shared` of the file, which has its bytes already. Hashes all of it."""
+        """Hashes all of `data`, and writes it except for the range `shared`, whose bytes the file already has."""
         descriptor = self.open_files.descriptor(number)
         blocks = list(self.files.hash_data(number, offset, data, self.timings))
-        begun = time.perf_counter()
+        began_s = time.perf_counter()
         write_all(descriptor, data[: shared[0] - offset], offset)
         write_all(descriptor, data[shared[1] - offset :], shared[1])
-        self.timings.write_s += time.perf_counter() - begun
+        self.timings.write_s += time.perf_counter() - began_s
         for block, nbytes in blocks:
             self.files.mark_written(number, block, nbytes, self.timings)

@@ -1,4 +1,4 @@
-"""Free disk and free memory, checked before a merge starts: better an error now than a full disk in an hour."""
+"""Free disk and free memory, checked before a merge starts, so that it does not fail after an hour."""
 
 import os
 from pathlib import Path
@@ -12,24 +12,30 @@ CGROUP_LIMITS = ("/sys/fs/cgroup{path}/memory.max", "/sys/fs/cgroup/memory{path}
 """Where cgroup version 2 and version 1 show a group's limit."""
 
 
-def require_disk(folder: Path, nbytes: int, files: int, what: str) -> None:
+def require_disk(folder: Path, nbytes: int, files: int, purpose: str) -> None:
     """Checks that a file system has enough bytes and inodes free.
 
     Args:
         folder: any folder of the file system.
         nbytes: bytes that are needed.
         files: files that will be made.
-        what: what needs them, for the message.
+        purpose: the work that needs them, for the message.
 
     Raises:
         InsufficientCapacity: bytes or inodes are missing; the message has both figures.
     """
     status = os.statvfs(folder)
+    # f_bavail, not f_bfree: some free blocks may be reserved for root.
     free_bytes = status.f_bavail * status.f_frsize
     if free_bytes < nbytes:
-        raise InsufficientCapacity(f"{folder} has {format_size(free_bytes)} free, {what} needs {format_size(nbytes)}.")
+        raise InsufficientCapacity(
+            f"{folder} has {format_size(free_bytes)} free, {purpose} needs {format_size(nbytes)}."
+        )
+    # Btrfs reports 0 inodes in all: it makes them as needed.
     if status.f_files and status.f_favail < files + EXTRA_INODES:
-        raise InsufficientCapacity(f"{folder} has {status.f_favail} inodes free, {what} needs {files + EXTRA_INODES}.")
+        raise InsufficientCapacity(
+            f"{folder} has {status.f_favail} inodes free, {purpose} needs {files + EXTRA_INODES}."
+        )
 
 
 def disk_usage_bytes(folder: Path) -> int:
@@ -52,7 +58,7 @@ def require_memory(nbytes: int) -> None:
 
 
 def available_memory() -> int | None:
-    """Bytes of memory that this process may still use; None where the system does not tell."""
+    """Bytes of memory that this process may still use; None where the system does not say."""
     limits = [limit for limit in (_available_on_machine(), _limit_of_control_group()) if limit is not None]
     return min(limits, default=None)
 

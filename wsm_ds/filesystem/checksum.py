@@ -1,7 +1,7 @@
 """Checksums of output files: the XXH3-128 of their blocks' XXH3-128 digests, so that blocks may come in any order.
 
-XXH3 is much faster than a disk. It finds damaged and truncated files. It does not find a file that somebody changed on
-purpose: `verify --full` does, which recomputes the file from the sources.
+XXH3 is much faster than a disk. It finds damaged and truncated files. It does not find a file that somebody has forged;
+`wsm-ds verify --full` does, because it recomputes the file from the sources.
 """
 
 from collections.abc import Iterable

@@ -14,7 +14,16 @@ from wsm_ds.errors import OutputExists
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    """Writes all of `data` at `offset`; `os.pwrite` alone may write less."""
+    """Writes all of `data`; `os.pwrite` alone may write less.
+
+    Args:
+        descriptor: of a file that is open for writing.
+        data: the bytes.
+        offset: where they go in the file, in bytes.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
     while len(data):
         count = os.pwrite(descriptor, data, offset)
         data, offset = data[count:], offset + count
@@ -42,7 +51,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes and syncs a small file. Makes the folders above it. A reader may see a part of the text meanwhile."""
+    """Writes and syncs a small file. A reader may see a part of the text meanwhile.
+
+    Args:
+        path: the file; folders above it are made.
+        text: the content.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -51,7 +68,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Appends a line to a file in one write, and syncs it."""
+    """Appends a line to a file in one write, and syncs it.
+
+    Args:
+        path: the file; it is made if it is missing.
+        line: without a line break at its end.
+    """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         os.write(descriptor, f"{line}\n".encode())
@@ -65,6 +87,13 @@ def replace_text(path: Path, text: str) -> None:
 
     Only one process may replace the file at a time (the caller holds a lock). The new text is first written to
     `.NAME.new` in the same folder. The next call overwrites what a killed process has left there.
+
+    Args:
+        path: the file; folders above it are made.
+        text: the new content.
+
+    Raises:
+        OSError: the disk is full, or fails.
     """
     new = path.with_name(f".{path.name}.new")
     write_text(new, text)
@@ -76,6 +105,10 @@ def replace_shared_text(path: Path, text: str) -> None:
 
     The text is not synced: a rank replaces its heartbeat every second, and a sync on shared storage may take longer
     than that. After a crash of the storage the file may be empty.
+
+    Args:
+        path: the file; folders above it are made.
+        text: the new content.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.new")
@@ -99,6 +132,7 @@ def move_into_place(content: Path, out: Path) -> None:
     Raises:
         OutputExists: something is at `out`.
     """
+    # A sync of a file does not sync its name: the folder must be synced, too (man 2 fsync).
     for folder in [path for path in content.rglob("*") if path.is_dir()] + [content]:
         sync_folder(folder)
     require_absent(out)

@@ -50,6 +50,7 @@ def try_lock(descriptor: int, folder: Path) -> bool:
         Whether this process now holds the lock; False if another process does.
     """
     try:
+        # flock, not lockf: a POSIX lock ends when the process closes any descriptor of the file.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):

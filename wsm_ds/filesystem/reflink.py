@@ -30,6 +30,7 @@ def clone_range(source: int, source_offset: int, target: int, offset: int, nbyte
     Raises:
         OSError: an error of the disk.
     """
+    # The ioctl refuses ranges that do not begin and end at block borders (man 2 ioctl_ficlonerange).
     block = os.fstat(target).st_blksize
     begin, end = -(-offset // block) * block, (offset + nbytes) // block * block
     if begin >= end or (source_offset - offset) % block:

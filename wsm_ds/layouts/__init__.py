@@ -1,7 +1,7 @@
 """Layouts: files on disk → where every element of every parameter lies. No arithmetic, no output.
 
 `detection.read_layout` finds out which format a folder has and calls that format's reader (`zero`, `zero0`,
-`universal`). `zero12` and `zero3` say where a ZeRO stage puts elements, `moe` and `pipeline` which weights lie outside
+`universal`). `zero12` and `zero3` say where a stage stores elements, `moe` and `pipeline` which weights lie outside
 the model files. `run` lists the checkpoints of a run.
 """
 

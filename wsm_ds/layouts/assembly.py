@@ -19,10 +19,10 @@ def assemble(
     groups: Any,
     has_nameless_states: bool = False,
 ) -> Layout:
-    """Build the layout of a checkpoint.
+    """Builds the layout of a checkpoint.
 
-    Where several model-parallel ranks hold the model together, the tensors of each have its name before their own
-    (`mp_rank_01/NAME`): names alone do not tell whether two ranks hold copies or pieces of one tensor.
+    If several model-parallel ranks hold the model together, the name of a rank precedes the names of its tensors
+    (`mp_rank_01/NAME`). Names alone do not say whether two ranks hold copies or different parts of one tensor.
 
     Args:
         checkpoint: the folder that was read.
@@ -31,7 +31,7 @@ def assemble(
         stage: ZeRO stage of the run.
         file_names: paths of all files relative to the checkpoint's folder, in the order of their numbers.
         groups: `param_groups` of the optimizer.
-        has_nameless_states: there are optimizer states that belong to no known parameter.
+        has_nameless_states: whether the files hold optimizer states of unknown parameters.
     """
     first = ranks[0]
     prefixes = [f"mp_rank_{mp:02d}/" if len(ranks) > 1 else "" for mp in range(len(ranks))]
@@ -39,6 +39,7 @@ def assemble(
     return Layout(
         path=checkpoint.path,
         tag=checkpoint.tag,
+        # From the file, not from the tag: a user may choose any tag in `save_checkpoint`.
         step=int(first.models[0].tree["global_steps"]),
         stage=stage,
         world_size=first.world_size,

@@ -9,10 +9,10 @@ from wsm_ds.layouts.schema import is_stage0, open_model
 
 
 def read_layout(checkpoint: Checkpoint, allowed_globals: frozenset[str] = frozenset()) -> Layout:
-    """Read where every element of a checkpoint lies.
+    """Reads where every element of a checkpoint lies.
 
-    Opens every file and reads its zip directory and its pickle, but no tensor (stage 0 in 16 bits excepted: there,
-    elements tell which master belongs to which weight).
+    Opens every file and reads its zip directory and its pickle, but no tensor. Stage 0 in 16 bits is the exception:
+    only its elements show which master belongs to which weight.
 
     Args:
         checkpoint: the folder to read.
@@ -20,8 +20,8 @@ def read_layout(checkpoint: Checkpoint, allowed_globals: frozenset[str] = frozen
 
     Raises:
         BrokenCheckpoint: a rank's file is missing or truncated, or contradicts the others. The message names it.
-        UnsupportedLayout: the format is not read by this version. The message names it.
-        UnsafePickle: a file's pickle asks for an unknown global. The message names both.
+        UnsupportedLayout: this version does not read the format. The message names it.
+        UnsafePickle: a file's pickle names an unknown global. The message names both.
     """
     path = checkpoint.path
     entries = sorted(entry.name for entry in path.iterdir())

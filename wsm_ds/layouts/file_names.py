@@ -1,4 +1,4 @@
-"""What the names of a ZeRO checkpoint's files say: which rank wrote each, and which files there must be."""
+"""File names of a ZeRO checkpoint: which rank wrote each file, and which files a complete checkpoint has."""
 
 import re
 from itertools import islice
@@ -32,7 +32,7 @@ class Rank(NamedTuple):
 
 
 class RankCounts(NamedTuple):
-    """How many model-parallel ranks (tensor-parallel times pipeline stages) and data-parallel ranks there are."""
+    """The numbers of model-parallel ranks (tensor-parallel ranks times pipeline stages) and data-parallel ranks."""
 
     mp: int
     dp: int
@@ -42,11 +42,11 @@ class RankCounts(NamedTuple):
 
 
 def refuse_unsupported(path: Path, entries: list[str]) -> None:
-    """Raise UnsupportedLayout if the folder `path` holds files of a format that is not read; its files are named."""
-    for pattern, what in UNSUPPORTED:
+    """Raises UnsupportedLayout if the folder `path` holds files of a format that this version does not read."""
+    for pattern, feature in UNSUPPORTED:
         hits = [name for name in entries if pattern.search(name)]
         if hits:
-            raise UnsupportedLayout(f"{path} holds {what} ({few(hits, 2)}), which this version does not read.")
+            raise UnsupportedLayout(f"{path} holds {feature} ({few(hits, 2)}), which this version does not read.")
 
 
 def files_by_rank(path: Path, entries: list[str], pattern: re.Pattern[str]) -> dict[Rank, str]:
@@ -58,7 +58,7 @@ def files_by_rank(path: Path, entries: list[str], pattern: re.Pattern[str]) -> d
         pattern: `MODEL_FILE` or `OPTIM_FILE`.
 
     Raises:
-        BrokenCheckpoint: two files are of one rank; both are named.
+        BrokenCheckpoint: one rank has two files; both are named.
     """
     names: dict[Rank, str] = {}
     for name in entries:
@@ -75,27 +75,27 @@ def files_by_rank(path: Path, entries: list[str], pattern: re.Pattern[str]) -> d
     return dict(sorted(names.items()))
 
 
-def require_files(path: Path, what: str, names: dict[Rank, str], counts: RankCounts) -> None:
-    """Raise BrokenCheckpoint unless each rank has its file, and no other file is there.
+def require_files(path: Path, file_type: str, names: dict[Rank, str], counts: RankCounts) -> None:
+    """Raises BrokenCheckpoint unless each rank has its file, and no other file is there.
 
     Args:
         path: the checkpoint's folder, for the message.
-        what: "model file" or "optimizer file".
-        names: the files that are there.
-        counts: the ranks that must have one. A broken file may name any number of ranks, so no more ranks are
-            counted than there are files, plus the few that the message names.
+        file_type: "model file" or "optimizer file".
+        names: the existing files, as `files_by_rank` returns them.
+        counts: the numbers of ranks, each of which must have a file. They come from a file that may be broken, and
+            can be huge. So the search ends after the few missing ranks that the message names.
     """
     ranks = (Rank(mp, dp) for mp in range(counts.mp) for dp in range(counts.dp))
-    suffix = "optim_states.pt" if what == "optimizer file" else "model_states.pt"
+    suffix = "optim_states.pt" if file_type == "optimizer file" else "model_states.pt"
     missing = list(islice((f"{rank}_{suffix}" for rank in ranks if rank not in names), 6))
     total, present = counts.mp * counts.dp, sum(rank.mp < counts.mp and rank.dp < counts.dp for rank in names)
     if missing:
         raise BrokenCheckpoint(
-            f"{path} is incomplete: {total - present} of {total} ranks' {what}s are missing: "
+            f"{path} is incomplete: {total - present} of {total} ranks' {file_type}s are missing: "
             f"{few(missing, total=total - present)}."
         )
     if len(names) > total:
         raise BrokenCheckpoint(
-            f"{path} holds {what}s of {len(names)} ranks, but was saved by {total}: files of another save remain. "
+            f"{path} holds {file_type}s of {len(names)} ranks, but was saved by {total}: files of another save remain. "
             "Remove them."
         )

@@ -1,4 +1,4 @@
-"""Learning rates and warmup of a saved run: what tells whether its checkpoints were written at one constant rate."""
+"""Learning rates and warmup of a saved run. They show whether checkpoints were saved at one constant rate."""
 
 import sys
 from typing import Any
@@ -40,6 +40,7 @@ def learning_rates(file: TorchFile, groups: Any) -> tuple[float, ...]:
 def _rate(file: TorchFile, value: Any) -> float:
     """A group's rate: a number, or a tensor of one element (torch's `capturable` optimizers)."""
     if isinstance(value, Tensor) and value.numel == 1 and value.dtype.is_floating:
+        # `capturable=True` keeps the rate on the device, so torch saves it as a tensor.
         stored = np.fromfile(file.path, value.dtype.storage, 1, offset=file.byte_offset(value))
         return float(widen(stored, value.dtype)[0])
     if not isinstance(value, int | float) or abs(value) > sys.float_info.max:
@@ -48,9 +49,9 @@ def _rate(file: TorchFile, value: Any) -> float:
 
 
 def warmup_num_steps(model: dict[str, Any]) -> int | None:
-    """Updates of the warmup, as the saved scheduler says, or else the saved ds_config; None if neither does.
+    """Updates of the warmup, from the saved scheduler or else from the saved ds_config; None if neither has it.
 
-    DeepSpeed's own schedulers save only how many updates there were (`runtime/lr_schedules.py`, `state_dict`).
+    DeepSpeed's own schedulers save only the count of updates (`runtime/lr_schedules.py`, `state_dict`).
     """
     saved = model.get("lr_scheduler") or {}
     if not isinstance(saved, dict):

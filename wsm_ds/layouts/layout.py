@@ -25,8 +25,8 @@ FRAGMENT = np.dtype(
 )  # fmt: skip
 """One fragment: elements [start, start + numel) of a tensor at a byte offset of a file.
 
-`tensor` and `file` index the layout's `names` and `files`, `dtype` is a key of `dtypes.ALL`. `replica` is the rank
-where every rank keeps a copy of its own (stage 3's buffers), and 0 where there is one copy.
+`tensor` and `file` index the layout's `names` and `files`, `dtype` is an index in `dtypes.ALL`. `replica` is the rank
+if every rank keeps a copy of its own (stage 3's buffers), and 0 for a single copy.
 """
 Table = NDArray[Any]
 
@@ -65,10 +65,10 @@ class Layout:
         aliases: further names of tied tensors, with the name in `tensors`.
         fragments: one table of `FRAGMENT` rows for each kind of element.
         learning_rates: of each parameter group.
-        warmup_num_steps: updates of the run's warmup; None if the files do not say.
-        has_nameless_states: there are optimizer states, but nothing says which parameters they belong to.
-        model_parallel_size: ranks that hold a replica of the model together. If there are several, the tensors of each
-            have its name before their own (`mp_rank_01/NAME`).
+        warmup_num_steps: updates of the run's warmup; None if the files do not hold it.
+        has_nameless_states: whether the files hold optimizer states and do not say to which parameters they belong.
+        model_parallel_size: ranks that hold a replica of the model together. If there are several, the name of
+            a rank precedes the names of its tensors (`mp_rank_01/NAME`).
     """
 
     path: Path
@@ -94,7 +94,7 @@ class Layout:
 
     @property
     def is_universal(self) -> bool:
-        """Whether it is a universal checkpoint: each parameter lies whole in files of its own."""
+        """Whether it is a universal checkpoint: each parameter has files of its own, which hold it whole."""
         return "zero/optimizer_state.pt" in self.files
 
     @property
@@ -131,7 +131,7 @@ class TableBuilder:
         dtype: DType,
         replica: int = 0,
     ) -> None:
-        """Add elements [start, start + numel) of a tensor; nothing if `numel` is 0.
+        """Adds elements [start, start + numel) of a tensor; nothing if `numel` is 0.
 
         Args:
             kind: what the elements are: "master", "module", "exp_avg", …
@@ -147,5 +147,5 @@ class TableBuilder:
             self.rows.setdefault(kind, []).append((tensor, start, numel, file, offset, CODES[dtype.name], replica))
 
     def tables(self) -> dict[str, Table]:
-        """Return the table of each kind that has fragments."""
+        """Returns the table of each kind that has fragments."""
         return {kind: np.array(rows, dtype=FRAGMENT) for kind, rows in self.rows.items()}

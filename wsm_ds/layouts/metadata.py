@@ -1,4 +1,4 @@
-"""What a model file says of the model: names, shapes, dtypes and roles of its tensors, and which names are tied.
+"""The model as a model file describes it: names, shapes, dtypes and roles of its tensors, and tied names.
 
 The keys are those of `_common_checkpoint_state` (`runtime/engine.py:5017`).
 """
@@ -19,7 +19,12 @@ def model_parallel_size(model: Any) -> int:
 
 
 def module_of(model_file: TorchFile, extra_weights: tuple[WeightsFile, ...]) -> dict[str, Any]:
-    """Every tensor of the module by name, in whichever file it lies: a pipeline's model files hold none."""
+    """Every tensor of the module by name, from all files that hold weights.
+
+    Args:
+        model_file: a model file of the rank. That of a pipeline holds no weights.
+        extra_weights: the rank's files of experts or of pipeline layers.
+    """
     module = dict(model_file.tree["module"] or {})
     for weights in extra_weights:
         module |= weights.tensors
@@ -29,7 +34,7 @@ def module_of(model_file: TorchFile, extra_weights: tuple[WeightsFile, ...]) -> 
 def tensors_of(
     model_file: TorchFile, module: dict[str, Any], shared_params: dict[str, str], experts: Experts = NO_EXPERTS
 ) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Describe every tensor of a model of ZeRO stages 1 to 3.
+    """Describes every tensor of a model of ZeRO stages 1 to 3.
 
     Args:
         model_file: a model file of the rank.
@@ -43,7 +48,7 @@ def tensors_of(
         that each stands for.
 
     Raises:
-        BrokenCheckpoint: a name is there twice, or has no weights; it is named.
+        BrokenCheckpoint: a name occurs twice, or has no weights; it is named.
     """
     model = model_file.tree
     tensors = _parameters(model_file, module, experts)
@@ -52,17 +57,17 @@ def tensors_of(
         alias: owner for alias, owner in shared_params.items() if alias in module and alias not in tensors
     }
     frozen_shapes = model.get("frozen_param_shapes") or {}
-    lost = [name for name in frozen_shapes if name not in module]
-    if lost:
+    missing = [name for name in frozen_shapes if name not in module]
+    if missing:
         raise BrokenCheckpoint(
-            f"{model_file.path} names the frozen {few(lost)}, but no file holds their weights. Was it saved with "
+            f"{model_file.path} names the frozen {few(missing)}, but no file holds their weights. Was it saved with "
             "exclude_frozen_parameters=True?"
         )
     for name, value in module.items():
         if name in tensors or name in aliases or not isinstance(value, Tensor):
             continue
         is_buffer = name in buffers
-        # Stage 3 keeps an empty placeholder of a frozen parameter in the module, so its shape is elsewhere.
+        # Stage 3 saves an empty tensor in the module for a frozen parameter; frozen_param_shapes has the real shape.
         shape = value.shape if is_buffer else tuple(frozen_shapes.get(name, value.shape))
         tensors[name] = TensorInfo(tuple(shape), value.dtype, "buffer" if is_buffer else "frozen")
     return tensors, aliases
@@ -85,7 +90,7 @@ def _parameters(model_file: TorchFile, module: dict[str, Any], experts: Experts)
 def _tied_names(module: dict[str, Any], parameters: dict[str, TensorInfo]) -> dict[str, str]:
     """Names whose tensor lies at the same bytes as a parameter's, with the parameter's name.
 
-    `shared_params` does not suffice: the writers of other ranks' files leave it empty (`_get_shared_params`,
+    `shared_params` does not suffice: only global rank 0 fills it (`_get_shared_params`,
     `runtime/engine.py:5490`).
     """
     owners = {

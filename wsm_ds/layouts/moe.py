@@ -24,7 +24,7 @@ EXPERT_NAME = re.compile(
 
 @dataclass(frozen=True)
 class ExpertShare:
-    """A rank's share of a parameter group: part `index` of `count` equal parts of the line of `names`."""
+    """A rank's share of a parameter group: partition `index` of `count` equal partitions of the elements of `names`."""
 
     names: tuple[str, ...]
     index: int
@@ -36,8 +36,8 @@ class Experts:
     """The experts of a checkpoint.
 
     Attributes:
-        counts: experts of each layer, by the part of a parameter's name before the expert's number.
-        is_data_first: ranks with the same expert-parallel rank are neighbours
+        counts: experts of each layer, by the beginning of a parameter's name, up to the expert's number.
+        is_data_first: whether ranks with the same expert-parallel rank are neighbours
             (`use_data_before_expert_parallelism` in ds_config, `utils/groups.py:435`).
     """
 
@@ -45,19 +45,20 @@ class Experts:
     is_data_first: bool
 
     def global_names(self, names: Iterable[str], ep_rank: int, ep_size: int) -> tuple[str, ...]:
-        """Replace the local numbers of experts in a rank's parameter names by global ones."""
+        """Replaces the local numbers of experts in a rank's parameter names by global ones."""
         global_names = []
         for name in names:
             match = EXPERT_NAME.match(name)
             if match is None or match["layer"] not in self.counts:
                 global_names.append(name)
                 continue
+            # `global_expert_id` of `_save_moe_checkpoint`, runtime/engine.py.
             number = ep_rank * (self.counts[match["layer"]] // ep_size) + int(match["number"])
             global_names.append(f"{match['layer']}{number}{match['rest']}")
         return tuple(global_names)
 
     def names_of_all_ranks(self, names: Iterable[str]) -> Iterator[str]:
-        """Yield `names`, and in place of a parameter of an expert that of every expert of its layer.
+        """Yields `names`, and for a parameter of one expert the same parameter of every expert of its layer.
 
         >>> prefix = "mlp.deepspeed_moe.experts.deepspeed_experts."
         >>> list(Experts({prefix: 2}, False).names_of_all_ranks(["norm.weight", prefix + "0.bias"])) == [
@@ -72,7 +73,7 @@ class Experts:
             yield from (f"{match['layer']}{number}{match['rest']}" for number in range(self.counts[match["layer"]]))
 
     def share(self, optim: TorchFile, group: int, names: Collection[str], rank: int, world_size: int) -> ExpertShare:
-        """Tell which part of a parameter group a rank holds.
+        """Finds the partition of a parameter group that a rank holds.
 
         Args:
             optim: the rank's optimizer file.
@@ -82,7 +83,7 @@ class Experts:
             world_size: data-parallel ranks.
 
         Raises:
-            BrokenCheckpoint: the group is cut into a number of parts that its ranks cannot hold.
+            BrokenCheckpoint: the number of partitions does not fit the number of ranks.
         """
         state = optim.tree["optimizer_state_dict"]
         count = int(state["partition_count"][group])
@@ -101,11 +102,11 @@ NO_EXPERTS = Experts({}, is_data_first=False)
 
 
 def require_expert_files(path: Path, file_names: list[str], model: Any) -> None:
-    """Raise BrokenCheckpoint unless each expert of each layer has its file, and no other expert has one.
+    """Raises BrokenCheckpoint unless each expert of each layer has its file, and no other expert has one.
 
     Args:
         path: the checkpoint's folder, for the message.
-        file_names: the experts' files that are there.
+        file_names: the experts' files in the folder.
         model: tree of the model file; its `num_experts` says how many experts each layer has.
     """
     counts, present = model.get("num_experts") or (), set(file_names)
@@ -125,7 +126,7 @@ def require_expert_files(path: Path, file_names: list[str], model: Any) -> None:
 
 
 def require_same_groups(optims: dict[int, TorchFile]) -> None:
-    """Raise UnsupportedLayout unless all ranks' parameter groups have the same names in the same order.
+    """Raises UnsupportedLayout unless all ranks' parameter groups have the same names in the same order.
 
     DeepSpeed makes a group for each `ep_size` in the order of a set of strings, which differs between processes unless
     PYTHONHASHSEED is set (`split_params_into_different_moe_groups_for_optimizer`, `moe/utils.py:93`).
@@ -147,7 +148,7 @@ def _group_names(optim: TorchFile) -> list[str]:
 
 
 def read_experts(model: dict[str, Any], files: Iterable[TorchFile]) -> Experts:
-    """Count the experts of each layer.
+    """Counts the experts of each layer.
 
     Args:
         model: tree of a model file.

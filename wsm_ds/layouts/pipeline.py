@@ -18,7 +18,7 @@ from wsm_ds.torchfile import Tensor, TorchFile
 
 # `ckpt_layer_path`, runtime/pipe/module.py:588: without `-model_NN` where there is no tensor parallelism.
 LAYER_FILE = re.compile(r"^layer_(?P<layer>\d+)(?:-model_(?P<tp>\d+))?-model_states\.pt$")
-OWN_NAME = re.compile(r"^(\d{1,9})\.")
+LAYER_NAME = re.compile(r"^(\d{1,9})\.")
 TIED_NAME = re.compile(r"^tied_modules\.([^.]+)\.")
 
 
@@ -31,9 +31,12 @@ class LayerRank(NamedTuple):
 
 @dataclass(frozen=True)
 class _Stage:
-    """What the model file of a model-parallel rank names.
+    """The names in the model file of a model-parallel rank.
 
-    `shapes` are None for buffers; `layers` are numbers, `tied` the keys of tied modules.
+    Attributes:
+        shapes: of parameters, by name; None for buffers.
+        layers: numbers of the layers.
+        tied: keys of the tied modules.
     """
 
     shapes: dict[str, tuple[int, ...] | None]
@@ -46,7 +49,7 @@ class _Stage:
 
 
 def weights_by_rank(path: Path, files: Iterable[TorchFile], models: list[Any]) -> list[tuple[WeightsFile, ...]]:
-    """Find out which model-parallel rank each layer's file belongs to, and the names its tensors have there.
+    """Finds the model-parallel rank of each layer's file, and the names of its tensors in the rank's model file.
 
     Args:
         path: the checkpoint's folder, for messages.
@@ -58,7 +61,7 @@ def weights_by_rank(path: Path, files: Iterable[TorchFile], models: list[Any]) -
 
     Raises:
         BrokenCheckpoint: a layer's file is missing; it is named.
-        UnsupportedLayout: a file may hold any of several tied modules; they are named.
+        UnsupportedLayout: a file may belong to any of several tied modules; they are named.
     """
     stages = [_stage(model) for model in models]
     layer_files = {_layer_rank(file): file for file in files}
@@ -71,25 +74,29 @@ def weights_by_rank(path: Path, files: Iterable[TorchFile], models: list[Any]) -
     weights: list[list[WeightsFile]] = [[] for _ in stages]
     for (layer, tp), file in layer_files.items():
         owners, prefix = _owners(file, layer, stages, tp_size)
+        # A layer's file has the layer's own names (`save_state_dict`, runtime/pipe/module.py:607), while `param_shapes`
+        # has those of the whole module.
         weights[owners[tp]].append(WeightsFile(file, {prefix + name: value for name, value in file.tree.items()}))
-    return [tuple(of_rank) for of_rank in weights]
+    return [tuple(rank_weights) for rank_weights in weights]
 
 
-def borrowed_weights(model: Any, own: tuple[WeightsFile, ...], every: list[tuple[WeightsFile, ...]]) -> dict[str, Any]:
+def borrowed_weights(
+    model: Any, rank_weights: tuple[WeightsFile, ...], all_weights: list[tuple[WeightsFile, ...]]
+) -> dict[str, Any]:
     """Tied parameters that a model file names, but whose weights only other ranks' layer files hold.
 
     Args:
         model: tree of the rank's model file.
-        own: the rank's layer files.
-        every: those of each rank.
+        rank_weights: the rank's layer files.
+        all_weights: the layer files of each rank.
     """
     names = [name for group in model["param_shapes"] for name in group]
-    own_names = {name for weights in own for name in weights.tensors}
-    every_tensor = {name: value for rank in every for weights in rank for name, value in weights.tensors.items()}
+    rank_names = {name for weights in rank_weights for name in weights.tensors}
+    all_tensors = {name: value for rank in all_weights for weights in rank for name, value in weights.tensors.items()}
     return {
-        name: every_tensor[name]
+        name: all_tensors[name]
         for name in names
-        if TIED_NAME.match(name) and name not in own_names and name in every_tensor
+        if TIED_NAME.match(name) and name not in rank_names and name in all_tensors
     }
 
 
@@ -97,7 +104,7 @@ def _stage(model: Any) -> _Stage:
     shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(model.get("buffer_names") or ())
     for group in (*model["param_shapes"], model.get("frozen_param_shapes") or {}):
         shapes |= {name: tuple(shape) for name, shape in group.items()}
-    layers = frozenset(int(match[1]) for name in shapes if (match := OWN_NAME.match(name)))
+    layers = frozenset(int(match[1]) for name in shapes if (match := LAYER_NAME.match(name)))
     return _Stage(shapes, layers, frozenset(match[1] for name in shapes if (match := TIED_NAME.match(name))))
 
 
@@ -109,7 +116,7 @@ def _layer_rank(file: TorchFile) -> LayerRank:
 
 
 def _require_layers(path: Path, layer_files: dict[LayerRank, TorchFile], stages: list[_Stage], tp_size: int) -> None:
-    """Raise BrokenCheckpoint unless every layer has a file of each tensor-parallel rank."""
+    """Raises BrokenCheckpoint unless every layer has a file of each tensor-parallel rank."""
     has_axis = any("-model_" in file.path.name.removesuffix("-model_states.pt") for file in layer_files.values())
     layers = {layer for layer, _ in layer_files}.union(*(stage.layers for stage in stages))
     missing = [
@@ -127,8 +134,8 @@ def _owners(file: TorchFile, layer: int, stages: list[_Stage], tp_size: int) -> 
     owners = [number for number, stage in enumerate(stages) if layer in stage.layers]
     if owners:
         return _of_one_stage(file, owners, tp_size), f"{layer}."
-    # No model file names the layer: it is a tied module, or has no parameters. Its stage is the nearest of those that
-    # hold the module.
+    # No model file names the layer: it is a tied module, or has no parameters. It belongs to the nearest stage that
+    # holds the module.
     keys = sorted({key for stage in stages for key in stage.tied if _is_module(file, stage, f"tied_modules.{key}.")})
     if len(keys) > 1:
         raise UnsupportedLayout(f"{file.path} may hold any of the tied modules {few(keys)}: they have the same shapes.")

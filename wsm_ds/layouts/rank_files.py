@@ -1,4 +1,4 @@
-"""The opened files of one model-parallel rank, with what its model file says of them: the input of each reader."""
+"""The opened files of one model-parallel rank, and the tensors that its model file describes."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,7 +57,7 @@ class RankFiles:
 
 
 def element_wise(states: dict[str, Any], *numels: int) -> dict[str, Tensor]:
-    """Return the optimizer states that hold one value for each element of a flat tensor.
+    """Returns the optimizer states that hold one value for each element of a flat tensor.
 
     Args:
         states: an optimizer's states of one flat tensor: moments, step counters.
@@ -67,7 +67,14 @@ def element_wise(states: dict[str, Any], *numels: int) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if len(value.shape) == 1 and value.numel in numels}
 
 
-def require_numel(file: TorchFile, what: str, numel: int, expected: int) -> None:
-    """Raise BrokenCheckpoint if `what` of `file` has fewer elements than expected."""
+def require_numel(file: TorchFile, tensor: str, numel: int, expected: int) -> None:
+    """Raises BrokenCheckpoint if a tensor of a file has fewer elements than expected.
+
+    Args:
+        file: the file.
+        tensor: a name of the tensor, for the message.
+        numel: its elements.
+        expected: the least number of elements.
+    """
     if numel < expected:
-        raise BrokenCheckpoint(f"{file.path}: {what} holds {numel} elements, expected at least {expected}.")
+        raise BrokenCheckpoint(f"{file.path}: {tensor} holds {numel} elements, expected at least {expected}.")

@@ -19,7 +19,7 @@ class Checkpoint:
     """A checkpoint's folder.
 
     Attributes:
-        named_step: the step in its name, -1 if there is none. The true step is in its files (`Layout.step`).
+        named_step: the step in its name; -1 if the name has none. The true step is in its files (`Layout.step`).
         tag: its path within the run.
         path: the folder.
     """
@@ -30,7 +30,7 @@ class Checkpoint:
 
 
 def find_checkpoints(run: Path) -> list[Checkpoint]:
-    """List every folder of `run` that holds DeepSpeed's files, in the order of the steps in their names.
+    """Lists every folder of `run` that holds DeepSpeed's files, in the order of the steps in their names.
 
     Raises:
         CheckpointNotFound: `run` is not a folder, or holds no checkpoint.
@@ -38,6 +38,7 @@ def find_checkpoints(run: Path) -> list[Checkpoint]:
     if not run.is_dir():
         raise CheckpointNotFound(f"{run} is not a folder. Give the folder that was passed to save_checkpoint.")
     folders = [path for path in run.iterdir() if path.is_dir() and path.name != JOB and not path.name.startswith(".")]
+    # HF Trainer saves into RUN/checkpoint-N (transformers/trainer_utils.py, PREFIX_CHECKPOINT_DIR).
     for trainer in [path for path in folders if path.name.startswith("checkpoint-")]:
         folders += [path for path in trainer.iterdir() if path.is_dir()]
     checkpoints = [_checkpoint(run, path) for path in folders if _is_checkpoint(path)]
@@ -60,7 +61,7 @@ def _checkpoint(run: Path, path: Path) -> Checkpoint:
 
 
 def deleted_steps(run: Path) -> set[int]:
-    """Return the steps of the checkpoints of a run that `wsm-ds prune` has deleted."""
+    """Returns the steps of the checkpoints of a run that `wsm-ds prune` has deleted."""
     try:
         lines = (run / DELETED).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -70,12 +71,12 @@ def deleted_steps(run: Path) -> set[int]:
         try:
             steps.add(int(json.loads(line)["step"]))
         except (ValueError, KeyError, TypeError):
-            continue  # a kill cut the line short; it is written before the checkpoint is deleted
+            continue  # a kill cut the line short; its checkpoint still exists, because the line is written first
     return steps
 
 
 def latest_step(folder: Path) -> int | None:
-    """Return the step in the tag that a folder's `latest` file names; None if there is none."""
+    """Returns the step in the tag that a folder's `latest` file names; None without a file or a step."""
     try:
         match = STEP_IN_NAME.search((folder / "latest").read_text(encoding="utf-8").strip())
     except (OSError, UnicodeDecodeError):
@@ -84,14 +85,14 @@ def latest_step(folder: Path) -> int | None:
 
 
 def find_tag(run: Path, tag: str) -> Checkpoint:
-    """Return the checkpoint of a run that is called `tag`.
+    """Returns the checkpoint of a run that is called `tag`.
 
     Args:
         run: the run's folder.
         tag: `global_step8`, `checkpoint-8/global_step8` or `checkpoint-8`.
 
     Raises:
-        CheckpointNotFound: there is none of that name; the message lists the names that there are.
+        CheckpointNotFound: no checkpoint has this name; the message lists the existing names.
     """
     checkpoints = find_checkpoints(run)
     for checkpoint in checkpoints:
@@ -102,7 +103,7 @@ def find_tag(run: Path, tag: str) -> Checkpoint:
 
 
 def checkpoint_at(path: Path) -> Checkpoint:
-    """Return the checkpoint whose folder is `path`, RUN/TAG.
+    """Returns the checkpoint whose folder is `path`, RUN/TAG.
 
     Raises:
         CheckpointNotFound: the folder holds no model file.

@@ -1,7 +1,7 @@
-"""What the object trees of DeepSpeed's files must look like. They are checked once, when a file is opened.
+"""The expected object trees of DeepSpeed's files. They are checked once, when a file is opened.
 
-Only the keys that are read or written anew are described. Everything else in a file (client state, a scheduler's state)
-may be anything.
+Only the keys that are read, or rewritten, are described. All other keys (client state, a scheduler's state) may hold
+anything.
 """
 
 import math
@@ -121,39 +121,39 @@ class UniversalState(_Described):
 ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
 
 
-def check(file: TorchFile, tree: Any, kind: Any, where: str = "") -> None:
-    """Raise BrokenCheckpoint if `tree` is not a `kind`; it names the file, the key, what is expected and what is there.
+def check(file: TorchFile, tree: Any, expected: Any, where: str = "") -> None:
+    """Raises BrokenCheckpoint if `tree` has not the type `expected`; it names the file, the key and the value.
 
     Args:
         file: the file that holds `tree`.
         tree: a part of the file's object tree.
-        kind: one of the types of this module.
+        expected: one of the types of this module.
         where: keys that lead to `tree` in the file.
     """
-    if kind not in ADAPTERS:
-        ADAPTERS[kind] = TypeAdapter(kind)
+    if expected not in ADAPTERS:
+        ADAPTERS[expected] = TypeAdapter(expected)
     try:
-        ADAPTERS[kind].validate_python(tree)
+        ADAPTERS[expected].validate_python(tree)
     except ValidationError as error:
         faults = error.errors(include_url=False)
-        words = [f"{_place(where, f['loc'])}: {f['msg']}, found {brief(f['input'])}" for f in faults[:3]]
-        listed = few(words, 3, total=len(faults))
+        sentences = [f"{_key_path(where, f['loc'])}: {f['msg']}, found {brief(f['input'])}" for f in faults[:3]]
+        listed = few(sentences, 3, total=len(faults))
         raise BrokenCheckpoint(f"{file.path} is not what DeepSpeed writes: {listed}.") from error
 
 
-def _place(where: str, keys: tuple[int | str, ...]) -> str:
+def _key_path(where: str, keys: tuple[int | str, ...]) -> str:
     return ".".join([*([where] if where else []), *(str(key)[:80] for key in keys)]) or "the file"
 
 
 def open_model(path: Path, allowed_globals: frozenset[str]) -> TorchFile:
-    """Open a model file and check its keys.
+    """Opens a model file and check its keys.
 
     Args:
         path: the file.
         allowed_globals: names of the user's own classes that the file may mention.
 
     Raises:
-        BrokenCheckpoint, UnsafePickle, UnsupportedLayout: it cannot be read, or is not what DeepSpeed writes.
+        BrokenCheckpoint, UnsafePickle, UnsupportedLayout: the file cannot be read, or is not what DeepSpeed writes.
     """
     file = open_torch_file(path, allowed_globals)
     check(file, file.tree, Model0 if is_stage0(file.tree) else Model)
@@ -166,14 +166,14 @@ def is_stage0(model: Any) -> bool:
 
 
 def open_optimizer(path: Path, allowed_globals: frozenset[str]) -> TorchFile:
-    """Open a rank's optimizer file and check its keys.
+    """Opens a rank's optimizer file and check its keys.
 
     Args:
         path: the file.
         allowed_globals: names of the user's own classes that the file may mention.
 
     Raises:
-        BrokenCheckpoint, UnsafePickle, UnsupportedLayout: it cannot be read, or is not what DeepSpeed writes.
+        BrokenCheckpoint, UnsafePickle, UnsupportedLayout: the file cannot be read, or is not what DeepSpeed writes.
     """
     file = open_torch_file(path, allowed_globals)
     state = file.tree.get("optimizer_state_dict") if isinstance(file.tree, dict) else None
@@ -186,14 +186,14 @@ def open_optimizer(path: Path, allowed_globals: frozenset[str]) -> TorchFile:
 
 
 def open_universal_state(path: Path, allowed_globals: frozenset[str]) -> TorchFile:
-    """Open a universal checkpoint's `optimizer_state.pt` and check its keys; arguments and errors as `open_model`."""
+    """Opens a universal checkpoint's `optimizer_state.pt` and check its keys; arguments and errors as `open_model`."""
     file = open_torch_file(path, allowed_globals)
     check(file, file.tree, UniversalState)
     return file
 
 
 def open_weights(path: Path, allowed_globals: frozenset[str]) -> TorchFile:
-    """Open a file of named weights alone (an expert's, a pipeline layer's); arguments and errors as `open_model`."""
+    """Opens a file of named weights alone (an expert's, a pipeline layer's); arguments and errors as `open_model`."""
     file = open_torch_file(path, allowed_globals)
     check(file, file.tree, NamedValues)
     return file

@@ -29,11 +29,11 @@ def is_universal(path: Path) -> bool:
 
 
 def read(checkpoint: Checkpoint, entries: list[str], allowed_globals: frozenset[str]) -> Layout:
-    """Read a universal checkpoint.
+    """Reads a universal checkpoint.
 
     Args:
         checkpoint: the folder to read.
-        entries: names of what is in it, sorted.
+        entries: names of the files and folders in it, sorted.
         allowed_globals: names of the user's own classes that the files may mention.
 
     Raises:
@@ -45,7 +45,7 @@ def read(checkpoint: Checkpoint, entries: list[str], allowed_globals: frozenset[
     if zero.get("round_robin_gradients"):
         raise UnsupportedLayout(
             f"{path} was made from a run with round_robin_gradients. DeepSpeed's converter puts its parameters into "
-            "wrong places, so it is not read. Merge the run's own checkpoints."
+            "wrong places, so wsm_ds does not read it. Merge the run's own checkpoints."
         )
     stage = zero.get("stage", 1)
     if stage not in (1, 2, 3):
@@ -60,7 +60,7 @@ def read(checkpoint: Checkpoint, entries: list[str], allowed_globals: frozenset[
     indices = {file.path: index for index, file in enumerate([*models.values(), *others])}
     files = RankFiles(models, dict(enumerate(others)), indices, tensors, aliases, world_size)
     builder = TableBuilder()
-    place(builder, files, parameters)
+    add_fragments(builder, files, parameters)
     names = tuple(file.relative_to(path).as_posix() for file in indices)
     groups = optimizer_state.tree["param_groups"]
     return assemble(checkpoint, [files], builder, stage=stage, file_names=names, groups=groups)
@@ -92,7 +92,7 @@ def _zero_config(model: TorchFile) -> dict[str, Any]:
 def open_parameters(
     path: Path, names: Iterable[str], allowed_globals: frozenset[str]
 ) -> dict[str, dict[str, TorchFile]]:
-    """Open the files of parameters.
+    """Opens the files of parameters.
 
     Args:
         path: the checkpoint's folder.
@@ -116,8 +116,8 @@ def open_parameters(
     return opened
 
 
-def place(builder: TableBuilder, files: RankFiles, parameters: dict[str, dict[str, TorchFile]]) -> None:
-    """Add every fragment of a universal checkpoint to `builder`.
+def add_fragments(builder: TableBuilder, files: RankFiles, parameters: dict[str, dict[str, TorchFile]]) -> None:
+    """Adds every fragment of a universal checkpoint to `builder`.
 
     Args:
         builder: the tables to add to.
@@ -129,14 +129,15 @@ def place(builder: TableBuilder, files: RankFiles, parameters: dict[str, dict[st
     """
     if "zero_pp_rank_" in files.models[0].path.name:
         for rank, model in files.models.items():
-            zero3.place_model(builder, files, model, rank)
+            zero3.add_model(builder, files, model, rank)
     else:
-        zero12.place_module(builder, files)
+        zero12.add_module(builder, files)
     numbers = files.tensor_numbers
     for name, kinds in parameters.items():
         numel = files.tensors[name].numel
         for kind, file in kinds.items():
             tensor = whole(file.tree)
+            # `step.pt` holds the optimizer's step counter, not a value per element.
             if tensor is None or kind == "step":
                 continue
             if tensor.numel != numel:

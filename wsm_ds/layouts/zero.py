@@ -1,7 +1,7 @@
-"""Checkpoints of ZeRO stages 1 to 3: one model file or one a rank, an optimizer file a rank, and weights elsewhere.
+"""Checkpoints of ZeRO stages 1 to 3: one model file (stage 3: one per rank), and an optimizer file per rank.
 
-`zero12` and `zero3` know how a stage places elements. This is what both need: which files belong together, and which
-weights lie outside the model files (native MoE's experts, a pipeline's layers).
+`zero12` and `zero3` know where a stage stores elements. This module has the common rest: which files belong together,
+and which weights lie outside the model files (native MoE's experts, a pipeline's layers).
 """
 
 from pathlib import Path
@@ -21,12 +21,12 @@ from wsm_ds.torchfile import Stub, TorchFile
 
 
 def read(checkpoint: Checkpoint, entries: list[str], first_model: TorchFile, allowed_globals: frozenset[str]) -> Layout:
-    """Read a checkpoint of ZeRO stage 1, 2 or 3.
+    """Reads a checkpoint of ZeRO stage 1, 2 or 3.
 
     Args:
         checkpoint: the folder to read.
-        entries: names of what is in it, sorted.
-        first_model: a model file of it, opened: it says how many ranks there are.
+        entries: names of the files and folders in it, sorted.
+        first_model: a model file of it, opened: it holds the numbers of ranks.
         allowed_globals: names of the user's own classes that the files may mention.
 
     Raises:
@@ -45,12 +45,13 @@ def read(checkpoint: Checkpoint, entries: list[str], first_model: TorchFile, all
     trees = [models[Rank(mp, 0)].tree for mp in range(counts.mp)]
     extra_weights = _open_extra_weights(path, entries, stage, trees, allowed_globals)
     ranks: list[RankFiles] = []
+    # A layer that borrows a tied module has no file of its own: the weights are in the file of another stage.
     for mp in range(counts.mp):
         borrowed = pipeline.borrowed_weights(trees[mp], extra_weights[mp], extra_weights)
         ranks.append(_rank_files(_of_mp_rank(models, mp), _of_mp_rank(optims, mp), extra_weights[mp], borrowed, ranks))
     builder = TableBuilder()
     for rank_files in ranks:
-        (zero3 if stage == 3 else zero12).place(builder, rank_files)
+        (zero3 if stage == 3 else zero12).add_fragments(builder, rank_files)
     names = tuple(file.path.name for rank_files in ranks for file in rank_files.files)
     groups = parameter_groups(ranks[0].optims[0])
     return assemble(checkpoint, ranks, builder, stage=stage, file_names=names, groups=groups)
@@ -61,10 +62,12 @@ def _rank_counts(model: TorchFile) -> RankCounts:
 
 
 def _require_one_save(models: dict[Rank, TorchFile], first_model: TorchFile, counts: RankCounts) -> None:
-    """Raise BrokenCheckpoint if a model file was saved by another number of ranks, or at stage 0."""
+    """Raises BrokenCheckpoint if a model file was saved by another number of ranks, or at stage 0."""
     for file in models.values():
         if is_stage0(file.tree):
-            raise BrokenCheckpoint(f"{file.path} is of stage 0, but there are ZeRO files beside it: of another save?")
+            raise BrokenCheckpoint(
+                f"{file.path} is of stage 0, but ZeRO files lie beside it: are they of another save?"
+            )
         if _rank_counts(file) != counts:
             raise BrokenCheckpoint(
                 f"{file.path} was saved by {_rank_counts(file)}, but {first_model.path.name} by {counts}: files of "
@@ -84,21 +87,21 @@ def _rank_files(
     borrowed: dict[str, Any],
     earlier: list[RankFiles],
 ) -> RankFiles:
-    """Collect the files of one model-parallel rank.
+    """Collects the files of one model-parallel rank.
 
     Args:
         models: its model files by data-parallel rank.
         optims: its optimizer files by data-parallel rank.
         extra_weights: its weights outside the model files.
         borrowed: tied weights that only other ranks' files hold.
-        earlier: the model-parallel ranks before it. Files and tensors are numbered after theirs.
+        earlier: the model-parallel ranks before it. The numbers of files and tensors continue theirs.
     """
     model = models[0]
     has_experts = bool(model.tree.get("num_experts"))
     experts = moe.read_experts(model.tree, [weights.file for weights in extra_weights]) if has_experts else None
     if has_experts:
         moe.require_same_groups(optims)
-    # Only global rank 0 writes down which names are tied (`_get_shared_params`, runtime/engine.py:5490).
+    # Only global rank 0 saves the tied names (`_get_shared_params`, runtime/engine.py:5490).
     shared_params = (earlier[0].models[0] if earlier else model).tree.get("shared_params") or {}
     module = module_of(model, extra_weights) | borrowed
     tensors, aliases = tensors_of(model, module, shared_params, experts or moe.NO_EXPERTS)
@@ -120,7 +123,7 @@ def _rank_files(
 def _open_extra_weights(
     path: Path, entries: list[str], stage: int, models: list[Any], allowed_globals: frozenset[str]
 ) -> list[tuple[WeightsFile, ...]]:
-    """Open the weights outside the model files, for each model-parallel rank: experts, or a pipeline's layers."""
+    """Opens the weights outside the model files, for each model-parallel rank: experts, or a pipeline's layers."""
     layers = [name for name in entries if pipeline.LAYER_FILE.match(name)]
     experts = _open_experts(path, entries, stage, models[0], allowed_globals)
     if not layers:

@@ -26,15 +26,22 @@ from wsm_ds.layouts.run import Checkpoint
 from wsm_ds.torchfile import Tensor, TorchFile
 
 FIRST_BLOCK_NUMEL, LARGEST_BLOCK_NUMEL = 1 << 12, 1 << 20
-"""Elements compared at a time: few at first, because most weights differ early; many where they are alike."""
+"""Elements compared at a time: few at first, because most weights differ early; then many."""
 
 
 @dataclass(frozen=True)
 class NamedPiece:
-    """Elements [start, start + numel) of each tensor of `kinds` are those of the parameter `name`."""
+    """A parameter inside flat tensors of the optimizer.
+
+    Attributes:
+        name: the parameter.
+        position: its first element in each tensor of `kinds`.
+        numel: its elements.
+        kinds: the tensors that hold it, by kind.
+    """
 
     name: str
-    start: int
+    position: int
     numel: int
     kinds: dict[str, Tensor]
 
@@ -48,15 +55,15 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class Optimizer:
-    """What a stage 0 file says of its parameters.
+    """The parameters and the optimizer of a stage 0 file.
 
     Attributes:
         tensors: parameters, frozen ones, buffers.
         aliases: tied names, with the name that each stands for.
-        pieces: the optimizer's tensors by parameter; empty where only the module's weights have names.
+        pieces: the parameters in the optimizer's tensors; empty if nothing shows which is which.
         groups: `param_groups`.
-        module_is_master: the module's weights are the masters (fp32).
-        has_nameless_states: there are states, but nothing says which parameters they belong to.
+        module_is_master: whether the module's weights are the masters (fp32).
+        has_nameless_states: as in `Layout`.
     """
 
     tensors: dict[str, TensorInfo]
@@ -68,7 +75,7 @@ class Optimizer:
 
 
 def read(checkpoint: Checkpoint, model: TorchFile) -> Layout:
-    """Read a checkpoint of ZeRO stage 0.
+    """Reads a checkpoint of ZeRO stage 0.
 
     Args:
         checkpoint: the folder to read.
@@ -86,7 +93,7 @@ def read(checkpoint: Checkpoint, model: TorchFile) -> Layout:
     world_size = int(model.tree["dp_world_size"])
     files = RankFiles({0: model}, {}, {model.path: 0}, optimizer.tensors, optimizer.aliases, world_size)
     builder = TableBuilder()
-    place(builder, model, optimizer)
+    add_fragments(builder, model, optimizer)
     return assemble(
         checkpoint,
         [files],
@@ -99,13 +106,13 @@ def read(checkpoint: Checkpoint, model: TorchFile) -> Layout:
 
 
 def read_optimizer(file: TorchFile) -> Optimizer:
-    """Name the optimizer's tensors.
+    """Finds the parameters in the optimizer's tensors.
 
-    Where the structure does not name them, reads elements until the weights differ.
+    If the structure of the file does not show them, it compares elements until only one weight fits.
 
     Raises:
         BrokenCheckpoint: the file is not what DeepSpeed writes.
-        UnsupportedLayout: a master is no parameter's, or may be that of any of several; they are named.
+        UnsupportedLayout: a master fits no parameter, or several; they are named.
     """
     state, module = file.tree["optimizer"], file.tree["module"]
     schema.check(file, state, schema.Flats if "optimizer_state_dict" in state else schema.Base, "optimizer")
@@ -120,6 +127,7 @@ def read_optimizer(file: TorchFile) -> Optimizer:
         pieces = tuple(_unfused_pieces(file, state["fp32_groups"], base, weights))
     else:
         pieces = tuple(_pieces_by_order(base, weights))
+    # In fp32 DeepSpeed saves the torch optimizer itself; its 16-bit wrappers save it under `optimizer_state_dict`.
     module_is_master = base is state
     trained = set(weights) if module_is_master else {piece.name for piece in pieces}
     tensors = {n: TensorInfo(t.shape, t.dtype, "parameter") for n, t in weights.items() if n in trained}
@@ -130,8 +138,8 @@ def read_optimizer(file: TorchFile) -> Optimizer:
     )
 
 
-def place(builder: TableBuilder, file: TorchFile, optimizer: Optimizer) -> None:
-    """Add every fragment of a stage 0 checkpoint to `builder`; its only file has number 0."""
+def add_fragments(builder: TableBuilder, file: TorchFile, optimizer: Optimizer) -> None:
+    """Adds every fragment of a stage 0 checkpoint to `builder`; its only file has number 0."""
     numbers = {name: number for number, name in enumerate(optimizer.tensors)}
     kind_of_role = {"parameter": "master" if optimizer.module_is_master else "module"}
     for name, info in optimizer.tensors.items():
@@ -140,7 +148,7 @@ def place(builder: TableBuilder, file: TorchFile, optimizer: Optimizer) -> None:
         builder.add(kind, numbers[name], 0, info.numel, file=0, offset=offset, dtype=stored.dtype)
     for piece in optimizer.pieces:
         for kind, tensor in piece.kinds.items():
-            offset = file.byte_offset(tensor) + piece.start * tensor.dtype.itemsize
+            offset = file.byte_offset(tensor) + piece.position * tensor.dtype.itemsize
             builder.add(kind, numbers[piece.name], 0, piece.numel, file=0, offset=offset, dtype=tensor.dtype)
 
 
@@ -166,7 +174,7 @@ def _states(base: dict[str, Any], number: int, parameter: Tensor) -> dict[str, T
 def _fused_pieces(
     file: TorchFile, flats: list[Tensor], base: dict[str, Any], weights: dict[str, Tensor]
 ) -> Iterator[NamedPiece]:
-    """FP16_Optimizer: find the storage of the module that each flat master rounds to; its views are the parameters."""
+    """FP16_Optimizer: the views of the module's storage that equals a flat master, rounded, are the parameters."""
     views_by_storage: dict[str, list[View]] = {}
     for name, tensor in weights.items():
         views_by_storage.setdefault(tensor.storage.key, []).append(View(tensor.offset, name))
@@ -179,10 +187,10 @@ def _fused_pieces(
         }
         candidates = _candidates(file, flat, first_weights)
         if len(candidates) != 1:
-            what = "are no parameters" if not candidates else "may be any of several groups"
+            problem = "fit no parameters" if not candidates else "fit several groups"
             raise UnsupportedLayout(
-                f"{file.path}: the flat masters of group {number} {what} of its module. Use ZeRO stage 1, which writes "
-                "names."
+                f"{file.path}: the flat masters of group {number} {problem} of its module. Use ZeRO stage 1, which "
+                "writes names."
             )
         for start, name in pending.pop(candidates[0]):
             yield NamedPiece(name, start, weights[name].numel, {"master": flat, **_states(base, number, flat)})
@@ -201,7 +209,7 @@ def _has_no_gaps(views: list[View], weights: dict[str, Tensor]) -> bool:
 def _unfused_pieces(
     file: TorchFile, groups: list[list[Tensor]], base: dict[str, Any], weights: dict[str, Tensor]
 ) -> Iterator[NamedPiece]:
-    """FP16_UnfusedOptimizer: find the weight of the same shape that each master rounds to."""
+    """FP16_UnfusedOptimizer: finds the weight that equals each master, rounded, and has the same shape."""
     masters = [master for group in groups for master in group]
     candidates = []
     for number, master in enumerate(masters):
@@ -209,10 +217,10 @@ def _unfused_pieces(
         candidates.append(_candidates(file, master, same_shape))
         if not candidates[-1]:
             raise UnsupportedLayout(
-                f"{file.path}: master {number} of shape {list(master.shape)} is no parameter's of its module; were the "
+                f"{file.path}: master {number} of shape {list(master.shape)} fits no parameter of its module; were the "
                 "weights replaced without their masters (load_optimizer_states=False)?"
             )
-    group_of_master = [group for group, of_group in enumerate(groups) for _ in of_group]
+    group_of_master = [number for number, group in enumerate(groups) for _ in group]
     for number, name in enumerate(_one_name_each(file, candidates, group_of_master, list(weights))):
         master = masters[number]
         yield NamedPiece(name, 0, master.numel, {"master": master, **_states(base, number, master)})
@@ -221,10 +229,10 @@ def _unfused_pieces(
 def _one_name_each(
     file: TorchFile, candidates: list[list[str]], group_of_master: list[int], module_order: list[str]
 ) -> list[str]:
-    """Choose one name for each master.
+    """Chooses one name for each master.
 
-    Weights can be alike in every rounded element (norms that are still 1.0 in bf16). They are told apart by their
-    order, if they are all of one group and the groups keep the module's order as far as the other weights show it.
+    Weights can be equal in every rounded element (norms that are still 1.0 in bf16). Their order then decides, if they
+    belong to one group and the other weights show that the groups keep the module's order.
 
     Args:
         file: the model file, for the message.
@@ -233,7 +241,7 @@ def _one_name_each(
         module_order: names of all weights, in the module's order.
 
     Raises:
-        UnsupportedLayout: their order does not tell them apart; the names are in the message.
+        UnsupportedLayout: their order does not decide; the message has the names.
     """
     positions = {name: position for position, name in enumerate(module_order)}
     names = []
@@ -253,26 +261,27 @@ def _one_name_each(
 
 def _ambiguous(file: TorchFile, number: int, names: list[str]) -> UnsupportedLayout:
     return UnsupportedLayout(
-        f"{file.path}: master {number} may be any of {few(names)}: they are alike once rounded, and the optimizer's "
+        f"{file.path}: master {number} may be any of {few(names)}: they are equal once rounded, and the optimizer's "
         "groups do not keep the module's order. Train until they differ, or use ZeRO stage 1, which writes names."
     )
 
 
 def _pieces_by_order(base: dict[str, Any], weights: dict[str, Tensor]) -> Iterator[NamedPiece]:
-    """fp32: name states by position if one group holds all weights, as `model.parameters()` gives them; else none."""
+    """fp32: states in the order of the weights, if one group holds all weights (`model.parameters()`); else none."""
     groups, names = base["param_groups"], list(weights)
     if len(groups) != 1 or len(groups[0]["params"]) != len(names):
         return
     pieces = [NamedPiece(name, 0, weights[name].numel, _states(base, n, weights[name])) for n, name in enumerate(names)]
+    # Either all parameters have states or none has. Otherwise the order of the group is not that of the module.
     if all(bool(piece.kinds) == bool(pieces[0].kinds) for piece in pieces):
         yield from pieces
 
 
 def _candidates(file: TorchFile, master: Tensor, weights: dict[str, Tensor]) -> list[str]:
-    """The names of those of `weights` that equal a master, rounded to their dtype.
+    """The names of the weights that equal a master, rounded to their dtype.
 
-    Reads block after block until one is left, or to the end if several are alike. A weight here stands for
-    `master.numel` elements from its own first one.
+    Reads block after block until one candidate remains, or to the end if several are equal. Each weight is compared
+    over `master.numel` elements from its first one on, which may reach into the next views of its storage.
     """
     remaining, start, size = weights, 0, FIRST_BLOCK_NUMEL
     while remaining and start < master.numel and (len(remaining) > 1 or start == 0):

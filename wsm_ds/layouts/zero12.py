@@ -1,6 +1,6 @@
 """ZeRO stages 1 and 2, and BF16_Optimizer: flat partitions of each parameter group.
 
-A group's parameters, flattened in `param_shapes` order, form one line of elements, padded to equal partitions of P
+A group's parameters, flattened in `param_shapes` order, form one flat tensor, padded to equal partitions of P
 elements; rank r owns [r·P, (r+1)·P). `param_slice_mappings` is not read: under `round_robin_gradients` it follows
 another order than the partitions (`_link_all_hp_params`, `runtime/zero/stage_1_and_2.py:824`), while `param_shapes`
 follows the partitions' (`_get_zero_param_shapes`, `runtime/engine.py:5448`).
@@ -17,8 +17,8 @@ from wsm_ds.torchfile import Tensor, TorchFile
 MOMENTUM = "momentum_buffer"
 
 
-class Slice(NamedTuple):
-    """Elements [start, start + numel) of the parameter `name`, at element `position` of a partition."""
+class Piece(NamedTuple):
+    """Elements [start, start + numel) of the parameter `name`, at element `position` of a flat partition."""
 
     name: str
     start: int
@@ -26,13 +26,13 @@ class Slice(NamedTuple):
     position: int
 
 
-def place(builder: TableBuilder, files: RankFiles) -> None:
-    """Add every fragment of a stage 1 or 2 checkpoint to `builder`.
+def add_fragments(builder: TableBuilder, files: RankFiles) -> None:
+    """Adds every fragment of a stage 1 or 2 checkpoint to `builder`.
 
     Raises:
         BrokenCheckpoint: the optimizer files contradict each other, or the model file. File and group are named.
     """
-    place_module(builder, files)
+    add_module(builder, files)
     groups = files.models[0].tree["param_shapes"]
     partition_numels: dict[int, int] = {}
     for rank, optim in files.optims.items():
@@ -44,8 +44,8 @@ def place(builder: TableBuilder, files: RankFiles) -> None:
                 raise BrokenCheckpoint(
                     f"{optim.path}: partition {group} holds {numel} elements, that of rank 0 {partition_numels[group]}."
                 )
-            slices_of_rank = _slices_of_rank(files, optim, group, shapes, rank)
-            _place_partition(builder, files, optim, group, slices_of_rank)
+            rank_pieces = _rank_pieces(files, optim, group, shapes, rank)
+            _add_partition(builder, files, optim, group, rank_pieces)
 
 
 def _partition_numel(state: dict[str, Any], group: int) -> int:
@@ -55,11 +55,12 @@ def _partition_numel(state: dict[str, Any], group: int) -> int:
     `runtime/zero/stage_1_and_2.py:3327`), BF16_Optimizer does not (`runtime/bf16_optimizer.py:633`).
     """
     stored: int = state["single_partition_of_fp32_groups"][group].numel
+    # Only the ZeRO class writes `zero_stage`, so its absence shows BF16_Optimizer.
     return stored + int(state["group_paddings"][group]) if "zero_stage" in state else stored
 
 
-def _slices_of_rank(files: RankFiles, optim: TorchFile, group: int, shapes: dict[str, Any], rank: int) -> list[Slice]:
-    """What a rank's partition of a parameter group holds."""
+def _rank_pieces(files: RankFiles, optim: TorchFile, group: int, shapes: dict[str, Any], rank: int) -> list[Piece]:
+    """The pieces in a rank's partition of a parameter group."""
     state = optim.tree["optimizer_state_dict"]
     partition_numel = _partition_numel(state, group)
     share = files.experts.share(optim, group, shapes, rank, files.world_size)
@@ -70,23 +71,25 @@ def _slices_of_rank(files: RankFiles, optim: TorchFile, group: int, shapes: dict
     alignment = alignments[group] if alignments else []
     expected = sum(files.tensors[name].numel for name in share.names) + sum(int(padding) for padding in alignment)
     require_numel(optim, f"parameter group {group}", partition_numel * share.count, expected)
-    return list(slices(share.names, alignment, files.tensors, share.index * partition_numel, partition_numel))
+    return list(pieces(share.names, alignment, files.tensors, share.index * partition_numel, partition_numel))
 
 
-def _place_partition(
-    builder: TableBuilder, files: RankFiles, optim: TorchFile, group: int, slices_of_rank: list[Slice]
+def _add_partition(
+    builder: TableBuilder, files: RankFiles, optim: TorchFile, group: int, rank_pieces: list[Piece]
 ) -> None:
     state, numbers, file = optim.tree["optimizer_state_dict"], files.tensor_numbers, files.indices[optim.path]
     masters = state["single_partition_of_fp32_groups"][group]
     states = _states(state, group)
+    # Elastic checkpoints trim the states as they trim the masters; others save them with the padding
+    # (`_get_state_without_padding`, runtime/zero/stage_1_and_2.py:3338).
     flats = {"master": masters, **element_wise(states, masters.numel, _partition_numel(state, group))}
-    slices_by_kind = dict.fromkeys(flats, slices_of_rank)
+    pieces_by_kind = dict.fromkeys(flats, rank_pieces)
     if is_muon(state["base_optimizer_state"], group) and isinstance(states.get(MOMENTUM), Tensor):
         flats[MOMENTUM] = states[MOMENTUM]
-        slices_by_kind[MOMENTUM] = whole_parameters(slices_of_rank, files.tensors)
+        pieces_by_kind[MOMENTUM] = whole_parameters(rank_pieces, files.tensors)
     for kind, flat in flats.items():
         base = optim.byte_offset(flat)
-        for name, start, numel, position in slices_by_kind[kind]:
+        for name, start, numel, position in pieces_by_kind[kind]:
             require_numel(optim, f"{kind} of partition {group}", flat.numel, position + numel)
             offset = base + position * flat.dtype.itemsize
             builder.add(kind, numbers[name], start, numel, file=file, offset=offset, dtype=flat.dtype)
@@ -95,28 +98,32 @@ def _place_partition(
 def is_muon(base: Any, group: int) -> bool:
     """Whether Muon updates a group.
 
-    In stages 1 and 2 it keeps the momentum of whole parameters, on every rank whose partition they touch.
+    In stages 1 and 2 Muon keeps the momentum of whole parameters, on every rank whose partition they touch.
+
+    Args:
+        base: the base optimizer's state dict.
+        group: number of the group.
     """
     return isinstance(base, dict) and bool(base["param_groups"][group].get("use_muon"))
 
 
-def whole_parameters(slices: Iterable[Slice], tensors: dict[str, TensorInfo]) -> list[Slice]:
-    """The parameters that lie in a partition, wholly or in part, as whole ones one after the other.
+def whole_parameters(pieces: Iterable[Piece], tensors: dict[str, TensorInfo]) -> list[Piece]:
+    """The parameters that lie in a partition, whole or in part, laid out as whole ones one after the other.
 
     >>> from wsm_ds.dtypes import BY_NAME
     >>> info = TensorInfo((4,), BY_NAME["bf16"], "parameter")
-    >>> whole_parameters([Slice("a", 2, 2, 0), Slice("b", 0, 1, 2)], {"a": info, "b": info})
-    [Slice(name='a', start=0, numel=4, position=0), Slice(name='b', start=0, numel=4, position=4)]
+    >>> whole_parameters([Piece("a", 2, 2, 0), Piece("b", 0, 1, 2)], {"a": info, "b": info})
+    [Piece(name='a', start=0, numel=4, position=0), Piece(name='b', start=0, numel=4, position=4)]
     """
-    wholes, position = [], 0
-    for name, *_ in slices:
-        wholes.append(Slice(name, 0, tensors[name].numel, position))
+    whole_pieces, position = [], 0
+    for name, *_ in pieces:
+        whole_pieces.append(Piece(name, 0, tensors[name].numel, position))
         position += tensors[name].numel
-    return wholes
+    return whole_pieces
 
 
 def _require_group_count(optim: TorchFile, state: dict[str, Any], groups: int) -> None:
-    """Raise BrokenCheckpoint unless each list with an entry for each group has as many as the model file has groups."""
+    """Raises BrokenCheckpoint unless each list of the optimizer file has one entry per group of the model file."""
     base = state["base_optimizer_state"]
     lists = {name: state[name] for name in ("single_partition_of_fp32_groups", "partition_count", "group_paddings")}
     lists["base_optimizer_state"] = base if isinstance(base, list) else base["param_groups"]
@@ -128,29 +135,29 @@ def _require_group_count(optim: TorchFile, state: dict[str, Any], groups: int) -
             )
 
 
-def slices(
+def pieces(
     names: Iterable[str], alignment: list[int], tensors: dict[str, TensorInfo], first: int, size: int
-) -> Iterator[Slice]:
-    """Yield the parts of a group's parameters that lie in the partition [first, first + size) of its line of elements.
+) -> Iterator[Piece]:
+    """Yields the parts of a group's parameters that lie in the partition [first, first + size) of its flat tensor.
 
     Args:
-        names: the group's parameters in the order of the line.
+        names: the group's parameters in the order of the flat tensor.
         alignment: elements of padding after each parameter; missing ones are 0.
         tensors: shapes of the parameters.
-        first: the partition's first element in the line.
+        first: the partition's first element in the flat tensor.
         size: elements of the partition.
 
     >>> from wsm_ds.dtypes import BY_NAME
     >>> info = TensorInfo((4,), BY_NAME["bf16"], "parameter")
-    >>> list(slices(["a", "b"], [], {"a": info, "b": info}, 3, 3))
-    [Slice(name='a', start=3, numel=1, position=0), Slice(name='b', start=0, numel=2, position=1)]
+    >>> list(pieces(["a", "b"], [], {"a": info, "b": info}, 3, 3))
+    [Piece(name='a', start=3, numel=1, position=0), Piece(name='b', start=0, numel=2, position=1)]
     """
     position = 0
     for index, name in enumerate(names):
         numel = tensors[name].numel
         begin, end = max(position, first), min(position + numel, first + size)
         if begin < end:
-            yield Slice(name, begin - position, end - begin, begin - first)
+            yield Piece(name, begin - position, end - begin, begin - first)
         position += numel + (int(alignment[index]) if index < len(alignment) else 0)
 
 
@@ -161,8 +168,8 @@ def _states(state: dict[str, Any], group: int) -> dict[str, Any]:
     return states
 
 
-def place_module(builder: TableBuilder, files: RankFiles) -> None:
-    """Add the whole tensors of the model file, and of the files that hold further weights, to `builder`.
+def add_module(builder: TableBuilder, files: RankFiles) -> None:
+    """Adds the whole tensors of the model file, and of the files that hold further weights, to `builder`.
 
     A tied name is added only where it has bytes of its own (DeepSpeed clones tensors when it saves experts).
 
@@ -170,23 +177,23 @@ def place_module(builder: TableBuilder, files: RankFiles) -> None:
         BrokenCheckpoint: a weight's shape is not that of `param_shapes`; file and tensor are named.
     """
     model = files.models[0]
-    _place_weights(builder, files, model, model.tree["module"] or {})
+    _add_weights(builder, files, model, model.tree["module"] or {})
     for weights in files.extra_weights:
-        _place_weights(builder, files, weights.file, weights.tensors)
+        _add_weights(builder, files, weights.file, weights.tensors)
 
 
-def _place_weights(builder: TableBuilder, files: RankFiles, model: TorchFile, weights: dict[str, Any]) -> None:
+def _add_weights(builder: TableBuilder, files: RankFiles, model: TorchFile, weights: dict[str, Any]) -> None:
     kinds = {"parameter": "module", "frozen": "frozen", "buffer": "buffer"}
     numbers, file = files.tensor_numbers, files.indices[model.path]
-    placed_offsets: set[int] = set()
+    used_offsets: set[int] = set()
     for name in sorted(weights, key=lambda name: name in files.aliases):  # tied names last
         value, owner = weights[name], files.aliases.get(name, name)
         if not isinstance(value, Tensor) or owner not in files.tensors:
             continue
         offset = model.byte_offset(value)
-        if name in files.aliases and offset in placed_offsets:
+        if name in files.aliases and offset in used_offsets:
             continue
-        placed_offsets.add(offset)
+        used_offsets.add(offset)
         info = files.tensors[owner]
         if value.shape != info.shape:
             raise BrokenCheckpoint(f"{model.path}: {name} has shape {value.shape}, param_shapes says {info.shape}.")

@@ -2,8 +2,8 @@
 
 A sub-group's flat tensor is the partitions of its parameters one after the other; the padding of the last ranks stays
 in place (`_aligned_size`, `runtime/zero/partition_parameters.py:1690`; `_rigid_state_dict`,
-`runtime/zero/stage3.py:3431`). Module files hold empty placeholders of the parameters, every rank's copy of the
-buffers, and in `frozen_param_fragments` the rank's part of each frozen parameter.
+`runtime/zero/stage3.py:3431`). Module files hold empty tensors for the parameters, every rank's copy of the
+buffers, and in `frozen_param_fragments` the rank's partition of each frozen parameter.
 """
 
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, few
@@ -12,21 +12,21 @@ from wsm_ds.layouts.rank_files import RankFiles, element_wise, require_numel
 from wsm_ds.torchfile import Tensor, TorchFile
 
 
-def place(builder: TableBuilder, files: RankFiles) -> None:
-    """Add every fragment of a stage 3 checkpoint to `builder`.
+def add_fragments(builder: TableBuilder, files: RankFiles) -> None:
+    """Adds every fragment of a stage 3 checkpoint to `builder`.
 
     Raises:
         BrokenCheckpoint: a rank's file lacks elements, or contradicts the model file. File and tensor are named.
         UnsupportedLayout: masters are on NVMe.
     """
     for rank, model in files.models.items():
-        place_model(builder, files, model, rank)
+        add_model(builder, files, model, rank)
     for rank, optim in files.optims.items():
-        _place_optimizer(builder, files, optim, rank)
+        _add_optimizer(builder, files, optim, rank)
 
 
-def place_model(builder: TableBuilder, files: RankFiles, model: TorchFile, rank: int) -> None:
-    """Add a rank's buffers and its fragments of frozen parameters to `builder`.
+def add_model(builder: TableBuilder, files: RankFiles, model: TorchFile, rank: int) -> None:
+    """Adds a rank's buffers and its fragments of frozen parameters to `builder`.
 
     Raises:
         BrokenCheckpoint: one of them is missing or too short; file and tensor are named.
@@ -42,6 +42,7 @@ def place_model(builder: TableBuilder, files: RankFiles, model: TorchFile, rank:
         is_whole = info.role == "buffer"
         start, numel = (0, info.numel) if is_whole else partition(info.numel, rank, files.world_size)
         require_numel(model, name, stored.numel, numel)
+        # Buffers are not partitioned and may differ between ranks, so each rank's copy is kept.
         offset, replica = model.byte_offset(stored), rank if is_whole else 0
         builder.add(
             info.role, numbers[name], start, numel, file=file, offset=offset, dtype=stored.dtype, replica=replica
@@ -49,7 +50,7 @@ def place_model(builder: TableBuilder, files: RankFiles, model: TorchFile, rank:
 
 
 def partition(numel: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Return (start, numel without padding) of a rank's part of a parameter.
+    """Returns (start, numel without padding) of a rank's partition of a parameter.
 
     >>> [partition(5, rank, 4) for rank in range(4)]
     [(0, 2), (2, 2), (4, 1), (5, 0)]
@@ -59,7 +60,7 @@ def partition(numel: int, rank: int, world_size: int) -> tuple[int, int]:
     return start, min(size, numel - start)
 
 
-def _place_optimizer(builder: TableBuilder, files: RankFiles, optim: TorchFile, rank: int) -> None:
+def _add_optimizer(builder: TableBuilder, files: RankFiles, optim: TorchFile, rank: int) -> None:
     state = optim.tree["optimizer_state_dict"]
     flats, subgroups = state["fp32_flat_groups"], files.models[0].tree["param_shapes"]
     if len(flats) != len(subgroups) or state["partition_count"] != files.world_size:
@@ -67,22 +68,29 @@ def _place_optimizer(builder: TableBuilder, files: RankFiles, optim: TorchFile, 
             f"{optim.path} holds {len(flats)} sub-groups cut for {state['partition_count']} ranks, but the model file "
             f"names {len(subgroups)} sub-groups and {files.world_size} ranks."
         )
+    # DeepSpeed sets one flat tensor per sub-group as the only parameter of its optimizer group while it saves, so the
+    # states have the numbers of sub-groups (`_set_fp32_optimizer_param_groups`, runtime/zero/stage3.py:3442).
     for number, names in enumerate(subgroups):
         states = state["optimizer_state_dict"]["state"].get(number, {})
         for kind, flat in {"master": flats[number], **element_wise(states, flats[number].numel)}.items():
-            _place_subgroup(builder, files, optim, kind, flat, list(names), rank)
+            _add_subgroup(builder, files, optim, kind, flat, list(names), rank)
 
 
-def _place_subgroup(
+def _add_subgroup(
     builder: TableBuilder, files: RankFiles, optim: TorchFile, kind: str, flat: Tensor, names: list[str], rank: int
 ) -> None:
-    numbers, file, what = files.tensor_numbers, files.indices[optim.path], f"{kind} of the sub-group of {few(names, 1)}"
+    numbers, file, flat_name = (
+        files.tensor_numbers,
+        files.indices[optim.path],
+        f"{kind} of the sub-group of {few(names, 1)}",
+    )
+    # Every rank saves the full partition size, also the last ranks, whose partitions are partly padding.
     partition_numels = [-(-files.tensors[name].numel // files.world_size) for name in names]
     if flat.numel == 0 and any(partition_numels):
         raise UnsupportedLayout(
-            f"{optim.path}: {what} is empty: it was offloaded to NVMe, which this version does not read."
+            f"{optim.path}: {flat_name} is empty: it was offloaded to NVMe, which this version does not read."
         )
-    require_numel(optim, what, flat.numel, sum(partition_numels))
+    require_numel(optim, flat_name, flat.numel, sum(partition_numels))
     offset = optim.byte_offset(flat)
     for name, partition_numel in zip(names, partition_numels, strict=True):
         start, numel = partition(files.tensors[name].numel, rank, files.world_size)

@@ -1,1 +1,1 @@
-"""Which files a merge makes, per output format, and where elements belong in them."""
+"""The files that a merge makes, for each output format, and where elements belong in them."""

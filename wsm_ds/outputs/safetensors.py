@@ -55,7 +55,7 @@ def plan_safetensors(
     newest = window.newest(tables)
     if newest.model_parallel_size > 1:
         raise UnsupportedLayout(
-            f"{newest.path} is held by {newest.model_parallel_size} model-parallel ranks together, and its files "
+            f"{newest.path} is a checkpoint of {newest.model_parallel_size} model-parallel ranks, and its files "
             "do not say how each tensor is split. Merge into a zero checkpoint (--format zero), and export that with "
             "the training code's own converter."
         )
@@ -129,6 +129,7 @@ def _shard(
     file: str, names: list[str], tensors: dict[str, TensorInfo], dtypes: dict[str, DType], renamed: dict[str, str]
 ) -> _Shard:
     """Lays out one shard. Tensors of wider dtypes come first, so that each is aligned to its element size."""
+    # transformers writes this entry, too (modeling_utils.py, `save_pretrained`).
     entries: dict[str, object] = {METADATA: {"format": "pt"}}
     offsets, position = {}, 0
     for name in sorted(names, key=lambda name: -dtypes[name].itemsize):
@@ -141,9 +142,12 @@ def _shard(
         offsets[name] = position
         position += nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    # The header is padded to 8 bytes, so that the tensors after it are aligned.
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    return _Shard(file, header, {n: o + len(header) for n, o in offsets.items()}, len(header) + position)
+    return _Shard(
+        file, header, {name: offset + len(header) for name, offset in offsets.items()}, len(header) + position
+    )
 
 
 def _index(

@@ -1,4 +1,4 @@
-"""A torch file with a changed object tree: its bytes as a template, and itself as a reader will see it."""
+"""A torch file with a changed object tree: the template of its bytes, and the file as a reader will see it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,6 +71,7 @@ def make_torch_template(
         for record in zip_frame.records
     }
     archive = Archive(Path(name), zip_frame.nbytes, records)
+    # Unpickled from the new bytes, so that the layouts read what DeepSpeed will read.
     file = TorchFile(archive, unpickle(archive, data, allowed_globals))
     crc_fields = tuple(CrcField(record.offset, record.nbytes, record.crc_offsets) for record in zip_frame.records)
     template = Template(name, zip_frame.nbytes, _segments(zip_frame, contents), crc_fields)
@@ -88,6 +89,7 @@ def _record_contents(
             continue
         record = record_of(inputs.archives[storage.file], storage)
         contents[f"data/{key}"] = CopySegment(0, record.nbytes, inputs.numbers[storage.file], record.offset)
+    # torch checks the records `version` and `byteorder` when it loads (`torch/serialization.py`).
     for name, record in original.records.items():
         if name != "data.pkl" and not name.startswith("data/"):
             contents[name] = CopySegment(0, record.nbytes, inputs.numbers[str(original.path)], record.offset)

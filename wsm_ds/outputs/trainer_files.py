@@ -46,4 +46,5 @@ def trainer_files(newest: Layout, output_format: str) -> tuple[Path, ...]:
     files = sorted(path for path in folder.iterdir() if path.is_file())
     if output_format == "safetensors":
         return tuple(path for path in files if any(fnmatch(path.name, pattern) for pattern in MODEL_FILES))
+    # Random states and the scheduler are carried, too: `Trainer` reads them when it resumes.
     return tuple(path for path in files if not any(fnmatch(path.name, pattern) for pattern in NOT_CARRIED))

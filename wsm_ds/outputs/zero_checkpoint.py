@@ -78,7 +78,10 @@ class OutputFiles:
 class _Templates:
     """The files of a checkpoint before streams write into them.
 
-    `tables` say where each kind's elements belong; their `file` counts `files`.
+    Attributes:
+        files: the templates.
+        tables: where the elements of each kind belong; `file` is an index in `files`.
+        is_resharded: whether the form differs from that of the newest checkpoint.
     """
 
     files: list[Template]
@@ -105,12 +108,12 @@ def plan_zero_checkpoint(
         optimizer_states: "carry" (those of the newest), "merge" (same coefficients) or "drop" (left out).
         allowed_globals: see `open_torch_file`.
         form: the form of the output; the newest checkpoint's, where nothing is requested.
-        reads_states: another output of the plan reads the optimizer states element by element. This one does so, too,
-            so that they are read once.
+        reads_states: whether to read carried optimizer states element by element. Set if another output of the plan
+            does so, so that they are read once.
 
     Raises:
-        UnsupportedLayout, LayoutMismatch, RecipeError: see `open_origin` and `target_form`; or states are to be merged
-            that do not say which parameters they belong to.
+        UnsupportedLayout, LayoutMismatch, RecipeError: see `open_origin` and `target_form`; or the states of a stage 0
+            checkpoint cannot be merged, because their parameters are unknown.
         BrokenCheckpoint: rank 0's files lack optimizer states that other ranks have.
     """
     newest, drops_states = window.newest(tables), optimizer_states == "drop"
@@ -126,6 +129,7 @@ def plan_zero_checkpoint(
     shareable = ("frozen", "buffer", *(["master"] if newest.stage == 0 else []))
     places |= {kind: _trimmed(tables, window, kind, places[kind]) for kind in shareable if kind in places}
     requests = [window.request(kind, places[kind]) for kind in ("master", "frozen", "buffer") if kind in places]
+    # Stage 3 saves no module weights: the engine casts them from the masters when it loads.
     if "module" in places:
         requests.append(window.request("master", places["module"], is_cast=True))
     if not drops_states:
@@ -180,7 +184,7 @@ def _trimmed(tables: SourceTables, window: OutputWindow, kind: str, table: Table
     averaged = {int(row["tensor"]) for row in table if ALL[row["dtype"]].is_floating}
     for number in window.members:
         shared = trim_shared_bytes(tables.table(number, kind), str(tables.layouts[number].path)).shared
-        apart = {tables.names[one.tensor] for one in trimmed.shared - shared if one.tensor in averaged}
+        apart = {tables.names[run.tensor] for run in trimmed.shared - shared if run.tensor in averaged}
         if apart:
             raise LayoutMismatch(
                 f"{newest.path} holds {few(sorted(apart))} in the same bytes as others, "
@@ -195,13 +199,13 @@ def _same_form(
 ) -> _Templates:
     """The newest checkpoint's own files, with or without optimizer states."""
     inputs = inputs_of(newest, first_input)
-    built = [_file_template(archive, inputs, drops_states, allowed_globals) for archive in newest.archives]
+    file_templates = [_file_template(archive, inputs, drops_states, allowed_globals) for archive in newest.archives]
     tables = {
-        kind: _moved(table.copy(), [new_offsets for _, new_offsets in built])
+        kind: _moved(table.copy(), [new_offsets for _, new_offsets in file_templates])
         for kind, table in newest.fragments.items()
         if not (drops_states and kind in newest.state_names)
     }
-    return _Templates([template for template, _ in built], tables, is_resharded=False)
+    return _Templates([template for template, _ in file_templates], tables, is_resharded=False)
 
 
 def output_files(
@@ -261,7 +265,12 @@ def _file_template(
 
 
 def _moved(table: Table, new_offsets: list[dict[int, int]]) -> Table:
-    """The fragments at their byte offsets in the templates; `new_offsets` of each file as `_file_template` has them."""
+    """Moves the fragments to their byte offsets in the templates.
+
+    Args:
+        table: fragments with the byte offsets of the source files; it is changed.
+        new_offsets: of each file, as `_file_template` returns them.
+    """
     for index, offsets in enumerate(new_offsets):
         if not offsets:
             continue
@@ -278,7 +287,7 @@ def _drop_states(state: dict[str, Any]) -> None:
     base: Any = state.get("base_optimizer_state", state.get("optimizer_state_dict", state))
     if isinstance(base, list):
         # An elastic checkpoint has a list with an entry per group, and the step beside it
-        # (`runtime/zero/stage_1_and_2.py:3382`); a fresh state must not go on counting.
+        # (`runtime/zero/stage_1_and_2.py:3382`); a new optimizer state starts from step 0.
         for entry in base:
             entry.clear()
         if "base_optimizer_state_step" in state:

@@ -1,10 +1,10 @@
-"""Where the same elements lie in sources and outputs: intervals matched on a line of elements.
+"""Where the same elements lie in sources and outputs: ranges matched on a line of elements.
 
 All tensors of a model laid end to end are one *line*. The fragments of one kind in a checkpoint cut the line into
-intervals. Two checkpoints cut it differently where their world sizes, stages or parameter orders differ. A *stream*
+ranges. Two checkpoints cut it differently where their world sizes, stages or parameter orders differ. A *stream*
 goes over the elements in the order of the first output; `Places` say, for every source and every output, where each
-stretch of the stream lies. Stretches that follow each other in a file are joined, so equal layouts end in one long
-run per partition.
+run of elements lies. Runs that follow each other in a file are joined, so equal layouts give one long run per
+partition.
 
 In this module `line` is the array that `line_of` returns: the position at which each tensor begins on the line, and
 the line's length; shape [tensors + 1].
@@ -30,14 +30,14 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Order:
-    """The elements of a stream: intervals [begin, end) of the line, one after the other; shape [m] each."""
+    """The elements of a stream: ranges [begin, end) of the line, one after the other; shape [m] each."""
 
     begin: Ints
     end: Ints
 
     @property
     def starts(self) -> Ints:
-        """The stream element that each interval begins with, and at the end their number; shape [m + 1]."""
+        """The stream element that each range begins with, and at the end their number; shape [m + 1]."""
         return np.concatenate([[0], np.cumsum(self.end - self.begin)]).astype(np.int64)
 
     @property
@@ -117,11 +117,16 @@ def without_repeats(table: Table, line: Ints) -> list[Table]:
 
     An element occurs twice where an output stores it twice, for example a frozen parameter of stage 2, which is in
     `module` and in `frozen_param_fragments`.
+
+    Args:
+        table: fragments of one kind.
+        line: see the module.
     """
-    begin, end = _interval(table, line)
+    begin, end = _line_range(table, line)
     order = np.argsort(begin, kind="stable")
     if np.all(end[order][:-1] <= begin[order][1:]):
         return [table]
+    # First fit along the line: each row goes into the first table whose last row ends before it.
     layers: list[list[int]] = []
     layer_ends: list[int] = []
     for row in order:
@@ -141,32 +146,42 @@ def order_of(tables: Sequence[Table], line: Ints) -> Order:
 
     The elements of the first table come first, by file and offset, so that the first output is written front to back.
     Then come the elements that only later tables have.
+
+    Args:
+        tables: fragments of one kind in each output. No element occurs twice in a table.
+        line: see the module.
     """
     sorted_lines = [_sorted_line(table, line) for table in tables]
     bounds = np.unique(np.concatenate([np.concatenate([begins, ends]) for _, begins, ends in sorted_lines]))
     begin, end = bounds[:-1], bounds[1:]
-    owner = np.full(len(begin), len(tables))  # the first table that has the interval
+    owner = np.full(len(begin), len(tables))  # the first table that has the range
     file, offset = np.zeros(len(begin), np.int64), np.zeros(len(begin), np.int64)
     for number, (table, (rows, begins, ends)) in enumerate(zip(tables, sorted_lines, strict=True)):
-        at = np.searchsorted(begins, begin, "right") - 1
-        new = np.flatnonzero((at >= 0) & (ends[np.maximum(at, 0)] > begin) & (owner == len(tables)))
+        row = np.searchsorted(begins, begin, "right") - 1
+        new = np.flatnonzero((row >= 0) & (ends[np.maximum(row, 0)] > begin) & (owner == len(tables)))
         owner[new] = number
-        file[new], offset[new], _ = _address(table, rows[at[new]], begin[new], line)
+        file[new], offset[new], _ = _address(table, rows[row[new]], begin[new], line)
     kept = np.flatnonzero(owner < len(tables))
     kept = kept[np.lexsort((offset[kept], file[kept], owner[kept]))]
     return Order(begin[kept], end[kept])
 
 
 def locate(order: Order, table: Table, line: Ints) -> Places:
-    """Returns where the elements of `order` lie in `table`; elements that it does not have lie NOWHERE."""
+    """Returns where the elements of `order` lie in `table`; elements that it does not have lie NOWHERE.
+
+    Args:
+        order: the elements.
+        table: fragments of one kind. No element occurs twice.
+        line: see the module.
+    """
     rows, begins, ends = _sorted_line(table, line)
-    stretch, begin, end = _cut(order, np.unique(np.concatenate([begins, ends])))
-    at = np.searchsorted(begins, begin, "right") - 1
-    has_place = (at >= 0) & (ends[np.maximum(at, 0)] >= end)
-    file, offset, dtype = _address(table, rows[np.maximum(at, 0)], begin, line)
+    range_number, begin, end = _cut(order, np.unique(np.concatenate([begins, ends])))
+    row = np.searchsorted(begins, begin, "right") - 1
+    has_place = (row >= 0) & (ends[np.maximum(row, 0)] >= end)
+    file, offset, dtype = _address(table, rows[np.maximum(row, 0)], begin, line)
     file = np.where(has_place, file, NOWHERE)
     offset = np.where(has_place, offset, 0)
-    first = order.starts[:-1][stretch] + begin - order.begin[stretch]
+    first = order.starts[:-1][range_number] + begin - order.begin[range_number]
     numel = end - begin
     follows = (file[1:] == file[:-1]) & (dtype[1:] == dtype[:-1])
     follows &= (offset[1:] == offset[:-1] + numel[:-1] * ITEMSIZES[dtype[:-1]]) | (file[1:] == NOWHERE)
@@ -199,38 +214,39 @@ def require_all(places: Places, order: Order, checkpoint: str, line: Ints, names
 
 
 def element_of(order: Order, line: Ints, element: int) -> tuple[int, int]:
-    """Returns the tensor that a stream element belongs to, and the element's number in that tensor."""
-    stretch = int(np.searchsorted(order.starts, element, "right")) - 1
-    position = int(order.begin[stretch]) + element - int(order.starts[stretch])
+    """Returns the number of the tensor that a stream element belongs to, and the element's number in that tensor."""
+    range_number = int(np.searchsorted(order.starts, element, "right")) - 1
+    position = int(order.begin[range_number]) + element - int(order.starts[range_number])
     tensor = int(np.searchsorted(line, position, "right")) - 1
     return tensor, position - int(line[tensor])
 
 
-def _interval(table: Table, line: Ints) -> tuple[Ints, Ints]:
-    """The interval [begin, end) of the line that each row of a table covers."""
+def _line_range(table: Table, line: Ints) -> tuple[Ints, Ints]:
+    """The range [begin, end) of the line that each row of a table covers."""
     begin = line[table["tensor"]] + table["start"]
     return begin, begin + table["numel"]
 
 
 def _sorted_line(table: Table, line: Ints) -> tuple[Ints, Ints, Ints]:
     """The rows of a table sorted along the line, and their begins and ends. Of repeated begins the first row stays."""
-    begin, end = _interval(table, line)
+    begin, end = _line_range(table, line)
+    # A source may store a tensor twice, such as a tied one; both copies hold the same elements.
     begin, rows = np.unique(begin, return_index=True)
     return rows, begin, end[rows]
 
 
 def _cut(order: Order, bounds: Ints) -> tuple[Ints, Ints, Ints]:
-    """Cuts every interval of the order at `bounds`. Returns the interval's number, begin and end of each cut."""
+    """Cuts the ranges of the order at `bounds`. Returns the number of its range, begin and end of each cut range."""
     begin, end = order.begin, order.end
     low, high = np.searchsorted(bounds, begin, "right"), np.searchsorted(bounds, end, "left")
     counts = high - low + 1
-    stretch = np.repeat(np.arange(len(begin)), counts)
-    within = np.arange(len(stretch)) - np.concatenate([[0], np.cumsum(counts)[:-1]])[stretch]
+    range_number = np.repeat(np.arange(len(begin)), counts)
+    within = np.arange(len(range_number)) - np.concatenate([[0], np.cumsum(counts)[:-1]])[range_number]
     padded = np.concatenate([bounds, [0]])
-    at = low[stretch] + within
-    cut_begin = np.where(within == 0, begin[stretch], padded[np.minimum(at - 1, len(bounds))])
-    cut_end = np.where(within == counts[stretch] - 1, end[stretch], padded[np.minimum(at, len(bounds))])
-    return stretch, cut_begin, cut_end
+    bound = low[range_number] + within
+    cut_begin = np.where(within == 0, begin[range_number], padded[np.minimum(bound - 1, len(bounds))])
+    cut_end = np.where(within == counts[range_number] - 1, end[range_number], padded[np.minimum(bound, len(bounds))])
+    return range_number, cut_begin, cut_end
 
 
 def _address(table: Table, rows: Ints, begin: Ints, line: Ints) -> tuple[Ints, Ints, Ints]:

@@ -1,4 +1,4 @@
-"""What a merge will do, as plain data: for every output file, what each of its bytes is made of.
+"""The plan of a merge, as plain data: the origin of every byte of every output file.
 
 No file is written and no tensor is read to make a plan. `wsm_ds.outputs` says which files a merge makes and where
 elements belong in them; `wsm_ds.planning.streams` says where the same elements lie in the sources.
@@ -20,7 +20,7 @@ InputNumber = NewType("InputNumber", int)
 """Index in `Plan.inputs`."""
 
 Combine = Literal["merge", "equal", "newest", "carry"]
-"""How the members of a window become one value.
+"""How the values of a window's members become the value of the output.
 
 - merge: weighted sum (floating-point elements).
 - equal: the value of the newest; all members must agree (frozen parameters).
@@ -76,13 +76,13 @@ Segment = CopySegment | LiteralSegment | ZeroSegment
 class CrcField:
     """A CRC-32 that a zip file stores of its own bytes.
 
-    The checksum of [offset, offset + nbytes) belongs, as 4 little-endian bytes, at each of `positions`: a zip has it
+    The checksum of [offset, offset + nbytes) belongs, as 4 little-endian bytes, at each of `crc_offsets`: a zip has it
     in the record's data descriptor and in the central directory.
     """
 
     offset: int
     nbytes: int
-    positions: tuple[int, ...]
+    crc_offsets: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Target:
-    """Where the elements of a stream go in one output, and what they are made of.
+    """Where the elements of a stream go in one output, and the sources and coefficients that give them.
 
     Attributes:
         output: the output.
@@ -131,7 +131,7 @@ class Target:
         members: indices of the stream's sources that make the window, oldest first.
         coefficients: float64, one per member.
         cast_from: index of the stream's target whose stored (rounded) value is cast for this one: module weights are
-            cast from the stored masters, as DeepSpeed does. None: this target stores the sum itself.
+            cast from the stored masters, as DeepSpeed casts them. None: this target stores the sum itself.
     """
 
     output: OutputNumber
@@ -143,10 +143,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Stream:
-    """Elements of one kind, in the order of the first target's files.
+    """Elements of one kind that are read once for all outputs, in the order of the first target's files.
 
     Attributes:
-        combine: how the members of a window become one value.
+        combine: how the values of a window's members become one value.
         numel: number of elements.
         sources: where the elements lie, one entry per checkpoint; a "carry" stream has one entry, the input files.
         checkpoints: the sources' numbers among all checkpoints that the plan reads; empty in a "carry" stream.
@@ -187,7 +187,7 @@ class Output:
     Attributes:
         out: the folder.
         sources: the window, oldest first.
-        curve: the name of the decay curve, or that the coefficients were given.
+        curve: the name of the decay curve, or "given coefficients".
         ess: effective sample size of the coefficients, see `schedules.coefficients`.
         lag_steps: mean age of the weights against the newest checkpoint, in steps.
         texts: small files of the output's root, by name.
@@ -283,18 +283,18 @@ def segments_outside(segments: Sequence[Segment], begins: Ints, ends: Ints) -> t
     Returns:
         The rest, in order; a segment with a range in its middle becomes two. Literal segments stay whole.
     """
-    rest: list[Segment] = []
-    at = 0
+    remaining: list[Segment] = []
+    index = 0
     for segment in segments:
-        position, end = segment.offset, segment.offset + segment.nbytes
-        while at < len(begins) and begins[at] < end:
-            if isinstance(segment, LiteralSegment) or begins[at] < position or ends[at] > end:
-                raise AssertionError(f"elements at {begins[at]} do not lie in the segment at {segment.offset}")
-            _append_range(rest, segment, position, int(begins[at]))
-            position = int(ends[at])
-            at += 1
-        _append_range(rest, segment, position, end)
-    return tuple(rest)
+        offset, end = segment.offset, segment.offset + segment.nbytes
+        while index < len(begins) and begins[index] < end:
+            if isinstance(segment, LiteralSegment) or begins[index] < offset or ends[index] > end:
+                raise AssertionError(f"elements at {begins[index]} do not lie in the segment at {segment.offset}")
+            _append_range(remaining, segment, offset, int(begins[index]))
+            offset = int(ends[index])
+            index += 1
+        _append_range(remaining, segment, offset, end)
+    return tuple(remaining)
 
 
 def _append_range(segments: list[Segment], whole: Segment, begin: int, end: int) -> None:

@@ -1,4 +1,4 @@
-"""What the user asks for: which checkpoints, which curve, what to write. Validates flags and YAML files."""
+"""Recipes: which checkpoints are merged, with which coefficients, into what. Validates flags and YAML files."""
 
 import os
 import re
@@ -14,14 +14,14 @@ from wsm_ds.distributed.launcher import local_world_size
 from wsm_ds.errors import RecipeError, brief, few
 from wsm_ds.filesystem.small_files import read_small
 from wsm_ds.planning.recipe_errors import unknown_key, validation_sentences
-from wsm_ds.planning.recipe_options import RecipeOptions, SweepOptions
+from wsm_ds.planning.recipe_options import CheckpointOptions, RecipeOptions, SweepOptions
 from wsm_ds.sizes import parse_size
 
 Allowance = Literal["warmup", "lr-change"]
 MAX_RANKS = 1 << 17
-"""Ranks of an output: more than any cluster has. A mistyped number must not fill the memory with a plan."""
+"""Most ranks of an output, more than any cluster has, so that a mistyped number does not fill the memory."""
 MAX_OUTPUTS = 1000
-"""Outputs of one recipe: its lists multiply, and a mistyped list must not fill the memory with plans."""
+"""Most outputs of one recipe, so that a mistyped list does not fill the memory: the lengths of lists multiply."""
 
 
 class MergeRecipe(BaseModel):
@@ -41,7 +41,8 @@ class MergeRecipe(BaseModel):
             it nor `coefficients` is given.
         floor: the curve's final rate as a fraction of the peak, 0 to 1.
         coefficients: instead of a curve: one number per checkpoint, oldest first, with sum 1.
-        oldest_interval: steps that the oldest checkpoint stands for; the median interval if not set.
+        oldest_interval: steps of the interval before the oldest checkpoint, which it stands for; the median interval if
+            not set.
         format: "zero" (DeepSpeed loads it), "universal" (DeepSpeed loads it at any stage and world size, with
             `load_universal` in its config) or "safetensors".
         dtype: dtype of the parameters in safetensors; the training dtype if not set.
@@ -118,23 +119,23 @@ class MergeRecipe(BaseModel):
     def _check_window(self) -> "MergeRecipe":
         by_range = self.from_step is not None or (self.to_step is not None and self.last is None)
         if [self.last is not None, by_range, self.tags is not None].count(True) != 1:
-            found = self._found("last", "from_step", "to_step", "tags")
+            settings = self._settings("last", "from_step", "to_step", "tags")
             raise ValueError(
                 "choose the window in exactly one way: `last` (with `to_step`, if it does not end at the newest "
-                f"checkpoint), `from_step` with `to_step`, or `tags`; found {found}"
+                f"checkpoint), `from_step` with `to_step`, or `tags`; found {settings}"
             )
         if by_range and (self.from_step is None or self.to_step is None or self.from_step > self.to_step):
             raise ValueError(
                 "`from_step` and `to_step` go together, and `from_step` is not greater than `to_step`; found "
-                f"{self._found('from_step', 'to_step')}"
+                f"{self._settings('from_step', 'to_step')}"
             )
         return self
 
     @model_validator(mode="after")
     def _check_coefficients(self) -> "MergeRecipe":
         if (self.curve is None) == (self.coefficients is None):
-            found = self._found("curve", "coefficients")
-            raise ValueError(f"give either `curve` or `coefficients`; found {found}")
+            settings = self._settings("curve", "coefficients")
+            raise ValueError(f"give either `curve` or `coefficients`; found {settings}")
         if self.coefficients is not None and self.floor:
             raise ValueError(
                 f"`floor` ({self.floor}) belongs to a curve, and `coefficients` are used as they are; remove one"
@@ -168,12 +169,12 @@ class MergeRecipe(BaseModel):
 
     @model_validator(mode="after")
     def _check_form(self) -> "MergeRecipe":
-        form = self._found("world_size", "stage", "sub_group_size")
+        form = self._settings("world_size", "stage", "sub_group_size")
         has_form = form != "none of them"
         if self.format != "zero" and (self.like is not None or has_form):
             raise ValueError(
                 "`world_size`, `stage`, `sub_group_size` and `like` are for zero outputs; found "
-                f"{self._found('world_size', 'stage', 'sub_group_size', 'like')} with `format` {self.format}"
+                f"{self._settings('world_size', 'stage', 'sub_group_size', 'like')} with `format` {self.format}"
             )
         if self.like is not None and has_form:
             raise ValueError(
@@ -182,7 +183,7 @@ class MergeRecipe(BaseModel):
             )
         return self
 
-    def _found(self, *keys: str) -> str:
+    def _settings(self, *keys: str) -> str:
         """The keys that are set, with their values, for an error message."""
         values = {key: getattr(self, key) for key in keys}
         return ", ".join(f"`{key}`={value}" for key, value in values.items() if value is not None) or "none of them"
@@ -192,17 +193,39 @@ def make_recipe(**values: Unpack[RecipeOptions]) -> MergeRecipe:
     """Returns a validated recipe.
 
     Args:
-        **values: attributes of `MergeRecipe`; None means that the key is not set.
+        **values: attributes of `MergeRecipe`; None means that the attribute is not set.
 
     Raises:
         RecipeError: the message names every wrong key, its value, and what is expected.
     """
-    given: dict[str, Any] = {key: value for key, value in values.items() if value is not None}
+    set_values: dict[str, Any] = {key: value for key, value in values.items() if value is not None}
     try:
-        return MergeRecipe(**given)
+        return MergeRecipe(**set_values)
     except ValidationError as error:
         faults = validation_sentences(error, MergeRecipe.model_fields)
         raise RecipeError(f"the recipe is not valid: {faults}") from error
+
+
+def one_recipe(
+    run: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str],
+    tag: str | None = None,
+    **options: Unpack[CheckpointOptions],
+) -> MergeRecipe:
+    """The recipe that writes one checkpoint again, in another format or form.
+
+    Args:
+        run: the run's folder.
+        out: the folder to make; it must not exist.
+        tag: the checkpoint's name; None: the newest complete one.
+        options: what the output is, see `MergeRecipe`.
+
+    Raises:
+        RecipeError: see `make_recipe`.
+    """
+    window: dict[str, Any] = {"tags": (tag,)} if tag else {"last": 1}
+    return make_recipe(run=run, out=out, coefficients=(1.0,), **window, **options)
 
 
 SWEPT = {"last": "last{}", "to_step": "to{}", "curve": "{}", "floor": "floor{}", "format": "{}"}
@@ -300,7 +323,9 @@ def load_values(path: str | os.PathLike[str], **overrides: Unpack[SweepOptions])
 
     try:
         values = yaml.safe_load(read_small(Path(path)))
-    except Exception as error:  # the constructors of YAML tags raise ValueError, OverflowError, TypeError and others
+    except (
+        Exception
+    ) as error:  # PyYAML's constructors (`yaml/constructor.py`) raise ValueError, OverflowError, TypeError and others
         raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"the recipe {path} is not a mapping of keys to values, but {brief(values)}.")

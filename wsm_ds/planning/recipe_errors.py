@@ -1,4 +1,4 @@
-"""Sentences for what is wrong with a recipe's values, instead of pydantic's words.
+"""Error messages about a recipe's values, as plain sentences instead of pydantic's texts.
 
 Names of recipe keys stand in backticks, so that the command line can show its flags in their place.
 """
@@ -21,7 +21,7 @@ KINDS = {
     "tuple_type": "a list",
     "dict_type": "a mapping",
 }
-"""What a value should have been, by pydantic's name of the error."""
+"""The expected kind of value, by pydantic's name of the error."""
 
 
 def validation_sentences(error: ValidationError, known: Iterable[str]) -> str:
@@ -60,6 +60,11 @@ def _sentence(fault: dict[str, Any], known: Iterable[str]) -> str:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """That a recipe has no such key, and which similar one it has."""
+    """The sentence about a key that no recipe has. It suggests a similar key.
+
+    Args:
+        key: the unknown key.
+        known: all keys of a recipe.
+    """
     suggestion = did_you_mean(key, known)
     return f"{brief(key)} is not a key of a recipe" + (suggestion or f" (the keys are {', '.join(sorted(known))})")

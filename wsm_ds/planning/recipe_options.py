@@ -1,7 +1,7 @@
 """The keywords of `merge`, `export`, `reshard` and `make_recipe(s)`, for type checkers and editors.
 
-What each option means is said once, at `MergeRecipe`, which also validates them. None means not given. A test keeps the
-names equal to `MergeRecipe`'s.
+`MergeRecipe` documents and validates the options. None means that an option is not set. A test compares the names with
+`MergeRecipe`'s.
 """
 
 import os
@@ -22,7 +22,7 @@ class _WorkOptions(TypedDict, total=False):
 
 
 class ExportOptions(_WorkOptions, total=False):
-    """Of safetensors."""
+    """Options of a safetensors output."""
 
     dtype: Literal["bf16", "fp16", "fp32"] | None
     max_shard_size: int | str | None
@@ -38,13 +38,13 @@ class _FormOptions(_WorkOptions, total=False):
 
 
 class ReshardOptions(_FormOptions, total=False):
-    """Of a checkpoint that DeepSpeed loads."""
+    """Options of an output that DeepSpeed loads."""
 
     format: Literal["zero", "universal"] | None
 
 
 class CheckpointOptions(ExportOptions, _FormOptions, total=False):
-    """Of one checkpoint in any form."""
+    """Options of one checkpoint in any format."""
 
     format: Format | None
 
@@ -60,7 +60,7 @@ class _MergeOptions(ExportOptions, _FormOptions, total=False):
 
 
 class RecipeOptions(_MergeOptions, total=False):
-    """Of one merge: the fields of `MergeRecipe`."""
+    """Options of one merge: the fields of `MergeRecipe`."""
 
     last: int | None
     to_step: int | None
@@ -70,7 +70,7 @@ class RecipeOptions(_MergeOptions, total=False):
 
 
 class SweepOptions(_MergeOptions, total=False):
-    """Of several merges: where a list is given, each of its values makes an output."""
+    """Options of several merges: each value of a list makes an output."""
 
     last: int | Sequence[int] | None
     to_step: int | Sequence[int] | None

@@ -1,4 +1,4 @@
-"""Tensors that share bytes of a file. An output stores each byte once.
+"""Tensors that share bytes of a file. An output stores these bytes once.
 
 Rotary embeddings are often one buffer that every layer registers, and buffers and frozen parameters may be views of
 each other. `torch.save` writes such a storage once, with all tensor names that refer to it.
@@ -34,7 +34,12 @@ class SharedElements(NamedTuple):
 
 @dataclass(frozen=True)
 class TrimmedFragments:
-    """Fragments of which no two have a byte in common, and the elements that were trimmed for that."""
+    """The result of `trim_shared_bytes`.
+
+    Attributes:
+        table: fragments of which no two have a byte in common.
+        shared: the elements that were trimmed.
+    """
 
     table: Table
     shared: frozenset[SharedElements]
@@ -47,7 +52,7 @@ def trim_shared_bytes(table: Table, checkpoint: str) -> TrimmedFragments:
 
     Args:
         table: fragments of one kind.
-        checkpoint: its path, for the message.
+        checkpoint: the checkpoint's path, for the message.
 
     Raises:
         UnsupportedLayout: two tensors share bytes, but have different dtypes or share parts of elements.

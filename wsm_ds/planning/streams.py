@@ -1,4 +1,4 @@
-"""Which sources make the elements that the outputs of a plan request: streams, each over the union of the windows."""
+"""Makes streams: for the elements that the outputs of a plan request, where they lie in all sources."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +34,7 @@ class FragmentRow(NamedTuple):
         file: number of the file.
         offset: byte offset of the first element.
         dtype: code of the dtype.
-        replica: 0, or which of several copies that ranks keep for themselves.
+        replica: the rank if every rank keeps a copy of its own, else 0.
     """
 
     tensor: int
@@ -122,7 +122,8 @@ class ElementRequest:
             `SourceTables`.
         members: numbers of the layouts that they are made of, oldest first.
         coefficients: float64, one per member.
-        is_cast: they are cast from what the same output stores of this kind (module weights from masters).
+        is_cast: whether they are cast from the elements that the same output stores of this kind (module weights from
+            masters).
     """
 
     output: OutputNumber
@@ -169,7 +170,7 @@ def element_streams(tables: SourceTables, requests: Sequence[ElementRequest]) ->
 
 
 def _with_known_replicas(tables: SourceTables, request: ElementRequest) -> ElementRequest:
-    """Takes per-rank replicas (stage-3 buffers) for ranks that no source has from replica 0."""
+    """Takes replica 0 for ranks that no source has. Replicas are the buffers of stage 3, which every rank saves."""
     known = np.unique(np.concatenate([tables.table(number, request.kind)["replica"] for number in request.members]))
     table = request.table.copy()
     table["replica"][~np.isin(table["replica"], known)] = 0
@@ -194,33 +195,37 @@ def _element_stream(
     kind: str,
     replica: int,
     combine: Combine,
-    requested: list[_RequestedTable],
+    requests: list[_RequestedTable],
     line: Ints,
 ) -> Stream:
-    """The stream of one kind and replica. A source must have the elements of the windows that it is a member of."""
-    order = order_of([one.table for one in requested], line)
-    checkpoints = tuple(sorted({number for one in requested for number in one.request.members}))
+    """The stream of one kind and replica. A source must have all elements of the windows of which it is a member."""
+    order = order_of([requested.table for requested in requests], line)
+    checkpoints = tuple(sorted({number for requested in requests for number in requested.request.members}))
     sources = []
     for number in checkpoints:
         table = tables.table(number, kind)
         of_replica = table[table["replica"] == replica]
+        # A source of fewer ranks lacks the replicas of further ranks; replica 0 stands for them.
         table = of_replica if len(of_replica) else table[table["replica"] == 0]
         places = locate(order, table, line)
-        needed = [one.table for one in requested if number in one.request.members]
-        needed_order = order if len(needed) == len(requested) else order_of(needed, line)
+        needed = [requested.table for requested in requests if number in requested.request.members]
+        needed_order = order if len(needed) == len(requests) else order_of(needed, line)
         needed_places = places if needed_order is order else locate(needed_order, table, line)
         require_all(needed_places, needed_order, str(tables.layouts[number].path), line, tables.names)
         sources.append(places)
-    stored_target = {one.request.output: index for index, one in enumerate(requested) if not one.request.is_cast}
+    # DeepSpeed casts module weights from the masters of the same output, so a cast target refers to that target.
+    stored_target = {
+        requested.request.output: index for index, requested in enumerate(requests) if not requested.request.is_cast
+    }
     targets = tuple(
         Target(
-            one.request.output,
-            locate(order, one.table, line),
-            tuple(checkpoints.index(number) for number in one.request.members),
-            one.request.coefficients,
-            stored_target.get(one.request.output) if one.request.is_cast else None,
+            requested.request.output,
+            locate(order, requested.table, line),
+            tuple(checkpoints.index(number) for number in requested.request.members),
+            requested.request.coefficients,
+            stored_target.get(requested.request.output) if requested.request.is_cast else None,
         )
-        for one in requested
+        for requested in requests
     )
     return Stream(combine, order.numel, tuple(sources), checkpoints, targets, _breaks(sources, targets), order, line)
 

@@ -1,4 +1,4 @@
-"""From a recipe to its window: which checkpoints, with which coefficients, and whether they belong together."""
+"""From a recipe to its window: the checkpoints, their coefficients, and checks that they can be merged."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from wsm_ds.schedules.curves import parse_curve
 log = logging.getLogger(__name__)
 
 ReadLayout = Callable[[Checkpoint, frozenset[str]], Layout]
-"""`read_layout`, or a function that remembers what it has read."""
+"""`read_layout`, or a function that caches its results."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def select_window(recipe: MergeRecipe, read: ReadLayout = read_layout) -> Window
             learning rate changes in it. The message names the checkpoints.
         LayoutMismatch: the checkpoints do not hold the same model; the message names the differences.
     """
-    layouts = sorted(_read_chosen(recipe, read), key=lambda layout: layout.step)
+    layouts = sorted(_read_window(recipe, read), key=lambda layout: layout.step)
     steps = [layout.step for layout in layouts]
     repeated = sorted({step for step in steps if steps.count(step) > 1})
     if repeated:
@@ -84,7 +84,7 @@ def recorded_window(
 
     Args:
         sources: `step`, `tag`, `path` and `coefficient` of each checkpoint, as in the manifest.
-        recipe: its `allow_globals` are used.
+        recipe: gives `allow_globals`.
         read: see `select_window`.
 
     Raises:
@@ -110,7 +110,7 @@ def union_of(windows: Sequence[Window]) -> tuple[Layout, ...]:
     return tuple(ordered)
 
 
-def _read_chosen(recipe: MergeRecipe, read: ReadLayout) -> list[Layout]:
+def _read_window(recipe: MergeRecipe, read: ReadLayout) -> list[Layout]:
     """The layouts of the checkpoints that the recipe chooses by tags, by `last` or by a range of steps."""
     allowed = frozenset(recipe.allow_globals)
     if recipe.tags is not None:
@@ -123,7 +123,7 @@ def _read_chosen(recipe: MergeRecipe, read: ReadLayout) -> list[Layout]:
         originals = [c for c in checkpoints if c.tag.removesuffix("_universal") not in tags - {c.tag}]
         return _newest_complete([c for c in originals if until is None or c.named_step <= until], recipe, read)
     low, high = recipe.from_step or 0, recipe.to_step or 0
-    # A tag may not name its step (-1 then); only the layout tells it.
+    # A tag without a step has `named_step` -1; the layout has its step.
     layouts = [read(c, allowed) for c in checkpoints if c.named_step < 0 or low <= c.named_step <= high]
     layouts = [layout for layout in layouts if low <= layout.step <= high]
     if not layouts:
@@ -138,7 +138,7 @@ def _tags_of(checkpoints: list[Checkpoint]) -> str:
 
 
 def _newest_complete(checkpoints: list[Checkpoint], recipe: MergeRecipe, read: ReadLayout) -> list[Layout]:
-    """The newest `recipe.last` layouts. A broken checkpoint at the very end is skipped: it is still being written."""
+    """The newest `recipe.last` layouts. Broken ones at the end of the run are skipped: they may not be complete yet."""
     layouts: list[Layout] = []
     for checkpoint in reversed(checkpoints):
         if len(layouts) == recipe.last:
@@ -155,8 +155,8 @@ def _newest_complete(checkpoints: list[Checkpoint], recipe: MergeRecipe, read: R
     until = "" if recipe.to_step is None else f" up to step {recipe.to_step}"
     if len(layouts) < (recipe.last or 0):
         raise WindowError(
-            f"last (--last): {recipe.last} complete checkpoints{until} were asked for, {len(layouts)} are there in "
-            f"{recipe.run}; {_tags_of(checkpoints)}"
+            f"last (--last): {recipe.last} complete checkpoints{until} were asked for, but "
+            f"{recipe.run} has {len(layouts)}; {_tags_of(checkpoints)}"
         )
     steps = [layout.step for layout in layouts]
     deleted = sorted(step for step in deleted_steps(recipe.run) - set(steps) if min(steps) < step < max(steps))
@@ -170,6 +170,10 @@ def _newest_complete(checkpoints: list[Checkpoint], recipe: MergeRecipe, read: R
 
 def check_same_model(older: Layout, newest: Layout) -> None:
     """Checks that two checkpoints hold the same model.
+
+    Args:
+        older: the older checkpoint.
+        newest: the newest checkpoint of the window.
 
     Raises:
         LayoutMismatch: names, shapes, roles, tied names or model-parallel degrees differ; the message names the

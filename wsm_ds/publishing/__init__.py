@@ -1,1 +1,1 @@
-"""All or nothing: the staging folder next to an output, and the manifest, whose presence means that it is whole."""
+"""An output appears whole or not at all: the staging folder next to it, and the manifest that marks it as complete."""

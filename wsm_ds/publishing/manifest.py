@@ -1,4 +1,4 @@
-"""The manifest `wsm_merge.json`: what an output was made of, and what it must hold. Its presence means: it is whole."""
+"""The manifest `wsm_merge.json`: an output's sources and files. Its presence means that the output is complete."""
 
 import datetime
 import hashlib
@@ -16,6 +16,7 @@ from wsm_ds.engine.tasks import BLOCK_BYTES
 from wsm_ds.errors import VerificationFailed, few
 from wsm_ds.filesystem import checksum
 from wsm_ds.filesystem.small_files import read_small
+from wsm_ds.planning.intersect import NOWHERE
 from wsm_ds.planning.plan import Plan, describe_output
 from wsm_ds.publishing.staging_folder import MANIFEST, RecordedSource
 
@@ -52,11 +53,13 @@ def description(plan: Plan, number: int) -> dict[str, Any]:
     """
     output = plan.outputs[number]
     streams = [stream for stream in plan.streams if any(target.output == number for target in stream.targets)]
-    read = sorted({int(file) for stream in streams for source in stream.sources for file in source.files} - {-1})
-    inputs = [plan.inputs[file] for file in read if _is_input_of(plan, number, plan.inputs[file].path)]
+    input_numbers = {int(file) for stream in streams for source in stream.sources for file in source.files}
+    inputs_read = sorted(input_numbers - {NOWHERE})
+    inputs = [plan.inputs[file] for file in inputs_read if _is_input_of(plan, number, plan.inputs[file].path)]
     content = {
         "recipe": {name: value for name, value in output.recipe.items() if name not in NOT_OF_THE_RESULT},
         "sources": describe_output(output)["sources"],
+        # Paths, sizes and times stand for the content: hashing all sources would cost as much as the merge.
         "inputs": [[str(source.path.resolve()), source.nbytes, source.mtime_ns] for source in inputs],
         "files": [[file.name, file.nbytes] for _, file in plan.files_of(number)],
         "block_bytes": BLOCK_BYTES,
@@ -66,8 +69,9 @@ def description(plan: Plan, number: int) -> dict[str, Any]:
 
 def _is_input_of(plan: Plan, number: int, path: Path) -> bool:
     """Whether a file belongs to a checkpoint of this output's window, or to no checkpoint (a file that is copied)."""
-    own_sources = {str(source.path) for source in plan.outputs[number].sources}
-    other_sources = {str(source.path) for output in plan.outputs for source in output.sources} - own_sources
+    window_sources = {str(source.path) for source in plan.outputs[number].sources}
+    other_sources = {str(source.path) for output in plan.outputs for source in output.sources} - window_sources
+    # A plan of several windows reads more checkpoints than this output is made of.
     return not any(path.resolve().is_relative_to(other) for other in other_sources)
 
 
@@ -103,13 +107,13 @@ def read_manifest(out: Path) -> dict[str, Any]:
     """Reads the manifest of a merge's output.
 
     Raises:
-        VerificationFailed: there is none, or it is not what a merge writes; the message names the first faults.
+        VerificationFailed: the manifest is missing, or is not what a merge writes; the message names the first faults.
     """
     path = out / MANIFEST
     try:
         manifest = json.loads(read_small(path))
     except FileNotFoundError as error:
-        raise VerificationFailed(f"{out} has no {MANIFEST}: it is not a merge's output, or not whole.") from error
+        raise VerificationFailed(f"{out} has no {MANIFEST}: it is not a merge's output, or not complete.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise VerificationFailed(f"{path} cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

@@ -1,9 +1,9 @@
-"""All or nothing: an output is written into a staging folder, synced, and appears by one rename.
+"""An output is written into a staging folder, synced, and appears by one rename: whole, or not at all.
 
 While OUT is being made, the folder `.OUT.wsm-staging` lies next to it:
 
     output/       will be renamed to OUT; the manifest is the last file that is written into it
-    plan.json     what is being made: after a kill the same merge continues here, and any other is refused
+    plan.json     the merge: after a kill the same merge continues here, and any other merge is refused
     journal.*     the blocks that are finished (`engine.journal`)
     lock          locked by the process that makes OUT
 """
@@ -76,7 +76,7 @@ class _RecordedPlan(TypedDict):
 
 
 def unfinished_merge(out: Path) -> dict[str, Any] | None:
-    """The description of an unfinished merge to `out` (its plan.json); None if there is none that can be read."""
+    """The description of an unfinished merge to `out` (its plan.json); None if it is missing or cannot be read."""
     try:
         recorded: dict[str, Any] = json.loads(read_small(Staging(out).folder / PLAN))
         TypeAdapter(_RecordedPlan).validate_python(recorded)
@@ -100,9 +100,9 @@ def unfinished_merges(folder: Path) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def staged(out: Path, described: dict[str, Any], *, restart: bool = False) -> Iterator[Staging]:
-    """Makes and locks the staging folder of `out`, or takes over the one that a killed attempt of this merge left.
+    """Makes and locks the staging folder of `out`, or continues in the one that a killed attempt of this merge left.
 
-    If the context ends with an error that the same merge would meet again, or with a full disk, the staging folder is
+    If the context ends with an error that the next attempt would meet again, or with a full disk, the staging folder is
     removed. After any other error it stays for the next attempt. `commit` publishes its content.
 
     Args:
@@ -129,18 +129,19 @@ def staged(out: Path, described: dict[str, Any], *, restart: bool = False) -> It
 
 
 def _take_over(staging: Staging, described: dict[str, Any], restart: bool) -> None:
-    """Continues what the same merge has left, or empties the staging folder and begins anew."""
+    """Continues what the same merge has left, or empties the staging folder for a new merge."""
     recorded = unfinished_merge(staging.out)
     if recorded is not None and not restart:
         if recorded.get("identity") == described["identity"]:
             journals_to_claims(staging.folder)
-            log.warning("%s: going on with the merge that was begun there", staging.out)
+            log.warning("%s: continuing the merge that was begun there", staging.out)
             return
         differing = [key for key in described if key != "identity" and recorded.get(key) != described[key]]
         raise OutputExists(
             f"{staging.folder} holds a merge that was begun with other arguments or sources ({few(differing)} differ). "
             "Run that one again to finish it, or pass --restart to throw it away."
         )
+    # The lock file stays: a process that had opened a removed one would hold a lock that nobody else sees.
     for path in staging.folder.iterdir():
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -149,7 +150,7 @@ def _take_over(staging: Staging, described: dict[str, Any], restart: bool) -> No
 
 
 def _may_succeed_later(error: BaseException) -> bool:
-    """Whether the same merge, started again, may get further: not after wrong input or a full disk."""
+    """Whether the next attempt of the same merge may succeed. It cannot after wrong input or with a full disk."""
     if isinstance(error, WsmError):
         return error.may_pass
     if isinstance(error, OSError):
@@ -159,6 +160,10 @@ def _may_succeed_later(error: BaseException) -> bool:
 
 def commit(staging: Staging, manifest: dict[str, Any]) -> None:
     """Writes the manifest, moves the content to its final place, and removes the staging folder.
+
+    Args:
+        staging: of a finished output; all its files are synced.
+        manifest: the output's manifest, plain data.
 
     Raises:
         OutputExists: something has appeared at `staging.out`.

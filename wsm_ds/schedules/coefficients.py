@@ -4,11 +4,12 @@ Let θ_0 … θ_k be checkpoints, oldest first, N = k + 1, with the updates θ_i
 
     Σ_j c_j θ_j  =  θ_0 - Σ_{i=1..k} w_i g_i,      w_i = Σ_{j>=i} c_j,      c_j = w_j - w_{j+1}
 
-with w_0 = 1 and w_{k+1} = 0. So a merge with the *coefficients* c_0 … c_k equals a run whose i-th segment of updates
-is scaled by the *decay factor* w_i. All arrays here are float64, oldest first: N coefficients, N - 1 decay factors.
+with w_0 = 1 and w_{k+1} = 0. g_i is the sum of the updates of interval i, between θ_{i-1} and θ_i. So a merge with the
+*coefficients* c_0 … c_k equals a run whose updates of interval i are scaled by the *decay factor* w_i. All arrays here
+are float64, oldest first: N coefficients, N - 1 decay factors.
 
-Source: Tian et al., arXiv 2507.17634, Theorem 3.1 (THEORY.md sections 1 and 2). The grid is that of the paper, whose
-printed weights (Figure 2) it gives to the last digit, and that of Megatron-LM's merge tool.
+Source: Tian et al., arXiv 2507.17634, Theorem 3.1; docs/theory.md, "The identity". The grid is that of the paper: it
+reproduces every digit of the weights in the paper's Figure 2. Megatron-LM's merge tool has the same grid.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from wsm_ds.schedules.grid import exact_steps, grid
 
 SUM_TOLERANCE = 1e-9
 """How far the sum of the user's coefficients may be from 1."""
-_RISE_TOLERANCE = 1e-12  # a curve's function may round; a table from the user must not rise at all
+_RISE_TOLERANCE = 1e-12  # a curve's function rounds; the user's decay factors must not rise at all
 
 
 def decay_factors(
@@ -235,8 +236,9 @@ def weight_decay_aware_coefficients(
     """Returns coefficients for AdamW: decoupled weight decay becomes weaker together with the learning rate.
 
     With ρ_i = (1 - ηλ)^T_i, P_i = Π_{m>i} (1 - η w_m λ)^T_m and W_i = w_i P_i:
-    c_k = W_k, c_i = W_i - ρ_{i+1} W_{i+1}, c_0 = P_0 - ρ_1 W_1 (THEORY.md section 3). Use the plain coefficients for
-    weights that the optimizer does not decay (norms, biases). Inside each segment this is still an approximation.
+    c_k = W_k, c_i = W_i - ρ_{i+1} W_{i+1}, c_0 = P_0 - ρ_1 W_1 Use the plain coefficients for weights that
+    the optimizer does not decay (norms, biases). Inside each interval this is still an approximation (docs/theory.md,
+    "What is exact").
 
     Args:
         w: float64[k], decay factors, not rising, within [0, 1].
@@ -264,6 +266,7 @@ def weight_decay_aware_coefficients(
     if decay_per_step >= 1.0:
         raise CurveError(f"learning_rate * weight_decay must be below 1, found {decay_per_step}")
 
+    # log1p and exp keep the precision of 1 - ηλ, which is close to 1.
     raw_shrink = np.exp(intervals * np.log1p(-decay_per_step))
     shrink = np.exp(intervals * np.log1p(-decay_per_step * factors))
     products = np.append(np.cumprod(shrink[::-1])[::-1], 1.0)
@@ -297,16 +300,16 @@ def running_merge_factor(n: int, exponent: float = 1.0) -> float:
     return float(((n - 1) / n) ** exponent)
 
 
-def _row(values: Any, what: str) -> Array:
+def _row(values: Any, argument: str) -> Array:
     try:
         row = np.array(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise CurveError(f"{what} must be a list of numbers: {error}") from None
+        raise CurveError(f"{argument} must be a list of numbers: {error}") from None
     if row.ndim != 1:
-        raise CurveError(f"{what} must be one list of numbers, found shape {row.shape}")
+        raise CurveError(f"{argument} must be one list of numbers, found shape {row.shape}")
     bad = np.flatnonzero(~np.isfinite(row))
     if bad.size:
-        raise CurveError(f"{what} must be finite, found {row[bad[0]]} at index {bad[0]}")
+        raise CurveError(f"{argument} must be finite, found {row[bad[0]]} at index {bad[0]}")
     return row
 
 
@@ -320,14 +323,14 @@ def _non_negative(c: ArrayLike) -> Array:
     return row
 
 
-def _checked_decay_factors(w: ArrayLike, what: str, tolerance: float = 0.0) -> Array:
-    row = _row(w, what)
+def _checked_decay_factors(w: ArrayLike, argument: str, tolerance: float = 0.0) -> Array:
+    row = _row(w, argument)
     outside = np.flatnonzero((row < -tolerance) | (row > 1.0 + tolerance))
     if outside.size:
-        raise CurveError(f"{what} must be within [0, 1], found {row[outside[0]]} at index {outside[0]}")
+        raise CurveError(f"{argument} must be within [0, 1], found {row[outside[0]]} at index {outside[0]}")
     lowest = np.minimum.accumulate(row)
     rises = np.flatnonzero(row > lowest + tolerance)
     if rises.size:
         i = rises[0]
-        raise CurveError(f"{what} must not rise, found {row[i]} at index {i} after {lowest[i]}")
+        raise CurveError(f"{argument} must not rise, found {row[i]} at index {i} after {lowest[i]}")
     return np.clip(lowest, 0.0, 1.0)

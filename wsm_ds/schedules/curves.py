@@ -183,9 +183,9 @@ def named_curve(name: str, *parameters: float) -> Curve:
     if shape.default is not None and not parameters:
         parameters = (shape.default,)
     if len(parameters) != bool(shape.parameter):
-        found = f"found {len(parameters)}: {', '.join(map(str, parameters))}" if parameters else "found none"
+        listed = f"found {len(parameters)}: {', '.join(map(str, parameters))}" if parameters else "found none"
         expected = "takes one parameter" if shape.parameter else "takes no parameter"
-        raise CurveError(f"decay curve {name!r} {expected}, {found}; write {shape.usage(name)}")
+        raise CurveError(f"decay curve {name!r} {expected}, {listed}; write {shape.usage(name)}")
     for parameter in parameters:
         if not 0.0 < parameter < shape.upper:
             raise CurveError(f"decay curve {name!r}: {parameter} is out of range; write {shape.usage(name)}")

@@ -1,7 +1,7 @@
 """The positions, within the decay, at which a merge reads its curve.
 
-THEORY.md section 2 has the formula. A window of N checkpoints lasts N intervals: its oldest checkpoint stands for the
-interval before it.
+See docs/theory.md, "From a curve to coefficients". A window of N checkpoints lasts N intervals: its oldest checkpoint
+stands for the interval before it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from wsm_ds.errors import CurveError
 from wsm_ds.schedules.curves import Array
 
 MOST_CHECKPOINTS = 1_000_000
-"""Limit of `n`, so that a mistyped number does not fill the memory."""
+"""Largest `n`, so that a mistyped number does not fill the memory."""
 
 
 def grid(n: int | None = None, *, steps: Iterable[float] | None = None, oldest_interval: float | None = None) -> Array:
@@ -82,13 +82,13 @@ def exact_steps(steps: Iterable[float]) -> list[Fraction]:
     return positions
 
 
-def _exact(value: Any, what: str) -> Fraction:
+def _exact(value: Any, argument: str) -> Fraction:
     try:
         return Fraction(operator.index(value))
     except TypeError:
         if isinstance(value, float) and math.isfinite(value):
             return Fraction(value)
-    raise CurveError(f"{what} must be a finite number, found {value!r}")
+    raise CurveError(f"{argument} must be a finite number, found {value!r}")
 
 
 def _uneven_grid(positions: Sequence[Fraction], oldest_interval: float | None) -> Array:
@@ -101,6 +101,7 @@ def _uneven_grid(positions: Sequence[Fraction], oldest_interval: float | None) -
         oldest = (intervals[(len(intervals) - 1) // 2] + intervals[len(intervals) // 2]) / 2
     else:
         return np.empty(0)
+    # Exact fractions: with floats, equal intervals would not give exactly i / N.
     start = positions[0] - oldest
     duration = positions[-1] - start
     return np.array([float((position - start) / duration) for position in positions[:-1]])

@@ -6,8 +6,8 @@ formulas.
 
 Both follow DeepSpeed's contract (`runtime/lr_schedules.py`, and `runtime/engine.py`, `_take_model_step`) and torch's.
 They write the rates when they are made, after each load and after each update. They write them once more right before
-the first update that follows a start or a load (`wsm_ds.schedules.optimizer_hooks`), so that rates that a loader put
-into the parameter groups are never used. Later rates are written once only, because DeepSpeed's VariableBatchSizeLR
+the first update that follows a start or a load (`wsm_ds.schedules.optimizer_hooks`), so that no update uses rates that
+a loader wrote into the parameter groups. Later rates are written once only, because DeepSpeed's VariableBatchSizeLR
 scales them in place.
 """
 
@@ -92,6 +92,7 @@ class WSMLR(LRScheduler):
         self.warmup_num_steps = update_count("warmup_num_steps", warmup_num_steps)
         initial_lrs = [float(group.get("initial_lr", group["lr"])) for group in groups]
         for group, rate in zip(groups, initial_lrs, strict=True):
+            # torch's schedulers leave their peak here; a scheduler that is made later starts from it.
             group.setdefault("initial_lr", rate)
         peak = initial_lrs if warmup_max_lr is None else warmup_max_lr
         self.min_lrs = rates_per_group("warmup_min_lr", warmup_min_lr, len(groups))
@@ -109,7 +110,7 @@ class WSMLR(LRScheduler):
         """The rate of one parameter group in one update.
 
         Args:
-            group: the group's place in the optimizer's list, from 0.
+            group: the group's index in the optimizer's list.
             update: the update's number, from 1.
         """
         return wsm_rate(
@@ -215,9 +216,9 @@ class WSMLR(LRScheduler):
         """Writes the next update's rates into all parameter groups."""
         if len(self.optimizer.param_groups) != len(self.max_lrs):
             # DeepSpeed removes groups without parameters after the scheduler was made (runtime/engine.py).
-            places = self._hooks.old_places()
-            self.min_lrs = regrouped("warmup_min_lr", self.min_lrs, places)
-            self.max_lrs = regrouped("warmup_max_lr", self.max_lrs, places)
+            old_indices = self._hooks.old_indices()
+            self.min_lrs = regrouped("warmup_min_lr", self.min_lrs, old_indices)
+            self.max_lrs = regrouped("warmup_max_lr", self.max_lrs, old_indices)
             self.base_lrs = list(self.max_lrs)
         self._last_lr = self.get_lr()  # VariableBatchSizeLR reads torch's private name
         self._hooks.set_rates(self._last_lr, must_rewrite=must_rewrite)
@@ -292,7 +293,7 @@ class WSDLR(WSMLR):
         """The rate of one parameter group in one update.
 
         Args:
-            group: the group's place in the optimizer's list, from 0.
+            group: the group's index in the optimizer's list.
             update: the update's number, from 1.
         """
         return wsd_rate(

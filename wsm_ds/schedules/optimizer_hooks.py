@@ -49,7 +49,7 @@ class OptimizerHooks:
     def __init__(self, optimizer: torch.optim.Optimizer, after_load: Callable[[], None]) -> None:
         self.optimizer = optimizer
         self._rates: list[float] = []
-        self._places: dict[int, int] = {}  # id of a group's dict → its place in the list
+        self._indices: dict[int, int] = {}  # id of a group's dict → the group's index
         self._must_rewrite = False
         self._made_update = self._other_made_update = False
         self._register(weakref.WeakMethod(after_load))
@@ -77,11 +77,12 @@ class OptimizerHooks:
 
         self.optimizer.register_step_pre_hook(before_step)
         self.optimizer.register_load_state_dict_post_hook(after_load_state)
+        # A global hook of torch: it also sees optimizers that this object does not know.
         self._any_step_hook = register_optimizer_step_post_hook(after_any_step)
 
-    def old_places(self) -> list[int | None]:
-        """Each group's place when the rates were last set; None for a group that was not there."""
-        return [self._places.get(id(group)) for group in self.optimizer.param_groups]
+    def old_indices(self) -> list[int | None]:
+        """Each group's index when the rates were last set; None for a new group."""
+        return [self._indices.get(id(group)) for group in self.optimizer.param_groups]
 
     def set_rates(self, rates: Sequence[float], *, must_rewrite: bool) -> None:
         """Writes one rate into each parameter group.
@@ -91,7 +92,7 @@ class OptimizerHooks:
             must_rewrite: whether to write them once more right before the next step of the optimizer.
         """
         groups = self.optimizer.param_groups
-        self._places = {id(group): place for place, group in enumerate(groups)}
+        self._indices = {id(group): index for index, group in enumerate(groups)}
         self._rates = list(rates)
         self._must_rewrite = must_rewrite
         self._write(groups)
@@ -111,14 +112,14 @@ class OptimizerHooks:
         """Sets the rates of all groups, or of the single group that ZeRO 1 and 2 leave in the list while they step.
 
         ZeRO narrows the list (`runtime/zero/stage_1_and_2.py`, `_optimizer_step`), so a group is known by identity.
-        A dict that is new in a full list is known by its place.
+        A dict that is new in a full list is known by its index.
 
         Raises:
             ScheduleError: a group is known by neither, and the groups have different rates.
         """
         is_full, is_common = len(groups) == len(self._rates), len(set(self._rates)) == 1
-        for place, group in enumerate(groups):
-            known = self._places.get(id(group), 0 if is_common else place if is_full else None)
+        for index, group in enumerate(groups):
+            known = self._indices.get(id(group), 0 if is_common else index if is_full else None)
             if known is None:
                 raise ScheduleError(
                     "the optimizer's parameter groups were replaced one by one, and they have different learning "

@@ -60,13 +60,13 @@ def collapsed(rates: list[float]) -> Rates:
     return rates[0] if len(set(rates)) == 1 else list(rates)
 
 
-def regrouped(name: str, rates: list[float], old_places: Sequence[int | None]) -> list[float]:
+def regrouped(name: str, rates: list[float], old_indices: Sequence[int | None]) -> list[float]:
     """Returns the rates after parameter groups were added or removed.
 
     Args:
         name: the parameter's name, for the error message.
         rates: one rate for each of the old groups.
-        old_places: for each of the new groups, its place among the old ones; None for an added group.
+        old_indices: for each of the new groups, its index among the old ones; None for an added group.
 
     Raises:
         ScheduleError: a group was added and the old groups have different rates, so the new rate is unknown.
@@ -77,9 +77,9 @@ def regrouped(name: str, rates: list[float], old_places: Sequence[int | None]) -
         >>> regrouped("warmup_max_lr", [8.0, 8.0], [0, 1, None])
         [8.0, 8.0, 8.0]
     """
-    if None not in old_places:
-        return [rates[place] for place in old_places if place is not None]
-    return rates_per_group(name, collapsed(rates), len(old_places))
+    if None not in old_indices:
+        return [rates[index] for index in old_indices if index is not None]
+    return rates_per_group(name, collapsed(rates), len(old_indices))
 
 
 def _is_finite_number(value: Any) -> bool:

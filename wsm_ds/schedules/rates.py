@@ -7,7 +7,7 @@
 d is a decay curve of `wsm_ds.schedules.curves`. The warmup is linear and reaches the peak with update T. DeepSpeed's
 own `WarmupLR` is logarithmic unless the configuration says otherwise, and spends its first two updates at the minimum.
 
-Source: THEORY.md section 4; Tian et al., arXiv 2507.17634.
+Source: docs/theory.md, "The schedule"; Tian et al., arXiv 2507.17634.
 """
 
 from wsm_ds.schedules.curves import Curve

@@ -31,7 +31,7 @@ class Record:
         offset: of its first byte in the torch file.
         nbytes: its length.
         crc: its CRC-32.
-        crc_offsets: where the torch file repeats the CRC-32.
+        crc_offsets: byte offsets in the torch file at which the CRC-32 is stored.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Archive:
 
 
 def read_archive(path: Path) -> Archive:
-    """Read the central directory and the local headers of a torch file, but none of its data.
+    """Reads the central directory and the local headers of a torch file, but none of its data.
 
     Raises:
         BrokenCheckpoint: it is not a zip or is truncated, or records lie outside the file or overlap.
@@ -61,6 +61,7 @@ def read_archive(path: Path) -> Archive:
     if not stat.S_ISREG(status.st_mode):
         raise BrokenCheckpoint(f"{path} is not a regular file but a folder, a pipe or a device.")
     with path.open("rb") as file:
+        # A pickle of torch's magic number, `torch/serialization.py`, MAGIC_NUMBER.
         if file.read(4) == LEGACY_MAGIC:
             raise UnsupportedLayout(
                 f"{path} is in torch's legacy format, which has no byte addresses (ds_config has "
@@ -134,6 +135,8 @@ def _read_record(path: Path, file: BinaryIO, info: zipfile.ZipInfo, central: int
         raise UnsupportedLayout(f"{path}: record {info.filename} is compressed; torch never writes that.")
     if (flags | info.flag_bits) & IS_ENCRYPTED:
         raise UnsupportedLayout(f"{path}: record {info.filename} is encrypted; torch never writes that.")
+    # The CRC-32 is at byte 16 of a central entry, and at byte 14 of a local header if no data descriptor follows
+    # (APPNOTE 4.3.7 to 4.3.12).
     crc_offsets = [central + 16]
     if flags & HAS_DESCRIPTOR:
         file.seek(end)
@@ -142,6 +145,7 @@ def _read_record(path: Path, file: BinaryIO, info: zipfile.ZipInfo, central: int
             end += 8
     else:
         crc_offsets.append(info.header_offset + 14)
+    # torch puts all records into one folder, which is called like the file without its suffix.
     name = info.filename.split("/", 1)[-1]
     if len(name) > LONGEST_NAME:
         raise BrokenCheckpoint(

@@ -1,4 +1,4 @@
-"""The pickle machine, cut down to what `torch.save` writes. No opcode costs more than its own bytes justify.
+"""The pickle machine, reduced to the opcodes that `torch.save` writes. The cost of each is bounded by its own bytes.
 
 The standard library's C unpickler allocates as much memory as a memo index says, hashes tuples of any depth, and lets
 BUILD set attributes of any object on its stack, even of our own functions. Here every opcode that does more than put
@@ -33,7 +33,7 @@ WRITTEN = (
 
 
 class InertMachine(_Machine):  # type: ignore[misc]
-    """Runs a pickle. Subclasses say what its names, calls and persistent ids stand for.
+    """Runs a pickle. Subclasses define the values of its names, calls and persistent ids.
 
     `load` raises pickle.UnpicklingError if the pickle asks for something that `torch.save` does not write, and any
     error of the standard library if it is malformed.
@@ -46,15 +46,21 @@ class InertMachine(_Machine):  # type: ignore[misc]
         self.parts_of_keys = 0
 
     def make(self, callee: Any, args: Any, *, is_new: bool) -> Any:
-        """Return what a call of `callee` stands for; if `is_new`, of its `__new__` (opcode NEWOBJ)."""
+        """Returns the value of a call in the pickle.
+
+        Args:
+            callee: the object that the pickle calls.
+            args: the arguments; anything, if the pickle is malformed.
+            is_new: whether the `__new__` of `callee` is called (opcode NEWOBJ).
+        """
         raise NotImplementedError
 
-    def put_into(self, target: Any, state: Any) -> None:
-        """Give `target` its state (opcode BUILD)."""
+    def set_state(self, target: Any, state: Any) -> None:
+        """Gives `target` its state (opcode BUILD)."""
         raise NotImplementedError
 
     def require_keys(self, keys: Iterable[Any]) -> None:
-        """Raise UnpicklingError for keys that are costly to hash or to compare."""
+        """Raises UnpicklingError for keys that are costly to hash or to compare."""
         for key in keys:
             if type(key) is int and abs(key) > LARGEST_INT_KEY:
                 raise pickle.UnpicklingError("it has a key of more than 61 bits")
@@ -109,7 +115,7 @@ class InertMachine(_Machine):  # type: ignore[misc]
 
     def _load_build(self) -> None:
         state = self.stack.pop()
-        self.put_into(self.stack[-1], state)
+        self.set_state(self.stack[-1], state)
 
     dispatch.update(dict.fromkeys(range(256), _load_refused))
     dispatch.update({code[0]: _Machine.dispatch[code[0]] for code in WRITTEN})

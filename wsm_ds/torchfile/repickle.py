@@ -1,4 +1,4 @@
-"""Write a tree of `unpickle` as a pickle again, naming the same globals, without importing any of them.
+"""Writes a tree of `unpickle` as a pickle again, naming the same globals, without importing any of them.
 
 It is used only where an output's metadata must differ from the newest checkpoint's (moments left out, another number of
 ranks). The standard library's C pickler imports every class that it names, and its Python pickler can be extended only
@@ -24,7 +24,7 @@ TUPLE_CODES = {1: pickle.TUPLE1, 2: pickle.TUPLE2, 3: pickle.TUPLE3}
 
 
 def repickle(tree: Any) -> tuple[bytes, dict[str, Storage]]:
-    """Write `tree` as the `data.pkl` of a torch file.
+    """Writes `tree` as the `data.pkl` of a torch file.
 
     Args:
         tree: what `unpickle` returned, changed in any way: plain data, `Tensor`s, `Stub`s and `Global`s.
@@ -58,7 +58,7 @@ class _PickleWriter:
         self.memoized: list[Any] = []  # keeps the objects alive: the memo's keys are their addresses
 
     def save(self, value: Any) -> None:
-        """Write any value of a tree."""
+        """Writes any value of a tree."""
         if isinstance(value, Storage):
             self._save_storage(value)
         elif id(value) in self.memo:
@@ -82,7 +82,7 @@ class _PickleWriter:
 
     def _save_storage(self, storage: Storage) -> None:
         key = self.keys.setdefault(storage, str(len(self.keys)))
-        self._save_tuple(("storage", storage.kind, key, storage.location, storage.numel))
+        self._save_tuple(("storage", storage.storage_class, key, storage.location, storage.numel))
         self.data += pickle.BINPERSID
 
     def _save_none(self, _: None) -> None:
@@ -187,7 +187,7 @@ class _PickleWriter:
         self._memoize(size)
 
     def _save_tensor(self, tensor: Tensor) -> None:
-        self._save_call(tensor.made_by)
+        self._save_call(tensor.call)
         self._memoize(tensor)
 
     def _save_stub(self, stub: Stub) -> None:
@@ -198,7 +198,7 @@ class _PickleWriter:
         self._save_state(stub.state)
 
     def _save_call(self, stub: Stub) -> None:
-        self._save_global(stub.made_by)
+        self._save_global(stub.callee)
         self.save(stub.args)
         self.data += pickle.NEWOBJ if stub.is_new else pickle.REDUCE
 

@@ -23,11 +23,11 @@ class TorchFile:
         return self.archive.path
 
     def record(self, tensor: Tensor) -> Record:
-        """Return the archive's record that holds the tensor's storage; raises as `record_of`."""
+        """Returns the archive's record that holds the tensor's storage; raises as `record_of`."""
         return record_of(self.archive, tensor.storage)
 
     def byte_offset(self, tensor: Tensor) -> int:
-        """Return the offset in the file of the tensor's first element, in bytes.
+        """Returns the offset in the file of the tensor's first element, in bytes.
 
         Raises:
             BrokenCheckpoint: the tensor reaches beyond its storage, or is not contiguous.
@@ -47,7 +47,7 @@ class TorchFile:
 
 
 def record_of(archive: Archive, storage: Storage) -> Record:
-    """Return the record that holds a storage.
+    """Returns the record that holds a storage.
 
     Raises:
         BrokenCheckpoint: there is no record, or it is shorter than the storage.
@@ -69,7 +69,7 @@ MOST_PICKLE_BYTES = 1 << 27
 
 
 def open_torch_file(path: Path, allowed_globals: frozenset[str] = frozenset()) -> TorchFile:
-    """Open a torch file without executing its pickle. Reads the zip directory and `data.pkl`, but no tensor.
+    """Opens a torch file without executing its pickle. Reads the zip directory and `data.pkl`, but no tensor.
 
     Args:
         path: the file.

@@ -1,4 +1,4 @@
-"""Read the pickle of a torch file into plain data and inert stand-ins. Nothing that it names is ever imported.
+"""Reads the pickle of a torch file into plain data and inert stand-ins. No class that it names is imported.
 
 A pickle is a program: it may name any callable and call it. Here every name becomes a `Global` (data), every call of
 one becomes a `Stub` (data), and every tensor becomes a `Tensor` address. Names that no training checkpoint needs are
@@ -74,7 +74,7 @@ STORAGES = {
 
 @dataclass(frozen=True)
 class Global:
-    """The name of a class or a function that the pickle asked for. It is not imported."""
+    """The name of a class or a function in a pickle. It is not imported."""
 
     module: str
     name: str
@@ -88,15 +88,15 @@ class Stub:
     """The object that a call of a `Global` would have made.
 
     Attributes:
-        made_by: the callable.
+        callee: the class or function that was called.
         args: its arguments.
-        state: what BUILD gave the object (`__setstate__`, or its `__dict__`).
-        items: what was appended to it.
+        state: the state of the object (opcode BUILD: for `__setstate__`, or its `__dict__`).
+        items: the items that were appended to it.
         entries: the keys and values that were set in it.
-        is_new: the call was of the class's `__new__` (NEWOBJ), not of the class (REDUCE).
+        is_new: whether the class's `__new__` was called (opcode NEWOBJ), not the class (REDUCE).
     """
 
-    made_by: Global
+    callee: Global
     args: tuple[Any, ...]
     state: Any = None
     items: list[Any] = field(default_factory=list)
@@ -104,15 +104,15 @@ class Stub:
     is_new: bool = False
 
     def append(self, item: Any) -> None:
-        """Record the item of an APPEND."""
+        """Records the item of an APPEND."""
         self.items.append(item)
 
     def extend(self, items: Any) -> None:
-        """Record the items of an APPENDS."""
+        """Records the items of an APPENDS."""
         self.items.extend(items)
 
     def add(self, item: Any) -> None:
-        """Record an item of an ADDITEMS."""
+        """Records an item of an ADDITEMS."""
         self.items.append(item)
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -126,7 +126,7 @@ class Storage:
     Attributes:
         key: the record is called `data/{key}`.
         dtype: of its elements.
-        kind: torch's class of the storage.
+        storage_class: torch's class of the storage.
         location: device that it was saved from ("cpu", "cuda:0").
         numel: how many elements it has.
         file: path of the torch file. Empty for a placeholder, in a tree that is to be written: its elements are not
@@ -136,7 +136,7 @@ class Storage:
 
     key: str
     dtype: DType
-    kind: Global
+    storage_class: Global
     location: str
     numel: int
     file: str = ""
@@ -152,14 +152,20 @@ class Storage:
 class Tensor:
     """A tensor's address: a strided view of a storage. It holds no data.
 
-    `offset`, `shape` and `stride` count elements.
+    Attributes:
+        storage: the storage that holds the elements.
+        offset: of the first element in the storage, in elements.
+        shape: sizes.
+        stride: in elements.
+        call: the call that made the tensor, for `repickle`.
+        dtype_override: the dtype, if it is not the storage's.
     """
 
     storage: Storage
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    made_by: Stub
+    call: Stub
     dtype_override: DType | None = None
 
     @property
@@ -187,7 +193,7 @@ class TorchSize(tuple):  # type: ignore[type-arg]
     """`torch.Size`: a tuple that is written back under its own name."""
 
     def __new__(cls, sizes: Any = ()) -> "TorchSize":
-        """Check that `sizes` may be a tensor's shape; the pickle may pass anything."""
+        """Checks that `sizes` may be a tensor's shape; the pickle may pass anything."""
         return super().__new__(cls, _sizes(sizes))
 
 
@@ -213,7 +219,7 @@ class _InertUnpickler(InertMachine):
         self.classes: dict[str, InertMeta] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return our own function for a structural name and an inert class for a known one; import nothing."""
+        """Returns our own function for a structural name and an inert class for a known one; import nothing."""
         full = f"{module}.{name}"
         if full in _STRUCTURAL:
             return _STRUCTURAL[full]
@@ -224,43 +230,44 @@ class _InertUnpickler(InertMachine):
                 raise pickle.UnpicklingError(f"it names more than {MOST_GLOBALS} globals")
             return self.classes.setdefault(full, _inert_class(module, name))
         raise UnsafePickle(
-            f"{self.where} asks for the global {full}, which no training checkpoint needs. It was not imported and "
+            f"{self.where} names the global {full}, which no training checkpoint needs. It was not imported and "
             f"nothing was run. If the class is your own, allow it by name (--allow-global {full}): it is then "
             "carried along as data, still without being imported."
         )
 
     def persistent_load(self, pid: Any) -> Storage:
-        """Return the storage that a reference ('storage', type, key, location, numel) means."""
+        """Returns the storage that a reference ('storage', type, key, location, numel) means."""
         if not isinstance(pid, tuple) or len(pid) != 5:
             raise pickle.UnpicklingError("a persistent id is not a storage")
-        tag, kind, key, location, numel = pid
-        name = kind.global_.name if isinstance(kind, InertMeta) else ""
+        tag, storage_class, key, location, numel = pid
+        name = storage_class.global_.name if isinstance(storage_class, InertMeta) else ""
         if not (type(tag) is type(key) is type(location) is str and tag == "storage" and name in STORAGES):
             raise pickle.UnpicklingError("a persistent id is not a storage that torch writes")
         if type(numel) is not int or not 0 <= numel <= MOST_ELEMENTS:
             raise pickle.UnpicklingError(f"storage {key} does not say how many elements it has")
-        return Storage(key, BY_TORCH_NAME[STORAGES[name]], kind.global_, location, numel, self.where)
+        return Storage(key, BY_TORCH_NAME[STORAGES[name]], storage_class.global_, location, numel, self.where)
 
     def make(self, callee: Any, args: Any, *, is_new: bool) -> Any:
-        """Return a `Stub` for an inert class; call our own function of a structural name."""
+        """Returns a `Stub` for an inert class; call our own function of a structural name."""
         if not isinstance(args, tuple):
             raise pickle.UnpicklingError("a call has no tuple of arguments")
         if isinstance(callee, InertMeta):
             return Stub(callee.global_, args, is_new=is_new)
         if as_global(callee) is None or (is_new and not isinstance(callee, type)):
-            raise pickle.UnpicklingError("it calls what is not a global")
+            raise pickle.UnpicklingError("it calls an object that is not a global")
+        # `torch.save` makes an empty one and fills it by SETITEMS. Arguments could hold keys that nobody has checked.
         if callee is collections.OrderedDict and args:
             raise pickle.UnpicklingError("an OrderedDict is not filled in the way that torch does")
         return callee(*args)
 
-    def put_into(self, target: Any, state: Any) -> None:
-        """Record an object's state as data. A state dict's `OrderedDict` gets its attributes (`_metadata`)."""
+    def set_state(self, target: Any, state: Any) -> None:
+        """Records an object's state as data. A state dict's `OrderedDict` gets its attributes (`_metadata`)."""
         if isinstance(target, Stub):
             target.state = state
         elif isinstance(target, collections.OrderedDict) and isinstance(state, dict):
             vars(target).update(state)
         else:
-            raise pickle.UnpicklingError("it puts a state into what has none")
+            raise pickle.UnpicklingError("it sets the state of an object that has none")
 
 
 class InertMeta(type):
@@ -269,7 +276,7 @@ class InertMeta(type):
     global_: Global
 
     def __call__(cls, *args: Any) -> Any:
-        """Record a call of the class."""
+        """Records a call of the class."""
         return Stub(cls.global_, args)
 
 
@@ -291,10 +298,12 @@ def _rebuild_tensor_v2(storage: Storage, offset: int, shape: Any, stride: Any, *
 
 
 def _rebuild_tensor_v3(storage: Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> Tensor:
-    named = as_global(rest[2]) if len(rest) > 2 else None
-    if named is not None and named.name not in BY_TORCH_NAME:
-        raise UnsupportedLayout(f"a tensor has the dtype {named}, which this version does not read.")
-    dtype = BY_TORCH_NAME[named.name] if named else None
+    # torch uses version 3 for dtypes without a storage class of their own, with the dtype as a further argument
+    # (`torch/_tensor.py`, `_reduce_ex_internal`; `torch/storage.py`, `_new_dtypes`).
+    dtype_name = as_global(rest[2]) if len(rest) > 2 else None
+    if dtype_name is not None and dtype_name.name not in BY_TORCH_NAME:
+        raise UnsupportedLayout(f"a tensor has the dtype {dtype_name}, which this version does not read.")
+    dtype = BY_TORCH_NAME[dtype_name.name] if dtype_name else None
     return _rebuilt("_rebuild_tensor_v3", storage, offset, shape, stride, rest, dtype)
 
 
@@ -306,25 +315,25 @@ def _rebuilt(
         raise pickle.UnpicklingError("a tensor has no storage, or a stride of another length than its shape")
     if type(offset) is not int or not 0 <= offset <= MOST_ELEMENTS or math.prod(shape) > MOST_ELEMENTS:
         raise pickle.UnpicklingError("a tensor's offset or number of elements is beyond any file")
-    made_by = Stub(Global("torch._utils", name), (storage, offset, shape, stride, *rest))
-    return Tensor(storage, offset, shape, stride, made_by, dtype)
+    call = Stub(Global("torch._utils", name), (storage, offset, shape, stride, *rest))
+    return Tensor(storage, offset, shape, stride, call, dtype)
 
 
 def _rebuild_parameter(data: Tensor, *rest: Any) -> Tensor:
     return _rewrapped("torch._utils", "_rebuild_parameter", data, (data, *rest))
 
 
-def _rebuild_from_type_v2(function: Any, kind: Any, args: Any, state: Any) -> Any:
+def _rebuild_from_type_v2(function: Any, tensor_class: Any, args: Any, state: Any) -> Any:
     """A tensor with Python attributes (stage 3's `ds_id`): a `Tensor` whose attributes are kept for `repickle`."""
     if function not in (_rebuild_tensor_v2, _rebuild_tensor_v3, _rebuild_parameter) or not isinstance(args, tuple):
-        return Stub(Global("torch._tensor", "_rebuild_from_type_v2"), (function, kind, args, state))
+        return Stub(Global("torch._tensor", "_rebuild_from_type_v2"), (function, tensor_class, args, state))
     inner = function(*args)
-    return _rewrapped("torch._tensor", "_rebuild_from_type_v2", inner, (function, kind, args, state))
+    return _rewrapped("torch._tensor", "_rebuild_from_type_v2", inner, (function, tensor_class, args, state))
 
 
 def _rewrapped(module: str, name: str, inner: Tensor, args: tuple[Any, ...]) -> Tensor:
-    made_by = Stub(Global(module, name), args)
-    return Tensor(inner.storage, inner.offset, inner.shape, inner.stride, made_by, inner.dtype_override)
+    call = Stub(Global(module, name), args)
+    return Tensor(inner.storage, inner.offset, inner.shape, inner.stride, call, inner.dtype_override)
 
 
 _STRUCTURAL: dict[str, Any] = {
@@ -340,14 +349,14 @@ STRUCTURAL_GLOBALS: dict[Any, Global] = {value: Global(*name.rsplit(".", 1)) for
 
 
 def as_global(value: Any) -> Global | None:
-    """Return the global that a value of an unpickled tree stands for; None if it is something else."""
+    """Returns the global that a value of an unpickled tree stands for; None if it is something else."""
     if isinstance(value, InertMeta):
         return value.global_
     return STRUCTURAL_GLOBALS.get(value) if isinstance(value, type | FunctionType) else None
 
 
 def unpickle(archive: Archive, data: bytes, allowed_globals: frozenset[str] = frozenset()) -> Any:
-    """Read `data.pkl` into an object tree, with `Tensor` addresses for tensors and `Stub`s for foreign objects.
+    """Reads `data.pkl` into an object tree, with `Tensor` addresses for tensors and `Stub`s for foreign objects.
 
     Args:
         archive: the torch file that `data` is of.

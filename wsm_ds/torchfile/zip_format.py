@@ -15,7 +15,14 @@ PADDING_TAG = 0x4246  # "FB", as torch writes it
 
 @dataclass(frozen=True, slots=True)
 class PlacedRecord:
-    """A record's place in the new zip. `crc_offsets` are the file offsets where its CRC-32 belongs."""
+    """Where a record lies in the new zip.
+
+    Attributes:
+        name: of the record, without the root folder.
+        offset: of its first byte.
+        nbytes: its length.
+        crc_offsets: where its CRC-32 belongs.
+    """
 
     name: str
     offset: int
@@ -25,7 +32,7 @@ class PlacedRecord:
 
 @dataclass(frozen=True)
 class ZipFrame:
-    """Everything of a zip but the records' data.
+    """A zip without the records' data.
 
     Attributes:
         nbytes: length of the whole file.
@@ -39,7 +46,7 @@ class ZipFrame:
 
 
 def frame(root: str, sizes: dict[str, int]) -> ZipFrame:
-    """Lay out a zip.
+    """Lays out a zip.
 
     Args:
         root: the folder in the zip that holds all records.
@@ -59,6 +66,7 @@ def frame(root: str, sizes: dict[str, int]) -> ZipFrame:
         position += nbytes + len(descriptor)
     directory_offset, central_crcs, directory = position, [], b""
     for full, nbytes, header_offset in headers:
+        # The CRC-32 is at byte 16 of an entry of the central directory (APPNOTE 4.3.12).
         central_crcs.append(position + len(directory) + 16)
         directory += _central_entry(full, nbytes, header_offset)
     literals.append((position, directory + _end(len(headers), len(directory), directory_offset)))
@@ -70,13 +78,17 @@ def frame(root: str, sizes: dict[str, int]) -> ZipFrame:
 
 
 def _local_header(name: bytes, position: int) -> bytes:
+    # 30 bytes of local header and 4 of the extra field come before the padding (`PyTorchStreamWriter` aligns so that
+    # a reader can map the file and use the data in place).
     start = position + 30 + len(name) + 4
     padding = b"Z" * (-start % ALIGNMENT)
     extra = struct.pack("<2H", PADDING_TAG, len(padding)) + padding
+    # 0x808: a data descriptor follows, and the name is UTF-8 (APPNOTE 4.4.4).
     return struct.pack("<4s5H3I2H", b"PK\x03\x04", 0, 0x808, 0, 0, 0, 0, 0, 0, len(name), len(extra)) + name + extra
 
 
 def _central_entry(name: bytes, nbytes: int, header_offset: int) -> bytes:
+    # APPNOTE 4.5.3: the zip64 extra field holds only the values that do not fit their 32-bit fields, in this order.
     large = b""
     if nbytes >= LIMIT32:
         large += struct.pack("<QQ", nbytes, nbytes)

@@ -1,6 +1,6 @@
 """Makes a DeepSpeed training script safe to kill at any moment, to start again, to extend, and to run on other nodes.
 
-    # train.py: start it with `torchrun --nproc-per-node 2 train.py`. The same command again goes on where it stopped.
+    # train.py: start it with `torchrun --nproc-per-node 2 train.py`. The same command again continues the run.
     import sys
     from pathlib import Path
 
@@ -44,7 +44,7 @@ __all__ = ["TrainingJob"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports TrainingJob when it is first used: the watchdog and the job scripts must not wait for what it imports."""
+    """Imports TrainingJob when it is first used: the watchdog and the job scripts must not wait for its imports."""
     if name != "TrainingJob":
         raise AttributeError(f"module 'wsm_ds.training' has no attribute {name!r}")
     from wsm_ds.training.training_job import TrainingJob

@@ -26,7 +26,7 @@ RECOVERY_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 
 
 def newest_complete(run: Path) -> Layout | None:
-    """Reads the newest checkpoint of which every file is there and complete.
+    """Reads the newest complete checkpoint: no file is missing or truncated.
 
     The file `latest` is not used, because it may be old or name a broken checkpoint. Broken checkpoints are named in
     the log.
@@ -35,7 +35,7 @@ def newest_complete(run: Path) -> Layout | None:
         Its layout. None if the run has no checkpoint at all.
 
     Raises:
-        BrokenCheckpoint: there are checkpoints, and all of them are broken.
+        BrokenCheckpoint: the run has checkpoints, and all of them are broken.
         UnsupportedLayout, UnsafePickle: see `read_layout`.
     """
     try:
@@ -48,6 +48,7 @@ def newest_complete(run: Path) -> Layout | None:
         except BrokenCheckpoint as error:
             log.warning("%s is not used: %s", checkpoint.tag, error)
             continue
+        # DeepSpeed loads a universal checkpoint only with `load_universal` in its config.
         if not layout.is_universal:
             return layout
     raise BrokenCheckpoint(
@@ -88,6 +89,7 @@ def save_checkpoint(engine: Any, job: JobFolder, attempt: int, ranks: Ranks, cli
     root = job.attempt_folder(attempt)
     ranks.decide(lambda: _make_empty_folder(job, attempt, root / tag))
     save_random_states(root / tag, dist.get_rank())
+    # `latest` is written by `publish`: DeepSpeed would write it into the attempt's folder, before the rename.
     engine.save_checkpoint(str(root), tag=tag, client_state=client_state, save_latest=False)
     if int(os.environ["LOCAL_RANK"]) == 0:  # one process per machine: it flushes that machine's page cache
         sync_files(root / tag)

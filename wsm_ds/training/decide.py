@@ -59,7 +59,7 @@ def read_run_state(job: JobFolder, until_step: int) -> RunState:
 
 
 def record(job: JobFolder, decision: Decision) -> None:
-    """Writes what a decision leaves in RUN/job.
+    """Writes the records of a decision to RUN/job.
 
     Raises:
         OSError: the disk is full, or fails.
@@ -73,7 +73,7 @@ def record(job: JobFolder, decision: Decision) -> None:
 
 
 def instructions(decision: Decision) -> list[str]:
-    """Returns what the script has to do, one instruction a line.
+    """Returns the instructions for the script, one per line.
 
     >>> instructions(Decision(Action.REQUEUE, "n2", messages=("n2 is left out: no answer",)))
     ['log n2 is left out: no answer', 'requeue n2']
@@ -98,11 +98,11 @@ def processes_by_host(heartbeats: Iterable[dict[str, Any]], attempt: int) -> dic
 
 def _start(options: argparse.Namespace) -> list[str]:
     job = JobFolder(options.run)
-    return _carried_out(job, decide_start(read_run_state(job, options.until_step), options.until_step))
+    return _record_and_print(job, decide_start(read_run_state(job, options.until_step), options.until_step))
 
 
 def _begin(options: argparse.Namespace) -> list[str]:
-    """The argument is the attempt's number and the tag that it goes on from."""
+    """The argument is the attempt's number and the tag from which it continues."""
     job = JobFolder(options.run)
     attempt = begin_attempt(job)
     job.logs(attempt).mkdir(parents=True, exist_ok=True)
@@ -120,13 +120,13 @@ def _nodes(options: argparse.Namespace) -> list[str]:
     else:
         stamp = f"{time.strftime('%F %T')} job {options.job_id}"
         decision = decide_slurm_nodes(state, attempt, reports_from_srun(hosts, output), last_line, silence, stamp)
-    return _carried_out(job, decision)
+    return _record_and_print(job, decision)
 
 
 def _end(options: argparse.Namespace) -> list[str]:
     job = JobFolder(options.run)
     end = RanksEnd(is_signalled=bool(options.signal), hang=options.hang, exit_code=options.exit_code)
-    return _carried_out(job, decide_end(read_run_state(job, options.until_step), _attempt(options), end))
+    return _record_and_print(job, decide_end(read_run_state(job, options.until_step), _attempt(options), end))
 
 
 def _processes(options: argparse.Namespace) -> list[str]:
@@ -143,7 +143,7 @@ def _requeue(options: argparse.Namespace) -> list[str]:
     return instructions(decide_requeue(parse_slurm_job(sys.stdin.read()), options.unfit_nodes))
 
 
-def _carried_out(job: JobFolder, decision: Decision) -> list[str]:
+def _record_and_print(job: JobFolder, decision: Decision) -> list[str]:
     record(job, decision)
     return instructions(decision)
 
@@ -153,7 +153,7 @@ def _attempt(options: argparse.Namespace) -> Attempt:
 
 
 def _text(path: Path) -> str:
-    """The text of a file; "" if it is not there. Ranks and nodes print what they like, so any bytes are read."""
+    """The text of a file; "" if it does not exist. Bytes that are not UTF-8, which ranks may print, are replaced."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     start = add("start", _start, "may a job begin an attempt?")
-    begin = add("begin", _begin, "begin an attempt; prints its number and the checkpoint that it goes on from")
+    begin = add("begin", _begin, "begin an attempt; prints its number and the checkpoint from which it continues")
     nodes = add("nodes", _nodes, "on which nodes do the ranks start? Reads the output of the node check")
     end = add("end", _end, "the ranks have ended: what follows?")
     processes = add("processes", _processes, "print the hosts and process ids of an attempt's ranks")

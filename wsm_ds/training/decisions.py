@@ -1,4 +1,4 @@
-"""What a job script does next, decided from plain facts: go on, requeue, leave nodes out, or stop.
+"""What a job script does next, decided from plain facts: continue, requeue, leave nodes out, or stop.
 
 Every function here takes facts and returns a `Decision`. None reads a file or a clock, starts a process or writes.
 `wsm_ds.training.decide` gathers the facts and carries the decisions out for the scripts of launch/.
@@ -65,8 +65,8 @@ class RunState:
         job: the run's folder; only its paths are used, in messages.
         newest_attempt: the number of the newest attempt; 0 if there was none.
         is_done: whether the run has reached the step that the job was asked for.
-        is_stopped: whether RUN/job/stop is there.
-        failed: the first line of RUN/job/failed; None if that file is not there.
+        is_stopped: whether RUN/job/stop exists.
+        failed: the first line of RUN/job/failed; None if that file does not exist.
         latest: the tag that RUN/latest names; "" if there is none.
         crashes: the lines of RUN/job/crashes.
     """
@@ -133,7 +133,7 @@ def decide_start(state: RunState, until_step: int) -> Decision:
 def decide_end(state: RunState, attempt: Attempt, end: RanksEnd) -> Decision:
     """Decides what follows when the ranks of an attempt have ended.
 
-    An attempt that is not the newest one has no say: its node was cut off and came back.
+    An attempt that is not the newest one ends without effect: its node was cut off and came back.
     """
     if state.is_done:
         return _done(attempt.until_step)
@@ -267,7 +267,7 @@ def _fail(reason: str) -> Decision:
 
 
 def _stopped(state: RunState) -> Decision:
-    return _fail(f"stopped by {state.job.stop}; remove it to go on")
+    return _fail(f"stopped by {state.job.stop}; remove it to continue")
 
 
 def _give_up(state: RunState, attempt: Attempt, reason: str) -> Decision:

@@ -1,4 +1,4 @@
-"""A rank's sign of life on shared storage. The watchdog reads it; the rank learns there of stops and newer attempts."""
+"""The heartbeat of a rank: a file on shared storage, which the watchdog reads. Its thread also looks for a stop."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ class Heartbeat:
         step: the last step that ended before this attempt.
 
     Attributes:
-        stop_is_asked: whether RUN/job/stop was there when the file was last replaced.
+        stop_is_requested: whether RUN/job/stop existed when the heartbeat was last written.
     """
 
     def __init__(self, job: JobFolder, *, attempt: int, rank: int, world_size: int, step: int) -> None:
@@ -43,14 +43,17 @@ class Heartbeat:
         self.path = job.heartbeats / f"rank_{rank:05d}.json"
         self.fixed = {"host": socket.gethostname(), "rank": rank, "world_size": world_size, "pid": os.getpid()}
         self.step, self.time = step, time.time()
-        self.newest_attempt, self.stop_is_asked = attempt, False
+        self.newest_attempt, self.stop_is_requested = attempt, False
         self.main_thread = threading.get_ident()
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
         self.thread.start()
 
     def reached(self, step: int) -> None:
-        """Notes the end of a step.
+        """Sets the step of the next heartbeat.
+
+        Args:
+            step: the step that has just ended.
 
         Raises:
             Superseded: another attempt was started after this one.
@@ -71,17 +74,18 @@ class Heartbeat:
                 written_step, written_s = self.step, time.monotonic()
                 try:
                     replace_shared_text(self.path, json.dumps(self._now()))
-                    self.newest_attempt, self.stop_is_asked = read_attempt(self.job), self.job.stop.exists()
+                    self.newest_attempt, self.stop_is_requested = read_attempt(self.job), self.job.stop.exists()
                 except (OSError, ValueError) as error:
                     log.warning("the heartbeat could not be written: %s", error)
             self.stopped.wait(INTERVAL_S)
 
     def _now(self) -> dict[str, Any]:
         beat = {"attempt": self.attempt, "step": self.step, "time": self.time, "alive": time.time()}
-        return beat | self.fixed | {"where": _place(self.main_thread)}
+        return beat | self.fixed | {"where": _code_line(self.main_thread)}
 
 
-def _place(thread: int) -> str:
+def _code_line(thread: int) -> str:
+    # The main thread may hang in C code; its Python frame still shows where.
     frame = sys._current_frames().get(thread)
     if frame is None:
         return "nowhere"

@@ -1,9 +1,9 @@
-"""The folder RUN/job: everything that belongs to running jobs, and not to the checkpoints.
+"""The folder RUN/job: the files of running jobs, apart from the checkpoints.
 
     attempt               the number of the newest attempt; it rises by 1 at each start
     attempt-K/            what attempt K writes before it is published
     resharded-TAG-…/      a checkpoint rewritten for another number of ranks or stage, while it is loaded
-    unusable/             broken checkpoints that stood where a new one had to go
+    unusable/             broken checkpoints, moved away because a new one has the same name
     heartbeat/            one file per rank
     steps.jsonl           one line per step
     stop                  made by people: the ranks save and leave, and do not start before it is removed
@@ -49,12 +49,16 @@ class JobFolder:
         return self.folder / "attempt"
 
     def attempt_folder(self, attempt: int) -> Path:
-        """The folder in which attempt K writes what it has not published yet."""
+        """The folder of what an attempt has written and not published yet.
+
+        Args:
+            attempt: its number.
+        """
         return self.folder / f"attempt-{attempt}"
 
     @property
     def unusable(self) -> Path:
-        """The folder of broken checkpoints that stood where a new one had to go."""
+        """The folder of broken checkpoints that were moved away because a new one has the same name."""
         return self.folder / "unusable"
 
     @property
@@ -105,7 +109,7 @@ def read_attempt(job: JobFolder) -> int:
         return 0
 
 
-def given_attempt() -> int | None:
+def exported_attempt() -> int | None:
     """Returns the attempt's number that a job script has exported as WSM_ATTEMPT; None if there is none.
 
     Raises:
@@ -128,6 +132,7 @@ def begin_attempt(job: JobFolder) -> int:
     attempt = read_attempt(job) + 1
     while True:
         try:
+            # mkdir is atomic, also on NFS.
             job.attempt_folder(attempt).mkdir(parents=True)
             break
         except FileExistsError:
@@ -152,7 +157,7 @@ def superseded(job: JobFolder, attempt: int, newest: int) -> Superseded:
     """Builds the error of an attempt that is not the newest one."""
     return Superseded(
         f"attempt {attempt} of {job.run} was superseded by attempt {newest}; it ends here and publishes nothing more. "
-        "A node that was cut off and came back ends so; nothing has to be done."
+        "This happens when a node was cut off and came back; nothing has to be done."
     )
 
 
@@ -162,7 +167,7 @@ def is_done(job: JobFolder, until_step: int, *, attempt: int | None = None) -> b
     Args:
         job: the run's.
         until_step: number of updates.
-        attempt: the attempt that must have got there; None for any.
+        attempt: the attempt that must have reached it; None for any.
     """
     try:
         done = json.loads(job.done.read_text(encoding="utf-8"))

@@ -65,6 +65,7 @@ def measure_matmul(dtype: str) -> MatmulSpeed:
             a @ b
             accelerator.synchronize()
             times_s.append(time.perf_counter() - began_s)
+        # The first product includes the choice of a kernel and its compilation.
         return min(times_s[1:])
 
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]

@@ -83,6 +83,7 @@ def check_rendezvous(address: str) -> str:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S):
             pass
     except ConnectionRefusedError:
+        # The refusal came from the host, so packets travel both ways.
         return f"{address} reached, nobody listens"
     except OSError as error:
         raise NodeUnfit(f"the rendezvous {address} cannot be reached: {error}") from error

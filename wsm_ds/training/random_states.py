@@ -26,6 +26,7 @@ def random_states() -> dict[str, Any]:
     import torch
     from deepspeed.accelerator import get_accelerator
 
+    # Plain lists of numbers, not a pickle: whoever may write the file could otherwise run code.
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     states: dict[str, Any] = {

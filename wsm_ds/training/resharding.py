@@ -2,9 +2,9 @@
 
 DeepSpeed refuses such a checkpoint ("The checkpoint being loaded used a DP world size of 2 but the current world size
 is 4"), because each file holds the partition of one rank. DeepSpeed's own way, a universal checkpoint, restores neither
-buffers nor frozen parameters, and needs a conversion as well. So all ranks of the job write the checkpoint anew in its
-native form, and share the work by bytes. The rewritten checkpoint lies in RUN/job until it is loaded. It needs as much
-disk space as one checkpoint.
+buffers nor frozen parameters, and needs a conversion as well. So all ranks of the job together write a native
+checkpoint in the form of the engine, and share the work by bytes. The rewritten checkpoint lies in RUN/job until it is
+loaded. It needs as much disk space as one checkpoint.
 """
 
 import logging
@@ -15,8 +15,9 @@ from typing import Any
 
 from wsm_ds.distributed.ranks import Ranks
 from wsm_ds.layouts import Layout
-from wsm_ds.merging import one_recipe, plan_merge, run_plan
+from wsm_ds.merging import plan_merge, run_plan
 from wsm_ds.outputs.resharding.form import DEFAULT_SUB_GROUP_SIZE, zero_config
+from wsm_ds.planning.recipe import one_recipe
 from wsm_ds.torchfile import open_torch_file
 from wsm_ds.training.job import JobFolder
 
@@ -24,13 +25,13 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Partitioning:
-    """How a checkpoint is split into partitions: what must be equal for DeepSpeed to load it.
+class EngineForm:
+    """The form of a checkpoint, as far as it must be equal to the engine's for DeepSpeed to load it.
 
     Attributes:
         stage: ZeRO stage, 0 to 3.
         world_size: data-parallel ranks.
-        sub_group_size: elements, as in DeepSpeed's config; None below stage 3, where nothing depends on it.
+        sub_group_size: of stage 3, in elements, as in DeepSpeed's config; None in other stages.
     """
 
     stage: int
@@ -41,15 +42,15 @@ class Partitioning:
         return f"ZeRO-{self.stage} on {self.world_size} ranks"
 
 
-def partitioning_of_layout(layout: Layout) -> Partitioning:
-    """Returns how a checkpoint was saved."""
-    return Partitioning(layout.stage, layout.world_size, _sub_group_size(layout) if layout.stage == 3 else None)
+def form_of_layout(layout: Layout) -> EngineForm:
+    """Returns the form of a checkpoint."""
+    return EngineForm(layout.stage, layout.world_size, _sub_group_size(layout) if layout.stage == 3 else None)
 
 
-def partitioning_of_engine(engine: Any) -> Partitioning:
-    """Returns how a DeepSpeed engine saves, and what it loads."""
+def form_of_engine(engine: Any) -> EngineForm:
+    """Returns the form in which a DeepSpeed engine saves and loads."""
     stage = int(engine.zero_optimization_stage())
-    return Partitioning(stage, int(engine.dp_world_size), int(engine.zero_sub_group_size()) if stage == 3 else None)
+    return EngineForm(stage, int(engine.dp_world_size), int(engine.zero_sub_group_size()) if stage == 3 else None)
 
 
 def _sub_group_size(layout: Layout) -> int:
@@ -58,17 +59,17 @@ def _sub_group_size(layout: Layout) -> int:
     return int(size) if isinstance(size, int | float) else DEFAULT_SUB_GROUP_SIZE
 
 
-def resharded_folder(job: JobFolder, tag: str, target: Partitioning) -> Path:
+def resharded_folder(job: JobFolder, tag: str, target: EngineForm) -> Path:
     """Returns the folder in which the rewritten checkpoint lies until it is loaded."""
     return job.folder / f"resharded-{tag}-zero{target.stage}-{target.world_size}-ranks"
 
 
-def reshard_together(checkpoint: Path, target: Partitioning, out: Path, ranks: Ranks) -> None:
-    """Rewrites a checkpoint with another partitioning. Goes on where a killed attempt stopped.
+def reshard_together(checkpoint: Path, target: EngineForm, out: Path, ranks: Ranks) -> None:
+    """Rewrites a checkpoint in another form. Continues what a killed attempt has written.
 
     Args:
         checkpoint: RUN/TAG.
-        target: the partitioning of the engine that will load it.
+        target: the form of the engine that will load it.
         out: the folder to write.
         ranks: the processes that share the work, in an object for this call alone.
 

@@ -13,7 +13,7 @@ from wsm_ds.errors import RecipeError, TrainingError, few
 from wsm_ds.training import checkpoints, interruption, resharding
 from wsm_ds.training.compilation import prepare_compilation
 from wsm_ds.training.heartbeat import Heartbeat
-from wsm_ds.training.job import JobFolder, begin_attempt, given_attempt, is_done, mark_done, require_current
+from wsm_ds.training.job import JobFolder, begin_attempt, exported_attempt, is_done, mark_done, require_current
 from wsm_ds.training.process_groups import find_ranks, start_process_groups
 from wsm_ds.training.random_states import load_random_states, seed_random_states
 
@@ -50,7 +50,7 @@ class TrainingJob:
 
     Raises:
         Superseded: WSM_ATTEMPT is not the newest attempt.
-        TrainingError: RUN/job/stop is there.
+        TrainingError: RUN/job/stop exists.
         StaleLock: see `prepare_compilation`.
         RecipeError: a number is below 1, or see `find_ranks`.
     """
@@ -95,13 +95,13 @@ class TrainingJob:
         Ranks: all; rank 0 chooses the checkpoint.
 
         Raises:
-            BrokenCheckpoint: there are checkpoints, and none is complete.
+            BrokenCheckpoint: the run has checkpoints, and none is complete.
             UnsupportedLayout, InsufficientCapacity: the checkpoint needs to be rewritten, and cannot be.
             TrainingError: the checkpoint was saved with other `constants`.
         """
         import deepspeed.comm as dist
 
-        target = resharding.partitioning_of_engine(engine)
+        target = resharding.form_of_engine(engine)
         choice = self.ranks.decide(lambda: self._choose(target))
         if choice is None:
             seed_random_states(self.constants["seed"], 0, self.rank)
@@ -143,9 +143,9 @@ class TrainingJob:
         heartbeat = Heartbeat(
             self.job, attempt=self.attempt, rank=self.rank, world_size=self.world_size, step=first - 1
         )
-        saved = {**(client_state or {}), CONSTANTS: self.constants}
+        saved_state = {**(client_state or {}), CONSTANTS: self.constants}
         # Not earlier: while a process starts up, a signal must end it at once (see Interruption).
-        interrupted = interruption.Interruption()
+        interruption_state = interruption.Interruption()
         try:
             for step in range(first, self.until_step + 1):
                 began_s = time.monotonic()
@@ -155,14 +155,14 @@ class TrainingJob:
                         f"step {step} ended with {engine.global_steps} updates in all; the loop's body must make one."
                     )
                 heartbeat.reached(step)
-                if heartbeat.stop_is_asked:
-                    interrupted.ask(f"{self.job.stop} is there")
-                is_interrupted = interrupted.agreed()
+                if heartbeat.stop_is_requested:
+                    interruption_state.request_stop(f"{self.job.stop} exists")
+                is_interrupted = interruption_state.is_requested_on_any_rank()
                 self._write_line(step, time.monotonic() - began_s)
                 if step % self.save_every == 0 or step == self.until_step or is_interrupted:
-                    checkpoints.save_checkpoint(engine, self.job, self.attempt, self.ranks, saved)
+                    checkpoints.save_checkpoint(engine, self.job, self.attempt, self.ranks, saved_state)
                 if is_interrupted and step < self.until_step:
-                    log.warning("saved at step %d and stopping: %s", step, interrupted.received or "another rank")
+                    log.warning("saved at step %d and stopping: %s", step, interruption_state.reason or "another rank")
                     self.exit_code = interruption.EXIT_CODE
                     return
             self.ranks.decide(lambda: mark_done(self.job, max(self.until_step, first - 1), self.attempt))
@@ -171,7 +171,7 @@ class TrainingJob:
             heartbeat.stop()
 
     def record(self, **values: float) -> None:
-        """Sets what the line of this step in RUN/job/steps.jsonl says beside the step's number and its time.
+        """Adds values to the line of this step in RUN/job/steps.jsonl.
 
         Args:
             values: by name, such as `loss=2.5`.
@@ -199,35 +199,35 @@ class TrainingJob:
     def _begin(self) -> tuple[int, bool]:
         done = is_done(self.job, self.until_step)
         if self.job.stop.exists() and not done:  # checked first: a new attempt would supersede one that still saves
-            raise TrainingError(f"{self.job.stop} is there; remove it to go on.")
-        attempt = given_attempt() or begin_attempt(self.job)
+            raise TrainingError(f"{self.job.stop} exists; remove it to continue.")
+        attempt = exported_attempt() or begin_attempt(self.job)
         require_current(self.job, attempt)
         checkpoints.remove_older_attempts(self.job, attempt)
         return attempt, done
 
-    def _choose(self, target: resharding.Partitioning) -> dict[str, Any] | None:
+    def _choose(self, target: resharding.EngineForm) -> dict[str, Any] | None:
         layout = checkpoints.newest_complete(self.job.run)
         if layout is None:
             log.warning("%s holds no checkpoint: a new run", self.job.run)
             return None
-        saved = resharding.partitioning_of_layout(layout)
-        log.warning("resuming from %s (%s)%s", layout.path, saved, "" if saved == target else f" as {target}")
+        form = resharding.form_of_layout(layout)
+        log.warning("resuming from %s (%s)%s", layout.path, form, "" if form == target else f" as {target}")
         resharding.remove_resharded(self.job, keep=resharding.resharded_folder(self.job, layout.path.name, target))
         return {
             "path": str(layout.path),
-            "world_size": saved.world_size,
-            "reshard": saved != target and target.stage > 0,
+            "world_size": form.world_size,
+            "reshard": form != target and target.stage > 0,
         }
 
     def _load(self, engine: Any, root: Path, tag: str | None) -> None:
         path, self.client_state = engine.load_checkpoint(str(root), tag=tag)
         if path is None:
             raise TrainingError(f"DeepSpeed loaded nothing from {root}.")
-        saved = self.client_state.get(CONSTANTS, {})
+        constants = self.client_state.get(CONSTANTS, {})
         differences = [
-            f"{name} {saved[name]!r}, now {self.constants.get(name)!r}"
-            for name in saved
-            if saved[name] != self.constants.get(name)
+            f"{name} {constants[name]!r}, now {self.constants.get(name)!r}"
+            for name in constants
+            if constants[name] != self.constants.get(name)
         ]
         if differences:
             raise TrainingError(f"{path} was saved with {few(differences)}; these must not change in a run.")

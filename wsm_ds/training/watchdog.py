@@ -26,7 +26,7 @@ from typing import Any
 
 from wsm_ds.errors import RanksSilent, WsmError, few
 from wsm_ds.training.heartbeat import UNCHANGED_S
-from wsm_ds.training.job import JobFolder, given_attempt, is_done, read_attempt, require_current
+from wsm_ds.training.job import JobFolder, exported_attempt, is_done, read_attempt, require_current
 
 POLL_S = 1.0
 STOPPED_S = 3 * UNCHANGED_S
@@ -89,6 +89,7 @@ class Watch:
         if beat["attempt"] != self.attempt:
             return
         last = self.last_beats.get(beat["rank"])
+        # By change, not by the time in the file: clocks of hosts differ.
         step_s = last.step_s if last and last.beat["step"] == beat["step"] else now_s
         alive_s = last.alive_s if last and last.beat["alive"] == beat["alive"] else now_s
         self.last_beats[beat["rank"]] = LastBeat(beat, step_s, alive_s)
@@ -105,14 +106,14 @@ class Watch:
 
     def _blame(self, now_s: float) -> str:
         """Describes the slowest rank: a dead one, else one at the lowest step, else one at another line than most."""
-        places = Counter(last.beat["where"] for last in self.last_beats.values())
+        code_lines = Counter(last.beat["where"] for last in self.last_beats.values())
         newest_sign_s = max(last.alive_s for last in self.last_beats.values())
         slowest = min(
             self.last_beats.values(),
             key=lambda last: (
                 last.alive_s > newest_sign_s - STOPPED_S,
                 last.beat["step"],
-                places[last.beat["where"]],
+                code_lines[last.beat["where"]],
                 last.step_s,
             ),
         )
@@ -125,12 +126,12 @@ class Watch:
         )
         if others:
             steps = sorted({last.beat["step"] for last in others})
-            waiting = few(f"{count} in {place}" for place, count in _places(others))
+            waiting = few(f"{count} in {code_line}" for code_line, count in _code_lines(others))
             text += f" The others are at step {few(steps)}: {waiting}."
         return text
 
 
-def _places(beats: list[LastBeat]) -> list[tuple[str, int]]:
+def _code_lines(beats: list[LastBeat]) -> list[tuple[str, int]]:
     return Counter(last.beat["where"] for last in beats).most_common()
 
 
@@ -148,7 +149,7 @@ def watch(run: Path, *, timeout_s: float, start_timeout_s: float, stop: threadin
         Superseded: a newer attempt was started.
     """
     job = JobFolder(run)
-    attempt = given_attempt() or read_attempt(job)
+    attempt = exported_attempt() or read_attempt(job)
     watching = Watch(job, attempt, timeout_s=timeout_s, start_timeout_s=start_timeout_s)
     while not (stop.is_set() or is_done(job, 0, attempt=attempt)):
         watching.look(time.monotonic())

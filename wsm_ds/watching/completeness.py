@@ -3,9 +3,9 @@
 A checkpoint is written by many ranks, one file after another, on a file system that shows another machine's files
 late and in any order. It is complete when all of this holds:
 
-- its layout can be read: every rank's file is there and is a whole torch file, whose directory is written last;
-- it has settled: `latest`, which DeepSpeed writes after all ranks' files, names it or a newer one; or there is no
-  `latest`, and a newer checkpoint exists; or its files have not changed for some time.
+- its layout can be read: no rank's file is missing, and each is a whole zip. torch writes the zip's directory last;
+- it has settled: `latest`, which DeepSpeed's rank 0 writes after its own files, names it or a newer one; or there is
+  no `latest`, and a newer checkpoint exists; or its files have not changed for some time.
 """
 
 import time
@@ -21,12 +21,12 @@ Fingerprint = tuple[tuple[str, int, int], ...]
 def fingerprint(folder: Path) -> Fingerprint:
     """Name, size in bytes and time of change (ns) of every file of a checkpoint."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    found = [(path, path.stat()) for path in files]
-    return tuple((str(path), status.st_size, status.st_mtime_ns) for path, status in found)
+    states = [(path, path.stat()) for path in files]
+    return tuple((str(path), status.st_size, status.st_mtime_ns) for path, status in states)
 
 
 class Checkpoints:
-    """The checkpoints of a run, look by look. A checkpoint that was complete once is not read again.
+    """The checkpoints of a run, which is listed again at every look. A complete checkpoint is read once.
 
     Args:
         run: the run's folder; it may be empty, or missing.
@@ -34,7 +34,7 @@ class Checkpoints:
         settle_s: seconds for which files must not have changed.
 
     Attributes:
-        held: checkpoints of the last look by step, complete or not.
+        by_step: checkpoints of the last look, complete or not, by the step in their names.
         seen: steps that were complete in some look.
         unsettled: steps that may become complete if they are looked at again.
         problems: by step, why a checkpoint is broken.
@@ -42,7 +42,7 @@ class Checkpoints:
 
     def __init__(self, run: Path, allowed_globals: frozenset[str], settle_s: float) -> None:
         self.run, self.allowed_globals, self.settle_s = run, allowed_globals, settle_s
-        self.held: dict[int, Checkpoint] = {}
+        self.by_step: dict[int, Checkpoint] = {}
         self.seen: set[int] = set()
         self.unsettled: set[int] = set()
         self.problems: dict[int, str] = {}
@@ -51,25 +51,28 @@ class Checkpoints:
         self._broken: dict[str, tuple[Fingerprint, str]] = {}
 
     def look(self) -> None:
-        """Lists the run again. Of a native checkpoint and its universal copy, the native one is taken."""
+        """Lists the run again. If a checkpoint has a universal copy, the copy is left out."""
         try:
-            found = find_checkpoints(self.run)
+            run_checkpoints = find_checkpoints(self.run)
         except CheckpointNotFound:
-            found = []
-        named = [checkpoint for checkpoint in found if checkpoint.named_step >= 0]
-        self.held = {}
+            run_checkpoints = []
+        named = [checkpoint for checkpoint in run_checkpoints if checkpoint.named_step >= 0]
+        self.by_step = {}
         for checkpoint in sorted(named, key=lambda c: c.tag.endswith("_universal")):
-            self.held.setdefault(checkpoint.named_step, checkpoint)
-        self._complete &= {checkpoint.tag for checkpoint in self.held.values()}
+            self.by_step.setdefault(checkpoint.named_step, checkpoint)
+        self._complete &= {checkpoint.tag for checkpoint in self.by_step.values()}
         self.unsettled, self.problems = set(), {}
 
     def is_complete(self, step: int) -> bool:
         """Whether the checkpoint of a step is complete; if not, the step is in `unsettled` or in `problems`.
 
+        Args:
+            step: a key of `by_step`.
+
         Raises:
             UnsupportedLayout, UnsafePickle: see `read_layout`.
         """
-        checkpoint = self.held[step]
+        checkpoint = self.by_step[step]
         if checkpoint.tag in self._complete:
             return True
         try:
@@ -80,9 +83,10 @@ class Checkpoints:
                 return False
         except Interrupted:
             raise
-        except OSError as error:  # it is being renamed or deleted now, or the file system fails
+        except OSError as error:  # another process renames or deletes it now, or the file system fails
             self.problems[step] = str(error)
             return False
+        # Never read again: reading the metadata of thousands of rank files at every look would load the storage.
         self._complete.add(checkpoint.tag)
         self.seen.add(step)
         return True
@@ -90,8 +94,8 @@ class Checkpoints:
     def _is_whole(self, checkpoint: Checkpoint) -> bool:
         """Whether the layout can be read. A broken checkpoint is read again only when one of its files has changed."""
         before = fingerprint(checkpoint.path)
-        known = self._broken.get(checkpoint.tag)
-        problem = known[1] if known is not None and known[0] == before else self._problem(checkpoint)
+        earlier = self._broken.get(checkpoint.tag)
+        problem = earlier[1] if earlier is not None and earlier[0] == before else self._problem(checkpoint)
         if problem:
             self._broken[checkpoint.tag] = (before, problem)
             self.problems[checkpoint.named_step] = problem
@@ -104,20 +108,22 @@ class Checkpoints:
             return str(error)
         if layout.step != checkpoint.named_step:
             raise UnsupportedLayout(
-                f"{checkpoint.path} was saved at step {layout.step}, its name says {checkpoint.named_step}; beside a "
-                "run only checkpoints whose names end with their step are understood."
+                f"{checkpoint.path} was saved at step {layout.step}, its name says {checkpoint.named_step}; watch "
+                "and prune need names that end with the step."
             )
         return ""
 
     def _has_settled(self, checkpoint: Checkpoint) -> bool:
+        # `latest` alone does not suffice: rank 0 writes it after its own files, before the barrier at the end of
+        # `save_checkpoint` (runtime/engine.py:4961). So `_is_whole` has read every rank's file before.
         latest = latest_step(checkpoint.path.parent)
         if latest is not None and latest >= checkpoint.named_step:
             return True
-        if latest is None and checkpoint.named_step < max(self.held):
+        if latest is None and checkpoint.named_step < max(self.by_step):
             return True
-        now, found = time.monotonic(), fingerprint(checkpoint.path)
-        before, since = self._since.setdefault(checkpoint.tag, (found, now))
-        if before != found:
-            self._since[checkpoint.tag] = (found, now)
+        now, current = time.monotonic(), fingerprint(checkpoint.path)
+        before, since = self._since.setdefault(checkpoint.tag, (current, now))
+        if before != current:
+            self._since[checkpoint.tag] = (current, now)
             return False
         return now - since >= self.settle_s

@@ -9,7 +9,7 @@ class Event:
     """Something that has happened.
 
     Attributes:
-        name: its kind, as `--json` prints it: "merged", "refused", "waiting", ...
+        name: what happened, as `--json` prints it: "merged", "refused", "waiting", ...
         text: a line for people.
         values: its figures, as plain data for JSON.
     """

@@ -1,10 +1,10 @@
-"""Deletes the checkpoints that no window can need any more. In doubt, a checkpoint is kept.
+"""Deletes the checkpoints that no window can need any more. If it is not sure, it keeps a checkpoint.
 
 RUN/.wsm-prune holds, for all prunes of a run,
 
-    deleted.jsonl   what was deleted, one line per checkpoint: a window never takes an older checkpoint in its place
-    trash/          checkpoints that are being deleted: each leaves the run by one rename, so nobody sees half of one
-    lock            held by the prune that deletes
+    deleted.jsonl   one line per deleted checkpoint, so that no window takes an older checkpoint in its place
+    trash/          checkpoints that are being deleted; each leaves the run by one rename, so it is never seen in part
+    lock            locked by the prune that deletes
 """
 
 import json
@@ -33,14 +33,14 @@ NEVER_SETTLES_S = float("inf")
 
 @dataclass(frozen=True)
 class Retention:
-    """What is kept, in addition to what always is (see `plan_prune`).
+    """What is kept, in addition to what `plan_prune` always keeps.
 
     Attributes:
-        specs: watches whose windows must still be possible.
+        specs: watches whose open and future windows must keep their checkpoints.
         folders: where merges of the run are written; the sources of unfinished ones are kept.
-        keep_window: the newest complete checkpoints that windows to come need.
-        keep_every: checkpoints at multiples of so many steps.
-        keep_last: the newest complete checkpoints, for a run that has to start again from one.
+        keep_window: number of the newest complete checkpoints that future windows need.
+        keep_every: checkpoints at multiples of this number of steps are kept.
+        keep_last: number of the newest complete checkpoints that are kept for restarting the training.
     """
 
     specs: tuple[WatchSpec, ...] = ()
@@ -55,7 +55,9 @@ class Verdict:
     """Whether one checkpoint is kept.
 
     Attributes:
+        checkpoint: its tag and folder.
         nbytes: bytes of all its files.
+        is_complete: see `completeness`.
         kept_because: the reason; empty if it can be deleted.
     """
 
@@ -78,24 +80,29 @@ class Verdict:
 def plan_prune(run: Path, retention: Retention, allowed_globals: frozenset[str] = frozenset()) -> tuple[Verdict, ...]:
     """Decides which checkpoints of a run can be deleted, oldest first. Deletes nothing.
 
-    Always kept: the newest complete checkpoint and what is newer, the one that `latest` names, universal copies, links,
-    and folders whose names end with no step.
+    Always kept: the newest complete checkpoint and all newer ones, the one that `latest` names, universal copies,
+    links, and folders whose names do not end with a step.
+
+    Args:
+        run: the run's folder.
+        retention: what else is kept.
+        allowed_globals: see `read_layout`.
 
     Raises:
-        CheckpointNotFound: there is none.
-        RecipeError: nothing says what windows need, or a watch is of another run.
+        CheckpointNotFound: the run has no checkpoint.
+        RecipeError: `retention` does not say what windows need, or a watch is of another run.
         UnsupportedLayout: the folder is HF Trainer's, or a merge's output.
     """
-    found = _checkpoints_of(run, retention)
+    run_checkpoints = _checkpoints_of(run, retention)
     checkpoints = Checkpoints(run.absolute(), allowed_globals, NEVER_SETTLES_S)
     checkpoints.look()
-    complete = {step for step in checkpoints.held if checkpoints.is_complete(step)}
-    reasons = _reasons(run, retention, set(checkpoints.held), complete)
-    return tuple(_verdict(checkpoint, complete, reasons) for checkpoint in found)
+    complete = {step for step in checkpoints.by_step if checkpoints.is_complete(step)}
+    reasons = _reasons(run, retention, set(checkpoints.by_step), complete)
+    return tuple(_verdict(checkpoint, complete, reasons) for checkpoint in run_checkpoints)
 
 
 def _checkpoints_of(run: Path, retention: Retention) -> list[Checkpoint]:
-    """The checkpoints of a run that can be pruned with this retention; raises if it cannot."""
+    """The checkpoints of a run; raises if the run cannot be pruned with this retention."""
     if not retention.specs and retention.keep_window is None:
         raise RecipeError(
             "nothing says which checkpoints windows need: give --keep-window N, or the --out DIR of a watch."
@@ -105,10 +112,10 @@ def _checkpoints_of(run: Path, retention: Retention) -> list[Checkpoint]:
             raise RecipeError(f"{spec.out} has the merges of {spec.run}, not of {run}.")
     if (run / MANIFEST).is_file():
         raise UnsupportedLayout(f"{run} is a merge's output, not a run.")
-    found = find_checkpoints(run)
-    if any("/" in checkpoint.tag for checkpoint in found):
+    run_checkpoints = find_checkpoints(run)
+    if any("/" in checkpoint.tag for checkpoint in run_checkpoints):
         raise UnsupportedLayout(f"{run} is HF Trainer's folder; let Trainer delete, by its save_total_limit.")
-    return found
+    return run_checkpoints
 
 
 def _reasons(run: Path, retention: Retention, steps: set[int], complete: set[int]) -> dict[int, str]:
@@ -117,23 +124,25 @@ def _reasons(run: Path, retention: Retention, steps: set[int], complete: set[int
     ordered = sorted(complete)
     reasons = {step: "newer than the newest complete one" for step in steps if step > newest}
     latest = latest_step(run)
-    named = [
+    steps_by_reason = [
         ("latest names it", {latest} if latest is not None else set()),
         ("newest complete", {newest}),
         (f"newest {retention.keep_last} complete", _from(ordered, retention.keep_last, steps)),
     ]
     if retention.keep_window:
-        named.append((f"window of {retention.keep_window}", _from(ordered, retention.keep_window, steps)))
+        steps_by_reason.append((f"window of {retention.keep_window}", _from(ordered, retention.keep_window, steps)))
     if retention.keep_every:
-        named.append((f"every {retention.keep_every}", {step for step in steps if step % retention.keep_every == 0}))
-    for reason, kept in named:
+        steps_by_reason.append(
+            (f"every {retention.keep_every}", {step for step in steps if step % retention.keep_every == 0})
+        )
+    for reason, kept in steps_by_reason:
         for step in kept:
             reasons.setdefault(step, reason)
     for spec in retention.specs:
         for step, reason in _of_spec(spec, {step for step in steps if step <= newest}, complete).items():
             reasons.setdefault(step, reason)
-    for step in _of_begun(run, retention.folders):
-        reasons.setdefault(step, "a merge that was begun needs it")
+    for step in _of_unfinished_merges(run, retention.folders):
+        reasons.setdefault(step, "an unfinished merge needs it")
     return reasons
 
 
@@ -146,16 +155,16 @@ def _from(complete: Sequence[int], count: int, steps: set[int]) -> set[int]:
 def _of_spec(spec: WatchSpec, steps: set[int], complete: set[int]) -> dict[int, str]:
     """Steps that a watch's open windows need.
 
-    A broken checkpoint may later be repaired or deleted, which changes the windows, so both cases are kept.
+    A broken checkpoint may later be repaired or deleted. Its windows differ in the two cases, and both count.
     """
     gone = deleted_steps(spec.run)
     for end, name in merged_outputs(spec):
-        gone |= source_steps(spec.run, spec.place(end, name))
+        gone |= source_steps(spec.run, spec.output_folder(end, name))
     needed = partial(needed_steps, counts=spec.counts, ends=spec.ends, is_resolved=spec.is_resolved)
     return needed(steps & complete, gone - steps) | needed(steps, gone - steps)
 
 
-def _of_begun(run: Path, folders: Iterable[Path]) -> set[int]:
+def _of_unfinished_merges(run: Path, folders: Iterable[Path]) -> set[int]:
     """Steps of the run's checkpoints that unfinished merges need."""
     sources = [source for folder in folders for merge in unfinished_merges(folder) for source in merge["sources"]]
     return {int(source["step"]) for source in sources if Path(source["path"]).is_relative_to(run.resolve())}
@@ -180,7 +189,7 @@ def trash_of(run: Path) -> Path:
 
 
 def trash_content(run: Path) -> list[Path]:
-    """Checkpoints that a killed prune has not deleted completely."""
+    """Checkpoints that a killed prune has moved to the trash and not deleted."""
     return sorted(trash_of(run).iterdir()) if trash_of(run).is_dir() else []
 
 
@@ -190,11 +199,21 @@ def prune(
     allowed_globals: frozenset[str] = frozenset(),
     on_plan: Callable[[tuple[Verdict, ...]], None] = lambda verdicts: None,
 ) -> tuple[Verdict, ...]:
-    """Deletes what `plan_prune` does not keep, and what a killed prune left; returns the plan.
+    """Deletes what `plan_prune` does not keep, and what a killed prune has left in the trash.
+
+    Args:
+        run: the run's folder.
+        retention: what is kept besides.
+        allowed_globals: see `read_layout`.
+        on_plan: called with the verdicts before anything is deleted.
+
+    Returns:
+        One verdict for each checkpoint, oldest first.
 
     Raises:
+        CheckpointNotFound, RecipeError, UnsupportedLayout: see `plan_prune`.
         OutputLocked: another prune deletes in the run now.
-        OSError: something cannot be removed; the next prune tries again.
+        OSError: a file cannot be removed; the next prune tries again.
     """
     _checkpoints_of(run, retention)
     trash = trash_of(run)
@@ -204,11 +223,11 @@ def prune(
             shutil.rmtree(path)
         verdicts = plan_prune(run, retention, allowed_globals)
         on_plan(verdicts)
-        going = [verdict for verdict in verdicts if not verdict.kept_because]
-        for verdict in going:
+        deletions = [verdict for verdict in verdicts if not verdict.kept_because]
+        for verdict in deletions:
             _record(run / DELETED, verdict)
             verdict.checkpoint.path.rename(trash / verdict.checkpoint.tag)
-        for verdict in going:
+        for verdict in deletions:
             shutil.rmtree(trash / verdict.checkpoint.tag)
     return verdicts
 
@@ -218,17 +237,23 @@ def _record(path: Path, verdict: Verdict) -> None:
     append_line(path, json.dumps(verdict.to_json() | {"time": time.time()}))
 
 
-def prune_report(verdicts: Sequence[Verdict], left: Sequence[Path], *, is_deleting: bool) -> str:
-    """The table that `wsm-ds prune` prints: one line per checkpoint, and the bytes that are freed."""
+def prune_report(verdicts: Sequence[Verdict], trash: Sequence[Path], *, is_deleting: bool) -> str:
+    """The table that `wsm-ds prune` prints: one line per checkpoint, and the bytes that are freed.
+
+    Args:
+        verdicts: as `plan_prune` returns them.
+        trash: as `trash_content` returns it.
+        is_deleting: whether the checkpoints are deleted, or only shown.
+    """
     rows = [
         [verdict.checkpoint.tag, str(verdict.checkpoint.named_step), format_size(verdict.nbytes),
          "yes" if verdict.is_complete else "no", f"kept: {verdict.kept_because}" if verdict.kept_because else "deleted"]
         for verdict in verdicts
     ]  # fmt: skip
-    going = [verdict for verdict in verdicts if not verdict.kept_because]
-    freed = format_size(sum(verdict.nbytes for verdict in going))
-    text = f"{len(going)} of {len(verdicts)} checkpoints, {freed}"
+    deletions = [verdict for verdict in verdicts if not verdict.kept_because]
+    freed = format_size(sum(verdict.nbytes for verdict in deletions))
+    text = f"{len(deletions)} of {len(verdicts)} checkpoints, {freed}"
     lines = [table(["checkpoint", "step", "size", "complete", "verdict"], rows)]
-    lines += [f"left by a killed prune, and deleted with --delete: {few(path.name for path in left)}"] if left else []
+    lines += [f"left by a killed prune, and deleted with --delete: {few(path.name for path in trash)}"] if trash else []
     lines.append(f"deleting {text}" if is_deleting else f"nothing was deleted; --delete would delete {text}")
     return "\n".join(lines)

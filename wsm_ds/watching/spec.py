@@ -1,4 +1,4 @@
-"""What a watch makes: recipes without an end, the steps at which their windows end, and where each output goes."""
+"""What a watch merges: recipes, the steps at which their windows end, and the folder of each output."""
 
 import json
 from collections.abc import Sequence
@@ -15,10 +15,12 @@ from wsm_ds.publishing.staging_folder import MANIFEST
 from wsm_ds.watching.windows import EndPoints
 
 NAMED_BY = ("last", "curve")
+"""Recipe keys that are always in the name of a window."""
 SPEC = "watch.json"
 LOCK = ".wsm-watch.lock"
 REFUSED = ".refused.json"
 FIXED = ("tags", "from_step", "to_step")
+"""Recipe keys that would choose the same window again and again."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,11 @@ class WatchSpec:
     """Outputs of a watch: `out/step{end}/{name}` for every end point and every recipe.
 
     Attributes:
-        run: absolute, since the recipe that a merge records must be the same wherever the watch was started.
-        recipes: by the name of their output, with neither its folder nor an end.
+        run: the run's folder. It is absolute, because the recipe that a merge records must not depend on the working
+            directory of the watch.
+        out: the folder of all outputs, absolute.
+        ends: where windows end.
+        recipes: by the name of their output. Their `out` and `to_step` are set by `recipe_at`.
     """
 
     run: Path
@@ -40,31 +45,35 @@ class WatchSpec:
         """Checkpoints of each window, by name."""
         return {name: recipe.last or 0 for name, recipe in self.recipes.items()}
 
-    def place(self, end: int, name: str) -> Path:
-        """Where the window of this end and name is merged to."""
+    def output_folder(self, end: int, name: str) -> Path:
+        """The folder of the output for this end point and name of a window."""
         return self.out / f"step{end}" / name
 
     def refusal(self, end: int, name: str) -> Path:
-        """The file that says why a window was refused; without it, it is tried again."""
-        place = self.place(end, name)
-        return place.with_name(place.name + REFUSED)
+        """The file that says why a window was refused. If it is removed, the window is tried again."""
+        folder = self.output_folder(end, name)
+        return folder.with_name(folder.name + REFUSED)
 
     def recipe_at(self, end: int, name: str) -> MergeRecipe:
-        """What `wsm-ds merge` would be asked for the same output."""
-        return self.recipes[name].model_copy(update={"to_step": end, "out": self.place(end, name)})
+        """The recipe of one output, as `wsm-ds merge` would need it for the same output."""
+        return self.recipes[name].model_copy(update={"to_step": end, "out": self.output_folder(end, name)})
 
     def is_resolved(self, end: int, name: str) -> bool:
-        """Whether nothing is left to be done for a window: it is merged, or was refused."""
-        return (self.place(end, name) / MANIFEST).is_file() or self.refusal(end, name).is_file()
+        """Whether a window is merged or refused, so that nothing remains to be done."""
+        return (self.output_folder(end, name) / MANIFEST).is_file() or self.refusal(end, name).is_file()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, from which `read_spec` makes the same."""
+        """Plain data, from which `read_spec` makes an equal spec."""
         recipes = {name: recipe.model_dump(mode="json") for name, recipe in self.recipes.items()}
         return {"run": str(self.run), "ends": asdict(self.ends), "recipes": recipes}
 
 
 def make_spec(values: dict[str, Any], ends: EndPoints) -> WatchSpec:
-    """The spec of a recipe's values (see `make_recipes`), of which `run` and `out` are needed.
+    """Makes the spec of a watch from the values of a recipe.
+
+    Args:
+        values: as for `make_recipes`; `run` and `out` must be set.
+        ends: where windows end.
 
     Raises:
         RecipeError: a value is wrong, or a window has a fixed end.
@@ -84,10 +93,10 @@ def make_spec(values: dict[str, Any], ends: EndPoints) -> WatchSpec:
     named = {recipe.out.relative_to(out).as_posix(): recipe for recipe in recipes}
     if len(named) < len(recipes):
         raise RecipeError("two outputs have the same name; give each entry of outputs an out of its own.")
-    return WatchSpec(run, out, ends, _checked(named))
+    return WatchSpec(run, out, ends, _with_checked_coefficients(named))
 
 
-def _checked(named: dict[str, MergeRecipe]) -> dict[str, MergeRecipe]:
+def _with_checked_coefficients(named: dict[str, MergeRecipe]) -> dict[str, MergeRecipe]:
     for name, recipe in named.items():
         if recipe.coefficients is not None and len(recipe.coefficients) != recipe.last:
             raise RecipeError(
@@ -97,15 +106,15 @@ def _checked(named: dict[str, MergeRecipe]) -> dict[str, MergeRecipe]:
 
 
 def write_spec(spec: WatchSpec) -> None:
-    """Leaves the spec in its folder, where a prune finds it."""
+    """Writes the spec into its folder, where a prune reads it."""
     replace_text(spec.out / SPEC, json.dumps(spec.to_json(), indent=2) + "\n")
 
 
 def read_spec(out: Path) -> WatchSpec | None:
-    """The spec of the watch that wrote, or writes, into `out`; None if there was none.
+    """The spec of the watch that wrote, or writes, into `out`; None if no watch did.
 
     Raises:
-        RecipeError: it cannot be read.
+        RecipeError: the file of the spec cannot be read; it is named.
     """
     path = out / SPEC
     try:
@@ -119,7 +128,15 @@ def read_spec(out: Path) -> WatchSpec | None:
 
 
 def source_steps(run: Path, out: Path) -> set[int]:
-    """The steps of the run's checkpoints that a merge was made of."""
+    """The steps of the run's checkpoints that are the sources of a finished merge.
+
+    Args:
+        run: the run's folder.
+        out: the output's folder.
+
+    Raises:
+        VerificationFailed: see `read_manifest`.
+    """
     paths = {int(source["step"]): Path(source["path"]) for source in read_manifest(out)["sources"]}
     return {step for step, path in paths.items() if path.is_relative_to(run.resolve())}
 
@@ -131,4 +148,5 @@ def merged_outputs(spec: WatchSpec) -> Sequence[tuple[int, str]]:
         for path in spec.out.glob("step*")
         if path.name.removeprefix("step").isdecimal()
     )
-    return [(end, name) for end in ends for name in spec.recipes if (spec.place(end, name) / MANIFEST).is_file()]
+    outputs = [(end, name) for end in ends for name in spec.recipes]
+    return [(end, name) for end, name in outputs if (spec.output_folder(end, name) / MANIFEST).is_file()]

@@ -1,7 +1,7 @@
-"""Merges every window that a new checkpoint completes, once.
+"""Merges every window once, as soon as a new checkpoint completes it.
 
-All state is in DIR. A window is merged if its output has a manifest, refused if `NAME.refused.json` exists, and begun
-if it has a staging folder. So a watch may be killed at any moment and started again.
+The folders hold all state. A window is merged if its output has a manifest, refused if `NAME.refused.json` exists, and
+unfinished if it has a staging folder. So a watch may be killed at any moment and started again.
 """
 
 import json
@@ -33,7 +33,7 @@ from wsm_ds.planning.recipe import MergeRecipe
 from wsm_ds.publishing.staging_folder import discard
 from wsm_ds.reporting.progress import Progress, Style
 from wsm_ds.sizes import format_size
-from wsm_ds.watching.commands import Commands, Merged
+from wsm_ds.watching.commands import Commands, FinishedMerge
 from wsm_ds.watching.completeness import Checkpoints
 from wsm_ds.watching.events import Event
 from wsm_ds.watching.spec import LOCK, WatchSpec, merged_outputs, source_steps, write_spec
@@ -42,11 +42,11 @@ from wsm_ds.watching.windows import OpenWindow, open_windows
 log = logging.getLogger(__name__)
 
 REFUSALS = (WindowError, LayoutMismatch, NonFiniteValue)
-"""Errors that a window gets again each time it is tried: it is recorded as refused."""
+"""Errors that repeat each time a window is tried. The window is recorded as refused."""
 TICK_S = 0.5
 LONGEST_PAUSE_S = 3600.0
 PATIENCE_LOOKS = 3
-"""After the last end point: how many looks a window waits for a broken checkpoint, before it is given up."""
+"""After the last end point: number of looks for which a window waits for a broken checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,10 @@ def watch(
 
     Raises:
         OutputLocked: another watch merges into `spec.out`.
-        BrokenCheckpoint: at the end: some windows were not merged, because one of their checkpoints is broken.
-        UnsupportedLayout, UnsafePickle, RecipeError, BudgetTooSmall, OutputExists: no window can be merged so.
-        OSError: at the end: a merge failed, and would have been tried again.
+        BrokenCheckpoint: at the end, if windows were not merged because one of their checkpoints is broken.
+        UnsupportedLayout, UnsafePickle, RecipeError, BudgetTooSmall, OutputExists: no window can be merged with these
+            options.
+        OSError: at the end, if a merge failed at its last attempt.
     """
     spec.out.mkdir(parents=True, exist_ok=True)
     with hold_lock(spec.out / LOCK, f"another watch merges into {spec.out}"), Commands(options.command) as commands:
@@ -99,7 +100,7 @@ def watch(
         while True:
             yield from watcher.look(check)
             looks = looks + 1 if watcher.is_at_end() else 0
-            if looks and watcher.is_content_after(looks):
+            if looks and watcher.has_waited_enough(looks):
                 break
             yield from _wait(commands, options.poll_s, check)
         while not commands.is_idle:
@@ -110,11 +111,11 @@ def watch(
 
 def _wait(commands: Commands, seconds: float, check: Callable[[], None]) -> Iterator[Event]:
     """Sleeps, and starts and ends commands meanwhile."""
-    until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0:
+    until_s = time.monotonic() + seconds
+    while (remaining_s := until_s - time.monotonic()) > 0:
         check()
         yield from commands.step()
-        commands.pause(min(left, TICK_S))
+        commands.pause(min(remaining_s, TICK_S))
 
 
 @dataclass(frozen=True)
@@ -127,14 +128,21 @@ class _Pause:
 
 
 class _Watcher:
-    """What a watch knows from one look to the next. Except for the pauses, it could be read again from the folders."""
+    """The state of a watch between two looks. The folders hold all of it except for the pauses.
+
+    Attributes:
+        resolved: windows that are merged, refused or passed over, as (end point, name).
+        merged_steps: steps of the sources of finished merges.
+        blocked: steps of broken checkpoints that windows of this look need, with the problem.
+        pauses: by end point, after a merge that failed.
+    """
 
     def __init__(self, spec: WatchSpec, options: WatchOptions, commands: Commands) -> None:
         self.spec, self.options, self.commands = spec, options, commands
         allowed = frozenset(name for recipe in spec.recipes.values() for name in recipe.allow_globals)
         self.checkpoints = Checkpoints(spec.run, allowed, options.poll_s)
         self.resolved: set[tuple[int, str]] = set()
-        self.recorded: set[int] = set()
+        self.merged_steps: set[int] = set()
         self.already_reported: set[str] = set()
         self.counts: Counter[str] = Counter()
         self.pauses: dict[int, _Pause] = {}
@@ -151,9 +159,9 @@ class _Watcher:
         for window in self._open_windows():
             windows.setdefault(window.end, []).append(window)
         self.pauses = {end: pause for end, pause in self.pauses.items() if end in windows}
-        for end, windows_there in windows.items():
+        for end, windows_of_end in windows.items():
             check()
-            yield from self._look_at(end, windows_there)
+            yield from self._look_at(end, windows_of_end)
             yield from self.commands.step()
 
     def is_at_end(self) -> bool:
@@ -163,10 +171,10 @@ class _Watcher:
             return True
         if until is None or self.pauses:
             return False
-        return any(self.checkpoints.is_complete(step) for step in self.checkpoints.held if step >= until)
+        return any(self.checkpoints.is_complete(step) for step in self.checkpoints.by_step if step >= until)
 
-    def is_content_after(self, looks: int) -> bool:
-        """Whether `looks` looks after the end are enough.
+    def has_waited_enough(self, looks: int) -> bool:
+        """Whether the watch can end after `looks` looks at its end.
 
         A checkpoint that has not settled is looked at again. A broken one is looked at PATIENCE_LOOKS times more,
         unless `is_once`.
@@ -182,16 +190,16 @@ class _Watcher:
         return Event("done", text, counts)
 
     def raise_unfinished(self) -> None:
-        """Raises the error that kept windows from being merged, if there is one."""
+        """Raises the error because of which windows were not merged, if there was one."""
         for pause in self.pauses.values():
             raise pause.error
         if self.blocked:
             raise BrokenCheckpoint(f"windows were not merged: {few(self.blocked.values(), 2)}")
 
     def _open_windows(self) -> list[OpenWindow]:
-        held = self.checkpoints.held
-        gone = (self.recorded | self.checkpoints.seen | deleted_steps(self.spec.run)) - set(held)
-        return list(open_windows(held, gone, self.spec.counts, self.spec.ends, self._is_resolved))
+        by_step = self.checkpoints.by_step
+        gone = (self.merged_steps | self.checkpoints.seen | deleted_steps(self.spec.run)) - set(by_step)
+        return list(open_windows(by_step, gone, self.spec.counts, self.spec.ends, self._is_resolved))
 
     def _is_resolved(self, end: int, name: str) -> bool:
         if (end, name) not in self.resolved and self.spec.is_resolved(end, name):
@@ -203,7 +211,7 @@ class _Watcher:
         if end in self.pauses and self.pauses[end].until_s > time.monotonic():
             return
         if not self.checkpoints.is_complete(end):
-            if end < max(self.checkpoints.held):  # the newest one is still being written, and is not spoken of
+            if end < max(self.checkpoints.by_step):  # the newest one may still be being written: no report
                 yield from self._report_of_broken((end,))
             return
         ready = []
@@ -219,15 +227,15 @@ class _Watcher:
                 yield from self._merge(ready)
             self.pauses.pop(end, None)
         except OSError as error:
-            is_ours = isinstance(error, OutputExists) and not isinstance(error, OutputLocked)
-            if is_ours or isinstance(error, Interrupted):
+            is_final = isinstance(error, OutputExists) and not isinstance(error, OutputLocked)
+            if is_final or isinstance(error, Interrupted):
                 raise
             yield from self._pause(end, error)
 
     def _merge(self, windows: Sequence[OpenWindow]) -> Iterator[Event]:
         """Merges windows in one pass. If one of them is refused, each gets a pass of its own."""
         recipes = [self.spec.recipe_at(window.end, window.name) for window in windows]
-        began = time.monotonic()
+        began_s = time.monotonic()
         try:
             plan = plan_merge(recipes)
             self._require_steps(plan, windows)
@@ -237,7 +245,8 @@ class _Watcher:
                 for window in windows:
                     yield from self._merge([window])
                 return
-            if not all(self.checkpoints.held[step].path.is_dir() for step in windows[0].steps):
+            # A prune may have deleted a checkpoint during the merge. That is no property of the window.
+            if not all(self.checkpoints.by_step[step].path.is_dir() for step in windows[0].steps):
                 raise CheckpointNotFound(
                     str(error)
                 ) from error  # the refusal comes from a checkpoint that has just been deleted
@@ -246,11 +255,11 @@ class _Watcher:
         for window in windows:
             self._note_merged(window.end, window.name)
         self.counts["merged"] += len(windows)
-        yield _merged(windows, recipes, plan, time.monotonic() - began)
+        yield _merged(windows, recipes, plan, time.monotonic() - began_s)
 
     def _require_steps(self, plan: Plan, windows: Sequence[OpenWindow]) -> None:
         """Raises CheckpointNotFound if the plan has other steps than the windows: the run has changed."""
-        expected = {self.spec.place(window.end, window.name): window.steps for window in windows}
+        expected = {self.spec.output_folder(window.end, window.name): window.steps for window in windows}
         for output in plan.outputs:
             steps = tuple(source.step for source in output.sources)
             if steps != expected[output.out]:
@@ -271,13 +280,13 @@ class _Watcher:
     def _note_merged(self, end: int, name: str) -> None:
         """Records a finished merge.
 
-        Its source steps count as "existed once", even if they have been pruned since, and its command is queued.
+        Its sources count as checkpoints of the run even after they are pruned. Its command is queued.
         """
-        out = self.spec.place(end, name)
+        out = self.spec.output_folder(end, name)
         discard(out)
         self.resolved.add((end, name))
-        self.recorded |= source_steps(self.spec.run, out)
-        self.commands.add(Merged(self.spec.run, end, name, out))
+        self.merged_steps |= source_steps(self.spec.run, out)
+        self.commands.add(FinishedMerge(self.spec.run, end, name, out))
 
     def _refuse(self, window: OpenWindow, error: WsmError) -> Event:
         """Records in NAME.refused.json why a window cannot be merged, so that it is not tried again."""
@@ -308,7 +317,7 @@ class _Watcher:
                 yield from self._report_once("waiting", f"step {step} is needed and is broken: {problem}", step=step)
 
     def _report_if_empty(self) -> Iterator[Event]:
-        if self.checkpoints.held:
+        if self.checkpoints.by_step:
             return
         if self.options.is_once and not self.spec.run.is_dir():
             raise CheckpointNotFound(f"{self.spec.run} is not a folder.")
@@ -320,7 +329,7 @@ class _Watcher:
             yield Event(name, text, values)
 
     def _pause(self, end: int, error: Exception) -> Iterator[Event]:
-        """Lets an end point wait before it is tried again; the pause doubles with each failure."""
+        """Makes an end point wait before its next attempt. The pause doubles with each failure."""
         pause_s = self.options.poll_s if end not in self.pauses else 2 * self.pauses[end].pause_s
         pause_s = min(pause_s, LONGEST_PAUSE_S)
         self.pauses[end] = _Pause(error, pause_s, time.monotonic() + pause_s)

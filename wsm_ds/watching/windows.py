@@ -1,6 +1,6 @@
 """Which windows end at a checkpoint, and which checkpoints are still needed: pure functions of steps.
 
-A watch and a prune must agree on this to the last step, so both ask here.
+A watch and a prune must agree on every step, so both use these functions.
 """
 
 from bisect import bisect_right
@@ -13,9 +13,9 @@ class EndPoints:
     """The steps at which windows end.
 
     Attributes:
-        every: only multiples of so many steps.
-        since: the first one.
-        until: the last one; None for a run that goes on.
+        every: windows end at multiples of this number of steps.
+        since: the first step at which a window may end.
+        until: the last one; None for a run without an end.
     """
 
     every: int = 1
@@ -33,7 +33,14 @@ class EndPoints:
 
 @dataclass(frozen=True)
 class OpenWindow:
-    """A window that is not made yet: its name, the steps of its checkpoints, and those of them that are gone."""
+    """A window that is not merged yet.
+
+    Attributes:
+        end: its end point.
+        name: its name, see `WatchSpec.recipes`.
+        steps: of its checkpoints, rising.
+        gone: those of `steps` whose checkpoints were deleted.
+    """
 
     end: int
     name: str
@@ -42,54 +49,63 @@ class OpenWindow:
 
 
 def window_steps(steps: Sequence[int], end: int, count: int) -> tuple[int, ...] | None:
-    """The newest `count` of rising `steps` up to `end`; None if there are fewer."""
+    """The newest `count` steps up to `end`; None if there are fewer.
+
+    >>> window_steps([100, 200, 300, 400], end=300, count=2)
+    (200, 300)
+
+    Args:
+        steps: rising.
+        end: the last step that may be chosen.
+        count: number of checkpoints of the window.
+    """
     stop = bisect_right(steps, end)
     return tuple(steps[stop - count : stop]) if stop >= count else None
 
 
 def open_windows(
-    held: Collection[int],
+    present: Collection[int],
     gone: Collection[int],
     counts: Mapping[str, int],
     ends: EndPoints,
     is_resolved: Callable[[int, str], bool],
 ) -> Iterator[OpenWindow]:
-    """The windows that end at a checkpoint that is there and are not resolved, by rising end point.
+    """The windows that end at an existing checkpoint and are not resolved, by rising end point.
 
     Args:
-        held: steps of the checkpoints that are there, complete or not.
-        gone: steps of complete checkpoints that were there once. A window is over what was saved, not over what is
-            left, so that it does not grow backwards over a hole.
+        present: steps of the existing checkpoints, complete or not.
+        gone: steps of complete checkpoints that were deleted. They stay members of their windows: otherwise a window
+            would take older checkpoints in their place.
         counts: checkpoints of a window, by the window's name.
         ends: where windows end.
-        is_resolved: whether the window of this end and name is merged, or refused for good.
+        is_resolved: whether the window of an end point and name is merged or refused.
     """
-    steps = sorted({*held, *gone})
-    for end in sorted(held):
+    steps = sorted({*present, *gone})
+    for end in sorted(present):
         for name, count in counts.items() if ends.holds(end) else ():
-            own = window_steps(steps, end, count)
-            if own is not None and not is_resolved(end, name):
-                yield OpenWindow(end, name, own, tuple(step for step in own if step not in held))
+            window = window_steps(steps, end, count)
+            if window is not None and not is_resolved(end, name):
+                yield OpenWindow(end, name, window, tuple(step for step in window if step not in present))
 
 
 def needed_steps(
-    held: Collection[int],
+    present: Collection[int],
     gone: Collection[int],
     counts: Mapping[str, int],
     ends: EndPoints,
     is_resolved: Callable[[int, str], bool],
 ) -> dict[int, str]:
-    """The steps that windows still need, and for which window: of those that are open, and of those to come.
+    """The steps that open and future windows need, each with the reason.
 
-    The arguments are those of `open_windows`, but `held` may leave out a checkpoint that is still being written.
+    The arguments are those of `open_windows`, but `present` may leave out a checkpoint that is still being written.
     """
     needed: dict[int, str] = {}
-    steps = sorted({*held, *gone})
+    steps = sorted({*present, *gone})
     if steps and ends.may_follow(steps[-1]):
         for name, count in counts.items():
             for step in steps[len(steps) - min(count - 1, len(steps)) :]:
                 needed.setdefault(step, f"{name} to come")
-    for window in open_windows(held, gone, counts, ends, is_resolved):
+    for window in open_windows(present, gone, counts, ends, is_resolved):
         if not window.gone:
-            needed |= dict.fromkeys(window.steps, f"{window.name} of step {window.end}, not made yet")
-    return {step: needed[step] for step in sorted(needed) if step in held}
+            needed |= dict.fromkeys(window.steps, f"{window.name} of step {window.end}, not merged yet")
+    return {step: needed[step] for step in sorted(needed) if step in present}

@@ -86,7 +86,7 @@ def table(groups: Groups, form: Form) -> tuple[Table, list[int]]:
         paddings = alignment_paddings(tensors, form, order)
         for rank in range(form.world_size):
             size, _ = partition_size(tensors, form, order, paddings, rank)
-            for name, start, numel, position in zero12.slices(order, paddings, tensors, rank * size, size):
+            for name, start, numel, position in zero12.pieces(order, paddings, tensors, rank * size, size):
                 place = {"file": rank, "offset": 4 * (lengths[rank] + position), "dtype": dtype}
                 builder.add("master", int(name), start, numel, **place)
             lengths[rank] += size

@@ -1,4 +1,4 @@
-"""The form of a ZeRO checkpoint: what decides how its parameters are cut into the ranks' files."""
+"""The form of a ZeRO checkpoint: all that decides how its parameters are cut into the ranks' files."""
 
 import re
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from wsm_ds.torchfile import TorchFile, open_torch_file
 
 RANK = re.compile(r"zero_pp_rank_(\d+)_")
 KEEP_FORM = "Merge it without --stage, --world-size, --sub-group-size, --like and --format universal."
-"""What to do with a checkpoint that cannot be resharded."""
+"""The advice in errors about a checkpoint that cannot be resharded."""
 ONE_MODEL_FILE = re.compile(r"^(?:(?:bf16_)?zero_pp_rank_\d+_)?mp_rank_00_?(?:model|optim)_states\.pt$")
 DEFAULT_SUB_GROUP_SIZE = 1_000_000_000
 """DeepSpeed's default, in elements (`runtime/zero/config.py:182`)."""
@@ -27,12 +27,13 @@ DEFAULT_SUB_GROUP_SIZE = 1_000_000_000
 
 @dataclass(frozen=True)
 class Form:
-    """The choices that decide how a checkpoint's parameters are cut.
+    """All that decides how a checkpoint's parameters are cut into the ranks' files.
 
     Attributes:
         stage: ZeRO stage 1, 2 or 3.
         world_size: data-parallel ranks.
-        is_bf16_optimizer: the run uses BF16_Optimizer (bf16, stage 1, fp32 gradient accumulation), not the ZeRO class.
+        is_bf16_optimizer: whether the run uses BF16_Optimizer (bf16, stage 1, fp32 gradient accumulation) and not the
+            ZeRO class.
         round_robin: `round_robin_gradients` of stages 1 and 2: parameters are distributed to the ranks one by one.
         parameter_alignment: stages 1 and 2: every parameter begins at a multiple of 16 bytes.
         sub_group_size: stage 3: a sub-group is closed when a rank has this many elements of it.
@@ -119,13 +120,13 @@ def _open_universal(layout: Layout, allowed_globals: frozenset[str]) -> Origin:
     """Opens a universal checkpoint. Its form is that of the run that it was converted from."""
     files = {path.name: open_torch_file(path, allowed_globals) for path in _metadata_files(layout)}
     models = {_rank(file): file for name, file in files.items() if name.endswith("model_states.pt")}
-    head = files["optimizer_state.pt"]
+    optimizer_state = files["optimizer_state.pt"]
     config = models[0].tree.get("ds_config") or {}
     accumulates_in_fp32 = (config.get("data_types") or {}).get("grad_accum_dtype") == "fp32"
     is_bf16_optimizer = accumulates_in_fp32 and layout.dtype.name == "bf16" and layout.stage == 1
     form = _form_of(layout, models[0], is_bf16_optimizer)
-    groups = read_universal_groups(layout.path, models[0], head, allowed_globals)
-    return Origin(layout, form, groups, models, head, head.tree, ())
+    groups = read_universal_groups(layout.path, models[0], optimizer_state, allowed_globals)
+    return Origin(layout, form, groups, models, optimizer_state, optimizer_state.tree, ())
 
 
 def _metadata_files(layout: Layout) -> list[Path]:
@@ -159,7 +160,7 @@ def zero_config(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def _require_known_order(origin: Origin) -> None:
-    """Checks that the origin's own form gives the cuts that it has; if not, another form would be cut wrongly, too."""
+    """Checks that `cuts` gives the origin's own cuts for its form. Otherwise it would be wrong for other forms, too."""
     saved = [list(names) for names in origin.models[0].tree["param_shapes"]]
     expected = [names for cut in cuts(origin.form, origin.groups, origin.layout) for names in cut]
     if expected != saved or not _slices_are_in_order(origin):
@@ -170,7 +171,7 @@ def _require_known_order(origin: Origin) -> None:
 
 
 def _slices_are_in_order(origin: Origin) -> bool:
-    """Whether `param_slice_mappings` name parameters in the optimizer's order, as they do also with round robin."""
+    """Whether `param_slice_mappings` name parameters in the optimizer's order, as DeepSpeed writes them."""
     for names_by_group in origin.slice_names:
         for group, names in zip(origin.groups, names_by_group, strict=True):
             positions = {name: index for index, name in enumerate(group.names)}
@@ -200,14 +201,14 @@ def cuts(form: Form, groups: tuple[ParameterGroup, ...], layout: Layout) -> list
 
 @dataclass(frozen=True)
 class RequestedForm:
-    """The form that a recipe asks for; None keeps what the newest checkpoint has.
+    """The form that a recipe asks for. None keeps the value of the newest checkpoint.
 
     Attributes:
-        is_universal: write a universal checkpoint; nothing else is set then.
+        is_universal: whether to write a universal checkpoint; if so, nothing else is set.
         stage: ZeRO stage.
         world_size: data-parallel ranks.
         sub_group_size: of stage 3, in elements.
-        like: the folder of a checkpoint, RUN/TAG, that has the form; nothing else is set then.
+        like: the folder of a checkpoint, RUN/TAG, whose form is taken; if set, nothing else is.
     """
 
     is_universal: bool = False
@@ -232,9 +233,9 @@ def target_form(origin: Origin, requested: RequestedForm, allowed_globals: froze
     if requested.is_universal:
         return None
     if requested.like is not None:
-        model = open_origin(read_layout(checkpoint_at(requested.like), allowed_globals), allowed_globals)
-        _require_same_groups(origin, model)
-        return model.form
+        pattern = open_origin(read_layout(checkpoint_at(requested.like), allowed_globals), allowed_globals)
+        _require_same_groups(origin, pattern)
+        return pattern.form
     sub_group_size = requested.sub_group_size
     form = replace(
         origin.form,
@@ -252,15 +253,16 @@ def target_form(origin: Origin, requested: RequestedForm, allowed_globals: froze
     return replace(form, is_bf16_optimizer=form.is_bf16_optimizer and form.stage == 1)
 
 
-def _require_same_groups(origin: Origin, model: Origin) -> None:
-    """Checks that a checkpoint whose form is taken over trains the same parameters in the same precision."""
+def _require_same_groups(origin: Origin, pattern: Origin) -> None:
+    """Checks that the checkpoint whose form is taken has the same parameter groups and dtype."""
     comparisons = [
-        ("dtypes", origin.layout.dtype.name, model.layout.dtype.name),
-        ("parameter groups", *([group.names for group in one.groups] for one in (origin, model))),
+        ("dtypes", origin.layout.dtype.name, pattern.layout.dtype.name),
+        ("parameter groups", *([group.names for group in checkpoint.groups] for checkpoint in (origin, pattern))),
     ]
-    for what, ours, theirs in comparisons:
-        if ours != theirs:
+    for name, origin_value, pattern_value in comparisons:
+        if origin_value != pattern_value:
             raise LayoutMismatch(
-                f"{origin.layout.path} cannot be written like {model.layout.path} (--like): their {what} differ, "
-                f"{ours} against {theirs}. Choose a checkpoint of the same model, or give --stage and --world-size."
+                f"{origin.layout.path} cannot be written like {pattern.layout.path} (--like): their {name} differ, "
+                f"{origin_value} against {pattern_value}. Choose a checkpoint of the same model, or give --stage and "
+                "--world-size."
             )

@@ -1,4 +1,4 @@
-"""An optimizer's parameter groups as the training program made them, read back from how a ZeRO stage stores them."""
+"""An optimizer's parameter groups, as the training program made them, from the files of a ZeRO stage."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +36,13 @@ class ParameterGroup:
         return bool(self.hyperparameters.get("use_muon"))
 
 
-def read_groups(model: TorchFile, state: dict[str, Any], dealt_to: int) -> tuple[ParameterGroup, ...]:
+def read_groups(model: TorchFile, state: dict[str, Any], round_robin_ranks: int) -> tuple[ParameterGroup, ...]:
     """Reads the groups of a checkpoint.
 
     Args:
         model: rank 0's model file.
         state: rank 0's optimizer state.
-        dealt_to: number of ranks among which `round_robin_gradients` distributed the parameters; 1 without it.
+        round_robin_ranks: number of ranks to which `round_robin_gradients` distributed the parameters; 1 without it.
 
     Raises:
         BrokenCheckpoint: the model file and the optimizer do not agree about the groups.
@@ -67,10 +67,11 @@ def read_groups(model: TorchFile, state: dict[str, Any], dealt_to: int) -> tuple
         padding = 0 if is_stage3 or "zero_stage" not in state else int(state["group_paddings"][number])
         element_values = element_wise(states, flat.numel, flat.numel + padding)
         if entry.get("use_muon") and isinstance(states.get(zero12.MOMENTUM), Tensor):
+            # Its length is that of whole parameters, so `element_wise` does not recognize it.
             element_values[zero12.MOMENTUM] = states[zero12.MOMENTUM]
         groups.append(
             ParameterGroup(
-                names=tuple(_dealt_back(names, dealt_to)),
+                names=tuple(_in_optimizer_order(names, round_robin_ranks)),
                 hyperparameters=_hyperparameters(entry),
                 states=states,
                 element_wise={name: value.dtype for name, value in element_values.items()},
@@ -81,28 +82,28 @@ def read_groups(model: TorchFile, state: dict[str, Any], dealt_to: int) -> tuple
 
 
 def read_universal_groups(
-    path: Path, model: TorchFile, head: TorchFile, allowed_globals: frozenset[str]
+    path: Path, model: TorchFile, optimizer_state: TorchFile, allowed_globals: frozenset[str]
 ) -> tuple[ParameterGroup, ...]:
     """Reads the groups of a universal checkpoint; a group's states are those of its first parameter.
 
     Args:
         path: the checkpoint's folder.
         model: its model file.
-        head: its `optimizer_state.pt`.
+        optimizer_state: its `optimizer_state.pt`.
         allowed_globals: see `open_torch_file`.
 
     Raises:
         BrokenCheckpoint: a group has no parameter that the model file names.
     """
-    shapes, entries = model.tree["param_shapes"], head.tree["param_groups"]
-    counters = (head.tree.get("optimizer_state_dict") or {"state": {}})["state"].get(0, {})
+    shapes, entries = model.tree["param_shapes"], optimizer_state.tree["param_groups"]
+    counters = (optimizer_state.tree.get("optimizer_state_dict") or {"state": {}})["state"].get(0, {})
     groups = []
     for number, entry in enumerate(entries):
         indices = [number] if len(shapes) == len(entries) else entry["params"]
         names = tuple(name for index in indices if index < len(shapes) for name in shapes[index])
         if not names:
             raise BrokenCheckpoint(
-                f"{head.path}: param_groups.{number} holds no parameter that {model.path.name} names."
+                f"{optimizer_state.path}: param_groups.{number} holds no parameter that {model.path.name} names."
             )
         kinds = open_parameters(path, [*names[:1]], allowed_globals)[names[0]]
         tensors = {kind: tensor for kind, file in kinds.items() if (tensor := whole(file.tree)) is not None}
@@ -133,10 +134,10 @@ def in_partition_order(names: tuple[str, ...], ranks: int) -> list[str]:
     return [name for rank in range(ranks) for name in names[rank::ranks]]
 
 
-def _dealt_back(dealt: list[str], ranks: int) -> list[str]:
-    """The inverse of `in_partition_order`."""
-    order = [index for rank in range(ranks) for index in range(rank, len(dealt), ranks)]
-    return [name for _, name in sorted(zip(order, dealt, strict=True))]
+def _in_optimizer_order(names: list[str], ranks: int) -> list[str]:
+    """The inverse of `in_partition_order`: from partition order back to the optimizer's order."""
+    order = [index for rank in range(ranks) for index in range(rank, len(names), ranks)]
+    return [name for _, name in sorted(zip(order, names, strict=True))]
 
 
 def subgroups(names: tuple[str, ...], numels: dict[str, int], world_size: int, size: int) -> list[list[str]]:

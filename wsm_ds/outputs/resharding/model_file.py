@@ -11,7 +11,7 @@ from wsm_ds.torchfile.unpickle import TorchSize
 
 
 def model_tree(origin: Origin, form: Form, rank: int) -> dict[str, Any]:
-    """Returns the object tree of a rank's model file, with placeholders for elements that the form places anew.
+    """Returns the object tree of a rank's model file, with placeholders for elements that move in the new form.
 
     Args:
         origin: the newest checkpoint.
@@ -28,8 +28,10 @@ def model_tree(origin: Origin, form: Form, rank: int) -> dict[str, Any]:
         for cut in cuts(form, origin.groups, origin.layout)
         for names in cut
     ]
+    # Only rank 0 saves the tied names (`_get_shared_params`, runtime/engine.py:5490).
     tree["shared_params"] = first.get("shared_params") if rank == 0 else {}
     tree["frozen_param_shapes"] = tree["frozen_param_fragments"] = None
+    # DeepSpeed saves frozen parameters apart if gradients are partitioned, from stage 2 on (runtime/engine.py:5383).
     if form.stage > 1:
         shapes = first.get("frozen_param_shapes") or {n: TorchSize(info.shape) for n, info in frozen.items()}
         tree["frozen_param_shapes"] = OrderedDict(shapes)

@@ -15,9 +15,9 @@ from wsm_ds.outputs.resharding.groups import ParameterGroup
 from wsm_ds.outputs.resharding.model_file import with_form
 from wsm_ds.outputs.resharding.placeholders import (
     fragment_address,
-    own_copies,
     placeholder,
     static_loss_scaler,
+    with_own_storage,
     zero_stage,
 )
 from wsm_ds.torchfile import Stub, Tensor
@@ -36,13 +36,13 @@ def optimizer_tree(origin: Origin, form: Form, rank: int, keeps_states: bool) ->
         rank: data-parallel rank.
         keeps_states: whether the file holds optimizer states.
     """
-    make = _stage3 if form.stage == 3 else _stage12
+    optimizer_state = _stage3 if form.stage == 3 else _stage12
     model = origin.models[0].tree
     outer = dict(origin.optimizer.tree)
     if origin.layout.is_universal:
         outer = {"ds_config": model.get("ds_config"), "ds_version": model.get("ds_version")}
-    new = make(origin, form, rank, keeps_states)
-    return outer | {"optimizer_state_dict": new, "ds_config": with_form(outer.get("ds_config"), form)}
+    new_state = optimizer_state(origin, form, rank, keeps_states)
+    return outer | {"optimizer_state_dict": new_state, "ds_config": with_form(outer.get("ds_config"), form)}
 
 
 @dataclass
@@ -61,6 +61,7 @@ def _stage12(origin: Origin, form: Form, rank: int, keeps_states: bool) -> dict[
     names = [cut[0] for cut in cuts(form, origin.groups, origin.layout)]
     paddings = [alignment_paddings(origin.layout.tensors, form, group_names) for group_names in names]
     partitions = _partitions(origin, form, rank, names, paddings)
+    # BF16_Optimizer saves no loss scale (runtime/bf16_optimizer.py:629).
     new = {} if form.is_bf16_optimizer else loss_scaling(old)
     if "clip_grad" in old:
         new["clip_grad"] = old["clip_grad"]
@@ -90,20 +91,20 @@ def _partitions(
         # The ZeRO class saves masters without the padding at the end, BF16_Optimizer with it.
         partitions.masters.append(placeholder(group.master, (size if form.is_bf16_optimizer else size - padding,)))
         partitions.group_paddings.append(padding)
-        slices = list(zero12.slices(names[number], paddings[number], tensors, rank * size, size))
+        pieces = list(zero12.pieces(names[number], paddings[number], tensors, rank * size, size))
         momentum = {}
         if group.is_muon:
-            wholes = zero12.whole_parameters(slices, tensors)
-            momentum[zero12.MOMENTUM] = sum(numel for _, _, numel, _ in wholes)
+            whole_pieces = zero12.whole_parameters(pieces, tensors)
+            momentum[zero12.MOMENTUM] = sum(numel for _, _, numel, _ in whole_pieces)
         partitions.states[number] = _states(group, size, momentum)
-        addresses = {name: fragment_address(numel, position) for name, _, numel, position in slices}
+        addresses = {name: fragment_address(numel, position) for name, _, numel, position in pieces}
         mapping = OrderedDict((name, addresses[name]) for name in group.names if name in addresses)
         partitions.slice_mappings.append(mapping)
     return partitions
 
 
 def alignment_paddings(tensors: dict[str, TensorInfo], form: Form, names: list[str]) -> list[int]:
-    """Returns how many padding elements follow each parameter of a group in the flat tensor.
+    """Returns the number of padding elements after each parameter of a group in the flat tensor.
 
     With `parameter_alignment`, every parameter begins at a multiple of 16 bytes; nothing follows the last one.
 
@@ -126,7 +127,7 @@ def alignment_paddings(tensors: dict[str, TensorInfo], form: Form, names: list[s
 def partition_size(
     tensors: dict[str, TensorInfo], form: Form, names: list[str], paddings: list[int], rank: int
 ) -> tuple[int, int]:
-    """Returns the size of a group's partitions, and how much of a rank's partition is padding at the group's end.
+    """Returns the size of a group's partitions, and the padding at the group's end in a rank's partition.
 
     size = ceil(numel / (2 · world_size)) · 2, for `numel` elements of the group with the paddings between parameters.
 
@@ -187,7 +188,7 @@ def _states(group: ParameterGroup, size: int, sizes: dict[str, int]) -> dict[str
     return {
         name: placeholder(group.element_wise[name], (sizes.get(name, size),))
         if name in group.element_wise
-        else own_copies(value)
+        else with_own_storage(value)
         for name, value in group.states.items()
     }
 

@@ -1,4 +1,4 @@
-"""Stand-ins for a new object tree: tensors to be filled, copies of tensors, and objects that DeepSpeed pickles."""
+"""Parts of a new object tree: tensors that streams will fill, copies of tensors, and objects that DeepSpeed pickles."""
 
 import itertools
 from collections import OrderedDict
@@ -31,12 +31,12 @@ def placeholder(dtype: DType, shape: tuple[int, ...]) -> Tensor:
     for size in reversed(shape):
         stride.append(max(numel, 1))
         numel *= size
-    kind = Global("torch", STORAGE_NAMES[dtype.torch_name])
-    storage = Storage(f"new{next(_numbers)}", dtype, kind, "cpu", numel)
+    storage_class = Global("torch", STORAGE_NAMES[dtype.torch_name])
+    storage = Storage(f"new{next(_numbers)}", dtype, storage_class, "cpu", numel)
     return _tensor(storage, 0, shape, tuple(reversed(stride)))
 
 
-def own_copies(value: Any) -> Any:
+def with_own_storage(value: Any) -> Any:
     """Returns a tensor with the same bytes in its own storage; returns anything else unchanged.
 
     Tensors that share a storage in the source (step counters) would otherwise share it in the output, too.

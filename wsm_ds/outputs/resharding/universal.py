@@ -1,7 +1,7 @@
 """A universal checkpoint: every parameter in its own files, for any ZeRO stage and any number of ranks.
 
 Form: `checkpoint/ds_to_universal.py` writes it; `runtime/base_optimizer.py:332` (stages 1 and 2) and
-`runtime/zero/stage3.py:3653` read it. Here every tensor keeps its shape in a dict, which both readers accept, and
+`runtime/zero/stage3.py:3653` read it. Here every tensor keeps its shape and is in a dict, which both readers accept.
 `optimizer_state.pt` has the entries that each of them needs, so one checkpoint serves all stages.
 """
 
@@ -50,18 +50,18 @@ def universal_templates(
     inputs = inputs_of(origin.layout, first_input)
     builder = TableBuilder()
     templates = _model_templates(origin, inputs, allowed_globals)
-    _place_module(builder, origin, templates[0].file)
+    _add_module(builder, origin, templates[0].file)
     numbers = {name: number for number, name in enumerate(origin.layout.tensors)}
     for group in origin.groups:
         for name in group.names:
             files = _parameter_templates(origin, group, name, inputs, allowed_globals)
-            for kind, file in files.items():
+            for kind, template in files.items():
                 if kind != "step":
-                    tensor = file.file.tree["param"]
-                    offset = file.file.byte_offset(tensor)
+                    tensor = template.file.tree["param"]
+                    offset = template.file.byte_offset(tensor)
                     builder.add(kind, numbers[name], 0, tensor.numel, file=len(templates), offset=offset,
                                 dtype=tensor.dtype)  # fmt: skip
-                templates.append(file)
+                templates.append(template)
     tree = _optimizer_state(origin)
     name = "zero/optimizer_state.pt"
     templates.append(make_torch_template(name, tree, origin.optimizer.archive, inputs, allowed_globals))
@@ -69,7 +69,7 @@ def universal_templates(
 
 
 def _require_loadable(origin: Origin) -> None:
-    """Refuses what DeepSpeed would load wrongly, and warns of what it does not load."""
+    """Raises for a checkpoint that DeepSpeed would load wrongly; warns of tensors that it would not load."""
     if origin.form.round_robin:
         raise UnsupportedLayout(
             f"{origin.layout.path} was trained with round_robin_gradients, under which DeepSpeed puts the parameters "
@@ -115,10 +115,10 @@ def _parameter_templates(
     return templates
 
 
-def _place_module(builder: TableBuilder, origin: Origin, model: TorchFile) -> None:
+def _add_module(builder: TableBuilder, origin: Origin, model: TorchFile) -> None:
     """Adds where the module's weights belong in the first template."""
     layout = origin.layout
-    zero12.place_module(builder, RankFiles({0: model}, {}, {model.path: 0}, layout.tensors, layout.aliases, 1))
+    zero12.add_module(builder, RankFiles({0: model}, {}, {model.path: 0}, layout.tensors, layout.aliases, 1))
 
 
 def _optimizer_state(origin: Origin) -> dict[str, Any]:

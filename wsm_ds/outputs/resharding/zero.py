@@ -49,5 +49,5 @@ def zero_templates(
         form.world_size,
     )
     builder = TableBuilder()
-    (zero3 if form.stage == 3 else zero12).place(builder, files)
+    (zero3 if form.stage == 3 else zero12).add_fragments(builder, files)
     return [template.template for template in templates], builder.tables()
