@@ -1,6 +1,7 @@
 """What several commands share: their flags, and how a recipe's values are read from them."""
 
 import argparse
+import atexit
 import re
 import signal
 import time
@@ -239,11 +240,15 @@ def progress_style(options: argparse.Namespace) -> "Style":
 
 REPEAT_S = 15.0
 """Launchers send a signal more than once. One that comes so soon after another counts as the same."""
+INTERRUPTING = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextmanager
 def signals_interrupt(what_remains: str) -> Iterator[Callable[[], None]]:
     """Makes SIGTERM and SIGINT raise Interrupted, at once, until the context ends.
+
+    After an interruption the handler stays, and both signals are ignored when Python shuts down. Otherwise a launcher's
+    second signal would end the process before it can return its exit code.
 
     Args:
         what_remains: a sentence for the message: what the interrupted work leaves.
@@ -264,11 +269,20 @@ def signals_interrupt(what_remains: str) -> Iterator[Callable[[], None]]:
         is_repeated = bool(received) and time.monotonic() - received[-1][1] < REPEAT_S
         if not is_repeated:
             received.append((number, time.monotonic()))
+            atexit.register(_ignore_signals)
             check()
 
-    previous_handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous_handlers = {number: signal.signal(number, stop) for number in INTERRUPTING}
     try:
         yield check
     finally:
-        for number, handler in previous_handlers.items():
-            signal.signal(number, handler)
+        if not received:
+            for number, handler in previous_handlers.items():
+                signal.signal(number, handler)
+
+
+def _ignore_signals() -> None:
+    # The end of Py_FinalizeEx restores the default of every signal that has a handler (CPython's
+    # Modules/signalmodule.c, `_PySignal_Fini`), but not of those that are ignored.
+    for number in INTERRUPTING:
+        signal.signal(number, signal.SIG_IGN)
