@@ -267,7 +267,9 @@ def ours(run: Path, out: Path, last: str, *more: str) -> list[str]:
 
 def main() -> None:
     """Measures one stage after the other; prints tables and lines of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--width", type=int, default=7100)
     parser.add_argument("--rounds", type=int, default=3)

@@ -26,7 +26,9 @@ from wsm_ds.training.matmul_speed import warn_if_dtype_is_slow
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     # --run-folder, because torchrun takes --run for an abbreviation of its own --run-path, unless -- stands before it
     add("--run", "--run-folder", type=Path, required=True, help="the run's folder, on storage that all nodes see")

@@ -168,7 +168,7 @@ def show(losses: dict[str, float], last: str) -> None:
 
 def main() -> None:
     """Parses the command line, and runs one part or everything."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--config", type=Path, help="DeepSpeed's; default: the dtype that this machine multiplies fast")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"updates: a multiple of {EVERY} (default: {STEPS})")

@@ -7,6 +7,7 @@ import logging
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,22 @@ MESSAGES = {
 }
 
 
+@pytest.mark.parametrize(
+    ("arguments", "suggestion"),
+    [
+        ("prune RUN --keep-window 3 --del", "'--del' is not a flag of this command (did you mean '--delete'?)"),
+        ("merge RUN --last 2 --out NEW --res", "'--res' is not a flag of this command"),
+        ("watch RUN --last 2 --out NEW --until=4", "'--until' is not a flag of this command"),
+        ("check-node RUN --free 1GB", "'--free' is not a flag of this command"),
+    ],
+)
+def test_flags_must_be_spelled_out(arguments: str, suggestion: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments.split())
+    assert ended.value.code == 2
+    assert suggestion in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", MESSAGES)
 def test_errors_name_the_flag_or_the_key_of_the_recipe_and_show_the_value(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: str
@@ -279,7 +296,34 @@ def test_completion_is_printed_or_says_what_to_install(capsys: pytest.CaptureFix
 def test_the_watchdog_and_the_check_of_a_node_are_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check-node", str(tmp_path / "run"), "--free-bytes", "1KB"]) == 0
     assert ": fit: folder writable, " in capsys.readouterr().out
-    assert main(["check-node", str(tmp_path / "run"), "--rendezvous", "nowhere"]) == 3
+    assert main(["check-node", str(tmp_path / "run"), "--free-bytes", "1000TB"]) == 3
     assert ": unfit: " in capsys.readouterr().out
+    assert main(["check-node", str(tmp_path / "run"), "--free-bytes", "lots"]) == 2
+    assert "--free-bytes: 'lots' is not a size" in capsys.readouterr().err
     assert main(["watchdog", str(tmp_path / "run"), "--timeout-s", "1", "--start-timeout-s", "0"]) == 3
-    assert "no rank has sent no heartbeat" in capsys.readouterr().err
+    assert "no rank has sent a heartbeat" in capsys.readouterr().err
+
+
+INTERRUPTED = """
+import sys, time
+from wsm_ds.cli.options import signals_interrupt
+from wsm_ds.errors import Interrupted
+try:
+    with signals_interrupt("Nothing remains."):
+        print("ready", flush=True)
+        time.sleep(60)
+except Interrupted as error:
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_that_are_repeated_until_the_process_is_gone_do_not_change_its_exit_code(
+    number: signal.Signals,
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        while process.poll() is None:
+            process.send_signal(number)
+        assert process.returncode == 130

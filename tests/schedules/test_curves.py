@@ -140,17 +140,18 @@ def test_a_wrong_name_lists_every_curve_with_its_parameters_and_defaults() -> No
     with pytest.raises(CurveError) as caught:
         parse_curve("lineer")
     assert str(caught.value) == (
-        "unknown decay curve 'lineer'; valid curves: linear, cosine, 1-sqrt, power:P (0 < P < inf), "
-        "inverse-sqrt:R (0 < R < 1), exponential:R (0 < R < 1), ema[:R] (0 < R < 1, default 0.1), "
-        "table:S=D,S=D,… or table:D,D,…; aliases: mean = linear, minus-sqrt = 1-sqrt, "
-        "one-minus-sqrt = 1-sqrt"
+        "unknown decay curve 'lineer' (did you mean 'linear'?); valid curves: linear, cosine, 1-sqrt, "
+        "power:P (0 < P < inf), inverse-sqrt:R (0 < R < 1), exponential:R (0 < R < 1), "
+        "ema[:R] (0 < R < 1, default 0.1), table:S=D,S=D,… or table:D,D,…; aliases: mean = linear, "
+        "minus-sqrt = 1-sqrt, one-minus-sqrt = 1-sqrt"
     )
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "unknown decay curve ''"),
+        ("", "unknown decay curve ''; valid"),
+        ("1sqrt", r"unknown decay curve '1sqrt' \(did you mean '1-sqrt'\?\)"),
         ("power", r"'power' takes one parameter, found none; write power:P \(0 < P < inf\)"),
         ("ema:0.1,0.2", r"'ema' takes one parameter, found 2: 0\.1, 0\.2"),
         ("linear:1", r"'linear' takes no parameter, found 1: 1\.0"),

@@ -33,6 +33,22 @@ def test_attempts_that_begin_at_once_get_different_numbers(tmp_path: Path) -> No
     assert len(set(numbers)) == 24
 
 
+@pytest.mark.parametrize("content", [b"", b"\0\0", b"7a\n", b"\xff", b"1\n", None])
+@pytest.mark.parametrize("place", ["attempt-4", "logs/attempt-4"])
+def test_after_a_crash_of_the_storage_the_folders_of_attempts_give_the_number(
+    tmp_path: Path, content: bytes | None, place: str
+) -> None:
+    job = JobFolder(tmp_path)
+    for folder in (place, "attempt-x", "logs/attempt-3"):
+        (job.folder / folder).mkdir(parents=True)
+    if content is not None:
+        job.attempt.write_bytes(content)
+    assert read_attempt(job) == (1 if content == b"1\n" else 4)
+    assert begin_attempt(job) == 5
+    assert job.attempt.read_text() == "5\n"
+    require_current(job, 5)
+
+
 def test_only_the_newest_attempt_is_current(tmp_path: Path) -> None:
     job = JobFolder(tmp_path)
     old, new = begin_attempt(job), begin_attempt(job)

@@ -41,10 +41,27 @@ def test_too_little_space_is_named_with_both_sizes(tmp_path: Path, capsys: pytes
     assert re.search(r"has [\d.]+ \w+ free, 909.5 TiB are needed", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("address", ["no-such-host.invalid:29500", "127.0.0.1", "127.0.0.1:99999"])
-def test_an_unreachable_rendezvous_is_named(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path), "--rendezvous", address]) == 3
-    assert address in capsys.readouterr().out
+def test_an_unreachable_rendezvous_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path), "--rendezvous", "no-such-host.invalid:29500"]) == 3
+    assert "no-such-host.invalid:29500" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--free-bytes", "lots"),
+        ("--rendezvous", "127.0.0.1"),
+        ("--rendezvous", "127.0.0.1:99999"),
+        ("--rendezvous", "127.0.0.1:²"),
+    ],
+)
+def test_a_wrong_request_does_not_make_the_node_unfit(
+    arguments: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path), *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert re.fullmatch(rf"{HOST}: {arguments[0]}.*{arguments[1]}.*\n", shown.err)
 
 
 def test_a_host_where_nobody_listens_yet_is_reached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,4 +78,3 @@ def test_missing_accelerators_are_counted(tmp_path: Path, monkeypatch: pytest.Mo
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 3
     assert re.search(r"unfit: \d+ accelerators \(\w+\) are visible, 1000 are needed", done.stdout)
-    assert main([str(tmp_path), "--free-bytes", "many"]) == 3

@@ -76,7 +76,7 @@ def test_the_rank_that_the_others_wait_for_is_blamed_while_all_live(
 def test_ranks_that_never_began_are_named(job: JobFolder) -> None:
     watching = watch(job)
     watching.look(299.0)
-    with pytest.raises(RanksSilent, match="after 300 s no rank has sent"):
+    with pytest.raises(RanksSilent, match="after 300 s no rank has sent a heartbeat"):
         watching.look(301.0)
     beat(job, 0)
     beat(job, 2)

@@ -26,10 +26,14 @@ PLAIN: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An ArgumentParser with plain errors, which shows descriptions and epilogs without new line breaks."""
+    """An ArgumentParser with plain errors, which shows descriptions and epilogs without new line breaks.
+
+    Flags must be spelled out: `--del` must not delete, and must not change its meaning when a flag is added.
+    """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | options)
+        defaults: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(**(defaults | options))
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with code 2 and one line. argparse would print its usage first, which hides the error.

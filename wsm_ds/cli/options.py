@@ -1,6 +1,7 @@
 """Flags that several commands have, and the recipe values that they give."""
 
 import argparse
+import atexit
 import re
 import signal
 import time
@@ -256,11 +257,15 @@ def progress_style(options: argparse.Namespace) -> "Style":
 
 REPEAT_S = 15.0
 """Launchers send a signal several times. A signal within this time after another one counts as the same."""
+INTERRUPTING = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextmanager
 def signals_interrupt(consequence: str) -> Iterator[Callable[[], None]]:
     """Makes SIGTERM and SIGINT raise Interrupted, at once, until the context ends.
+
+    After an interruption the handler stays, and both signals are ignored when Python shuts down. Otherwise a launcher's
+    second signal would end the process before it can return its exit code.
 
     Args:
         consequence: a sentence for the message: what happens to the interrupted work.
@@ -282,11 +287,20 @@ def signals_interrupt(consequence: str) -> Iterator[Callable[[], None]]:
         is_repeated = bool(received) and time.monotonic() - received[-1][1] < REPEAT_S
         if not is_repeated:
             received.append((number, time.monotonic()))
+            atexit.register(_ignore_signals)
             check()
 
-    previous_handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous_handlers = {number: signal.signal(number, stop) for number in INTERRUPTING}
     try:
         yield check
     finally:
-        for number, handler in previous_handlers.items():
-            signal.signal(number, handler)
+        if not received:
+            for number, handler in previous_handlers.items():
+                signal.signal(number, handler)
+
+
+def _ignore_signals() -> None:
+    # The end of Py_FinalizeEx restores the default of every signal that has a handler (CPython's
+    # Modules/signalmodule.c, `_PySignal_Fini`), but not of those that are ignored.
+    for number in INTERRUPTING:
+        signal.signal(number, signal.SIG_IGN)

@@ -19,7 +19,7 @@ from typing import NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from wsm_ds.errors import CurveError
+from wsm_ds.errors import CurveError, did_you_mean
 
 Array = NDArray[np.float64]
 
@@ -179,7 +179,8 @@ def named_curve(name: str, *parameters: float) -> Curve:
     name = _ALIASES.get(name, name)
     shape = _SHAPES.get(name)
     if shape is None:
-        raise CurveError(f"unknown decay curve {name!r}; valid curves: {_valid_curves()}")
+        suggestion = did_you_mean(name, [*_SHAPES, *_ALIASES, _TABLE])
+        raise CurveError(f"unknown decay curve {name!r}{suggestion}; valid curves: {_valid_curves()}")
     if shape.default is not None and not parameters:
         parameters = (shape.default,)
     if len(parameters) != bool(shape.parameter):

@@ -165,11 +165,13 @@ def _first_line(path: Path) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m wsm_ds.training.decide", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m wsm_ds.training.decide", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name: str, run: Callable[[argparse.Namespace], list[str]], help_text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=help_text)
+        command = commands.add_parser(name, help=help_text, allow_abbrev=False)
         command.set_defaults(run_command=run)
         return command
 

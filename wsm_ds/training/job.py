@@ -102,11 +102,26 @@ class JobFolder:
 
 
 def read_attempt(job: JobFolder) -> int:
-    """Reads the number of the newest attempt; 0 if there was none."""
+    """Reads the number of the newest attempt; 0 if there was none.
+
+    The file is not synced, so a crash of the storage may leave it empty. Then the folders of the attempts give the
+    number.
+    """
+    recorded = _recorded_attempt(job)
+    return _highest_attempt_folder(job) if recorded is None else recorded
+
+
+def _recorded_attempt(job: JobFolder) -> int | None:
     try:
         return int(job.attempt.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return 0
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _highest_attempt_folder(job: JobFolder) -> int:
+    folders = [*job.folder.glob("attempt-*"), *job.logs(0).parent.glob("attempt-*")]
+    numbers = [folder.name.removeprefix("attempt-") for folder in folders]
+    return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
 def exported_attempt() -> int | None:
@@ -129,7 +144,8 @@ def begin_attempt(job: JobFolder) -> int:
 
     Ranks: rank 0, or the job script before the ranks start.
     """
-    attempt = read_attempt(job) + 1
+    # The folders count too: after a crash of the storage the file may hold an older number.
+    attempt = max(read_attempt(job), _highest_attempt_folder(job)) + 1
     while True:
         try:
             # mkdir is atomic, also on NFS.
@@ -137,7 +153,7 @@ def begin_attempt(job: JobFolder) -> int:
             break
         except FileExistsError:
             attempt += 1
-    if read_attempt(job) < attempt:
+    if (_recorded_attempt(job) or 0) < attempt:
         replace_shared_text(job.attempt, f"{attempt}\n")
     return attempt
 

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from wsm_ds.errors import NodeUnfit, WsmError
+from wsm_ds.errors import NodeUnfit, RecipeError, WsmError
 from wsm_ds.filesystem.durable import write_text
 from wsm_ds.sizes import format_size, parse_size
 from wsm_ds.training.job import JobFolder
@@ -74,11 +74,12 @@ def check_rendezvous(address: str) -> str:
         address: "HOST:PORT".
 
     Raises:
-        NodeUnfit: the address is not HOST:PORT, the host's name is unknown, or the host cannot be reached.
+        RecipeError: the address is not HOST:PORT.
+        NodeUnfit: the host's name is unknown, or the host cannot be reached.
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise NodeUnfit(f"--rendezvous {address} is not HOST:PORT.")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise RecipeError(f"--rendezvous {address} is not HOST:PORT.")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S):
             pass
@@ -140,16 +141,23 @@ def run(options: argparse.Namespace) -> int:
 
     Returns:
         The exit code: 0 if the node is fit, else 3.
+
+    Raises:
+        RecipeError: an argument is not valid; that says nothing about the node.
     """
+    try:
+        needed_bytes = None if options.free_bytes is None else parse_size(options.free_bytes)
+    except RecipeError as error:
+        raise RecipeError(f"--free-bytes: {error}") from None
     host, facts = socket.gethostname(), []
     try:
         facts.append(check_folder(options.run))
-        if options.free_bytes is not None:
-            facts.append(check_free(options.run, parse_size(options.free_bytes)))
+        if needed_bytes is not None:
+            facts.append(check_free(options.run, needed_bytes))
         facts += [check_rendezvous(address) for address in options.rendezvous]
         if options.accelerators is not None:
             facts.append(check_accelerators(options.accelerators))
-    except WsmError as error:
+    except NodeUnfit as error:
         print(f"{host}: unfit: {error}", flush=True)
         return 3
     print(f"{host}: fit: {', '.join(facts)}", flush=True)
@@ -158,9 +166,15 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs `python -m wsm_ds.training.node_check`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m wsm_ds.training.node_check", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m wsm_ds.training.node_check", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     add_arguments(parser)
-    return run(parser.parse_args(arguments))
+    try:
+        return run(parser.parse_args(arguments))
+    except WsmError as error:
+        print(f"{socket.gethostname()}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
 
 
 if __name__ == "__main__":

@@ -100,8 +100,8 @@ class Watch:
         if missing and now_s - self.began_s > self.start_timeout_s:
             raise RanksSilent(
                 f"attempt {self.attempt} of {self.job.run}: after {self.start_timeout_s:g} s "
-                + (f"ranks {few(missing)} of {expected} have" if self.last_beats else "no rank has")
-                + " sent no heartbeat. Read the ranks' own logs to see how far they came."
+                + (f"ranks {few(missing)} of {expected} have sent no" if self.last_beats else "no rank has sent a")
+                + " heartbeat. Read the ranks' own logs to see how far they came."
             )
 
     def _blame(self, now_s: float) -> str:
@@ -192,7 +192,9 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs `python -m wsm_ds.training.watchdog`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m wsm_ds.training.watchdog", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m wsm_ds.training.watchdog", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     add_arguments(parser)
     return run(parser.parse_args(arguments))
 
