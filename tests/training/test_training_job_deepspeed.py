@@ -158,7 +158,7 @@ def test_a_file_makes_the_ranks_save_and_leave_and_none_begins_while_it_is_there
     stop.touch()
     assert started.wait() == [75, 75], started.output
     newest = steps(run)[-1]["step"]
-    assert f"saved at step {newest} and stopping: {stop} is there" in started.output
+    assert f"saved at step {newest} and stopping: {stop} exists" in started.output
     assert (run / "latest").read_text() == f"global_step{newest}"
     again = launcher.start(run, *common)
     assert again.wait() == [1, 1]
