@@ -167,6 +167,37 @@ def test_a_second_watch_of_one_folder_says_who_holds_it(run: PlayedRun, tmp_path
     assert [event.name for event in once(spec)] == ["watching", "done"]
 
 
+def test_a_watch_that_would_let_a_prune_delete_what_an_earlier_one_needs_is_refused(
+    run: PlayedRun, tmp_path: Path
+) -> None:
+    run.save(2, 4)
+    out = tmp_path / "out"
+    once(spec_for(run, out, last=[1, 2]))
+    spec = (out / "watch.json").read_text()
+    with pytest.raises(RecipeError, match=r"makes last1-linear, which this one does not make.*remove .*watch\.json"):
+        once(spec_for(run, out, last=[2]))
+    assert (out / "watch.json").read_text() == spec
+    once(spec_for(run, out, last=[1, 2, 3]))
+    (out / "watch.json").unlink()
+    once(spec_for(run, out, last=[2]))
+
+
+def test_a_folder_that_belongs_to_something_else_is_refused_untouched(run: PlayedRun, tmp_path: Path) -> None:
+    run.save(2, 4)
+    merge(make_recipe(run=run.folder, last=2, curve="linear", out=tmp_path / "merge"))
+    once(spec_for(run, tmp_path / "out", last=[1]))
+    other = PlayedRun(run.source, tmp_path / "other").save(2)
+    for started, out, words in (
+        (run, run.folder, "is the run itself"),
+        (run, tmp_path / "merge", "is a finished merge"),
+        (other, tmp_path / "out", f"has the merges of {run.folder}, not of {other.folder}"),
+    ):
+        before = sorted(out.rglob("*"))
+        with pytest.raises(RecipeError, match=words):
+            once(spec_for(started, out, last=[1]))
+        assert sorted(out.rglob("*")) == before
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_watch_within_seconds_and_keeps_what_it_merged(
     run: PlayedRun, tmp_path: Path, start: Any, number: signal.Signals

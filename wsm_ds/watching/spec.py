@@ -110,6 +110,37 @@ def write_spec(spec: WatchSpec) -> None:
     replace_text(spec.out / SPEC, json.dumps(spec.to_json(), indent=2) + "\n")
 
 
+def require_own_folder(spec: WatchSpec) -> None:
+    """Checks that `spec.out` is a folder for this watch, before anything is written there.
+
+    A prune keeps the checkpoints that the watch in OUT/watch.json needs. A second watch that replaced that file by
+    other windows would let a prune delete checkpoints that the first one still needs.
+
+    Raises:
+        RecipeError: OUT is the run, a finished merge, or the folder of a watch of another run or of windows that this
+            one does not make. The message names them.
+    """
+    out = spec.out
+    if out.resolve() == spec.run.resolve():
+        raise RecipeError(f"`out` ({out}) is the run itself, which a watch only reads. Choose another folder.")
+    if (out / MANIFEST).is_file():
+        raise RecipeError(f"`out` ({out}) is a finished merge. Choose another folder.")
+    earlier = read_spec(out)
+    if earlier is None:
+        return
+    if earlier.run.resolve() != spec.run.resolve():
+        if not merged_outputs(earlier):
+            return  # as after a misspelt run
+        raise RecipeError(f"`out` ({out}) has the merges of {earlier.run}, not of {spec.run}. Choose another folder.")
+    dropped = sorted(earlier.recipes.keys() - spec.recipes.keys())
+    if dropped:
+        raise RecipeError(
+            f"`out` ({out}) is the folder of a watch that makes {few(dropped)}, which this one does not make. A prune "
+            f"would no longer keep the checkpoints that they need. Add these windows, choose another folder, or, if "
+            f"that watch has ended for good, remove {out / SPEC}."
+        )
+
+
 def read_spec(out: Path) -> WatchSpec | None:
     """The spec of the watch that wrote, or writes, into `out`; None if no watch did.
 

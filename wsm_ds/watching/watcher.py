@@ -36,7 +36,7 @@ from wsm_ds.sizes import format_size
 from wsm_ds.watching.commands import Commands, FinishedMerge
 from wsm_ds.watching.completeness import Checkpoints
 from wsm_ds.watching.events import Event
-from wsm_ds.watching.spec import LOCK, WatchSpec, merged_outputs, source_steps, write_spec
+from wsm_ds.watching.spec import LOCK, WatchSpec, merged_outputs, require_own_folder, source_steps, write_spec
 from wsm_ds.watching.windows import OpenWindow, open_windows
 
 log = logging.getLogger(__name__)
@@ -83,12 +83,15 @@ def watch(
     Raises:
         OutputLocked: another watch merges into `spec.out`.
         BrokenCheckpoint: at the end, if windows were not merged because one of their checkpoints is broken.
+        RecipeError: `spec.out` is not a folder for this watch; see `require_own_folder`.
         UnsupportedLayout, UnsafePickle, RecipeError, BudgetTooSmall, OutputExists: no window can be merged with these
             options.
         OSError: at the end, if a merge failed at its last attempt.
     """
+    require_own_folder(spec)
     spec.out.mkdir(parents=True, exist_ok=True)
     with hold_lock(spec.out / LOCK, f"another watch merges into {spec.out}"), Commands(options.command) as commands:
+        require_own_folder(spec)  # again: a watch that held the lock until now may have written its spec
         write_spec(spec)
         watcher = _Watcher(spec, options, commands)
         yield Event(
