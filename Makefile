@@ -7,7 +7,8 @@
 # make check          ruff, mypy --strict, import directions
 # make docs           the documentation as a site, in site/; links are checked
 #
-# PYTHON chooses the interpreter. If it has torch already, the environment sees its packages and installs no other.
+# PYTHON chooses the interpreter. If it has torch already, the environment sees its packages and installs no other torch.
+# This folder comes before them, or a wsm_ds among them would be the one that is imported.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -24,8 +25,9 @@ export OMP_NUM_THREADS ?= 1
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PYTHON) -c "import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))" 2>/dev/null \
-	  > $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/own_torch.pth || true
+	{ echo "$(CURDIR)"; \
+	  $(PYTHON) -c "import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))" 2>/dev/null || true; } \
+	  > $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/own_torch.pth
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --editable ".[test,check]"
 	touch $@
