@@ -155,7 +155,8 @@ class StoreRanks(Ranks):
             code = error.exit_code if isinstance(error, WsmError) else 3 if isinstance(error, Exception) else 130
             text = f"{code} rank {self.rank} ({socket.gethostname()}): {type(error).__name__}: {error}"
             try:
-                self.store.compare_set("wsm/error", "", text)
+                # A path in the message may not be text; the store takes UTF-8 alone.
+                self.store.compare_set("wsm/error", "", text.encode(errors="backslashreplace").decode())
             except Exception:  # the store is gone with rank 0, and so are the others
                 log.debug("the other ranks could not be told", exc_info=True)
             raise
