@@ -31,7 +31,9 @@ from deepspeed.runtime.data_pipeline.data_sampling.variable_batch_size_and_lr im
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
-deepspeed.ops.__dict__["__compatible_ops__"] = {}  # no op is compiled for these runs (a minute, and a lock)
+deepspeed.ops.__dict__["__compatible_ops__"] = {
+    "deepspeed_shm_comm": False
+}  # no op is compiled for these runs (a minute, and a lock)
 
 # torch trains fp16 on any CPU; DeepSpeed allows it only where oneDNN is fast at it.
 deepspeed.get_accelerator().is_fp16_supported = lambda: True

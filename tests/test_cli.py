@@ -159,6 +159,14 @@ MESSAGES = {
     "reshard RUN --out NEW": "one of --world-size, --stage, --sub-group-size and --like must be given",
     "watch RUN --last 2": "--out must be given",
     "watch RUN --last 2 --out NEW --poll-s 0": "--poll-s must be above 0, not 0",
+    "watch RUN --last 2 --out NEW --poll-s nan": "--poll-s must be above 0, not nan",
+    "watch --recipe numbered.yaml": "the recipe numbered.yaml is not valid: `out`: the path of a folder is needed, "
+    "found 3",
+    "merge --recipe quoted.yaml": "the recipe quoted.yaml is not valid: `stage` must be 1, 2 or 3, not '2'",
+    "storage --interval 10 --last 2 --parameters nan": "parameters and world size must be 1 or more, found nan "
+    "parameters on 1 ranks",
+    "storage --interval 10 --last 2 --parameters inf": "parameters and world size must be 1 or more, found inf "
+    "parameters on 1 ranks",
     "coefficients --curve linear": "--checkpoints or --steps must be given",
 }
 
@@ -186,6 +194,8 @@ def test_errors_name_the_flag_or_the_key_of_the_recipe_and_show_the_value(
     monkeypatch.chdir(tmp_path)
     Path("recipe.yaml").write_text("{run: RUN, out: NEW, last: two, curve: linear}")
     Path("mistyped.yaml").write_text("{run: RUN, out: NEW, lats: 2, curve: linear}")
+    Path("numbered.yaml").write_text("{run: RUN, out: 3, last: 2}")
+    Path("quoted.yaml").write_text("{run: RUN, out: NEW, last: 2, stage: '2'}")
     assert main(arguments.split()) == 2
     expected = f"wsm-ds: RecipeError: {MESSAGES[arguments]}; see wsm-ds {arguments.split()[0]} --help\n"
     assert capsys.readouterr().err == expected

@@ -9,6 +9,7 @@ DeepSpeed writes for each trained parameter (`tests/test_estimate.py` compares t
 A merge reads the masters of its window. It reads optimizer states only if it carries or merges them.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -78,9 +79,9 @@ def checkpoint_size(
         optimizer: a key of `STATE_BYTES`.
 
     Raises:
-        RecipeError: `parameters` or `world_size` is below 1; names both.
+        RecipeError: `parameters` is below 1 or not finite, or `world_size` is below 1; names both.
     """
-    if parameters < 1 or world_size < 1:
+    if not (1 <= parameters < math.inf and world_size >= 1):
         raise RecipeError(
             f"parameters and world size must be 1 or more, found {parameters:g} parameters on {world_size} ranks."
         )

@@ -13,9 +13,9 @@ import pytest
 from forked import free_port
 
 from wsm_ds.distributed.launcher import launched_ranks
-from wsm_ds.distributed.ranks import Ranks
+from wsm_ds.distributed.ranks import Ranks, StoreRanks
 from wsm_ds.engine.tasks import share, tasks_of
-from wsm_ds.errors import RecipeError
+from wsm_ds.errors import PeerFailed, RecipeError
 from wsm_ds.merging import merge, plan_merge
 from wsm_ds.planning.recipe import make_recipe
 from wsm_ds.publishing.staging_folder import MANIFEST
@@ -210,3 +210,15 @@ def test_a_rank_that_cannot_plan_stops_the_others_at_once(runs: Path, tmp_path: 
     assert "rank 1 (" in errors[0]
     assert "no such run" in errors[0]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.torch
+def test_an_error_reaches_the_other_ranks_although_a_path_in_it_is_not_text() -> None:
+    from torch.distributed import HashStore
+
+    store = HashStore()
+    ranks = [StoreRanks(store, rank, 2) for rank in range(2)]
+    with pytest.raises(OSError, match="full"), ranks[1].together():
+        raise OSError("\udcff is full")
+    with pytest.raises(PeerFailed, match=r"rank 1 .*: OSError: \\udcff is full"):
+        ranks[0].barrier("end")

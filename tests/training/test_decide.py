@@ -124,10 +124,10 @@ def test_fit_hosts_of_a_host_file(decide: Decide, job: JobFolder) -> None:
 
 def test_requeue_reads_what_slurm_says(decide: Decide, monkeypatch: pytest.MonkeyPatch) -> None:
     for text, line in (
-        ("JobId=7 JobState=RUNNING Reason=None ExcNodeList=n9\n", "requeue n1,n9"),
-        ("", "fail Slurm is ending this job; not requeued by this script"),
+        (b"JobId=7 JobName=\xff JobState=RUNNING Reason=None ExcNodeList=n9\n", "requeue n1,n9"),
+        (b"", "fail Slurm is ending this job; not requeued by this script"),
     ):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
         assert decide("requeue", "--unfit-nodes=n1") == [line]
 
 

@@ -12,7 +12,7 @@ import pytest
 from wsm_ds.errors import RanksSilent, Superseded
 from wsm_ds.filesystem.durable import replace_shared_text
 from wsm_ds.training.job import JobFolder, begin_attempt, mark_done
-from wsm_ds.training.watchdog import Watch
+from wsm_ds.training.watchdog import Watch, main
 
 
 @pytest.fixture
@@ -82,6 +82,16 @@ def test_ranks_that_never_began_are_named(job: JobFolder) -> None:
     beat(job, 2)
     with pytest.raises(RanksSilent, match="ranks 1, 3 of 4 have sent no heartbeat"):
         watching.look(302.0)
+
+
+@pytest.mark.parametrize("flag", ["--timeout-s", "--start-timeout-s"])
+@pytest.mark.parametrize("value", ["nan", "-1"])
+def test_a_limit_that_is_never_or_always_exceeded_is_a_wrong_request(
+    flag: str, value: str, job: JobFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mark_done(job, 7, attempt=1)
+    assert main([str(job.run), "--timeout-s", "60", f"{flag}={value}"]) == 2
+    assert f"{flag} must be at least 0, not {value}" in capsys.readouterr().err
 
 
 def test_heartbeats_of_older_attempts_do_not_count(job: JobFolder) -> None:

@@ -221,6 +221,12 @@ def test_a_signal_ends_a_watch_within_seconds_and_keeps_what_it_merged(
     assert not printed.with_suffix(".json").exists()
 
 
+@pytest.mark.parametrize("place", ["../x", "a/../../x", "/tmp/x"])
+def test_outputs_outside_of_the_folder_of_the_watch_are_refused(place: str, run: PlayedRun, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=rf"must be a folder below {tmp_path / 'out'}, found .*/x"):
+        spec_for(run, tmp_path / "out", outputs=[{"out": place, "last": 1}])
+
+
 def test_windows_in_the_warmup_are_refused_once_and_stop_nothing(run: PlayedRun, tmp_path: Path) -> None:
     _set_warmup(run.save(2, 4, 6), 3)
     spec = spec_for(run, tmp_path / "out", last=[1, 2])

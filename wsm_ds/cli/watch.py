@@ -127,7 +127,7 @@ def _watch(options: argparse.Namespace) -> int:
     from wsm_ds.watching import WatchOptions, watch
     from wsm_ds.watching.commands import parse_command
 
-    if options.poll_s <= 0:
+    if not options.poll_s > 0:
         raise RecipeError(f"--poll-s must be above 0, not {options.poll_s:g}")
     watch_options = WatchOptions(
         poll_s=options.poll_s,

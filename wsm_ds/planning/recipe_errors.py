@@ -55,7 +55,8 @@ def _sentence(fault: dict[str, Any], known: Iterable[str]) -> str:
     elif kind == "literal_error":
         allowed = context["expected"].replace("'", "")
         rule = f"`{key}` must be {allowed}"
-        suggestion = did_you_mean(value, allowed.replace(" or ", ", ").split(", "))
+        choices = allowed.replace(" or ", ", ").split(", ")
+        suggestion = did_you_mean(value, choices) if value not in choices else ""  # the text '2' is not the number 2
     return f"{rule}, not {brief(value)}{suggestion}"
 
 

@@ -140,7 +140,8 @@ def _processes(options: argparse.Namespace) -> list[str]:
 
 
 def _requeue(options: argparse.Namespace) -> list[str]:
-    return instructions(decide_requeue(parse_slurm_job(sys.stdin.read()), options.unfit_nodes))
+    line = sys.stdin.buffer.read().decode(errors="replace")  # a job's name or comment may be any bytes
+    return instructions(decide_requeue(parse_slurm_job(line), options.unfit_nodes))
 
 
 def _record_and_print(job: JobFolder, decision: Decision) -> list[str]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.errors import RanksSilent, WsmError, few
+from wsm_ds.errors import RanksSilent, RecipeError, WsmError, few
 from wsm_ds.training.heartbeat import UNCHANGED_S
 from wsm_ds.training.job import JobFolder, exported_attempt, is_done, read_attempt, require_current
 
@@ -178,15 +178,19 @@ def run(options: argparse.Namespace) -> int:
         options: the parsed arguments of `add_arguments`.
 
     Returns:
-        The exit code: 0, or 3 with a message on stderr.
+        The exit code: 0, or that of the error with a message on stderr.
     """
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
     try:
+        for name in ("timeout_s", "start_timeout_s"):
+            value = getattr(options, name)
+            if not value >= 0:  # NaN would never be exceeded
+                raise RecipeError(f"--{name.replace('_', '-')} must be at least 0, not {value:g}.")
         watch(options.run, timeout_s=options.timeout_s, start_timeout_s=options.start_timeout_s, stop=stop)
     except WsmError as error:
         print(f"watchdog: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return 3
+        return 2 if isinstance(error, RecipeError) else 3
     return 0
 
 

@@ -1,12 +1,13 @@
 """What a watch merges: recipes, the steps at which their windows end, and the folder of each output."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.errors import RecipeError, few
+from wsm_ds.errors import RecipeError, brief, few
 from wsm_ds.filesystem.durable import replace_text
 from wsm_ds.filesystem.small_files import read_small
 from wsm_ds.planning.recipe import MergeRecipe, make_recipe, make_recipes
@@ -88,8 +89,19 @@ def make_spec(values: dict[str, Any], ends: EndPoints) -> WatchSpec:
             "the windows of a watch end at every new checkpoint, so they are chosen by `last`, not by "
             f"{few(f'`{name}`' for name in fixed)}."
         )
+    wrong = [name for name in ("run", "out") if not isinstance(values[name], str | os.PathLike)]
+    if wrong:
+        raise RecipeError(
+            f"the recipe is not valid: `{wrong[0]}`: the path of a folder is needed, found {brief(values[wrong[0]])}."
+        )
     run, out = Path(values["run"]).absolute(), Path(values["out"]).absolute()
     recipes = make_recipes(**values | {"run": run, "out": out}, always_named=NAMED_BY)
+    for recipe in recipes:
+        if not recipe.out.is_relative_to(out) or ".." in recipe.out.relative_to(out).parts:
+            raise RecipeError(
+                f"the recipe is not valid: `out` of an entry of `outputs` must be a folder below {out}, found "
+                f"{recipe.out}."
+            )
     named = {recipe.out.relative_to(out).as_posix(): recipe for recipe in recipes}
     if len(named) < len(recipes):
         raise RecipeError("two outputs have the same name; give each entry of outputs an out of its own.")
