@@ -169,8 +169,8 @@ class StoreRanks(Ranks):
             code = error.exit_code if isinstance(error, WsmError) else 3 if isinstance(error, Exception) else 130
             text = f"{code} rank {self.rank} ({socket.gethostname()}): {type(error).__name__}: {error}"
             try:
-                # It sets the key only if no rank has set it before (`Store.compare_set` with an empty old value). A path in
-                # the message may not be text, and the store takes only UTF-8.
+                # It sets the key only if no rank has set it before (`Store.compare_set` with an empty old value).
+                # A path in the message may not be text, and the store takes only UTF-8.
                 self.store.compare_set("wsm/error", "", text.encode(errors="backslashreplace").decode())
             except Exception:  # the store ended with rank 0, and with it the other ranks
                 log.debug("the error could not be sent to the other ranks", exc_info=True)

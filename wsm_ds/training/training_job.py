@@ -153,8 +153,8 @@ class TrainingJob:
                 if engine.global_steps != step:
                     raise TrainingError(
                         f"step {step} ended with {engine.global_steps} updates in all; the loop's body must make one. "
-                        f"With this configuration that takes {engine.gradient_accumulation_steps()} micro-batches, each "
-                        "with its backward() and step()."
+                        f"With this configuration that takes {engine.gradient_accumulation_steps()} micro-batches, "
+                        "each with its own backward() and step()."
                     )
                 heartbeat.reached(step)
                 if heartbeat.stop_is_requested:
