@@ -29,8 +29,8 @@ Made by `docs/generate.py` from the code. `python -m wsm_ds` is the same as `wsm
 """
 COMPLETION = """## Completion
 
-bash and zsh complete commands, flags and paths, with the package shtab (`pip install '.[completion]'`). Add the first line
-to `~/.bashrc`, or the second one to `~/.zshrc`, below `compinit`:
+bash and zsh can complete commands, flags and paths. Install the package shtab (`pip install '.[completion]'`), and add
+the first line to `~/.bashrc`, or the second one to `~/.zshrc`, below `compinit`:
 
 ```text
 eval "$(wsm-ds --print-completion bash)"
