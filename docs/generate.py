@@ -27,6 +27,16 @@ CLI_HEAD = """# Command line
 
 Made by `docs/generate.py` from the code. `python -m wsm_ds` is the same as `wsm-ds`.
 """
+COMPLETION = """## Completion
+
+bash and zsh can complete commands, flags and paths. Install the package shtab (`pip install '.[completion]'`), and add
+the first line to `~/.bashrc`, or the second one to `~/.zshrc`, below `compinit`:
+
+```text
+eval "$(wsm-ds --print-completion bash)"
+eval "$(wsm-ds --print-completion zsh)"
+```
+"""
 API_HEAD = """# Python
 
 Made by `docs/generate.py` from the code: the names of `wsm_ds`, and `wsm_ds.training.TrainingJob`.
@@ -47,6 +57,7 @@ def cli_page(parser: argparse.ArgumentParser) -> str:
     lines += ["", *_epilog(parser)]
     for name in texts:
         lines += _command(f"{parser.prog} {name}", name, commands.choices[name], parser.epilog)
+    lines.append(COMPLETION)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -91,7 +102,7 @@ def _words(action: argparse.Action) -> str:
 
 
 def _help(action: argparse.Action) -> str:
-    text = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
+    text = (action.help or "") % vars(action)  # as argparse does it: %(default)g, %%
     return f"{text} (required)" if action.required and action.option_strings else text
 
 
@@ -139,11 +150,27 @@ def _entry(name: str, value: Any, level: int = 2) -> Iterator[str]:
         return
     node = _node(value)
     yield f"```python\n{_signature(name, node)}\n```\n"
+    yield from _unpacked(node)
     yield markdown(inspect.getdoc(value) or "") + "\n"
     if isinstance(node, ast.ClassDef):
         for member in node.body:
             if isinstance(member, ast.FunctionDef) and not member.name.startswith("_") and ast.get_docstring(member):
                 yield from _member(member)
+
+
+def _unpacked(node: ast.FunctionDef | ast.ClassDef) -> Iterator[str]:
+    """The keywords that `**options: Unpack[…]` of a function stands for."""
+    from wsm_ds.planning import recipe_options
+    from wsm_ds.planning.recipe import MergeRecipe
+
+    if isinstance(node, ast.FunctionDef) and node.args.kwarg and node.args.kwarg.annotation:
+        match = re.fullmatch(r"Unpack\[(\w+)\]", ast.unparse(node.args.kwarg.annotation))
+        if match:
+            fields = set(MergeRecipe.model_fields)
+            names = set(getattr(recipe_options, match[1]).__optional_keys__)
+            listed = ["all fields"] if fields <= names else [f"`{name}`" for name in sorted(names & fields)]
+            further = "".join(f", and `{name}`" for name in sorted(names - fields))
+            yield f"`{match[1]}`: {', '.join(listed)} of [`MergeRecipe`](#mergerecipe){further}.\n"
 
 
 def _member(node: ast.FunctionDef) -> Iterator[str]:

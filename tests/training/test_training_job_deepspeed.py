@@ -170,9 +170,6 @@ def test_a_file_makes_the_ranks_save_and_leave_and_none_begins_while_it_is_there
 def test_the_example_of_the_package_runs(launcher: Launcher, tmp_path: Path) -> None:
     lines = [line[4:] for line in (wsm_ds.training.__doc__ or "").splitlines() if line.startswith("    ")]
     (tmp_path / "train.py").write_text("\n".join(lines) + "\n")
-    optimizer = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
-    example = {"train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
-    (tmp_path / "ds_config.json").write_text(json.dumps(example | {"optimizer": optimizer}))
     started = launcher.start(tmp_path / "run", script=tmp_path / "train.py")
     assert started.wait() == [0, 0], started.output
     assert checkpoints(tmp_path / "run") == {"global_step5", "global_step10", "global_step15", "global_step20"}

@@ -8,19 +8,34 @@
     import torch
     from wsm_ds.training import TrainingJob
 
+    config = {  # or the path of a JSON file
+        "train_batch_size": 16,  # samples of an update; on 2 ranks, an update accumulates 2 micro-batches
+        "train_micro_batch_size_per_gpu": 4,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        "scheduler": {"type": "WSMLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 4}},
+    }
     job = TrainingJob(Path("run"), until_step=20, save_every=5)
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 1)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config="ds_config.json")
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    micro_batches = engine.gradient_accumulation_steps()
     for step in job.steps(engine):  # loads the newest checkpoint first
-        # The batch depends on the step and the rank alone, so a resumed run sees the same batches.
-        generator = torch.Generator().manual_seed(step * job.world_size + job.rank)
-        batch = torch.randn(4, 8, generator=generator).bfloat16()
-        loss = engine(batch).square().mean()
-        engine.backward(loss)
-        engine.step()
+        for number in range(micro_batches):
+            # The seed depends on the step alone, not on this start, so a resumed run sees the same batches.
+            seed = (step * micro_batches + number) * job.world_size + job.rank
+            batch = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed))
+            loss = engine(batch.to(engine.device, torch.bfloat16)).square().mean()
+            engine.backward(loss)
+            engine.step()  # updates the weights after the last micro-batch only
         job.record(loss=loss.item())  # a line of run/job/steps.jsonl
     sys.exit(job.close())
+
+If the shell finds no `torchrun`, `python -m torch.distributed.run` is the same program.
+
+The loop's body makes exactly one update. With gradient accumulation, this takes `engine.gradient_accumulation_steps()`
+micro-batches; after fewer, `steps` raises TrainingError ("step 1 ended with 0 updates in all").
 
 The run saves every 5 steps, after the last step, and after SIGTERM or SIGUSR1. After a signal all ranks save at the
 same step and leave with exit code 75.
