@@ -18,6 +18,7 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 PACKAGE = DOCS.parent / "wsm_ds"
+sys.path.insert(0, str(PACKAGE.parent))  # the code beside these pages, not an installed one
 MARKERS = "<!-- begin: made by docs/generate.py -->\n", "<!-- end -->\n"
 SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Ranks|Memory|Example|Examples|Note|Source):(.*)$")
 ITEM = re.compile(r"^(\*{0,2}\w[\w.]*(?:, \*{0,2}\w[\w.]*)*)(?: \([^)]*\))?: ?(.*)$")
