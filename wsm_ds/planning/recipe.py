@@ -101,6 +101,8 @@ class MergeRecipe(BaseModel):
     @classmethod
     def _patterns(cls, value: dict[str, str]) -> dict[str, str]:
         for pattern, replacement in value.items():
+            if not pattern:
+                raise ValueError(f"the pattern of {replacement!r} is empty, and would match between all characters")
             try:
                 re.compile(pattern)
                 re.sub(pattern, replacement, "")
@@ -317,7 +319,8 @@ def load_values(path: str | os.PathLike[str], **overrides: Unpack[SweepOptions])
         **overrides: values that replace those of the file, where they are not None.
 
     Raises:
-        RecipeError: the file cannot be read, is not a mapping, or has a key that no recipe has.
+        RecipeError: the file cannot be read, is not a mapping, or has a key that no recipe has; or an entry of its
+            `outputs` sets a key of `overrides`, which would be ignored.
     """
     import yaml
 
@@ -337,7 +340,19 @@ def load_values(path: str | os.PathLike[str], **overrides: Unpack[SweepOptions])
     unknown = sorted({str(key) for mapping in mappings for key in mapping} - known)
     if unknown:
         raise RecipeError(f"the recipe {path} is not valid: {'; '.join(unknown_key(key, known) for key in unknown)}")
-    return values | {key: value for key, value in overrides.items() if value is not None}
+    flags = {key: value for key, value in overrides.items() if value is not None}
+    for number, entry in enumerate(mappings[1:]):
+        # An entry's `out` lies below the common one, so it does not replace it.
+        for key in sorted((flags.keys() & entry.keys()) - {"out"}):
+            raise RecipeError(
+                f"`{key}` is set here ({_shown(flags[key])}), and by outputs[{number}] of the recipe {path} "
+                f"({_shown(entry[key])}); remove one."
+            )
+    return values | flags
+
+
+def _shown(value: Any) -> str:
+    return few(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def load_recipe(path: str | os.PathLike[str], **overrides: Unpack[RecipeOptions]) -> MergeRecipe:
