@@ -25,8 +25,9 @@ from wsm_ds.outputs.resharding.form import RequestedForm
 from wsm_ds.outputs.safetensors import plan_safetensors
 from wsm_ds.outputs.trainer_files import trainer_files
 from wsm_ds.outputs.zero_checkpoint import OutputFiles, OutputWindow, plan_zero_checkpoint
+from wsm_ds.planning.arguments import both_given, recipe_of, require_folders_above
 from wsm_ds.planning.plan import CopySegment, InputFile, InputNumber, Output, OutputFile, OutputNumber, Plan, Source
-from wsm_ds.planning.recipe import MergeRecipe, make_recipe, one_recipe
+from wsm_ds.planning.recipe import MergeRecipe, one_recipe
 from wsm_ds.planning.recipe_options import ExportOptions, RecipeOptions, ReshardOptions
 from wsm_ds.planning.streams import ElementRequest, SourceTables, carry_streams, element_streams, source_tables
 from wsm_ds.planning.window import ReadLayout, Window, recorded_window, select_window, union_of
@@ -38,23 +39,30 @@ Progress = Callable[[int], None]
 """Called with the bytes that were read and written since the last call."""
 
 
-def plan_merge(recipes: MergeRecipe | Sequence[MergeRecipe] | None = None, /, **options: Unpack[RecipeOptions]) -> Plan:
+def plan_merge(
+    recipes: MergeRecipe | Sequence[MergeRecipe] | str | os.PathLike[str] | None = None,
+    /,
+    **options: Unpack[RecipeOptions],
+) -> Plan:
     """Plans what `merge` would do. Reads metadata only, and writes nothing.
 
     An output that the same merge has already made is left out. If all are, the plan has no outputs. A killed merge
     keeps the checkpoints with which it began, even if the run has newer ones now.
 
     Args:
-        recipes: one or several; several are made in one pass, and every source is read once.
+        recipes: one or several; several are made in one pass, and every source is read once. Or the run's folder.
         options: the fields of one `MergeRecipe`, instead of `recipes`.
 
     Raises:
         WsmError: the window, the checkpoints or the budget are not valid; see `select_window`, `workers_for`.
         OutputExists: the recipe's `out` exists and is not an output of this merge.
     """
-    if recipes is None:
-        recipes = make_recipe(**options)
-    all_recipes = [recipes] if isinstance(recipes, MergeRecipe) else list(recipes)
+    if recipes is None or isinstance(recipes, MergeRecipe | str | os.PathLike):
+        recipes = [recipe_of(recipes, options)]
+    elif options:
+        raise both_given(options)
+    all_recipes = list(recipes)
+    require_folders_above(all_recipes)
     if len({recipe.out.absolute() for recipe in all_recipes}) < len(all_recipes):
         raise RecipeError("two outputs have the same folder.")
     read = cache(read_layout)
@@ -316,16 +324,23 @@ def _require_disk(plan: Plan, stagings: Sequence[Staging]) -> None:
         require_disk(folder, nbytes, count, "the merge")
 
 
-def merge(recipe: MergeRecipe | None = None, /, **options: Unpack[RecipeOptions]) -> MergeResult:
+def merge(
+    recipe: MergeRecipe | str | os.PathLike[str] | None = None, /, **options: Unpack[RecipeOptions]
+) -> MergeResult:
     """Merges the checkpoints of a recipe, or of its fields as keywords.
 
     Example:
-        merge(run="RUN", last=8, curve="1-sqrt", out="MERGED").manifest["sources"]
+        merge("RUN", last=8, curve="1-sqrt", out="MERGED").manifest["sources"]
+
+    Args:
+        recipe: the recipe, or the run's folder.
+        options: the fields of a `MergeRecipe`, instead of a recipe.
 
     Raises:
+        RecipeError: a value is wrong, or both a recipe and options are given.
         WsmError: see `plan_merge` and `run_plan`.
     """
-    (result,) = merge_all([recipe if recipe is not None else make_recipe(**options)])
+    (result,) = merge_all([recipe_of(recipe, options)])
     return result
 
 
@@ -367,6 +382,8 @@ def export(
     Example:
         export("RUN", out="MODEL", dtype="bf16")
     """
+    if (written := dict(options).get("format")) is not None:
+        raise RecipeError(f"`format` ({written}): export writes safetensors; call reshard or merge.")
     return merge(one_recipe(run, out=out, tag=tag, format="safetensors", **options))
 
 

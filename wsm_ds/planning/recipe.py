@@ -226,6 +226,13 @@ def one_recipe(
     Raises:
         RecipeError: see `make_recipe`.
     """
+    foreign = [
+        key for key in options if key in MergeRecipe.model_fields and key not in CheckpointOptions.__annotations__
+    ]
+    if foreign:
+        raise RecipeError(
+            f"{few(f'`{key}`' for key in foreign)} is an option of merge; here one checkpoint is written."
+        )
     window: dict[str, Any] = {"tags": (tag,)} if tag else {"last": 1}
     return make_recipe(run=run, out=out, coefficients=(1.0,), **window, **options)
 

@@ -1,0 +1,42 @@
+"""The arguments of a merge: a recipe, or the fields of one."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from wsm_ds.errors import RecipeError, few
+from wsm_ds.planning.recipe import MergeRecipe, make_recipe
+
+
+def recipe_of(recipe: MergeRecipe | str | os.PathLike[str] | None, options: Mapping[str, Any]) -> MergeRecipe:
+    """Returns the recipe that a call describes.
+
+    Args:
+        recipe: a recipe, or the run's folder, or None.
+        options: fields of a recipe; none if `recipe` is one.
+
+    Raises:
+        RecipeError: a value is wrong, or both a recipe and options are given.
+    """
+    if isinstance(recipe, MergeRecipe):
+        if options:
+            raise both_given(options)
+        return recipe
+    run: dict[str, Any] = {} if recipe is None else {"run": recipe}
+    if run and "run" in options:
+        raise RecipeError(f"the run is given twice: {recipe} and `run` ({options['run']}).")
+    return make_recipe(**run, **options)
+
+
+def both_given(options: Mapping[str, Any]) -> RecipeError:
+    """The error about options beside a recipe, which would be ignored."""
+    keys = few(f"`{key}`" for key in options)
+    return RecipeError(f"a recipe and {keys} are given; make a recipe that has them, by make_recipe.")
+
+
+def require_folders_above(recipes: Sequence[MergeRecipe]) -> None:
+    """Raises RecipeError if a file stands where a folder above an output must be."""
+    for recipe in recipes:
+        above = next(path for path in recipe.out.absolute().parents if path.exists())
+        if not above.is_dir():
+            raise RecipeError(f"`out` ({recipe.out}): {above} is not a folder.")
