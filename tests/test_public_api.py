@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -49,7 +49,7 @@ def test_merge_takes_the_run_first_like_export_and_reshard(runs: Path, tmp_path:
     assert wsm_ds.plan_merge(run, last=2, out=out).outputs[0].out == out
     assert wsm_ds.merge(run, last=2, out=out).manifest["recipe"]["last"] == 2
     recipe = wsm_ds.make_recipe(run=run, last=2, out=out)
-    for call in (wsm_ds.merge, wsm_ds.plan_merge):
+    for call in (cast(Any, wsm_ds.merge), cast(Any, wsm_ds.plan_merge)):
         with pytest.raises(RecipeError, match="a recipe and `floor` are given"):
             call(recipe, floor=0.5)
 
@@ -57,9 +57,9 @@ def test_merge_takes_the_run_first_like_export_and_reshard(runs: Path, tmp_path:
 def test_export_and_reshard_name_an_option_that_is_not_theirs(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"`format` \(zero\): export writes safetensors"):
         wsm_ds.export("RUN", out=tmp_path / "out", format="zero")  # type: ignore[call-arg]
-    for call in (wsm_ds.export, wsm_ds.reshard):
+    for call in (cast(Any, wsm_ds.export), cast(Any, wsm_ds.reshard)):
         with pytest.raises(RecipeError, match="`last` is an option of merge"):
-            call("RUN", out=tmp_path / "out", last=3)  # type: ignore[operator]
+            call("RUN", out=tmp_path / "out", last=3)
 
 
 def test_an_output_below_a_file_is_refused(runs: Path, tmp_path: Path) -> None:

@@ -88,7 +88,10 @@ def window_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Adds the group of the window with --last, and returns the group for more flags."""
     window = parser.add_argument_group("window (which checkpoints are merged)")
     window.add_argument(
-        "--last", metavar="N[,N...]", help="the newest N complete checkpoints; several numbers make several outputs"
+        "--last",
+        metavar="N[,N...]",
+        help="the newest N checkpoints; an incomplete newest one is passed over, "
+        "an incomplete one among them is an error; several numbers make several outputs",
     )
     return window
 
@@ -220,6 +223,12 @@ def recipe_values(options: argparse.Namespace) -> dict[str, Any]:
     tags = [tag for text in getattr(options, "tags", []) for tag in split(text) or ()]
     values |= {"tags": tuple(tags) or None, "allow": tuple(getattr(options, "allow", ())) or None}
     return values | repeated_values(options)
+
+
+def require_last(values: dict[str, Any], options: argparse.Namespace) -> None:
+    """Raises RecipeError if neither --last nor a recipe file says how long the windows are."""
+    if values["last"] is None and not options.recipe:
+        raise RecipeError("--last N must be given, the number of checkpoints of a window, or a recipe, by --recipe")
 
 
 def with_default_curve(values: dict[str, Any]) -> dict[str, Any]:
