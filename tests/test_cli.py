@@ -284,7 +284,7 @@ def test_quiet_and_verbose_set_the_level_of_logging(
     for flag, level in levels.items():
         assert main([*command, str(tmp_path / flag), flag]) == 0
         assert logging.getLogger("wsm_ds").level == level
-    assert "planned 1 outputs" in caplog.text
+    assert "planned 1 output" in caplog.text
     assert main([*command, str(tmp_path / "last")]) == 0
     assert logging.getLogger("wsm_ds").level == logging.WARNING
 

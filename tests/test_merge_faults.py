@@ -80,7 +80,7 @@ def test_a_value_that_is_not_finite_is_refused_with_its_file_and_parameter(run: 
 
 def test_a_missing_rank_file_is_named(run: Path) -> None:
     optim(run, 4).unlink()
-    refused(run, BrokenCheckpoint, r"1 of 2 ranks.*zero_pp_rank_1_mp_rank_00_optim_states\.pt")
+    refused(run, BrokenCheckpoint, r"1 of 2 ranks.*: bf16_zero_pp_rank_1_mp_rank_00_optim_states\.pt")
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.99])

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -42,3 +42,27 @@ def test_the_curve_is_linear_unless_something_else_is_given(runs: Path, tmp_path
 def test_a_wrong_keyword_is_named(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="lsat"):
         wsm_ds.merge(run=runs / "w2_s2_bf16", lsat=2, out=tmp_path / "out")  # type: ignore[call-arg]
+
+
+def test_merge_takes_the_run_first_like_export_and_reshard(runs: Path, tmp_path: Path) -> None:
+    run, out = str(runs / "w2_s2_bf16"), tmp_path / "out"
+    assert wsm_ds.plan_merge(run, last=2, out=out).outputs[0].out == out
+    assert wsm_ds.merge(run, last=2, out=out).manifest["recipe"]["last"] == 2
+    recipe = wsm_ds.make_recipe(run=run, last=2, out=out)
+    for call in (cast(Any, wsm_ds.merge), cast(Any, wsm_ds.plan_merge)):
+        with pytest.raises(RecipeError, match="a recipe and `floor` are given"):
+            call(recipe, floor=0.5)
+
+
+def test_export_and_reshard_name_an_option_that_is_not_theirs(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"`format` \(zero\): export writes safetensors"):
+        wsm_ds.export("RUN", out=tmp_path / "out", format="zero")  # type: ignore[call-arg]
+    for call in (cast(Any, wsm_ds.export), cast(Any, wsm_ds.reshard)):
+        with pytest.raises(RecipeError, match="`last` is an option of merge"):
+            call("RUN", out=tmp_path / "out", last=3)
+
+
+def test_an_output_below_a_file_is_refused(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RecipeError, match=r"`out` \(.*file/below/out\): .*/file is not a folder"):
+        wsm_ds.merge(runs / "w2_s2_bf16", last=2, out=tmp_path / "file/below/out")

@@ -137,7 +137,7 @@ def test_wrong_sweeps_say_what_is_wrong(runs: Path, tmp_path: Path) -> None:
         ({"last": []}, "`last`: the list is empty"),
         ({"last": [2, 2]}, "has a value twice, found .2, 2."),
         ({"outputs": []}, "a list of mappings"),
-        ({"outputs": [{"last": 0}]}, "`last` must be at least 1, not 0"),
+        ({"outputs": [{"last": 0}]}, r"not valid: outputs\[0\]: `last` must be at least 1, not 0"),
     ):
         with pytest.raises(RecipeError, match=words):
             make_recipes(**common | values)

@@ -1,5 +1,6 @@
 """The merge: recipes → plan → bytes → published outputs. One call from Python, one command from a shell."""
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -25,8 +26,9 @@ from wsm_ds.outputs.resharding.form import RequestedForm
 from wsm_ds.outputs.safetensors import plan_safetensors
 from wsm_ds.outputs.trainer_files import trainer_files
 from wsm_ds.outputs.zero_checkpoint import OutputFiles, OutputWindow, plan_zero_checkpoint
+from wsm_ds.planning.arguments import Recipe, recipe_of, recipes_of
 from wsm_ds.planning.plan import CopySegment, InputFile, InputNumber, Output, OutputFile, OutputNumber, Plan, Source
-from wsm_ds.planning.recipe import MergeRecipe, make_recipe, one_recipe
+from wsm_ds.planning.recipe import MergeRecipe, one_recipe
 from wsm_ds.planning.recipe_options import ExportOptions, RecipeOptions, ReshardOptions
 from wsm_ds.planning.streams import ElementRequest, SourceTables, carry_streams, element_streams, source_tables
 from wsm_ds.planning.window import ReadLayout, Window, recorded_window, select_window, union_of
@@ -34,31 +36,30 @@ from wsm_ds.publishing.manifest import description, make_manifest, read_manifest
 from wsm_ds.publishing.staging_folder import MANIFEST, Staging, commit, discard, staged, unfinished_merge
 from wsm_ds.schedules.coefficients import effective_sample_size, lag
 
+log = logging.getLogger(__name__)
+
 Progress = Callable[[int], None]
 """Called with the bytes that were read and written since the last call."""
 
 
-def plan_merge(recipes: MergeRecipe | Sequence[MergeRecipe] | None = None, /, **options: Unpack[RecipeOptions]) -> Plan:
+def plan_merge(recipes: Recipe | Sequence[MergeRecipe] | None = None, /, **options: Unpack[RecipeOptions]) -> Plan:
     """Plans what `merge` would do. Reads metadata only, and writes nothing.
 
     An output that the same merge has already made is left out. If all are, the plan has no outputs. A killed merge
     keeps the checkpoints with which it began, even if the run has newer ones now.
 
     Args:
-        recipes: one or several; several are made in one pass, and every source is read once.
+        recipes: one or several; several are made in one pass, and every source is read once. Or the run's folder.
         options: the fields of one `MergeRecipe`, instead of `recipes`.
 
     Raises:
         WsmError: the window, the checkpoints or the budget are not valid; see `select_window`, `workers_for`.
         OutputExists: the recipe's `out` exists and is not an output of this merge.
     """
-    if recipes is None:
-        recipes = make_recipe(**options)
-    all_recipes = [recipes] if isinstance(recipes, MergeRecipe) else list(recipes)
-    if len({recipe.out.absolute() for recipe in all_recipes}) < len(all_recipes):
-        raise RecipeError("two outputs have the same folder.")
+    all_recipes = recipes_of(recipes, options)
     read = cache(read_layout)
-    windows = [_window(recipe, read) for recipe in all_recipes]
+    warn = cache(log.warning)  # several windows may skip the same checkpoint
+    windows = [_window(recipe, read, warn) for recipe in all_recipes]
     plan = plan_windows(all_recipes, windows)
     remaining = [number for number, recipe in enumerate(all_recipes) if not _is_made(plan, number, recipe.out)]
     if len(remaining) < len(all_recipes):
@@ -66,7 +67,7 @@ def plan_merge(recipes: MergeRecipe | Sequence[MergeRecipe] | None = None, /, **
     return plan
 
 
-def _window(recipe: MergeRecipe, read: ReadLayout) -> Window:
+def _window(recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None]) -> Window:
     """The window with which a killed merge of this recipe began, or else the one that the recipe chooses now."""
     unfinished = unfinished_merge(recipe.out)
     if unfinished is not None:
@@ -76,7 +77,7 @@ def _window(recipe: MergeRecipe, read: ReadLayout) -> Window:
             return recorded_window(unfinished["sources"], recipe, read)
     elif not (recipe.out / MANIFEST).is_file():
         require_absent(recipe.out)
-    return select_window(recipe, read)
+    return select_window(recipe, read, warn)
 
 
 def _is_made(plan: Plan, number: int, out: Path) -> bool:
@@ -155,7 +156,10 @@ def _output(recipe: MergeRecipe, window: Window, texts: dict[str, str]) -> Outpu
     steps = [layout.step for layout in window.layouts]
     return Output(
         out=recipe.out,
-        sources=_sources(window.layouts, window.coefficients.tolist()),
+        sources=tuple(
+            Source(layout.path.resolve(), layout.tag, layout.step, coefficient)
+            for layout, coefficient in zip(window.layouts, window.coefficients.tolist(), strict=True)
+        ),
         curve=recipe.curve or "given coefficients",
         ess=effective_sample_size(window.coefficients),
         lag_steps=lag(window.coefficients, steps),
@@ -189,13 +193,6 @@ def _copies(
         segments = (CopySegment(0, status.st_size, InputNumber(first_input + number), 0),) if status.st_size else ()
         copies.append(OutputFile(output, path.name, status.st_size, segments, ()))
     return tuple(copies), tuple(inputs)
-
-
-def _sources(layouts: tuple[Layout, ...], coefficients: list[float]) -> tuple[Source, ...]:
-    return tuple(
-        Source(layout.path.resolve(), layout.tag, layout.step, coefficient)
-        for layout, coefficient in zip(layouts, coefficients, strict=True)
-    )
 
 
 @dataclass(frozen=True)
@@ -316,16 +313,21 @@ def _require_disk(plan: Plan, stagings: Sequence[Staging]) -> None:
         require_disk(folder, nbytes, count, "the merge")
 
 
-def merge(recipe: MergeRecipe | None = None, /, **options: Unpack[RecipeOptions]) -> MergeResult:
+def merge(recipe: Recipe | None = None, /, **options: Unpack[RecipeOptions]) -> MergeResult:
     """Merges the checkpoints of a recipe, or of its fields as keywords.
 
     Example:
-        merge(run="RUN", last=8, curve="1-sqrt", out="MERGED").manifest["sources"]
+        merge("RUN", last=8, curve="1-sqrt", out="MERGED").manifest["sources"]
+
+    Args:
+        recipe: the recipe, or the run's folder.
+        options: the fields of a `MergeRecipe`, instead of a recipe.
 
     Raises:
+        RecipeError: a value is wrong, or both a recipe and options are given.
         WsmError: see `plan_merge` and `run_plan`.
     """
-    (result,) = merge_all([recipe if recipe is not None else make_recipe(**options)])
+    (result,) = merge_all([recipe_of(recipe, options)])
     return result
 
 
@@ -367,6 +369,8 @@ def export(
     Example:
         export("RUN", out="MODEL", dtype="bf16")
     """
+    if (written := dict(options).get("format")) is not None:
+        raise RecipeError(f"`format` ({written}): export writes safetensors; call reshard or merge.")
     return merge(one_recipe(run, out=out, tag=tag, format="safetensors", **options))
 
 

@@ -15,7 +15,7 @@ from wsm_ds.engine.tasks import Task, tasks_of
 from wsm_ds.engine.threads import workers_for
 from wsm_ds.engine.timings import Timings
 from wsm_ds.engine.worker import Worker
-from wsm_ds.errors import VerificationFailed, WsmError, few
+from wsm_ds.errors import CheckpointNotFound, VerificationFailed, WsmError, few
 from wsm_ds.filesystem import checksum
 from wsm_ds.merging import plan_windows
 from wsm_ds.planning.plan import LiteralSegment, Plan
@@ -53,10 +53,13 @@ def verify(out: str | os.PathLike[str], *, full: bool = False) -> VerificationRe
         full: whether to recompute everything. Otherwise some tasks of each stream are recomputed, always the same ones.
 
     Raises:
-        VerificationFailed: the manifest is missing; or a file is missing, superfluous or differs. The message names the
-            file and, if known, the byte.
+        CheckpointNotFound: `out` is not a folder.
+        VerificationFailed: the manifest is missing; or a file is missing, superfluous or differs; or with `full`, the
+            sources cannot be read any more. The message names the file and, if known, the byte.
     """
     folder = Path(out)
+    if not folder.is_dir():
+        raise CheckpointNotFound(f"{folder} is not a folder. Give the folder of an output of merge, export or reshard.")
     manifest = read_manifest(folder)
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
     entries: dict[str, dict[str, Any]] = manifest["files"]
@@ -72,6 +75,11 @@ def verify(out: str | os.PathLike[str], *, full: bool = False) -> VerificationRe
     try:
         plan = _replan(manifest)
     except (WsmError, OSError) as error:
+        if full:
+            raise VerificationFailed(
+                f"{folder}: all checksums match, but nothing can be merged again, because the sources cannot be read "
+                f"any more: {error} Verify without full (--full) to compare the checksums alone."
+            ) from error
         note = f"checksums only; the sources cannot be read any more: {error}"
         return VerificationResult(len(names), nbytes, 0, note)
     return VerificationResult(len(names), nbytes, _recompute(plan, folder, full), "")

@@ -133,6 +133,7 @@ def test_nothing_is_touched_unless_told_to(run: PlayedRun, tmp_path: Path, capsy
     assert [row[0::4][:2] for row in shown[1:4]] == [
         ["global_step2", "yes"], ["global_step4", "yes"], ["global_step6", "yes"]
     ]  # fmt: skip
+    assert shown[1][-3:] == ["would", "be", "deleted"]
     assert " ".join(shown[4]).startswith("nothing was deleted; --delete would delete 2 of 3 checkpoints")
     assert run.fingerprint() == before
     assert main([*command, "--json"]) == 0

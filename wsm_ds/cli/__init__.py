@@ -3,6 +3,7 @@
 import argparse
 import io
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ from wsm_ds.cli import inspect, jobs, merge, storage, watch
 from wsm_ds.cli.command_parser import CommandParser
 from wsm_ds.cli.completion import SHELLS, PrintCompletion
 from wsm_ds.cli.messages import describe
-from wsm_ds.cli.options import EXIT_CODES
+from wsm_ds.cli.options import EXIT_CODES, level_options
 from wsm_ds.errors import WsmError, one_line
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ def parser() -> CommandParser:
         description="Merge DeepSpeed ZeRO checkpoints instead of decaying the learning rate.",
         epilog=EPILOG,
     )
+    level_options(top)
     top.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     top.add_argument("--version", action="version", version=f"wsm-ds {__version__}", help="print the version and exit")
     top.add_argument(
@@ -69,10 +71,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that are not UTF-8
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python writes the rest at its end, and would fail there again (library/signal.html, "Note on SIGPIPE").
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("wsm-ds: stdout was closed before everything was printed", file=sys.stderr)
+        return 3
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     # `parse_known_args`: the parser of the command, not the top parser, must report unknown flags.
     options, unknown = parser().parse_known_args(arguments)
     if unknown:
         options.parser.refuse_unknown(unknown)
+    if options.quiet and options.verbose:
+        options.parser.error("-q/--quiet and -v/--verbose cannot be given together")
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
     logging.getLogger("wsm_ds").setLevel(LEVELS[-1 if options.quiet else min(options.verbose, 2)])
     try:
@@ -81,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.debug("the error came from here", exc_info=True)
         print(one_line(f"wsm-ds: {type(error).__name__}: {describe(error, options)}"), file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        raise
     except OSError as error:
         log.debug("the error came from here", exc_info=True)
         print(one_line(f"wsm-ds: {error}"), file=sys.stderr)

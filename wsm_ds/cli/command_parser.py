@@ -55,6 +55,8 @@ class CommandParser(argparse.ArgumentParser):
         """
         flag = next((text for text in arguments if text.startswith("-")), arguments[0])
         name = flag.split("=")[0]
+        if name in self._option_string_actions:
+            self.error(f"{name} must stand after the command")
         suggestion = did_you_mean(name.replace("_", "-"), self._option_string_actions)
         kind = "flag" if name.startswith("-") else "argument"
         self.error(f"{name!r} is not a {kind} of this command{suggestion}".replace("a argument", "an argument"))

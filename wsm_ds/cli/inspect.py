@@ -85,13 +85,13 @@ def _coefficients(options: argparse.Namespace) -> int:
     from wsm_ds.schedules.coefficients import effective_sample_size, lag, merge_coefficients
 
     steps = [_step(text) for text in split(options.steps) or ()] or None
-    if steps is not None and options.n not in (None, len(steps)):
-        raise RecipeError(f"--checkpoints {options.n} contradicts --steps, which has {len(steps)} steps")
+    if steps is not None and options.n is not None:
+        raise RecipeError("--checkpoints and --steps cannot be given together")
     if steps is None and options.n is None:
         raise RecipeError("--checkpoints or --steps must be given")
     c = merge_coefficients(
         options.curve,
-        n=None if steps is not None else options.n,
+        n=options.n,
         steps=steps,
         oldest_interval=options.oldest_interval,
         floor=options.floor or 0.0,
@@ -112,6 +112,7 @@ def _coefficients(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from wsm_ds.reporting.tables import counted
     from wsm_ds.sizes import format_size
     from wsm_ds.verification import verify
 
@@ -120,7 +121,7 @@ def _verify(options: argparse.Namespace) -> int:
         print(json.dumps({"files": result.files, "bytes": result.nbytes, "recomputed_bytes": result.recomputed_bytes,
                           "note": result.note}, indent=2))  # fmt: skip
     else:
-        print(f"{options.out}: {result.files} files, {format_size(result.nbytes)}: all checksums match")
+        print(f"{options.out}: {counted(result.files, 'file')}, {format_size(result.nbytes)}: all checksums match")
         print(result.note or f"recomputed {format_size(result.recomputed_bytes)} from the sources: identical")
     return 0
 

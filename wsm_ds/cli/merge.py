@@ -34,6 +34,8 @@ from wsm_ds.errors import RecipeError
 
 log = logging.getLogger(__name__)
 
+ALREADY_DONE = "done {} (already made by the same merge)"
+
 MERGE = """\
 Merge a window of checkpoints into one, as if the learning rate had decayed over the window. The run is only read."""
 MERGE_USAGE = "[RUN] (--last N | --from STEP --to STEP | --tags A,B) --out DIR [flags]"
@@ -45,7 +47,7 @@ examples:
   wsm-ds merge RUN --last 2,3 --curve linear,1-sqrt --out SWEEP
   wsm-ds merge RUN --last 3 --out SHOWN --dry-run"""
 EXPORT = """\
-Write the fp32 master weights of one checkpoint as safetensors."""
+Write one checkpoint as safetensors, rounded from the fp32 masters to --dtype (default: the training dtype)."""
 EXPORT_EXAMPLES = """\
 examples:
   wsm-ds export RUN --out NEWEST
@@ -131,7 +133,15 @@ def _carry_out(recipes: Sequence[Any], options: argparse.Namespace) -> int:
 
     if options.dry_run:
         plan = plan_merge(recipes)
-        print(json.dumps(plan.to_json(), indent=2) if options.json else plan_report(plan))
+        if options.json:
+            print(json.dumps(plan.to_json(), indent=2))
+            return 0
+        if plan.outputs:
+            print(plan_report(plan))
+        new_outputs = {output.out for output in plan.outputs}
+        for recipe in recipes:
+            if recipe.out not in new_outputs:
+                print(ALREADY_DONE.format(recipe.out))
         return 0
     with signals_interrupt("nothing was published."):
         ranks = launched_ranks()
@@ -144,11 +154,11 @@ def _run(recipes: Sequence[Any], ranks: Any, options: argparse.Namespace) -> int
     from wsm_ds.merging import plan_merge, run_plan
     from wsm_ds.publishing.manifest import read_manifest
     from wsm_ds.reporting.progress import Progress, event
-    from wsm_ds.reporting.tables import plan_report, summary_report
+    from wsm_ds.reporting.tables import counted, plan_report, summary_report
 
     started_s = time.monotonic()
     plan = plan_merge(recipes)
-    log.info("planned %d outputs in %.1f s", len(plan.outputs), time.monotonic() - started_s)
+    log.info("planned %s in %.1f s", counted(len(plan.outputs), "output"), time.monotonic() - started_s)
     is_first = ranks.rank == 0
     if is_first and plan.outputs:
         if options.json:
@@ -168,9 +178,7 @@ def _run(recipes: Sequence[Any], ranks: Any, options: argparse.Namespace) -> int
         event("summary", bytes_read=plan.bytes_to_read, bytes_written=plan.bytes_to_write, **seconds)
         return 0
     for recipe in recipes:
-        print(
-            f"done {recipe.out}" if recipe.out in new_outputs else f"done {recipe.out} (already made by the same merge)"
-        )
+        print(f"done {recipe.out}" if recipe.out in new_outputs else ALREADY_DONE.format(recipe.out))
     if plan.outputs:
         print(summary_report(plan, outcome.timings, progress.wall_s, ranks.world_size))
     return 0

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsm_ds.cli.command_parser import CommandParser
+from wsm_ds.errors import RecipeError
 
 if TYPE_CHECKING:
     from wsm_ds.reporting.progress import Style
@@ -54,11 +55,18 @@ def command(
         name, help=summary, description=description, epilog=epilog, usage=usage and f"wsm-ds {name} {usage}"
     )
     parser.set_defaults(function=function, parser=parser)
-    level = parser.add_mutually_exclusive_group()
-    level.add_argument("-v", "--verbose", action="count", default=0,
-                       help="log more; -vv also shows where an error came from")  # fmt: skip
-    level.add_argument("-q", "--quiet", action="store_true", help="log errors only, and show no progress")
+    # The top parser has these flags too. A default would hide what was given there (argparse.py, _SubParsersAction).
+    level_options(parser, verbose=argparse.SUPPRESS, quiet=argparse.SUPPRESS)
     return parser
+
+
+def level_options(parser: argparse.ArgumentParser, *, verbose: Any = 0, quiet: Any = False) -> None:
+    """Adds -v and -q with these defaults."""
+    level = parser.add_mutually_exclusive_group()
+    level.add_argument("-v", "--verbose", action="count", default=verbose,
+                       help="log more; -vv also shows where an error came from")  # fmt: skip
+    level.add_argument("-q", "--quiet", action="store_true", default=quiet,
+                       help="log errors only, and show no progress")  # fmt: skip
 
 
 def json_option(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +88,10 @@ def window_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Adds the group of the window with --last, and returns the group for more flags."""
     window = parser.add_argument_group("window (which checkpoints are merged)")
     window.add_argument(
-        "--last", metavar="N[,N...]", help="the newest N complete checkpoints; several numbers make several outputs"
+        "--last",
+        metavar="N[,N...]",
+        help="the newest N checkpoints; an incomplete newest one is passed over, "
+        "an incomplete one among them is an error; several numbers make several outputs",
     )
     return window
 
@@ -214,6 +225,12 @@ def recipe_values(options: argparse.Namespace) -> dict[str, Any]:
     return values | repeated_values(options)
 
 
+def require_last(values: dict[str, Any], options: argparse.Namespace) -> None:
+    """Raises RecipeError if neither --last nor a recipe file says how long the windows are."""
+    if values["last"] is None and not options.recipe:
+        raise RecipeError("--last N must be given, the number of checkpoints of a window, or a recipe, by --recipe")
+
+
 def with_default_curve(values: dict[str, Any]) -> dict[str, Any]:
     """Returns the values with a linear curve, if they have neither a curve nor coefficients."""
     if values["curve"] is None and values["coefficients"] is None:
@@ -224,6 +241,9 @@ def with_default_curve(values: dict[str, Any]) -> dict[str, Any]:
 def repeated_values(options: argparse.Namespace) -> dict[str, Any]:
     """The recipe values, by key, of flags that may be given several times."""
     pairs = [text.rpartition("=") for text in getattr(options, "rename", ())]
+    for pattern, _, replacement in pairs:
+        if not pattern:
+            raise RecipeError(f"--rename must be PATTERN=NEW, with a pattern before the last '=', not {replacement!r}")
     return {
         "rename": {pattern: replacement for pattern, _, replacement in pairs} or None,
         "include": tuple(getattr(options, "include", ())) or None,

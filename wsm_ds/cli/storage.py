@@ -13,6 +13,7 @@ from wsm_ds.cli.options import (
     json_option,
     recipe_option,
     recipe_values,
+    require_last,
     window_options,
     with_default_curve,
 )
@@ -72,6 +73,7 @@ def _storage(options: argparse.Namespace) -> int:
 
     # The flags of these names describe the run here, not the form of an output.
     values = recipe_values(options) | {"like": None, "stage": None, "world_size": None}
+    require_last(values, options)
     values = load_values(options.recipe, **values) if options.recipe else with_default_curve(values)
     bandwidth = float(parse_size(options.write_bandwidth)) if options.write_bandwidth else None
     every = options.every if options.every is not None else options.interval

@@ -23,6 +23,7 @@ from wsm_ds.cli.options import (
     progress_style,
     recipe_option,
     recipe_values,
+    require_last,
     safetensors_options,
     several,
     signals_interrupt,
@@ -156,6 +157,7 @@ def _spec(values: dict[str, Any], options: argparse.Namespace) -> "WatchSpec":
     from wsm_ds.watching import EndPoints, make_spec
 
     _require_counts(options, "every")
+    require_last(values, options)
     values = load_values(options.recipe, **values) if options.recipe else with_default_curve(values)
     return make_spec(values, EndPoints(options.every, options.since, options.until_step))
 

@@ -87,7 +87,8 @@ def require_files(path: Path, file_type: str, names: dict[Rank, str], counts: Ra
     """
     ranks = (Rank(mp, dp) for mp in range(counts.mp) for dp in range(counts.dp))
     suffix = "optim_states.pt" if file_type == "optimizer file" else "model_states.pt"
-    missing = list(islice((f"{rank}_{suffix}" for rank in ranks if rank not in names), 6))
+    example = next(iter(names.values()), f"{Rank(0, 0)}_{suffix}")
+    missing = list(islice((_name_of(rank, example) for rank in ranks if rank not in names), 6))
     total, present = counts.mp * counts.dp, sum(rank.mp < counts.mp and rank.dp < counts.dp for rank in names)
     if missing:
         raise BrokenCheckpoint(
@@ -99,3 +100,9 @@ def require_files(path: Path, file_type: str, names: dict[Rank, str], counts: Ra
             f"{path} holds {file_type}s of {len(names)} ranks, but was saved by {total}: files of another save remain. "
             "Remove them."
         )
+
+
+def _name_of(rank: Rank, example: str) -> str:
+    """The name of a rank's file, in the form that another rank's file has: prefixes differ between engines."""
+    name = re.sub(r"zero_pp_rank_\d+", f"zero_pp_rank_{rank.dp}", example, count=1)
+    return re.sub(r"mp_rank_\d+", f"mp_rank_{rank.mp:02d}", name, count=1)

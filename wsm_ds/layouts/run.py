@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from wsm_ds.errors import CheckpointNotFound, few
+from wsm_ds.errors import CheckpointNotFound, did_you_mean, few
 
 STEP_IN_NAME = re.compile(r"(\d+)(?:_universal)?$")
 JOB = "job"
@@ -99,7 +99,11 @@ def find_tag(run: Path, tag: str) -> Checkpoint:
         parts = checkpoint.tag.split("/")
         if tag in (checkpoint.tag, parts[0], parts[-1]):
             return checkpoint
-    raise CheckpointNotFound(f"{run} holds no checkpoint {tag}; it holds {few(c.tag for c in checkpoints)}.")
+    step = latest_step(run) if tag == "latest" else int(tag) if tag.isdecimal() else None
+    tags = [checkpoint.tag for checkpoint in reversed(checkpoints)]
+    of_step = [checkpoint.tag for checkpoint in checkpoints if checkpoint.named_step == step]
+    suggestion = f" (did you mean {of_step[0]!r}?)" if of_step else did_you_mean(tag, tags)
+    raise CheckpointNotFound(f"{run} holds no checkpoint {tag}{suggestion}; it holds, the newest first, {few(tags)}.")
 
 
 def checkpoint_at(path: Path) -> Checkpoint:

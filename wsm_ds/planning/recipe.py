@@ -101,6 +101,8 @@ class MergeRecipe(BaseModel):
     @classmethod
     def _patterns(cls, value: dict[str, str]) -> dict[str, str]:
         for pattern, replacement in value.items():
+            if not pattern:
+                raise ValueError(f"the pattern of {replacement!r} is empty, and would match between all characters")
             try:
                 re.compile(pattern)
                 re.sub(pattern, replacement, "")
@@ -124,11 +126,12 @@ class MergeRecipe(BaseModel):
                 "choose the window in exactly one way: `last` (with `to_step`, if it does not end at the newest "
                 f"checkpoint), `from_step` with `to_step`, or `tags`; found {settings}"
             )
-        if by_range and (self.from_step is None or self.to_step is None or self.from_step > self.to_step):
-            raise ValueError(
-                "`from_step` and `to_step` go together, and `from_step` is not greater than `to_step`; found "
-                f"{self._settings('from_step', 'to_step')}"
-            )
+        if by_range and self.to_step is None:
+            raise ValueError("`from_step` needs `to_step`, the last step of the window")
+        if by_range and self.from_step is None:
+            raise ValueError("`to_step` needs `from_step`, the first step of the window, or `last`")
+        if by_range and (self.from_step or 0) > (self.to_step or 0):
+            raise ValueError(f"`from_step` ({self.from_step}) is greater than `to_step` ({self.to_step})")
         return self
 
     @model_validator(mode="after")
@@ -157,8 +160,8 @@ class MergeRecipe(BaseModel):
                 )
         if self.optimizer_states != "carry" and self.format == "safetensors":
             raise ValueError(
-                f"`optimizer_states` ({self.optimizer_states}) is for zero and universal outputs, safetensors hold no "
-                "optimizer states; remove it"
+                f"`optimizer_states` ({self.optimizer_states}) is for outputs that DeepSpeed loads, safetensors "
+                "hold no optimizer states; remove it"
             )
         if self.optimizer_states == "drop" and self.format == "universal":
             raise ValueError(
@@ -224,6 +227,10 @@ def one_recipe(
     Raises:
         RecipeError: see `make_recipe`.
     """
+    foreign = (options.keys() & MergeRecipe.model_fields.keys()) - CheckpointOptions.__annotations__.keys()
+    if foreign:
+        keys = few(f"`{key}`" for key in sorted(foreign))
+        raise RecipeError(f"{keys} is an option of merge; here one checkpoint is written.")
     window: dict[str, Any] = {"tags": (tag,)} if tag else {"last": 1}
     return make_recipe(run=run, out=out, coefficients=(1.0,), **window, **options)
 
@@ -261,18 +268,27 @@ def make_recipes(*, always_named: Collection[str] = (), **values: Unpack[SweepOp
                 f"the recipe is not valid: `out`: the path of a folder is needed, found {brief(mapping['out'])}"
             )
     recipes: list[MergeRecipe] = []
-    for entry in entries:
+    for number, entry in enumerate(entries, 1 if values.get("outputs") else 0):
         merged = common | entry
         if "out" in entry and "out" in common:
             merged["out"] = Path(common["out"]) / entry["out"]
         for combination in _combinations(merged, () if "out" in entry else always_named):
-            recipes.append(make_recipe(**combination))
+            recipes.append(_recipe_of_entry(number, combination))
             if len(recipes) > MAX_OUTPUTS:
                 raise RecipeError(
                     f"the recipe is not valid: its lists make more than {MAX_OUTPUTS} outputs; shorten them, or split "
                     "the recipe"
                 )
     return tuple(recipes)
+
+
+def _recipe_of_entry(number: int, values: dict[str, Any]) -> MergeRecipe:
+    """The recipe of entry number 1, 2, ... of `outputs`, which an error names; 0 if there are no entries."""
+    try:
+        return make_recipe(**values)
+    except RecipeError as error:
+        prefix = "the recipe is not valid: "
+        raise RecipeError(prefix + _entry_words(number) + str(error).removeprefix(prefix)) from error
 
 
 def _combinations(values: dict[str, Any], always_named: Collection[str]) -> Iterator[dict[str, Any]]:
@@ -317,7 +333,8 @@ def load_values(path: str | os.PathLike[str], **overrides: Unpack[SweepOptions])
         **overrides: values that replace those of the file, where they are not None.
 
     Raises:
-        RecipeError: the file cannot be read, is not a mapping, or has a key that no recipe has.
+        RecipeError: the file cannot be read, is not a mapping, or has a key that no recipe has; or an entry of its
+            `outputs` sets a key of `overrides`, which would be ignored.
     """
     import yaml
 
@@ -326,7 +343,8 @@ def load_values(path: str | os.PathLike[str], **overrides: Unpack[SweepOptions])
     except (
         Exception
     ) as error:  # PyYAML's constructors (`yaml/constructor.py`) raise ValueError, OverflowError, TypeError and others
-        raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
+        reason = " ".join(str(error).split())  # PyYAML's messages have several lines
+        raise RecipeError(f"the recipe {path} cannot be read: {reason}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"the recipe {path} is not a mapping of keys to values, but {brief(values)}.")
     entries = values.get("outputs")
@@ -334,10 +352,28 @@ def load_values(path: str | os.PathLike[str], **overrides: Unpack[SweepOptions])
     if isinstance(entries, list):
         mappings += [entry for entry in entries if isinstance(entry, dict)]
     known = {*MergeRecipe.model_fields, "outputs"}
-    unknown = sorted({str(key) for mapping in mappings for key in mapping} - known)
+    unknown = [(str(key), number) for number, mapping in enumerate(mappings) for key in mapping if key not in known]
     if unknown:
-        raise RecipeError(f"the recipe {path} is not valid: {'; '.join(unknown_key(key, known) for key in unknown)}")
-    return values | {key: value for key, value in overrides.items() if value is not None}
+        faults = "; ".join(f"{_entry_words(number)}{unknown_key(key, known)}" for key, number in sorted(unknown))
+        raise RecipeError(f"the recipe {path} is not valid: {faults}")
+    flags = {key: value for key, value in overrides.items() if value is not None}
+    for number, entry in enumerate(mappings[1:]):
+        # An entry's `out` lies below the common one, so it does not replace it.
+        for key in sorted((flags.keys() & entry.keys()) - {"out"}):
+            raise RecipeError(
+                f"`{key}` is set here ({_shown(flags[key])}), and by outputs[{number}] of the recipe {path} "
+                f"({_shown(entry[key])}); remove one."
+            )
+    return values | flags
+
+
+def _entry_words(number: int) -> str:
+    """The beginning of a message about entry number 1, 2, ... of `outputs`; "" for number 0, the common values."""
+    return f"outputs[{number - 1}]: " if number else ""
+
+
+def _shown(value: Any) -> str:
+    return few(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def load_recipe(path: str | os.PathLike[str], **overrides: Unpack[RecipeOptions]) -> MergeRecipe:

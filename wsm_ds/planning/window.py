@@ -35,12 +35,15 @@ class Window:
     coefficients: NDArray[np.float64]
 
 
-def select_window(recipe: MergeRecipe, read: ReadLayout = read_layout) -> Window:
+def select_window(
+    recipe: MergeRecipe, read: ReadLayout = read_layout, warn: Callable[..., None] = log.warning
+) -> Window:
     """Finds, reads and checks the checkpoints of a recipe. Reads metadata only.
 
     Args:
         recipe: what the user asks for.
         read: reads a layout; a caller with several recipes passes a function that reads each checkpoint once.
+        warn: logs that a checkpoint is skipped; a caller with several recipes passes a function that logs it once.
 
     Raises:
         CheckpointNotFound, BrokenCheckpoint, UnsupportedLayout, UnsafePickle: see `read_layout`.
@@ -48,7 +51,7 @@ def select_window(recipe: MergeRecipe, read: ReadLayout = read_layout) -> Window
             learning rate changes in it. The message names the checkpoints.
         LayoutMismatch: the checkpoints do not hold the same model; the message names the differences.
     """
-    layouts = sorted(_read_window(recipe, read), key=lambda layout: layout.step)
+    layouts = sorted(_read_window(recipe, read, warn), key=lambda layout: layout.step)
     steps = [layout.step for layout in layouts]
     repeated = sorted({step for step in steps if steps.count(step) > 1})
     if repeated:
@@ -110,7 +113,7 @@ def union_of(windows: Sequence[Window]) -> tuple[Layout, ...]:
     return tuple(ordered)
 
 
-def _read_window(recipe: MergeRecipe, read: ReadLayout) -> list[Layout]:
+def _read_window(recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None]) -> list[Layout]:
     """The layouts of the checkpoints that the recipe chooses by tags, by `last` or by a range of steps."""
     allowed = frozenset(recipe.allow_globals)
     if recipe.tags is not None:
@@ -121,7 +124,7 @@ def _read_window(recipe: MergeRecipe, read: ReadLayout) -> list[Layout]:
         tags = {checkpoint.tag for checkpoint in checkpoints}
         # A universal checkpoint beside the checkpoint that it was converted from is the same step a second time.
         originals = [c for c in checkpoints if c.tag.removesuffix("_universal") not in tags - {c.tag}]
-        return _newest_complete([c for c in originals if until is None or c.named_step <= until], recipe, read)
+        return _newest_complete([c for c in originals if until is None or c.named_step <= until], recipe, read, warn)
     low, high = recipe.from_step or 0, recipe.to_step or 0
     # A tag without a step has `named_step` -1; the layout has its step.
     layouts = [read(c, allowed) for c in checkpoints if c.named_step < 0 or low <= c.named_step <= high]
@@ -137,7 +140,9 @@ def _tags_of(checkpoints: list[Checkpoint]) -> str:
     return f"it holds {few(checkpoint.tag for checkpoint in checkpoints)}."
 
 
-def _newest_complete(checkpoints: list[Checkpoint], recipe: MergeRecipe, read: ReadLayout) -> list[Layout]:
+def _newest_complete(
+    checkpoints: list[Checkpoint], recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None]
+) -> list[Layout]:
     """The newest `recipe.last` layouts. Broken ones at the end of the run are skipped: they may not be complete yet."""
     layouts: list[Layout] = []
     for checkpoint in reversed(checkpoints):
@@ -147,8 +152,11 @@ def _newest_complete(checkpoints: list[Checkpoint], recipe: MergeRecipe, read: R
             layout = read(checkpoint, frozenset(recipe.allow_globals))
         except BrokenCheckpoint as error:
             if layouts:
-                raise
-            log.warning("%s is skipped: %s", checkpoint.tag, error)
+                raise BrokenCheckpoint(
+                    f"{error} It is among the newest {recipe.last} checkpoints. Repair it, or choose the window "
+                    "without it by tags (--tags A,B,…)."
+                ) from error
+            warn("%s is skipped: %s", checkpoint.tag, str(error))
             continue
         if recipe.to_step is None or layout.step <= recipe.to_step:
             layouts.append(layout)
@@ -163,7 +171,8 @@ def _newest_complete(checkpoints: list[Checkpoint], recipe: MergeRecipe, read: R
     if deleted:
         raise WindowError(
             f"the newest {recipe.last} checkpoints{until} of {recipe.run} are not all there any more: `wsm-ds prune` "
-            f"has deleted step {few(deleted)}. Choose the window by its steps (--from, --to), or by tags (--tags)."
+            f"has deleted {'step' if len(deleted) == 1 else 'steps'} {few(deleted)}. Choose the window by its steps "
+            "(--from, --to), or by tags (--tags)."
         )
     return layouts
 
@@ -204,6 +213,10 @@ def _tensor_words(layout: Layout, name: str) -> str:
     return "absent" if info is None else f"{info.role} {list(info.shape)}"
 
 
+def _rates(layout: Layout) -> str:
+    return "[" + ", ".join(f"{rate:.12g}" for rate in layout.learning_rates) + "]"
+
+
 def _check_learning_rates(layouts: list[Layout], allow: tuple[str, ...]) -> None:
     """Refuses a window in which the rate is not constant: a merge emulates a decay from a constant rate."""
     oldest = layouts[0]
@@ -216,7 +229,7 @@ def _check_learning_rates(layouts: list[Layout], allow: tuple[str, ...]) -> None
     changed = [layout for layout in layouts if set(layout.learning_rates) != set(oldest.learning_rates)]
     if changed and "lr-change" not in allow:
         raise WindowError(
-            f"the learning rate changes inside the window: {list(oldest.learning_rates)} at {oldest.tag}, "
-            f"{list(changed[0].learning_rates)} at {changed[0].tag}. Choose a window of constant rate, or pass "
+            f"the learning rate changes inside the window: {_rates(oldest)} at {oldest.tag}, "
+            f"{_rates(changed[0])} at {changed[0].tag}. Choose a window of constant rate, or pass "
             "--allow lr-change."
         )

@@ -34,6 +34,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def counted(count: int, noun: str) -> str:
+    """Returns a count and its noun, with a plural s unless the count is 1.
+
+    >>> counted(1, "file"), counted(2, "file")
+    ('1 file', '2 files')
+
+    Args:
+        count: the number.
+        noun: in the singular.
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def plan_report(plan: Plan) -> str:
     """Returns a plan's sources, coefficients and costs, as they are shown before anything is written.
 
@@ -50,8 +63,8 @@ def plan_report(plan: Plan) -> str:
             f"out  {output.out}",
         ]
     lines.append(
-        f"read {format_size(plan.bytes_to_read)}  write {format_size(plan.bytes_to_write)} in {len(plan.files)} files"
-        f"   memory {format_size(plan.memory_bytes)}   threads {plan.threads}"
+        f"read {format_size(plan.bytes_to_read)}  write {format_size(plan.bytes_to_write)} in "
+        f"{counted(len(plan.files), 'file')}   memory {format_size(plan.memory_bytes)}   threads {plan.threads}"
     )
     return "\n".join(lines)
 

@@ -245,9 +245,10 @@ def prune_report(verdicts: Sequence[Verdict], trash: Sequence[Path], *, is_delet
         trash: as `trash_content` returns it.
         is_deleting: whether the checkpoints are deleted, or only shown.
     """
+    fate = "deleted" if is_deleting else "would be deleted"
     rows = [
         [verdict.checkpoint.tag, str(verdict.checkpoint.named_step), format_size(verdict.nbytes),
-         "yes" if verdict.is_complete else "no", f"kept: {verdict.kept_because}" if verdict.kept_because else "deleted"]
+         "yes" if verdict.is_complete else "no", f"kept: {verdict.kept_because}" if verdict.kept_because else fate]
         for verdict in verdicts
     ]  # fmt: skip
     deletions = [verdict for verdict in verdicts if not verdict.kept_because]
