@@ -53,7 +53,10 @@ def plan_merge(recipes: Recipe | Sequence[MergeRecipe] | None = None, /, **optio
         options: the fields of one `MergeRecipe`, instead of `recipes`.
 
     Raises:
-        WsmError: the window, the checkpoints or the budget are not valid; see `select_window`, `workers_for`.
+        RecipeError: the options are not a valid recipe, or two outputs have the same folder.
+        CheckpointNotFound, WindowError, LayoutMismatch: the checkpoints are not a window that can be merged.
+        BrokenCheckpoint, UnsupportedLayout, UnsafePickle: a checkpoint cannot be read.
+        BudgetTooSmall: the memory budget is smaller than the smallest unit of work.
         OutputExists: the recipe's `out` exists and is not an output of this merge.
     """
     all_recipes = recipes_of(recipes, options)
@@ -242,7 +245,11 @@ def run_plan(
         restart: whether to remove the staging folder of another, unfinished merge to the same output.
 
     Raises:
-        OutputExists, NonFiniteValue, LayoutMismatch, BrokenCheckpoint, InsufficientCapacity: see `staged`, `run_tasks`.
+        OutputExists: an output exists, or another, unfinished merge has its staging folder there.
+        OutputLocked: another process writes the output now.
+        NonFiniteValue, LayoutMismatch, BrokenCheckpoint: a source holds a NaN, its frozen tensors differ, or it has
+            changed.
+        InsufficientCapacity: the disk or the memory is too small.
         PeerFailed: another rank failed.
         OSError: the disk is full or fails.
     """

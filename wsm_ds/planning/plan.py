@@ -188,7 +188,7 @@ class Output:
         out: the folder.
         sources: the window, oldest first.
         curve: the name of the decay curve, or "given coefficients".
-        ess: effective sample size of the coefficients, see `schedules.coefficients`.
+        ess: effective sample size of the coefficients, see `wsm_ds.effective_sample_size`.
         lag_steps: mean age of the weights against the newest checkpoint, in steps.
         texts: small files of the output's root, by name.
         recipe: the recipe as plain data.

@@ -251,9 +251,10 @@ def make_recipes(*, always_named: Collection[str] = (), **values: Unpack[SweepOp
     ['merged/last4', 'merged/last8']
 
     Args:
-        always_named: keys of SWEPT that always appear in the folder name, also when they have a single value. Ignored
-            for entries with their own `out`.
-        **values: attributes of `MergeRecipe`, lists of them for the keys of SWEPT, and `outputs`: mappings of the same.
+        always_named: keys (`last`, `to_step`, `curve`, `floor`, `format`) that always appear in the folder name, also
+            when they have a single value. Ignored for entries with their own `out`.
+        **values: attributes of `MergeRecipe`; `last`, `to_step`, `curve`, `floor` and `format` may be lists. `outputs`
+            is a list of mappings of the same.
 
     Raises:
         RecipeError: the message names every wrong key, its value, and what is expected.

@@ -90,16 +90,18 @@ def merge_coefficients(
 
     Args:
         curve: a curve, or a text for `parse_curve`.
-        n: as in `grid`.
-        steps: as in `grid`.
-        oldest_interval: as in `grid`.
+        n: number of checkpoints N >= 1, evenly spaced. Give either this or `steps`.
+        steps: the checkpoints' positions, rising, in steps or tokens.
+        oldest_interval: the interval before the oldest checkpoint, which this checkpoint stands for, in the unit of
+            `steps`. Default: the median of the other intervals.
         floor: m = min_lr / peak_lr, within [0, 1].
 
     Returns:
         float64[N], oldest first, not negative; [1.0] for N = 1.
 
     Raises:
-        CurveError: as `decay_factors`.
+        CurveError: `curve` is not valid; both or neither of `n` and `steps` are given; N < 1; the steps do not rise;
+            an interval is not positive; or `floor` is not within [0, 1].
     """
     w = decay_factors(curve, n=n, steps=steps, oldest_interval=oldest_interval, floor=floor)
     return coefficients_from_decay_factors(w)
@@ -161,7 +163,8 @@ def decay_factors_from_coefficients(c: ArrayLike) -> Array:
         float64[N - 1], not rising, within [0, 1].
 
     Raises:
-        CurveError: as `check_coefficients`.
+        CurveError: `c` is not 1-D, is empty, not finite or negative, or its sum is not 1; names the index and the
+            value, or the sum.
     """
     sums_from_newest = np.cumsum(check_coefficients(c)[:0:-1])
     return np.minimum(sums_from_newest[::-1], 1.0)
@@ -221,7 +224,8 @@ def lag(c: ArrayLike, steps: Iterable[float]) -> float:
         steps: [N], the checkpoints' positions, rising.
 
     Raises:
-        CurveError: as `grid` for `steps`, as `effective_sample_size` for `c`; or their lengths differ.
+        CurveError: `c` is not 1-D, is empty, not finite, negative, or all zero; `steps` do not rise; or their lengths
+            differ.
     """
     coefficients, positions = _non_negative(c), exact_steps(steps)
     if len(coefficients) != len(positions):
@@ -247,7 +251,7 @@ def weight_decay_aware_coefficients(
         interval_steps: T, optimizer updates between checkpoints: one number, or [k] numbers, one for each interval.
 
     Returns:
-        float64[k + 1], not negative. Their sum is slightly below 1, so `check_coefficients` refuses them.
+        float64[k + 1], not negative. Their sum is slightly below 1, so a recipe's `coefficients` refuse them.
 
     Raises:
         CurveError: an argument above is out of range or of the wrong shape; names it and the value.

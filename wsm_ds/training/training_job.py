@@ -51,8 +51,8 @@ class TrainingJob:
     Raises:
         Superseded: WSM_ATTEMPT is not the newest attempt.
         TrainingError: RUN/job/stop exists.
-        StaleLock: see `prepare_compilation`.
-        RecipeError: a number is below 1, or see `find_ranks`.
+        StaleLock: a dead process holds a lock of torch's compiler, for which this start would wait without end.
+        RecipeError: a number is below 1, or the launcher has set only some of RANK, WORLD_SIZE and the like.
     """
 
     def __init__(
