@@ -308,7 +308,7 @@ class _Watcher:
     def _pass_over(self, window: OpenWindow) -> Iterator[Event]:
         self.resolved.add((window.end, window.name))
         self.counts["passed_over"] += 1
-        text = f"step {window.end} {window.name} is passed over: step {few(window.gone)} was deleted"
+        text = f"step {window.end} {window.name} is passed over; deleted: step {few(window.gone)}"
         yield Event("passed_over", text, {"step": window.end, "window": window.name, "gone": window.gone})
 
     def _report_of_broken(self, steps: Sequence[int]) -> Iterator[Event]:
