@@ -42,8 +42,8 @@ API_HEAD = """# Python
 
 Made by `docs/generate.py` from the code: the names of `wsm_ds`, and `wsm_ds.training.TrainingJob`.
 
-`import wsm_ds` makes `WSMLR` and `WSDLR` known to DeepSpeed. It imports neither torch nor DeepSpeed; each name is
-loaded when it is first used.
+`StrPath` stands for `str | os.PathLike[str]`. `import wsm_ds` makes `WSMLR` and `WSDLR` known to DeepSpeed. It imports
+neither torch nor DeepSpeed; each name is loaded when it is first used.
 
 <!-- fmt: off -->
 """

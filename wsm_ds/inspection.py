@@ -1,6 +1,5 @@
 """Reads the metadata of a run's checkpoints, and whether each of them is complete."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from wsm_ds.errors import WsmError
 from wsm_ds.layouts import Checkpoint, Layout, find_checkpoints, read_layout
 from wsm_ds.layouts.run import find_tag
+from wsm_ds.planning.recipe_options import StrPath
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +61,7 @@ class Inspected:
         return self.to_json() | {"tensors": tensors, "tied": self.layout.aliases}
 
 
-def inspect_run(
-    run: str | os.PathLike[str], tag: str | None = None, allow_globals: frozenset[str] = frozenset()
-) -> list[Inspected]:
+def inspect_run(run: StrPath, tag: str | None = None, allow_globals: frozenset[str] = frozenset()) -> list[Inspected]:
     """Reads the metadata of a run's checkpoints. It reads no tensor and executes no pickle.
 
     A checkpoint that is incomplete or cannot be read is not an error: its `problem` says why.

@@ -1,7 +1,6 @@
 """The merge: recipes → plan → bytes → published outputs. One call from Python, one command from a shell."""
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from wsm_ds.outputs.zero_checkpoint import OutputFiles, OutputWindow, plan_zero_
 from wsm_ds.planning.arguments import Recipe, recipe_of, recipes_of
 from wsm_ds.planning.plan import CopySegment, InputFile, InputNumber, Output, OutputFile, OutputNumber, Plan, Source
 from wsm_ds.planning.recipe import MergeRecipe, one_recipe
-from wsm_ds.planning.recipe_options import ExportOptions, RecipeOptions, ReshardOptions
+from wsm_ds.planning.recipe_options import ExportOptions, RecipeOptions, ReshardOptions, StrPath
 from wsm_ds.planning.streams import ElementRequest, SourceTables, carry_streams, element_streams, source_tables
 from wsm_ds.planning.window import ReadLayout, Window, recorded_window, select_window, union_of
 from wsm_ds.publishing.manifest import description, make_manifest, read_manifest
@@ -355,13 +354,7 @@ def merge_all(recipes: Sequence[MergeRecipe]) -> tuple[MergeResult, ...]:
     )
 
 
-def export(
-    run: str | os.PathLike[str],
-    *,
-    out: str | os.PathLike[str],
-    tag: str | None = None,
-    **options: Unpack[ExportOptions],
-) -> MergeResult:
+def export(run: StrPath, *, out: StrPath, tag: str | None = None, **options: Unpack[ExportOptions]) -> MergeResult:
     """Writes one checkpoint's fp32 masters, rounded to `dtype`, as safetensors.
 
     Args:
@@ -381,13 +374,7 @@ def export(
     return merge(one_recipe(run, out=out, tag=tag, format="safetensors", **options))
 
 
-def reshard(
-    run: str | os.PathLike[str],
-    *,
-    out: str | os.PathLike[str],
-    tag: str | None = None,
-    **options: Unpack[ReshardOptions],
-) -> MergeResult:
+def reshard(run: StrPath, *, out: StrPath, tag: str | None = None, **options: Unpack[ReshardOptions]) -> MergeResult:
     """Writes one checkpoint for another `world_size` or ZeRO `stage`, or in the form of another checkpoint (`like`).
 
     Args:

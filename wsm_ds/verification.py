@@ -1,6 +1,5 @@
 """Verifies an output: its files are those of the manifest, and the sources give the same bytes again."""
 
-import os
 import random
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from wsm_ds.filesystem import checksum
 from wsm_ds.merging import plan_windows
 from wsm_ds.planning.plan import LiteralSegment, Plan
 from wsm_ds.planning.recipe import make_recipe
+from wsm_ds.planning.recipe_options import StrPath
 from wsm_ds.planning.window import recorded_window
 from wsm_ds.publishing.manifest import read_manifest
 from wsm_ds.publishing.staging_folder import MANIFEST
@@ -45,7 +45,7 @@ class VerificationResult:
     note: str
 
 
-def verify(out: str | os.PathLike[str], *, full: bool = False) -> VerificationResult:
+def verify(out: StrPath, *, full: bool = False) -> VerificationResult:
     """Reads a merge's output again, compares checksums, and recomputes parts of it from the sources.
 
     Args:

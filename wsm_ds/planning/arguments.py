@@ -6,8 +6,9 @@ from typing import Any
 
 from wsm_ds.errors import RecipeError, few
 from wsm_ds.planning.recipe import MergeRecipe, make_recipe
+from wsm_ds.planning.recipe_options import StrPath
 
-Recipe = MergeRecipe | str | os.PathLike[str]
+Recipe = MergeRecipe | StrPath
 """A recipe, or the folder of the run whose other fields are keywords."""
 
 

@@ -14,7 +14,7 @@ from wsm_ds.distributed.launcher import local_world_size
 from wsm_ds.errors import RecipeError, brief, few
 from wsm_ds.filesystem.small_files import read_small
 from wsm_ds.planning.recipe_errors import unknown_key, validation_sentences
-from wsm_ds.planning.recipe_options import CheckpointOptions, RecipeOptions, SweepOptions
+from wsm_ds.planning.recipe_options import CheckpointOptions, RecipeOptions, StrPath, SweepOptions
 from wsm_ds.sizes import parse_size
 
 Allowance = Literal["warmup", "lr-change"]
@@ -210,11 +210,7 @@ def make_recipe(**values: Unpack[RecipeOptions]) -> MergeRecipe:
 
 
 def one_recipe(
-    run: str | os.PathLike[str],
-    *,
-    out: str | os.PathLike[str],
-    tag: str | None = None,
-    **options: Unpack[CheckpointOptions],
+    run: StrPath, *, out: StrPath, tag: str | None = None, **options: Unpack[CheckpointOptions]
 ) -> MergeRecipe:
     """The recipe that writes one checkpoint again, in another format or form.
 
@@ -313,7 +309,7 @@ def _combinations(values: dict[str, Any], always_named: Collection[str]) -> Iter
         yield values | value_of | ({"out": Path(out) / folder} if out is not None and folder else {})
 
 
-def load_recipes(path: str | os.PathLike[str], **overrides: Unpack[SweepOptions]) -> tuple[MergeRecipe, ...]:
+def load_recipes(path: StrPath, **overrides: Unpack[SweepOptions]) -> tuple[MergeRecipe, ...]:
     """Reads recipes from a YAML file, see `make_recipes`.
 
     Args:
@@ -326,7 +322,7 @@ def load_recipes(path: str | os.PathLike[str], **overrides: Unpack[SweepOptions]
     return make_recipes(**load_values(path, **overrides))
 
 
-def load_values(path: str | os.PathLike[str], **overrides: Unpack[SweepOptions]) -> dict[str, Any]:
+def load_values(path: StrPath, **overrides: Unpack[SweepOptions]) -> dict[str, Any]:
     """Reads the values for `make_recipes` from a YAML file.
 
     Args:
@@ -377,7 +373,7 @@ def _shown(value: Any) -> str:
     return few(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def load_recipe(path: str | os.PathLike[str], **overrides: Unpack[RecipeOptions]) -> MergeRecipe:
+def load_recipe(path: StrPath, **overrides: Unpack[RecipeOptions]) -> MergeRecipe:
     """Reads the recipe of a YAML file that has one output.
 
     Args:

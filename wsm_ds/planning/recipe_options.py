@@ -11,11 +11,11 @@ from typing import Any, Literal
 from typing_extensions import TypedDict
 
 Format = Literal["zero", "universal", "safetensors"]
-Path = str | os.PathLike[str]
+StrPath = str | os.PathLike[str]
 
 
 class _WorkOptions(TypedDict, total=False):
-    include: Sequence[Path] | None
+    include: Sequence[StrPath] | None
     allow_globals: Sequence[str] | None
     memory_budget: int | str | None
     threads: int | None
@@ -34,7 +34,7 @@ class _FormOptions(_WorkOptions, total=False):
     world_size: int | None
     stage: int | None
     sub_group_size: int | None
-    like: Path | None
+    like: StrPath | None
 
 
 class ReshardOptions(_FormOptions, total=False):
@@ -50,8 +50,8 @@ class CheckpointOptions(ExportOptions, _FormOptions, total=False):
 
 
 class _MergeOptions(ExportOptions, _FormOptions, total=False):
-    run: Path
-    out: Path
+    run: StrPath
+    out: StrPath
     from_step: int | None
     tags: Sequence[str] | None
     coefficients: Sequence[float] | None

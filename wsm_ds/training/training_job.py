@@ -150,12 +150,7 @@ class TrainingJob:
             for step in range(first, self.until_step + 1):
                 began_s = time.monotonic()
                 yield step
-                if engine.global_steps != step:
-                    raise TrainingError(
-                        f"step {step} ended with {engine.global_steps} updates in all; the loop's body must make one. "
-                        f"With this configuration that takes {engine.gradient_accumulation_steps()} micro-batches, "
-                        "each with its own backward() and step()."
-                    )
+                _require_one_update(engine, step)
                 heartbeat.reached(step)
                 if heartbeat.stop_is_requested:
                     interruption_state.request_stop(f"{self.job.stop} exists")
@@ -240,3 +235,12 @@ class TrainingJob:
             line |= {"seconds": round(seconds, 4), "world_size": self.world_size}
             with self.job.steps.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def _require_one_update(engine: Any, step: int) -> None:
+    if engine.global_steps != step:
+        raise TrainingError(
+            f"step {step} ended with {engine.global_steps} updates in all; the loop's body must make one. "
+            f"With this configuration that takes {engine.gradient_accumulation_steps()} micro-batches, each with "
+            "its own backward() and step()."
+        )
