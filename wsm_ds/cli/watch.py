@@ -41,8 +41,8 @@ WATCH_USAGE = "[RUN] --last N --out DIR [flags]"
 WATCH_EXAMPLES = """\
 examples:
   wsm-ds watch RUN --last 2,3 --curve linear,1-sqrt --out MERGES --once
-  wsm-ds watch RUN --last 3 --out MERGES --until-step 6000
-  wsm-ds watch RUN --last 3 --out MERGES --once --exec 'ls {}'"""
+  wsm-ds watch RUN --last 3 --out MERGES3 --until-step 6000
+  wsm-ds watch RUN --last 3 --out EVALUATED --once --exec 'ls {}'"""
 PRUNE = """\
 Show which checkpoints of a run are needed and which are not; with --delete, delete those that are not. Always kept: the
 newest complete checkpoint and newer ones, the one that `latest` names, and the sources of unfinished and future merges.
