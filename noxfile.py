@@ -1,6 +1,6 @@
 """`make test-pythons`: what needs neither torch nor DeepSpeed, on every Python that this machine has.
 
-A Python that is not there is skipped; with CI=true in the environment that is an error only if it is the oldest one.
+A Python that is not there is skipped, and nox says so.
 """
 
 import nox

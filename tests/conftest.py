@@ -34,7 +34,7 @@ def run_folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     if KEPT_RUNS not in os.environ:
         yield tmp_path_factory.mktemp(name), False
         return
-    writers = [Path(__file__), Path(__file__).with_name("ds_worker.py")]
+    writers = [Path(__file__).with_name(name) for name in ("conftest.py", "ds_worker.py", "ds_models.py")]
     key = hashlib.sha256(b"".join(path.read_bytes() for path in writers))
     key.update(f"{version('torch')} {version('deepspeed')}".encode())
     folder = Path(os.environ[KEPT_RUNS], f"{name}-{key.hexdigest()[:16]}")
