@@ -15,6 +15,7 @@ import pytest
 
 TRAINED = {
     "compiled_ops", "converted", "even_runs", "launcher", "megatron", "other_world_sizes", "reports", "runs", "sharing",
+    "states_runs",
     "trained", "whole_runs", "written",
 }  # fmt: skip
 """Fixtures that train with DeepSpeed."""

@@ -9,7 +9,7 @@ Fragments are kept as numpy tables (a 70B run at 512 ranks has a million of them
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,10 @@ class Layout:
         fragments: one table of `FRAGMENT` rows for each kind of element.
         learning_rates: of each parameter group; None for a group without one (an optimizer that computes its own).
         warmup_num_steps: updates of the run's warmup; None if the files do not hold it.
+        is_train_mode: which weights a schedule-free optimizer left in the model: those of training (True) or the
+            averaged ones (False); None for other optimizers.
+        indivisible_states: optimizer states that hold neither one value per element nor one value alone: by name, what
+            they hold. They can be copied with their files, but neither cut nor summed.
         has_nameless_states: whether the files hold optimizer states and do not say to which parameters they belong.
         model_parallel_size: ranks that hold a replica of the model together. If there are several, the name of
             a rank precedes the names of its tensors (`mp_rank_01/NAME`).
@@ -84,6 +88,8 @@ class Layout:
     fragments: dict[str, Table]
     learning_rates: tuple[float | None, ...]
     warmup_num_steps: int | None
+    is_train_mode: bool | None = None
+    indivisible_states: dict[str, str] = field(default_factory=dict)
     has_nameless_states: bool = False
     model_parallel_size: int = 1
 
@@ -114,9 +120,15 @@ class Layout:
 
 
 class TableBuilder:
-    """Collects the fragments of a checkpoint into one table for each kind."""
+    """Collects the fragments of a checkpoint into one table for each kind.
+
+    Attributes:
+        rows: fragments by kind.
+        indivisible_states: as in `Layout`.
+    """
 
     def __init__(self) -> None:
+        self.indivisible_states: dict[str, str] = {}
         self.rows: dict[str, list[tuple[int, ...]]] = {}
 
     def add(

@@ -64,6 +64,12 @@ def select_window(
     for layout in layouts[:-1]:
         check_same_model(layout, layouts[-1])
     check_constant_rate(layouts, recipe.allow, warn)
+    if layouts[-1].is_train_mode and recipe.format == "safetensors":
+        warn(
+            "%s was saved in the training mode of a schedule-free optimizer: its weights are not the averaged ones, "
+            "which one evaluates. Call optimizer.eval() before saving to get those.",
+            layouts[-1].path,
+        )
     return Window(tuple(layouts), _coefficients(recipe, steps))
 
 
@@ -194,6 +200,13 @@ def check_same_model(older: Layout, newest: Layout) -> None:
             f"{older.path} was saved with {older.model_parallel_size} model-parallel ranks, {newest.path} with "
             f"{newest.model_parallel_size}; the files do not say how a tensor is split between the ranks, so only "
             "checkpoints of equal degrees can be merged."
+        )
+    if older.is_train_mode != newest.is_train_mode:
+        modes = {True: "in training mode", False: "in evaluation mode", None: "with another optimizer"}
+        raise LayoutMismatch(
+            f"{older.path} was saved {modes[older.is_train_mode]}, {newest.path} {modes[newest.is_train_mode]}: the "
+            "weights of a schedule-free optimizer mean different things in its two modes. Choose checkpoints of one "
+            "mode."
         )
     differences = [
         f"{name}: {_tensor_words(older, name)} against {_tensor_words(newest, name)}"

@@ -56,6 +56,7 @@ class Origin:
         form: its form.
         groups: the optimizer's parameter groups.
         models: model files, by data-parallel rank.
+        optimizers: every rank's optimizer file; none of a universal checkpoint.
         optimizer: rank 0's optimizer file, or a universal checkpoint's `optimizer_state.pt`.
         state: the state of the optimizer wrapper in it: loss scale, base optimizer and the like.
         slice_names: for each rank and group, the names in `param_slice_mappings`; empty where there are none (stage 3,
@@ -66,6 +67,7 @@ class Origin:
     form: Form
     groups: tuple[ParameterGroup, ...]
     models: dict[int, TorchFile]
+    optimizers: tuple[TorchFile, ...]
     optimizer: TorchFile
     state: dict[str, Any]
     slice_names: tuple[list[list[str]], ...]
@@ -103,7 +105,8 @@ def open_origin(layout: Layout, allowed_globals: frozenset[str]) -> Origin:
     if isinstance(states[0].get("base_optimizer_state"), list):
         raise UnsupportedLayout(f"{layout.path} is not written in another form: it is elastic. {KEEP_FORM}")
     form = _form_of(layout, models[0], is_bf16_optimizer="zero_stage" not in states[0])
-    groups = read_groups(models[0], states[0], form.world_size if form.round_robin else 1)
+    ranks = form.world_size if form.round_robin else 1
+    groups = read_groups(models[0], states[0], ranks, frozenset(layout.state_names))
     mappings = [state.get("param_slice_mappings") for state in states if layout.stage < 3]
     if any(mapping is None or len(mapping) != len(groups) for mapping in mappings):
         raise UnsupportedLayout(
@@ -111,7 +114,9 @@ def open_origin(layout: Layout, allowed_globals: frozenset[str]) -> Origin:
             f"of the {len(groups)} parameter groups. {KEEP_FORM}"
         )
     slice_names = tuple([list(slices) for slices in mapping] for mapping in mappings if mapping is not None)
-    origin = Origin(layout, form, groups, models, optims[0], states[0], slice_names)
+    origin = Origin(
+        layout, form, groups, models, tuple(optims[rank] for rank in sorted(optims)), optims[0], states[0], slice_names
+    )
     _require_known_order(origin)
     return origin
 
@@ -126,7 +131,7 @@ def _open_universal(layout: Layout, allowed_globals: frozenset[str]) -> Origin:
     is_bf16_optimizer = accumulates_in_fp32 and layout.dtype.name == "bf16" and layout.stage == 1
     form = _form_of(layout, models[0], is_bf16_optimizer)
     groups = read_universal_groups(layout.path, models[0], optimizer_state, allowed_globals)
-    return Origin(layout, form, groups, models, optimizer_state, optimizer_state.tree, ())
+    return Origin(layout, form, groups, models, (), optimizer_state, optimizer_state.tree, ())
 
 
 def _metadata_files(layout: Layout) -> list[Path]:
