@@ -1,7 +1,7 @@
 """A rank that gives ds_configs to DeepSpeed, and reports what it says.
 
-Its argument is JOBS.json, a list of {"config": …}; it writes to JOBS.json.rank{r}, for each job, the name of the error that
-`deepspeed.initialize` ends with, or the values that the engine takes. `deepspeed_runs.launch` starts it.
+Its argument is JOBS.json, a list of {"config": …}; it writes to JOBS.json.rank{r}, for each job, the error that
+`deepspeed.initialize` ends with, or the gradient clipping of the engine. `deepspeed_runs.launch` starts it.
 """
 
 import json
@@ -26,8 +26,8 @@ def outcome(config: dict[str, Any]) -> dict[str, Any]:
         engine, *_ = deepspeed.initialize(
             model=model, model_parameters=model.parameters(), config={"train_micro_batch_size_per_gpu": 1} | config
         )
-    except Exception as error:  # noqa: BLE001  whatever it is, it is the answer
-        return {"error": type(error).__name__}
+    except Exception as error:  # whatever it is, it is the answer
+        return {"error": type(error).__name__, "message": str(error)}
     return {
         "clipping": engine.gradient_clipping(),
     }

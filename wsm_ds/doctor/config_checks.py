@@ -159,7 +159,7 @@ def _removed(config: Config, version: Version) -> Iterator[Finding]:
     name = block(config, "optimizer").get("type")
     since_ = REMOVED_OPTIMIZERS.get(str(name).lower())
     if since_ is not None:
-        effect = "DeepSpeed looks for an optimizer of this name in torch, and ends with an error"
+        effect = "deepspeed.initialize ends with an error: it is not a supported DeepSpeed optimizer"
         yield _gone("optimizer.type", f"optimizer.type is {name}", since_, version, effect)
 
 
