@@ -5,8 +5,9 @@ output's metadata must change, `zip_format` lays out a new zip. Neither torch no
 """
 
 from wsm_ds.torchfile.archive import Archive, Record, read_archive
+from wsm_ds.torchfile.stand_ins import Global, Stub
 from wsm_ds.torchfile.torch_file import TorchFile, open_torch_file, record_of
-from wsm_ds.torchfile.unpickle import Global, Stub, Tensor
+from wsm_ds.torchfile.unpickle import Tensor
 
 __all__ = [
     "Archive",

@@ -6,7 +6,7 @@ from typing import Any
 
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout
 from wsm_ds.sizes import format_size
-from wsm_ds.torchfile.archive import Archive, Record, read_archive
+from wsm_ds.torchfile.archive import Archive, Record, checked_crc, read_archive
 from wsm_ds.torchfile.unpickle import Storage, Tensor, unpickle
 
 
@@ -88,5 +88,5 @@ def open_torch_file(path: Path, allowed_globals: frozenset[str] = frozenset()) -
         )
     with path.open("rb") as file:
         file.seek(pickled.offset)
-        data = file.read(pickled.nbytes)
+        data = checked_crc(path, pickled, file.read(pickled.nbytes))
     return TorchFile(archive, unpickle(archive, data, allowed_globals))
