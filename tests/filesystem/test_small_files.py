@@ -36,9 +36,7 @@ def make(path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_no_small_file_is_refused_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_what_is_no_small_file_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     make(tmp_path / "file", kind, monkeypatch)
     with pytest.raises((OSError, ValueError), match="file"):
         read_small(tmp_path / "file")

@@ -14,7 +14,7 @@ from typing import Any
 
 from wsm_ds.dtypes import BY_TORCH_NAME, DType
 from wsm_ds.errors import BrokenCheckpoint, UnsafePickle, UnsupportedLayout, WsmError, few
-from wsm_ds.torchfile.archive import Archive
+from wsm_ds.torchfile.archive import Archive, Record
 from wsm_ds.torchfile.known_globals import CALLED, CHECKED, ENUMS, GETATTR, KNOWN, MADE, TENSOR_FUNCTIONS
 from wsm_ds.torchfile.opcodes import InertMachine, TooLarge
 from wsm_ds.torchfile.stand_ins import Global, InertMeta, Stub, inert_class, require_no_method
@@ -133,9 +133,9 @@ SHOWN_GLOBALS = 40
 class _InertUnpickler(InertMachine):
     """Attributes: `unknown` has the names that are neither known nor allowed, in the order of the pickle."""
 
-    def __init__(self, data: bytes, where: str, allowed: frozenset[str]) -> None:
+    def __init__(self, data: bytes, archive: Archive, allowed: frozenset[str]) -> None:
         super().__init__(data)
-        self.where, self.allowed = where, allowed
+        self.archive, self.allowed = archive, allowed
         self.classes: dict[str, InertMeta] = {}
         self.unknown: dict[str, None] = {}
 
@@ -180,7 +180,10 @@ class _InertUnpickler(InertMachine):
             raise pickle.UnpicklingError("a persistent id is not a storage that torch writes")
         if type(numel) is not int or not 0 <= numel <= MOST_ELEMENTS:
             raise pickle.UnpicklingError(f"storage {key} does not say how many elements it has")
-        return Storage(key, BY_TORCH_NAME[STORAGES[name]], storage_class.global_, location, numel, self.where)
+        dtype = BY_TORCH_NAME[STORAGES[name]]
+        storage = Storage(key, dtype, storage_class.global_, location, numel, str(self.archive.path))
+        record_of(self.archive, storage)
+        return storage
 
     def make(self, callee: Any, args: Any, *, is_new: bool) -> Any:
         """Returns a `Stub` for an inert class; call our own function of a structural name."""
@@ -290,6 +293,25 @@ def as_global(value: Any) -> Global | None:
     return STRUCTURAL_GLOBALS.get(value) if isinstance(value, type | FunctionType) else None
 
 
+def record_of(archive: Archive, storage: Storage) -> Record:
+    """Returns the record that holds a storage.
+
+    Raises:
+        BrokenCheckpoint: there is no record, or it is shorter than the storage.
+    """
+    record = archive.records.get(f"data/{storage.key}")
+    if record is None:
+        raise BrokenCheckpoint(
+            f"{archive.path}: storage {storage.key} is missing: there is no record data/{storage.key}."
+        )
+    if storage.nbytes > record.nbytes:
+        raise BrokenCheckpoint(
+            f"{archive.path}: storage {storage.key} has {record.nbytes} bytes, expected {storage.nbytes} for "
+            f"{storage.numel} elements."
+        )
+    return record
+
+
 def unpickle(archive: Archive, data: bytes, allowed_globals: frozenset[str] = frozenset()) -> Any:
     """Reads `data.pkl` into an object tree, with `Tensor` addresses for tensors and `Stub`s for foreign objects.
 
@@ -303,10 +325,12 @@ def unpickle(archive: Archive, data: bytes, allowed_globals: frozenset[str] = fr
         BrokenCheckpoint: it is not a pickle that torch writes; the message says what is wrong.
     """
     where = str(archive.path)
-    machine, tree = _InertUnpickler(data, where, allowed_globals), None
+    machine, tree = _InertUnpickler(data, archive, allowed_globals), None
     fault: WsmError | None = None
     try:
         tree = machine.load()
+    except BrokenCheckpoint as error:
+        fault = error
     except TooLarge as error:
         fault = UnsupportedLayout(f"{where}: data.pkl {error}: save client state of that size as tensors.")
     except UnsupportedLayout as error:
