@@ -5,11 +5,16 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from wsm_ds.errors import CheckpointNotFound, did_you_mean, few
+from wsm_ds.errors import BrokenCheckpoint, CheckpointNotFound, did_you_mean, few
+from wsm_ds.filesystem.small_files import read_small
 
 STEP_IN_NAME = re.compile(r"(\d+)(?:_universal)?$")
 JOB = "job"
 """The folder in a run where training jobs keep heartbeats, attempts and saves that are not published yet."""
+MOST_TAG_BYTES = 4096
+"""`latest` holds the name of a folder, which has at most 255 bytes on Linux, or a path of at most 4096."""
+MOST_DIGITS = 18
+"""Python refuses to read a number of more than 4300 digits. No run has a step of more than 18."""
 DELETED = ".wsm-prune/deleted.jsonl"
 """The file in a run that lists the checkpoints which `wsm-ds prune` has deleted, one JSON object a line."""
 
@@ -56,16 +61,28 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _checkpoint(run: Path, path: Path) -> Checkpoint:
-    match = STEP_IN_NAME.search(path.name)
-    return Checkpoint(int(match.group(1)) if match else -1, path.relative_to(run).as_posix(), path)
+    step = _step_in(path.name)
+    return Checkpoint(-1 if step is None else step, path.relative_to(run).as_posix(), path)
+
+
+def _step_in(name: str) -> int | None:
+    """The step at the end of a tag; None if there is none."""
+    match = STEP_IN_NAME.search(name)
+    return int(match.group(1)) if match and len(match.group(1)) <= MOST_DIGITS else None
 
 
 def deleted_steps(run: Path) -> set[int]:
-    """Returns the steps of the checkpoints of a run that `wsm-ds prune` has deleted."""
+    """Returns the steps of the checkpoints of a run that `wsm-ds prune` has deleted.
+
+    Raises:
+        BrokenCheckpoint: the list is not a text file, or is larger than any list; the message names it.
+    """
     try:
-        lines = (run / DELETED).read_text(encoding="utf-8").splitlines()
+        lines = read_small(run / DELETED).splitlines()
     except FileNotFoundError:
         return set()
+    except ValueError as error:
+        raise BrokenCheckpoint(f"the list of deleted checkpoints cannot be read: {error}. Move it away.") from error
     steps = set()
     for line in lines:
         try:
@@ -78,10 +95,9 @@ def deleted_steps(run: Path) -> set[int]:
 def latest_step(folder: Path) -> int | None:
     """Returns the step in the tag that a folder's `latest` file names; None without a file or a step."""
     try:
-        match = STEP_IN_NAME.search((folder / "latest").read_text(encoding="utf-8").strip())
-    except (OSError, UnicodeDecodeError):
+        return _step_in(read_small(folder / "latest", most_bytes=MOST_TAG_BYTES).strip())
+    except (OSError, ValueError):
         return None
-    return int(match.group(1)) if match else None
 
 
 def find_tag(run: Path, tag: str) -> Checkpoint:
@@ -99,7 +115,7 @@ def find_tag(run: Path, tag: str) -> Checkpoint:
         parts = checkpoint.tag.split("/")
         if tag in (checkpoint.tag, parts[0], parts[-1]):
             return checkpoint
-    step = latest_step(run) if tag == "latest" else int(tag) if tag.isdecimal() else None
+    step = latest_step(run) if tag == "latest" else _step_in(tag) if tag.isdecimal() else None
     tags = [checkpoint.tag for checkpoint in reversed(checkpoints)]
     of_step = [checkpoint.tag for checkpoint in checkpoints if checkpoint.named_step == step]
     suggestion = f" (did you mean {of_step[0]!r}?)" if of_step else did_you_mean(tag, tags)
