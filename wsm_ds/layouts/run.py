@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wsm_ds.errors import CheckpointNotFound, did_you_mean, few
+from wsm_ds.layouts.frameworks import Framework, save_of
 
 STEP_IN_NAME = re.compile(r"(\d+)(?:_universal)?$")
 JOB = "job"
@@ -27,6 +28,16 @@ class Checkpoint:
     named_step: int
     tag: str
     path: Path
+
+    @property
+    def saved_by(self) -> Framework:
+        """The framework that wrote it, as its folder tells."""
+        return save_of(self.path).framework
+
+    @property
+    def save_folder(self) -> Path:
+        """The folder that the framework writes for one save; see `Save.folder`."""
+        return save_of(self.path).folder
 
 
 def find_checkpoints(run: Path) -> list[Checkpoint]:
