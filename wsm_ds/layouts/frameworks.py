@@ -1,11 +1,11 @@
 """Which framework wrote a checkpoint, and the folder that it writes for one save, as names and files beside it tell.
 
-    HF Trainer   RUN/checkpoint-500/global_step500
-    Lightning    RUN/epoch=0-step=100.ckpt/checkpoint
-    Accelerate   RUN/checkpoints/checkpoint_3/pytorch_model, RUN/step_2/pytorch_model_1 (diffusers saves so, too)
-    Composer     RUN/ep0-ba100/deepspeed (its tar files, unpacked)
-    GPT-NeoX     RUN/global_step500, with its `configs`
-    DeepSpeed    RUN/global_step500, or a folder for each save, RUN/step_500/TAG
+HF Trainer   RUN/checkpoint-500/global_step500
+Lightning    RUN/epoch=0-step=100.ckpt/checkpoint
+Accelerate   RUN/checkpoints/checkpoint_3/pytorch_model, RUN/step_2/pytorch_model_1 (diffusers saves so, too)
+Composer     RUN/ep0-ba100/deepspeed (its tar files, unpacked)
+GPT-NeoX     RUN/global_step500, with its `configs`
+DeepSpeed    RUN/global_step500, or a folder for each save, RUN/step_500/TAG
 """
 
 import re
