@@ -37,8 +37,8 @@ class Save:
 
     Attributes:
         framework: who wrote it. Scripts that call DeepSpeed themselves are "DeepSpeed".
-        folder: the folder that it writes for one save, and that it loads: the checkpoint's own folder, or the one above,
-            with random states and other files beside the checkpoint.
+        folder: the folder that it writes for one save, and that it loads: the checkpoint's own folder, or the one
+            above, with random states and other files beside the checkpoint.
     """
 
     framework: Framework

@@ -45,6 +45,12 @@ class Dated:
         """Whether anything is known about when it was saved."""
         return self.earliest >= 0
 
+    def may_lie_in(self, low: int, high: int) -> bool:
+        """Whether it can be of a step from `low` to `high`. If its step is unknown, it is not one of these two."""
+        if self.step is not None:
+            return low <= self.step <= high
+        return self.earliest < high and self.latest > low
+
     def why_it_counts(self) -> BrokenCheckpoint | UnsupportedLayout:
         """The error for a window of which it may be a part."""
         error = self.problem or BrokenCheckpoint(f"{self.checkpoint.path} is broken.")
@@ -64,7 +70,7 @@ def in_order(checkpoints: Iterable[Checkpoint]) -> tuple[Dated, ...]:
         except (BrokenCheckpoint, UnsupportedLayout) as error:
             unknown.append((checkpoint, error))
     dated = known + [_by_name(checkpoint, error, known) for checkpoint, error in unknown]
-    return tuple(sorted(dated, key=lambda d: (d.latest, d.problem is None, natural(d.checkpoint.tag))))
+    return tuple(sorted(dated, key=lambda d: (d.latest, d.step is not None, natural(d.checkpoint.tag))))
 
 
 def _by_name(checkpoint: Checkpoint, error: BrokenCheckpoint | UnsupportedLayout, known: Sequence[Dated]) -> Dated:
@@ -119,6 +125,6 @@ def require_one_series(run: Path, checkpoints: Sequence[Checkpoint]) -> None:
     for save, members in by_save.items():
         if len(members) > 1:
             raise WindowError(
-                f"{save} holds several models: {few(c.path.name for c in members)}. The checkpoints of one model must be "
-                f"chosen by tags (--tags), for example {members[0].tag}."
+                f"{save} holds several models: {few(c.path.name for c in members)}. Choose checkpoints of one model "
+                f"by tags (--tags A,B,…), for example {members[0].tag}."
             )

@@ -80,11 +80,17 @@ def find_checkpoints(run: Path) -> list[Checkpoint]:
         )
     real_run, tags = run.resolve(), dict[Path, list[str]]()
     # Links last, so that a checkpoint has its own name if it lies in the run.
-    for path, is_link in sorted(found, key=lambda item: (item[1], natural(item[0].as_posix()))):
+    for path, is_link in sorted(found, key=_is_second_name):
         relative = path.relative_to(run)
         tags.setdefault(path.resolve() if is_link else real_run / relative, []).append(relative.as_posix())
     checkpoints = [Checkpoint(names[0], run / names[0], tuple(names[1:])) for names in tags.values()]
     return sorted(checkpoints, key=lambda checkpoint: natural(checkpoint.tag))
+
+
+def _is_second_name(item: tuple[Path, bool]) -> tuple[bool, bool, list[str | int]]:
+    """A sort key of paths to one checkpoint: links, and names without a number, come last."""
+    path, is_link = item
+    return is_link, not any(map(str.isdigit, path.name + path.parent.name)), natural(path.as_posix())
 
 
 def _hint(run: Path) -> str:
@@ -104,8 +110,9 @@ def _checkpoint_folders(folder: Path) -> Iterator[tuple[Path, bool]]:
         if _is_checkpoint(path):
             yield path, is_link
         elif path.name != CHECKPOINTS and not (path / OUTPUT).exists():
+            save = path.resolve() if is_link else path  # the name of a link tells nothing of a framework
             for inner, is_inner_link in _folders(path):
-                if save_of(inner).folder == path and _is_checkpoint(inner):
+                if save_of(save / inner.name).folder == save and _is_checkpoint(inner):
                     yield inner, is_link or is_inner_link
 
 
@@ -182,7 +189,7 @@ def find_tag(run: Path, tag: str) -> Checkpoint:
 
 
 def _parts(name: str) -> set[str]:
-    """The parts of a tag, and its beginnings: `checkpoints/checkpoint_3` of `checkpoints/checkpoint_3/pytorch_model`."""
+    """The parts of a tag, and its beginnings (`checkpoints/checkpoint_3`)."""
     parts = name.split("/")
     return {*parts, *("/".join(parts[:count]) for count in range(1, len(parts)))} - {CHECKPOINTS}
 

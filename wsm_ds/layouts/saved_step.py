@@ -18,7 +18,7 @@ MOST_REMEMBERED = 1 << 16
 
 
 class _EveryName(frozenset[str]):
-    """Allows every global. The unpickler imports none of them; which ones a merge accepts is checked by `read_layout`."""
+    """Allows every global: the unpickler imports none of them. `read_layout` checks which ones a merge accepts."""
 
     def __contains__(self, name: object) -> bool:
         return True

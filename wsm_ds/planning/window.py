@@ -128,15 +128,15 @@ def _read_window(recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None
 
 
 def _of_equal_step(dated: Iterable[Dated]) -> list[tuple[Dated, ...]]:
-    """Groups dated checkpoints, which are in order. One whose files do not tell its step is a group of its own."""
-    groups = groupby(dated, key=lambda d: d.step if d.problem is None else d.checkpoint.tag)
+    """Groups dated checkpoints, which are in order. One of unknown step is a group of its own."""
+    groups = groupby(dated, key=lambda d: d.checkpoint.tag if d.step is None else d.step)
     return [tuple(members) for _, members in groups]
 
 
 def _in_range(dated: Sequence[Dated], recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None]) -> list[Layout]:
     """The layouts from `recipe.from_step` to `recipe.to_step`."""
     low, high = recipe.from_step or 0, recipe.to_step or 0
-    within = [d for d in dated if d.latest >= low and d.earliest <= high]
+    within = [d for d in dated if d.may_lie_in(low, high)]
     if not within:
         raise WindowError(f"{recipe.run} holds no checkpoint from step {low} to {high} (--from, --to); {_held(dated)}")
     for unknown in within:
@@ -162,8 +162,8 @@ def _read_step(members: Sequence[Dated], recipe: MergeRecipe, read: ReadLayout, 
             problems.append((dated, error))
     if not layouts:
         raise problems[0][1]
-    for dated, error in problems:
-        warn("%s is skipped: %s", dated.checkpoint.tag, str(error))
+    for dated, problem in problems:
+        warn("%s is skipped: %s", dated.checkpoint.tag, str(problem))
     for other in layouts[1:]:
         if not are_copies(layouts[0], other):
             raise WindowError(
@@ -190,7 +190,7 @@ def _newest_complete(
             break
         newest = group[-1]
         try:
-            if newest.problem is not None:
+            if newest.problem is not None and len(group) == 1:
                 raise newest.problem
             layouts.append(_read_step(group, recipe, read, warn))
         except BrokenCheckpoint as error:
@@ -203,8 +203,8 @@ def _newest_complete(
                 raise newest.why_it_counts() from error
             skipped.append((newest.checkpoint.tag, error))
     _require_count(layouts, skipped, candidates, recipe)
-    for tag, error in skipped:
-        warn("%s is skipped: %s", tag, str(error))
+    for tag, problem in skipped:
+        warn("%s is skipped: %s", tag, str(problem))
     return layouts
 
 
@@ -221,7 +221,7 @@ def _require_count(
         others = f" None of the other {len(skipped) - 1} checkpoints can be read, either." if len(skipped) > 1 else ""
         raise BrokenCheckpoint(f"{tag}, the newest checkpoint{until}, cannot be read: {error}{others}") from error
     if len(layouts) < (recipe.last or 0):
-        reasons = f" Skipped: {few((error for _, error in skipped), 2)}" if skipped else ""
+        reasons = f" Skipped: {few((problem for _, problem in skipped), 2)}" if skipped else ""
         raise WindowError(
             f"last (--last): {recipe.last} complete checkpoints{until} were asked for, but "
             f"{recipe.run} has {len(layouts)}; {_held(candidates)}{reasons}"

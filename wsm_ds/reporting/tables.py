@@ -108,7 +108,7 @@ def inspection_report(checkpoints: Sequence[Inspected]) -> str:
             [item.checkpoint.tag, str(layout.step), stage, layout.dtype.name, ranks,
              f"{layout.numel:,}", format_size(layout.nbytes), rates, "yes", item.checkpoint.saved_by]
         )  # fmt: skip
-    header = ["checkpoint", "step", "zero", "dtype", "ranks", "parameters", "size", "lr", "complete", "saved by"]
+    header = ["checkpoint", "step", "zero", "dtype", "ranks", "parameters", "size", "lr", "complete", "framework"]
     links = [
         one_line(f"{link}: a link to {item.checkpoint.tag}") for item in checkpoints for link in item.checkpoint.links
     ]
