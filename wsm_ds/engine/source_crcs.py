@@ -16,7 +16,6 @@ from wsm_ds.errors import BrokenCheckpoint
 from wsm_ds.planning.plan import InputFile
 from wsm_ds.torchfile import Record
 
-
 MOST_REST_BYTES = 1 << 20
 """Bytes of a record that are read for the comparison alone: DeepSpeed pads partitions, and nobody needs the padding."""
 Read = Callable[[int, int, memoryview], None]

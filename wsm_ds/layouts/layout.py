@@ -149,3 +149,31 @@ class TableBuilder:
     def tables(self) -> dict[str, Table]:
         """Returns the table of each kind that has fragments."""
         return {kind: np.array(rows, dtype=FRAGMENT) for kind, rows in self.rows.items()}
+
+
+def are_copies(layout: Layout, other: Layout) -> bool:
+    """Whether two checkpoints hold the same tensors at the same rates, as the CRC-32s in their files tell.
+
+    torch stores the CRC-32 of every tensor (`torch.serialization.set_crc32_options`). Without them, two checkpoints do
+    not count as copies. Client state may differ: a framework writes its own file names there.
+
+    Args:
+        layout: a checkpoint.
+        other: another one.
+    """
+    checksums = _checksums(layout)
+    return (
+        all(crc for _, crc in checksums.values())
+        and checksums == _checksums(other)
+        and layout.learning_rates == other.learning_rates
+    )
+
+
+def _checksums(layout: Layout) -> dict[tuple[str, str], tuple[int, int]]:
+    """Size in bytes and CRC-32 of every tensor's record, by file and record."""
+    return {
+        (name, record.name): (record.nbytes, record.crc)
+        for name, archive in zip(layout.files, layout.archives, strict=True)
+        for record in archive.records.values()
+        if record.name.startswith("data/") and record.nbytes
+    }
