@@ -64,7 +64,7 @@ class Layout:
         tensors: every tensor of the model by its fully qualified name; fragments refer to them by number.
         aliases: further names of tied tensors, with the name in `tensors`.
         fragments: one table of `FRAGMENT` rows for each kind of element.
-        learning_rates: of each parameter group.
+        learning_rates: of each parameter group; None for a group without one (an optimizer that computes its own).
         warmup_num_steps: updates of the run's warmup; None if the files do not hold it.
         has_nameless_states: whether the files hold optimizer states and do not say to which parameters they belong.
         model_parallel_size: ranks that hold a replica of the model together. If there are several, the name of
@@ -82,7 +82,7 @@ class Layout:
     tensors: dict[str, TensorInfo]
     aliases: dict[str, str]
     fragments: dict[str, Table]
-    learning_rates: tuple[float, ...]
+    learning_rates: tuple[float | None, ...]
     warmup_num_steps: int | None
     has_nameless_states: bool = False
     model_parallel_size: int = 1
