@@ -5,7 +5,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from ds_worker import ENGINES, JOBS, ds_config, run_jobs  # prepares DeepSpeed for CPU
+from ds_worker import ENGINES, JOBS, ds_config, run_jobs, train_steps  # prepares DeepSpeed for CPU
 
 WIDTH, VOCABULARY = 6, 13
 
@@ -50,6 +50,14 @@ class StateOfItsOwn(torch.nn.Module):
         return x
 
 
+class Quantizer(torch.nn.Module):
+    """Saves a tensor that is no parameter and no buffer, as bitsandbytes' layers do."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "absmax"] = torch.arange(3.0)
+
+
 EXTRA_STATES = ("tensor", "size", "bytes", "dict", "none")
 
 
@@ -59,6 +67,7 @@ class ExtraStateModel(TokenModel):
     def __init__(self) -> None:
         super().__init__()
         self.extra = torch.nn.ModuleDict({kind: StateOfItsOwn(kind) for kind in EXTRA_STATES})
+        self.quantizer = Quantizer()
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.embedding(tokens)
@@ -68,41 +77,49 @@ class ExtraStateModel(TokenModel):
 
 
 class StridedModel(TokenModel):
-    """Buffers, frozen and trained parameters that are not contiguous."""
+    """Buffers, frozen and trained parameters that are not contiguous. Made in the engine's dtype: a cast would copy."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        # In the engine's dtype, or its cast would make new tensors.
         images = torch.arange(48, dtype=dtype).reshape(2, 3, 2, 4)
-        line = torch.arange(12, dtype=dtype)
         self.register_buffer("transposed", torch.arange(12, dtype=dtype).reshape(3, 4).t())
         self.register_buffer("channels_last", images.contiguous(memory_format=torch.channels_last))
         self.register_buffer("expanded", torch.ones(1, 5, dtype=dtype).expand(4, 5))
         self.register_buffer("one_value", torch.ones(1, dtype=dtype).expand(7))
         self.register_buffer("mask", torch.ones(4, 4, dtype=torch.bool).tril().t())
-        self.register_buffer("every_second", line[::2])
-        self.register_buffer("tail", line[5:])
-        self.fixed = torch.nn.Parameter(torch.arange(6, dtype=dtype).reshape(2, 3).t(), requires_grad=False)
-        self.fixed_rows = torch.nn.Parameter(torch.ones(1, 3, dtype=dtype).expand(2, 3), requires_grad=False)
-        kernel = torch.randn(3, WIDTH, 2, 2, dtype=dtype)
-        self.kernel = torch.nn.Parameter(kernel.contiguous(memory_format=torch.channels_last))
-        self.across = torch.nn.Parameter(torch.randn(5, WIDTH, dtype=dtype).t())
+        self.register_buffer("every_second", torch.arange(12, dtype=dtype)[::2])
+        self.register_buffer("tail", torch.arange(12, dtype=dtype)[5:])
+        self.fixed = torch.nn.Parameter(torch.arange(6, dtype=dtype).reshape(3, 2), requires_grad=False)
+        self.kernel = torch.nn.Parameter(torch.randn(4, WIDTH, 2, 3, dtype=dtype))
+        # DeepSpeed sends parameters to all ranks as bytes, for which the last stride must be 1 (`_broadcast_model`,
+        # runtime/engine.py:2059).
+        self.across = torch.nn.Parameter(torch.randn(5, 2, WIDTH, dtype=dtype).transpose(0, 1))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        for buffer in (self.transposed, self.channels_last):
-            buffer.mul_(0.75)
-        self.one_value[0] += 1
-        self.get_buffer("expanded")[0] += torch.arange(5).to(self.expanded.dtype)
-        self.tail.add_(1)
+        self.transposed.mul_(0.75)
+        self.channels_last.mul_(0.75)
+        self.every_second.add_(1)
+        self.tail.add_(2)
+        self.expanded[0].add_(torch.arange(5).to(self.expanded.dtype))
+        self.one_value[0].add_(1)
         x = self.embedding(tokens)
-        x = x + torch.tanh(x @ self.across).mean() + torch.tanh(x @ self.kernel[0, :, 0]).mean()
-        return self.head(torch.tanh(self.hidden(x))) + self.tail.sum() * 0
+        x = x + torch.tanh(x @ self.across[1].t()).mean() + torch.tanh(x @ self.kernel[0, :, 0]).mean()
+        return self.head(torch.tanh(self.hidden(x)))
+
+    def restride(self, *, trained: bool) -> None:
+        """What `module.to(memory_format=torch.channels_last)` does to an engine's model; and a transposed weight."""
+        self.fixed.data = self.fixed.data.t().contiguous().t()
+        if trained:
+            self.kernel.data = self.kernel.data.contiguous(memory_format=torch.channels_last)
 
 
 class KindsModel(TokenModel):
-    """Buffers and frozen weights of many dtypes; parameters without elements."""
+    """Buffers and frozen weights of many dtypes; parameters without elements.
 
-    def __init__(self) -> None:
+    Stage 3 partitions parameters of DeepSpeed's three training dtypes only.
+    """
+
+    def __init__(self, *, has_odd_weights: bool) -> None:
         super().__init__()
         self.register_buffer("rotary", torch.polar(torch.ones(3, 4), torch.arange(12.0).reshape(3, 4)))
         self.register_buffer("phases", torch.polar(torch.ones(4), torch.arange(4.0)))
@@ -113,10 +130,13 @@ class KindsModel(TokenModel):
         for bits in (16, 32, 64):
             self.register_buffer(f"unsigned{bits}", torch.arange(4).to(getattr(torch, f"uint{bits}")))
         self.register_buffer("nothing", torch.zeros(0, 3))
-        self.quantized = torch.nn.Parameter(torch.arange(-4, 4, dtype=torch.int8), requires_grad=False)
-        self.narrow = torch.nn.Parameter(torch.ones(6).to(torch.float8_e5m2), requires_grad=False)
-        self.empty = torch.nn.Parameter(torch.zeros(0, 4))
-        self.empty_frozen = torch.nn.Parameter(torch.zeros(3, 0), requires_grad=False)
+        if has_odd_weights:
+            self.quantized = torch.nn.Parameter(torch.arange(-4, 4, dtype=torch.int8), requires_grad=False)
+            self.narrow = torch.nn.Parameter(torch.ones(6).to(torch.float8_e5m2), requires_grad=False)
+            self.turned = torch.nn.Parameter(torch.tensor([1 + 2j, 3 - 4j]), requires_grad=False)
+        # In a module that is never called: stage 3 cannot gather parameters without elements for a forward pass.
+        frozen = torch.nn.Parameter(torch.zeros(3, 0), requires_grad=False)
+        self.unused = torch.nn.ParameterDict({"empty": torch.nn.Parameter(torch.zeros(0, 4)), "frozen": frozen})
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         self.phases.mul_(1j)
@@ -125,21 +145,46 @@ class KindsModel(TokenModel):
         return super().forward(tokens)
 
 
-MODELS = {"extra": ExtraStateModel, "kinds": KindsModel, "plain": TokenModel}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def engine(job: dict[str, Any]) -> Any:
     """The engine of job["model"]; job["frozen"] is frozen and job["left_out"] not given to the optimizer."""
-    model = StridedModel(DTYPES[job["dtype"]]) if job["model"] == "strided" else MODELS[job["model"]]()
+    models = {
+        "plain": TokenModel,
+        "extra": ExtraStateModel,
+        "strided": lambda: StridedModel(DTYPES[job["dtype"]]),
+        "kinds": lambda: KindsModel(has_odd_weights=job["stage"] < 3),
+    }
+    model = models[job["model"]]()
     for name in job.get("frozen", ()):
         model.get_parameter(name).requires_grad_(False)
     trained = [p for name, p in model.named_parameters() if p.requires_grad and name not in job.get("left_out", ())]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(job))[0]
+    made = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(job))[0]
+    if job["model"] == "strided" and job["stage"] < 3:
+        model.restride(trained=job["stage"] == 0)
+    return made
+
+
+def train_and_change(job: dict[str, Any]) -> dict[str, Any]:
+    """Trains two updates, changes which parameters need gradients (or adds one), trains two more; saves at 2 and 4."""
+    made = engine(job)
+    train_steps(made, 1, 2)
+    made.save_checkpoint(job["run"], tag="global_step2")
+    for name in job.get("frozen", ()):
+        made.module.get_parameter(name).requires_grad_(True)
+    for name in job.get("freezes", ()):
+        made.module.get_parameter(name).requires_grad_(False)
+    if job.get("adds"):
+        made.module.more = torch.nn.ParameterDict({"added": torch.arange(5.0, dtype=DTYPES[job["dtype"]])})
+    train_steps(made, 3, 2)
+    made.save_checkpoint(job["run"], tag="global_step4")
+    made.destroy()
+    return {}
 
 
 ENGINES["tensors"] = engine
 
 if __name__ == "__main__":
-    run_jobs(JOBS)
+    run_jobs(JOBS | {"change": train_and_change})

@@ -63,7 +63,8 @@ def tensors_of(
 
     Raises:
         BrokenCheckpoint: a name occurs twice, or has no weights; it is named.
-        UnsupportedLayout: a trained parameter is not a plain tensor; it is named.
+        UnsupportedLayout: DeepSpeed has not saved a parameter, or a trained parameter is not a plain tensor; it is
+            named.
     """
     model = model_file.tree
     buffers = set(experts.names_of_all_ranks(model.get("buffer_names") or ()))
@@ -94,7 +95,7 @@ def is_partitioned(model_file: TorchFile) -> bool:
 
 
 def _require_saved(model_file: TorchFile, names: list[str]) -> None:
-    """Raises BrokenCheckpoint for the first of the names of empty tensors that stand for a parameter's weights.
+    """Raises UnsupportedLayout if one of the empty tensors stands for a parameter whose weights are not saved.
 
     Stage 3 saves weights with the optimizer, and those that need no gradient in `frozen_param_fragments`
     (`_get_zero_frozen_param_attributes`, `runtime/engine.py:5433`). Others it does not save.
@@ -102,7 +103,8 @@ def _require_saved(model_file: TorchFile, names: list[str]) -> None:
     unsaved = [name for name in names if name not in (model_file.tree.get("frozen_param_shapes") or {})]
     if unsaved:
         verb, was = ("has", "it was") if len(unsaved) == 1 else ("have", "they were")
-        raise BrokenCheckpoint(
+        # Not BrokenCheckpoint: nothing is missing that DeepSpeed would have written, so no waiting helps.
+        raise UnsupportedLayout(
             f"{model_file.path}: {few(unsaved)} {verb} no weights in any file: {was} frozen when the optimizer was "
             "made and trainable when this was saved, or trainable and in no parameter group. ZeRO stage 3 saves "
             "trainable weights only with the optimizer. Use an earlier checkpoint; and in the training program make a "

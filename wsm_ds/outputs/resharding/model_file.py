@@ -68,7 +68,7 @@ def _module(origin: Origin, form: Form, old: dict[str, Any]) -> OrderedDict[str,
 
 
 def whole_in_every_form(origin: Origin) -> list[str]:
-    """Returns the tensors that no stage partitions: buffers, and those neither in the optimizer nor among the frozen."""
+    """Returns the tensors that no stage partitions: buffers, and those neither in the optimizer nor named as frozen."""
     frozen_shapes = origin.models[0].tree.get("frozen_param_shapes")
     return [
         name
