@@ -14,7 +14,6 @@ from lazy import torch
 
 from wsm_ds.schedules.coefficients import (
     coefficients_from_decay_factors,
-    coefficients_from_decay_factors,
     decay_factors,
     merge_coefficients,
     weight_decay_aware_coefficients,

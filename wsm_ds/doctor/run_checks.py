@@ -1,6 +1,5 @@
 """Checks of a run: the steps of its checkpoints, their rates, how long a save took, and the room on the disk."""
 
-import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from wsm_ds.doctor.deepspeed_facts import KEEPS_FROZEN_GATHERED, timeout_minutes
 from wsm_ds.doctor.findings import Finding
 from wsm_ds.errors import few
 from wsm_ds.layouts import Layout
+from wsm_ds.planning.constant_rate import rate_words, same_rates
 from wsm_ds.reporting.tables import counted
 from wsm_ds.sizes import format_size
 
@@ -175,25 +175,16 @@ def _window(facts: RunFacts, intent: Intent) -> Iterator[Finding]:
 
 def _rates(facts: RunFacts) -> Iterator[Finding]:
     for older, newer in zip(facts.window, facts.window[1:], strict=False):
-        if not _same_rates(older.learning_rates, newer.learning_rates):
+        if not same_rates(older.learning_rates, newer.learning_rates):
             yield Finding(
                 name="rate-changes",
                 level="error",
-                found=f"the learning rate is {_words(older)} at step {older.step} and {_words(newer)} at step "
-                f"{newer.step}",
+                found=f"the learning rate is {rate_words(older.learning_rates)} at step {older.step} and "
+                f"{rate_words(newer.learning_rates)} at step {newer.step}",
                 effect="a merge emulates a decay from a constant rate; a window across this change is refused",
                 cure="train on at one rate and choose a window after the change; or merge with --allow lr-change",
                 source="the optimizer's param_groups in the checkpoints",
             )
-
-
-def _same_rates(older: Sequence[float], newer: Sequence[float]) -> bool:
-    pairs = zip(sorted(older), sorted(newer), strict=False)
-    return len(older) == len(newer) and all(math.isclose(a, b, rel_tol=1e-6) for a, b in pairs)
-
-
-def _words(layout: Layout) -> str:
-    return few(sorted({f"{rate:.6g}" for rate in layout.learning_rates})) or "unknown"
 
 
 def _save_time(saves: Sequence[Save], timeout_s: float) -> Iterator[Finding]:

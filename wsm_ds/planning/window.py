@@ -270,4 +270,8 @@ def check_same_model(older: Layout, newest: Layout) -> None:
 
 def _tensor_words(layout: Layout, name: str) -> str:
     info = layout.tensors.get(name)
-    return "absent" if info is None else f"{info.role} {list(info.shape)}"
+    if info is None:
+        return "absent"
+    # Floats of several widths can be merged. Whole numbers, 8-bit floats and complex numbers are another tensor.
+    numbers = "" if info.dtype.is_floating else f" of {info.dtype.name}"
+    return f"{info.role} {list(info.shape)}{numbers}"
