@@ -1,6 +1,7 @@
 """Ranks that train models with tensors of every sort. Jobs and reports: `ds_worker.py`."""
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
