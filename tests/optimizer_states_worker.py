@@ -62,7 +62,14 @@ def schedule_free(groups: Any) -> Any:
     return import_module("schedulefree").AdamWScheduleFree(groups, lr=1e-2)
 
 
+def layered(groups: Any) -> Any:
+    """Groups of different rates, as layer-wise decay gives them."""
+    rates = (1e-2, 1e-3)
+    return torch.optim.AdamW([{**group, "lr": rate} for group, rate in zip(groups, rates, strict=True)])
+
+
 OPTIMIZERS |= {
+    "layered": layered,
     "bnb8": lambda groups: of_bitsandbytes(groups, 8),
     "bnb32": lambda groups: of_bitsandbytes(groups, 32),
     "schedule_free": schedule_free,
@@ -86,7 +93,7 @@ def engine(job: dict[str, Any]) -> Any:
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if (p.ndim > 1) is is_matrix]} for is_matrix in (True, False)]
     config = ds_worker.ds_config(job)
-    if "scheduler" not in job:
+    if not job.get("scheduler"):
         del config["scheduler"]
     optimizer = OPTIMIZERS[job["optimizer"]](trained if job.get("one_group") else groups)
     made, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

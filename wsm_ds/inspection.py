@@ -56,6 +56,7 @@ class Inspected:
             ],
             "warmup_num_steps": layout.warmup_num_steps,
             "optimizer_states": list(layout.state_names),
+            "indivisible_optimizer_states": layout.indivisible_states,
         }
 
     def details(self) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from reference import average, load_all, merged_parameters, parameters, partitio
 
 from wsm_ds.cli import main
 from wsm_ds.errors import LayoutMismatch, UnsupportedLayout, WindowError
+from wsm_ds.inspection import inspect_run
 from wsm_ds.merging import export, merge, reshard
+from wsm_ds.planning.constant_rate import rate_words
 from wsm_ds.verification import verify
 
 COEFFICIENTS = [0.25, 0.75]
@@ -53,7 +55,8 @@ def states_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("states")
     names = [name for name in [*CUT, *REFUSED, *ALONE] if is_installed(name)]
     stage0 = job_of("adafactor_s0", root) | {"dtype": "fp32", "one_group": True}
-    jobs = [*(job_of(name, root) for name in names), stage0]
+    layered = job_of("layered_s2", root) | {"scheduler": True, "warmup": 8}
+    jobs = [*(job_of(name, root) for name in names), stage0, layered]
     launch(jobs, world_size=2, folder=tmp_path_factory.mktemp("train"), worker="optimizer_states_worker.py")
     return root
 
@@ -231,6 +234,31 @@ def test_a_rate_that_comes_or_is_not_finite_is_refused(
     merge(run=run, last=2, curve="linear", out=tmp_path / "out", allow=("lr-change",))
     assert main(["inspect", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[1]["learning_rates"] == [rate if rate == 1e-2 else str(rate)] * 2
+
+
+def test_a_rate_that_is_a_bit_off_is_the_same_rate(states_runs: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(states_runs / "amsgrad_s2", tmp_path / "run"))
+    for path in (run / "global_step4").glob("*optim_states.pt"):
+        content = torch.load(path, weights_only=False)
+        for group in content["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]:
+            assert group["lr"] == 0.01
+            group["lr"] = 0.009999999999999998  # as torch's LinearLR ends
+        torch.save(content, path)
+    merge(run=run, last=2, curve="linear", out=tmp_path / "out")
+
+
+def test_groups_of_different_rates_keep_them_under_one_warmup_max_lr_and_resume_so(
+    states_runs: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    load = load_of("layered", states_runs / "layered_s2", stage=2, scheduler=True, warmup=8, steps=1)
+    load["dump"] = str(tmp_path / "dump")
+    folder = tmp_path_factory.mktemp("load")
+    reports = launch([load], world_size=2, folder=folder, worker="optimizer_states_worker.py")
+    for (report,) in reports:
+        assert report["lr"] == [1e-2 * 6 / 8, 1e-3 * 6 / 8]  # of the sixth update
+    layout = inspect_run(states_runs / "layered_s2")[-1].layout
+    assert layout is not None
+    assert rate_words(layout.learning_rates) == "[0.00625, 0.000625]"  # of the fifth update
 
 
 def test_weights_among_the_states_are_merged_with_the_weights_or_left_out(
