@@ -14,7 +14,7 @@ from wsm_ds.layouts.schema import is_stage0
 from wsm_ds.outputs.dropped_states import drop_states
 from wsm_ds.outputs.merged_states import require_carriable, require_mergeable
 from wsm_ds.outputs.resharding.form import RequestedForm, open_origin, target_form
-from wsm_ds.outputs.resharding.shared_states import require_divisible
+from wsm_ds.outputs.resharding.shared_states import require_divisible, warn_of_hyperparameters
 from wsm_ds.outputs.resharding.universal import universal_templates
 from wsm_ds.outputs.resharding.zero import zero_templates
 from wsm_ds.outputs.torch_template import Inputs, inputs_of, make_torch_template
@@ -159,8 +159,7 @@ def _templates(
     target = target_form(origin, form, allowed_globals)
     if target == origin.form and not newest.is_universal:
         return _same_form(newest, first_input, drops_states, allowed_globals)
-    if not drops_states:
-        require_divisible(origin)
+    (warn_of_hyperparameters if drops_states else require_divisible)(origin)
     if target is None:
         files, tables = universal_templates(origin, first_input, allowed_globals)
     else:

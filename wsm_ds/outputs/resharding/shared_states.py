@@ -4,6 +4,7 @@ States of one value per element are cut anew. All others are copied from rank 0 
 for a whole flat tensor, and the same on every rank and in every sub-group that becomes part of it.
 """
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,9 +16,12 @@ from wsm_ds.layouts.optimizer_states import RECOMPUTED, is_plain, unnested
 from wsm_ds.outputs.resharding.form import Origin
 from wsm_ds.torchfile import Tensor, TorchFile
 
-DROP = "Leave the optimizer states out (--optimizer-states drop)."
+log = logging.getLogger(__name__)
+
+DROP = "Leave the optimizer states out (--optimizer-states drop; not with --format universal, which needs them)."
 MOST_LISTED = 8
 """Longer lists among an optimizer's hyper-parameters are not compared."""
+HYPERPARAMETERS, STATES = "hyper-parameters", "optimizer states"
 PER_ELEMENT = "one value per element"
 
 
@@ -38,21 +42,33 @@ def require_divisible(origin: Origin) -> None:
             f"{path} is not written in another form with its optimizer states, which cannot be cut for other ranks: "
             f"{words}. {DROP}"
         )
+    for _, words in _differences(origin):
+        raise UnsupportedLayout(f"{path} is not written in another form with its optimizer states: {words}. {DROP}")
+
+
+def warn_of_hyperparameters(origin: Origin) -> None:
+    """Warns if hyper-parameters differ between ranks: without the states, those of rank 0 are written for every rank.
+
+    Args:
+        origin: the newest checkpoint, whose optimizer states are dropped.
+    """
+    for part, words in _differences(origin):
+        if part == HYPERPARAMETERS:
+            log.warning("%s: %s. Those of rank 0 are written for every rank.", origin.layout.path, words)
+
+
+def _differences(origin: Origin) -> Iterator[tuple[str, str]]:
+    """What should be alike on all ranks and is not: whether states or hyper-parameters, and the values."""
     first: dict[tuple[int, str], dict[str, str]] = {}
     for file in origin.optimizers:
         for group, part, values in _shared_values(origin, file):
             expected = first.setdefault((group, part), values)
             names = [name for name in {**expected, **values} if expected.get(name) != values.get(name)]
             if names:
-                words = few(
-                    f"{name}: {expected.get(name, 'absent')} against {values.get(name, 'absent')}" for name in names
-                )
+                pairs = few(f"{n}: {expected.get(n, 'absent')} against {values.get(n, 'absent')}" for n in names)
                 is_first = file is origin.optimizers[0]
                 where = f"two sub-groups in {file.path.name}" if is_first else f"rank 0 and {file.path.name}"
-                raise UnsupportedLayout(
-                    f"{path} is not written in another form with its optimizer states: {part} of parameter group "
-                    f"{group} differ between {where}: {words}. {DROP}"
-                )
+                yield part, f"{part} of parameter group {group} differ between {where}: {pairs}"
 
 
 def require_loadable_scalars(origin: Origin) -> None:
@@ -83,12 +99,12 @@ def _shared_values(origin: Origin, file: TorchFile) -> Iterator[tuple[int, str, 
     base = state.get("base_optimizer_state") or state["optimizer_state_dict"]
     for number, entry in enumerate(parameter_groups(file)):
         hyperparameters = {name: _text(file, value) for name, value in entry.items() if name != "params"}
-        yield number, "hyper-parameters", hyperparameters
+        yield number, HYPERPARAMETERS, hyperparameters
         for flat in entry["params"]:
             states = unnested(base["state"].get(flat, {}))
             yield (
                 number,
-                "optimizer states",
+                STATES,
                 {
                     name: PER_ELEMENT if name in origin.layout.state_names else _text(file, value)
                     for name, value in states.items()
