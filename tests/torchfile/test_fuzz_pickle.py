@@ -95,6 +95,33 @@ def test_what_an_opcode_announces_is_not_allocated(tmp_path: Path, name: str) ->
         tracemalloc.stop()
 
 
+LARGE = {
+    "marks": (b"(", 29_000_000),
+    "sets": (b"\x8f", 20_000_000),
+    "references": (b"\x94", 20_000_000),
+    "numbers": (b"M\x00\x10", 20_000_000),
+}
+"""Opcodes that take far more memory than bytes, after one that puts None on the stack."""
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_pickle_that_would_fill_the_memory_is_refused(tmp_path: Path, name: str) -> None:
+    opcode, count = LARGE[name]
+    path = file_with(tmp_path / "large.pt", b"\x80\x04N" + opcode * count + b".")
+    code = (
+        "import resource, sys; from pathlib import Path; from wsm_ds.torchfile import open_torch_file\n"
+        f"try: open_torch_file(Path({str(path)!r}))\n"
+        "except Exception as error: print(type(error).__name__, str(error).count('save client state'))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)"
+    )
+    command = [sys.executable, "-c", code]
+    said, peak_mib = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=300
+    ).stdout.splitlines()
+    assert said == "UnsupportedLayout 1"
+    assert int(peak_mib) < 1200
+
+
 def test_a_million_nested_lists_are_read_and_freed(tmp_path: Path) -> None:
     path = file_with(tmp_path / "deep.pt", b"\x80\x02" + b"]" * 1_000_000 + b"a" * 999_999 + b".")
     code = (

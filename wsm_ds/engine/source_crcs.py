@@ -16,7 +16,6 @@ from wsm_ds.errors import BrokenCheckpoint
 from wsm_ds.planning.plan import InputFile
 from wsm_ds.torchfile import Record
 
-
 MOST_REST_BYTES = 1 << 20
 """Bytes of a record that are read for the comparison alone: DeepSpeed pads partitions, and nobody needs the padding."""
 Read = Callable[[int, int, memoryview], None]
@@ -164,6 +163,10 @@ class CrcRuns:
             record_end = next((r.offset + r.nbytes for _, _, r in self.crcs.within(file, offset, offset + nbytes)), 0)
             run = self._runs[source] = _Run(file, offset, offset, 0, record_end)
         return run.crc
+
+    def are_wanted(self, sources: Sequence[int]) -> bool:
+        """Whether the kernel should compute CRC-32s: quickly, and for a record that has one."""
+        return crc32.is_fast() and any(self._runs[source].record_end for source in sources)
 
     def extend(self, source: int, nbytes: int, crc: int) -> None:
         """Adds bytes to the run of a source; `crc` is that of the whole run."""

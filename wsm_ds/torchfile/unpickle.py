@@ -193,6 +193,10 @@ class _InertUnpickler(InertMachine):
             raise pickle.UnpicklingError("it passes a function to another one")
         if isinstance(callee, InertMeta):
             return self._made(callee.global_, args, is_new=is_new)
+        if isinstance(callee, Stub) and str(callee.callee) in GETATTR and len(callee.args) == 2:
+            name = f"{as_global(callee.args[0])}.{callee.args[1]}"
+            self.unknown[name] = None  # not a member of an enum, but a class in a class, or a method
+            return Stub(callee.callee, args)
         if as_global(callee) is None or (is_new and not isinstance(callee, type)):
             raise pickle.UnpicklingError("it calls an object that is not a global")
         # `torch.save` makes an empty one and fills it by SETITEMS. Arguments could hold keys that nobody has checked.
