@@ -29,7 +29,18 @@ def test_inspect_shows_every_checkpoint_and_whether_it_is_complete(
     next((run / "global_step4").glob("*rank_1*optim_states.pt")).unlink()
     assert main(["inspect", str(run)]) == 3
     shown = capsys.readouterr().out.splitlines()
-    assert shown[0].split() == ["checkpoint", "step", "zero", "dtype", "ranks", "parameters", "size", "lr", "complete"]
+    assert shown[0].split() == [
+        "checkpoint",
+        "step",
+        "zero",
+        "dtype",
+        "ranks",
+        "parameters",
+        "size",
+        "lr",
+        "complete",
+        "framework",
+    ]
     assert shown[1].split()[:6] == ["global_step2", "2", "3", "bf16", "2", "569"]
     assert shown[1].split()[-2:] == ["0.01", "yes"]
     assert shown[2].split()[-1] == "no"

@@ -106,9 +106,11 @@ def test_a_window_in_the_warmup_and_a_changing_rate_are_errors() -> None:
     assert not {"warmup-in-window", "rate-changes"} & set(check(quiet))
     warm = dataclasses.replace(quiet, window=(oldest, dataclasses.replace(newest, warmup_num_steps=2)))
     assert check(warm)["warmup-in-window"].level == "error"
-    decayed = dataclasses.replace(newest, learning_rates=tuple(rate / 2 for rate in newest.learning_rates))
+    decayed = dataclasses.replace(newest, learning_rates=tuple((rate or 0) / 2 for rate in newest.learning_rates))
     assert check(dataclasses.replace(quiet, window=(oldest, decayed)))["rate-changes"].level == "error"
-    last_bit = dataclasses.replace(newest, learning_rates=tuple(rate * (1 + 2**-52) for rate in newest.learning_rates))
+    last_bit = dataclasses.replace(
+        newest, learning_rates=tuple((rate or 0) * (1 + 2**-52) for rate in newest.learning_rates)
+    )
     assert "rate-changes" not in check(dataclasses.replace(quiet, window=(oldest, last_bit)))
 
 

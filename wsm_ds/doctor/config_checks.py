@@ -55,8 +55,8 @@ def _scheduler(config: Config, version: Version) -> Iterator[Finding]:
             name="no-scheduler",
             level="note",
             found="the ds_config names no scheduler",
-            effect="the rate is what the training code makes it; DeepSpeed neither steps nor saves a scheduler of "
-            "its own",
+            effect="the rate is what the training code makes it; DeepSpeed neither steps nor saves a scheduler of its "
+            "own",
             cure='name one: "scheduler": {"type": "WSMLR", "params": {"warmup_max_lr": …, "warmup_num_steps": …}}',
             source="deepspeed/runtime/engine.py, _configure_lr_scheduler",
         )
@@ -75,8 +75,7 @@ def _scheduler(config: Config, version: Version) -> Iterator[Finding]:
             level="error",
             found=f"scheduler.type is {name!r}",
             effect="it is no scheduler of DeepSpeed's. torch's own fail when a ds_config names them under ZeRO, in "
-            "bf16 or "
-            "in fp16: they get DeepSpeed's wrapper, not a torch optimizer (TypeError)",
+            "bf16 or in fp16: they get DeepSpeed's wrapper, not a torch optimizer (TypeError)",
             cure='use "type": "WSMLR", or pass the scheduler object to deepspeed.initialize',
             source="deepspeed/runtime/engine.py, _scheduler_from_config",
         )
@@ -99,9 +98,8 @@ def _warmup_lr(params: Config) -> Iterator[Finding]:
         name="warmup-lr",
         level="warning",
         found=f"scheduler.type is WarmupLR{kind}",
-        effect="the first two updates have the rate warmup_min_lr; after a resume without optimizer states the "
-        "first update "
-        "has the rate 0; after a resume with another warmup_max_lr the first update has the old rate",
+        effect="the first two updates have the rate warmup_min_lr; after a resume without optimizer states the first "
+        "update has the rate 0; after a resume with another warmup_max_lr the first update has the old rate",
         cure='use "type": "WSMLR": the same parameters, a linear warmup, and the right rate after every kind of resume',
         source=f"{SCHEDULES_SOURCE}, class WarmupLR; tests/schedules/test_lr_schedules_deepspeed.py runs both",
     )
@@ -132,8 +130,7 @@ def _overflow(config: Config, version: Version) -> Iterator[Finding]:
             level="note",
             found="bf16.check_grad_overflow is not set",
             effect=f"since DeepSpeed {CHECKS_BF16_OVERFLOW} an update with a gradient that is infinite or not a "
-            "number is "
-            "skipped; the scheduler does not move then, so it counts fewer steps than global_steps",
+            "number is skipped; the scheduler does not move then, so it counts fewer steps than global_steps",
             cure='set it: "bf16": {"enabled": true, "check_grad_overflow": true}, or false as before',
             source="deepspeed/runtime/precision_config.py, DeepSpeedBF16Config",
         )
@@ -181,18 +178,16 @@ def _writer(config: Config, version: Version) -> Iterator[Finding]:
     checkpoint = block(config, "checkpoint")
     if isinstance(checkpoint.get("writer"), Mapping):
         is_decoupled = checkpoint["writer"].get("decoupled") is True
-        engine = "DecoupledCheckpointEngine" if is_decoupled else "FastCheckpointEngine"
+        engine, module = ("Decoupled", "decoupled") if is_decoupled else ("Fast", "fast")
         yield Finding(
             name="writer-cannot-load",
             level="error",
-            found=f"checkpoint.writer is set, so DeepSpeed saves with {engine}",
-            effect="it loads with torch.load's default weights_only=True, which refuses DeepSpeed's optimizer "
-            "files: the run "
-            "cannot be resumed (DeepSpeed issue 8500). In stages 0 to 2 it may write files in pieces that nothing "
-            "reads",
+            found=f"checkpoint.writer is set, so DeepSpeed saves with {engine}CheckpointEngine",
+            effect="it loads with torch.load's default weights_only=True, which refuses DeepSpeed's optimizer files: "
+            "the run cannot be resumed (DeepSpeed issue 8500). In stages 0 to 2 it may write files in pieces that "
+            "nothing reads",
             cure="remove checkpoint.writer",
-            source=""
-            f"deepspeed/runtime/checkpoint_engine/{'decoupled' if is_decoupled else 'fast'}_checkpoint_engine.py, load",
+            source=f"deepspeed/runtime/checkpoint_engine/{module}_checkpoint_engine.py, load",
         )
     if block(config, "datastates_ckpt"):
         yield Finding(

@@ -106,8 +106,7 @@ def _first_window(config: Mapping[str, Any], intent: Intent) -> list[Finding]:
             name="first-window",
             level="error" if ends_before else "note",
             found=f"the warmup has {warmup} steps; a window of {intent.last} checkpoints, one every "
-            f"{intent.interval_steps} "
-            f"steps, lies after it from step {step} on",
+            f"{intent.interval_steps} steps, lies after it from step {step} on",
             effect=f"training ends at step {intent.steps} (--steps), before a window is complete"
             if ends_before
             else "earlier windows reach into the warmup and are refused",

@@ -1,6 +1,5 @@
 """Checks of a run: the steps of its checkpoints, their rates, how long a save took, and the room on the disk."""
 
-import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from wsm_ds.doctor.deepspeed_facts import KEEPS_FROZEN_GATHERED, timeout_minutes
 from wsm_ds.doctor.findings import Finding
 from wsm_ds.errors import few
 from wsm_ds.layouts import Layout
+from wsm_ds.planning.constant_rate import rate_words, same_rates
 from wsm_ds.reporting.tables import counted
 from wsm_ds.sizes import format_size
 
@@ -123,8 +123,8 @@ def check_intent(intent: Intent, measured_steps: int | None = None) -> Iterator[
         yield Finding(
             name="interval-does-not-fit",
             level="error",
-            found=f"checkpoints are {interval} steps apart, and windows are to end every "
-            f"{intent.every_steps} steps (--every)",
+            found=f"checkpoints are {interval} steps apart, and windows are to end every {intent.every_steps} steps "
+            "(--every)",
             effect="most windows would end where there is no checkpoint",
             cure=f"make --every a multiple of {interval}, or save every divisor of {intent.every_steps}",
             source="wsm_ds/watching/windows.py",
@@ -142,9 +142,8 @@ def _grid(facts: RunFacts) -> Iterator[Finding]:
             name="off-grid-saves",
             level="warning",
             found=f"the run saves every {interval} steps, but not these: {names}",
-            effect="a save at an interruption or by hand lies between the others. A merge gives it the coefficient "
-            "of its own "
-            "step, so the result is right; a window of the newest N checkpoints lasts fewer steps than planned",
+            effect="a save at an interruption or by hand lies between the others. A merge gives it the coefficient of "
+            "its own step, so the result is right; a window of the newest N checkpoints lasts fewer steps than planned",
             cure="choose the window by --from and --to, or leave these out by --tags",
             source="the steps in the checkpoints' files",
         )
@@ -176,25 +175,16 @@ def _window(facts: RunFacts, intent: Intent) -> Iterator[Finding]:
 
 def _rates(facts: RunFacts) -> Iterator[Finding]:
     for older, newer in zip(facts.window, facts.window[1:], strict=False):
-        if not _same_rates(older.learning_rates, newer.learning_rates):
+        if not same_rates(older.learning_rates, newer.learning_rates):
             yield Finding(
                 name="rate-changes",
                 level="error",
-                found=f"the learning rate is {_words(older)} at step {older.step} and {_words(newer)} at step "
-                f"{newer.step}",
+                found=f"the learning rate is {rate_words(older.learning_rates)} at step {older.step} and "
+                f"{rate_words(newer.learning_rates)} at step {newer.step}",
                 effect="a merge emulates a decay from a constant rate; a window across this change is refused",
                 cure="train on at one rate and choose a window after the change; or merge with --allow lr-change",
                 source="the optimizer's param_groups in the checkpoints",
             )
-
-
-def _same_rates(older: Sequence[float], newer: Sequence[float]) -> bool:
-    pairs = zip(sorted(older), sorted(newer), strict=False)
-    return len(older) == len(newer) and all(math.isclose(a, b, rel_tol=1e-6) for a, b in pairs)
-
-
-def _words(layout: Layout) -> str:
-    return few(sorted({f"{rate:.6g}" for rate in layout.learning_rates})) or "unknown"
 
 
 def _save_time(saves: Sequence[Save], timeout_s: float) -> Iterator[Finding]:
@@ -205,11 +195,10 @@ def _save_time(saves: Sequence[Save], timeout_s: float) -> Iterator[Finding]:
     yield Finding(
         name="save-near-timeout",
         level="error" if seconds >= timeout_s else "warning",
-        found=f"{slowest.tag}: its last file was complete {seconds:.0f} s after its first; "
-        f"the process groups' timeout is {timeout_s:.0f} s",
-        effect="the ranks that are done wait for the slowest one in a collective; past the timeout the job ends, "
-        "and the save "
-        "is incomplete. (If the run was copied, these times are those of the copy.)",
+        found=f"{slowest.tag}: its last file was complete {seconds:.0f} s after its first; the process groups' "
+        f"timeout is {timeout_s:.0f} s",
+        effect="the ranks that are done wait for the slowest one in a collective; past the timeout the job ends, and "
+        "the save is incomplete. (If the run was copied, these times are those of the copy.)",
         cure="set DEEPSPEED_TIMEOUT (minutes) above the longest save, or save to faster storage",
         source="modification times of the files; deepspeed/constants.py, default_pg_timeout",
     )
@@ -225,10 +214,9 @@ def _frozen(facts: RunFacts, version: Version) -> Iterator[Finding]:
             name="frozen-kept-gathered",
             level="note",
             found=f"{newest.tag} is of ZeRO-3 and has {counted(len(frozen), 'frozen parameter')}: {few(frozen)}",
-            effect="in a block with activation checkpointing that is not reentrant, a frozen parameter stays "
-            "gathered on "
-            "every rank until the block's backward pass has ended: it takes memory. A save partitions all parameters "
-            "first, so the files are right",
+            effect="in a block with activation checkpointing that is not reentrant, a frozen parameter stays gathered "
+            "on every rank until the block's backward pass has ended: it takes memory. A save partitions all "
+            "parameters first, so the files are right",
             cure="nothing, unless memory is short: then use reentrant checkpointing for these blocks",
             source="deepspeed/runtime/zero/partitioned_param_coordinator.py, ds_recompute_parameters (since 0.19.3); "
             "runtime/zero/stage3.py, checkpoint_event_prologue",

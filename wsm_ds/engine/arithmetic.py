@@ -116,8 +116,8 @@ def weighted_sum(
         keeps_fp64: whether the sum stays in float64.
 
     Returns:
-        The sum, [n], taken in float64 in the given order and rounded once to float32 (unless `keeps_fp64`); and whether
-        all of it is finite.
+        The sum, [n] (for complex elements [2n], see `dtypes.widen`), taken in float64 in the given order and rounded
+        once to float32 (unless `keeps_fp64`); and whether all of it is finite.
     """
     if not keeps_fp64:
         sources = [
@@ -191,8 +191,8 @@ def rounded(values: Array, dtype: DType) -> Array:
     """Rounds float32 or float64 values to stored elements of `dtype`, to nearest even.
 
     Args:
-        values: finite, shape [n].
-        dtype: a floating dtype. Values that it cannot hold become infinities, see `dtypes.narrow`.
+        values: finite, shape [n]; for a complex dtype [2n].
+        dtype: a floating or complex dtype. Values that it cannot hold become infinities, see `dtypes.narrow`.
 
     Returns:
         [n], of the numpy dtype that has the same bits.

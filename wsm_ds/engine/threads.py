@@ -4,6 +4,9 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from wsm_ds.dtypes import ALL
 from wsm_ds.engine import arithmetic
 from wsm_ds.engine.reader import Reader
 from wsm_ds.engine.source_crcs import SourceCrcs
@@ -19,6 +22,8 @@ MIN_SLICE_NUMEL, MAX_SLICE_NUMEL = 4096, 1 << 18
 WORKER_BYTES = 1 << 20
 """What a worker needs besides its slices: buffers for reading blocks again, open files."""
 CHECK_INTERVAL_S = 0.2
+IS_COMPLEX = np.array([dtype.is_complex for dtype in ALL], dtype=bool)
+"""Whether an element is two values, by the dtype code of a fragment table."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,9 @@ def workers_for(plan: Plan, memory_bytes: int, threads: int) -> Workers:
     sources = max((len(stream.sources) for stream in plan.streams), default=1)
     targets = max((len(stream.targets) for stream in plan.streams), default=1)
     # An element has at most 8 bytes in a source; in a target 8 as it is stored, and 4 in the float32 sum.
-    bytes_per_element = 8 * sources + 12 * targets + 2 * arithmetic.SCRATCH_BYTES_PER_ELEMENT
+    bytes_per_value = 8 * sources + 12 * targets + 2 * arithmetic.SCRATCH_BYTES_PER_ELEMENT
+    has_complex = any(IS_COMPLEX[t.places.dtypes].any() for stream in plan.streams for t in stream.targets)
+    bytes_per_element = 2 * bytes_per_value if has_complex else bytes_per_value
     fixed_bytes = WORKER_BYTES + arithmetic.SCRATCH_BYTES
     least_bytes = fixed_bytes + MIN_SLICE_NUMEL * bytes_per_element
     if memory_bytes < least_bytes:

@@ -153,7 +153,7 @@ class Worker:
         members = sorted({member for target in targets for member in target.members})
         # The descriptors of all members must be open at the same time.
         is_plain = stream.combine == "merge" and len(members) <= OPEN_FILES
-        if not is_plain or any(target.places.dtype(begin).name == "fp64" for target in targets):
+        if not is_plain or any(target.places.dtype(begin).sums_in_fp64 for target in targets):
             return {}
         sources, records = [], []
         for member in members:
@@ -221,7 +221,7 @@ class Worker:
         return current.stored[key]
 
     def _merged(self, current: Slice, target: Target, dtype: DType) -> Array:
-        merged = self._summed(current, target, keeps_fp64=dtype.name == "fp64")
+        merged = self._summed(current, target, keeps_fp64=dtype.sums_in_fp64)
         if target.cast_from is not None:
             # DeepSpeed casts module weights from the masters that it stores, so they are rounded as the masters are.
             master_dtype = current.stream.targets[target.cast_from].places.dtype(current.begin)
@@ -284,7 +284,8 @@ class Worker:
             values = widen(current.source_elements[member], current.source_dtype(member))
             non_finite = np.flatnonzero(~np.isfinite(values))
             if len(non_finite):
-                element = current.begin + int(non_finite[0])
+                values_per_element = len(values) // (current.end - current.begin)  # 2 if the element is complex
+                element = current.begin + int(non_finite[0]) // values_per_element
                 place = next(current.stream.sources[member].within(element, element + 1))
                 name = current.stream.name(element, self.plan.names)
                 return NonFiniteValue(

@@ -105,6 +105,7 @@ CALLED = ENUMS | _names(
 
 MADE = _names(
     {
+        "_io": "BytesIO",  # extra states of modules (`get_extra_state`)
         "deepspeed.checkpoint.universal_checkpoint": "SubparamShape",
         "deepspeed.runtime.fp16.loss_scaler": "DynamicLossScaler LossScaler",
         # bf16_optimizer.py sets the name in its own module; older checkpoints name it there.

@@ -18,6 +18,7 @@ from wsm_ds.torchfile.archive import Archive, Record
 from wsm_ds.torchfile.known_globals import CALLED, CHECKED, ENUMS, GETATTR, KNOWN, MADE, TENSOR_FUNCTIONS
 from wsm_ds.torchfile.opcodes import InertMachine, TooLarge
 from wsm_ds.torchfile.stand_ins import Global, InertMeta, Stub, inert_class, require_no_method
+from wsm_ds.torchfile.strides import run_count
 
 STORAGES = {
     "DoubleStorage": "float64",
@@ -31,7 +32,11 @@ STORAGES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
     "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
     "UntypedStorage": "uint8",
+    "QInt8Storage": "int8",
+    "QUInt8Storage": "uint8",
+    "QInt32Storage": "int32",
 }
 
 
@@ -97,12 +102,7 @@ class Tensor:
     @property
     def is_contiguous(self) -> bool:
         """Whether the elements lie in row-major order without gaps."""
-        expected = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
-            if size != 1 and stride != expected:
-                return False
-            expected *= size
-        return True
+        return 0 in self.shape or run_count(self.shape, self.stride) == 1
 
 
 class TorchSize(tuple):  # type: ignore[type-arg]
@@ -230,18 +230,27 @@ class _InertUnpickler(InertMachine):
             raise pickle.UnpicklingError("it sets the state of an object that has none")
 
 
-def _rebuild_tensor_v2(storage: Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> Tensor:
+def _rebuild_tensor_v2(storage: Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> Any:
+    # Behind requires_grad and the hooks: whether the values are the conjugates or the negatives of what is stored
+    # (`torch/_utils.py`, `get_tensor_metadata`).
+    if any(rest[2:]):
+        return _as_stub("_rebuild_tensor_v2", storage, offset, shape, stride, *rest)
     return _rebuilt("_rebuild_tensor_v2", storage, offset, shape, stride, rest, None)
 
 
-def _rebuild_tensor_v3(storage: Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> Tensor:
+def _rebuild_tensor_v3(storage: Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> Any:
     # torch uses version 3 for dtypes without a storage class of their own, with the dtype as a further argument
     # (`torch/_tensor.py`, `_reduce_ex_internal`; `torch/storage.py`, `_new_dtypes`).
     dtype_name = as_global(rest[2]) if len(rest) > 2 else None
-    if dtype_name is not None and dtype_name.name not in BY_TORCH_NAME:
-        raise UnsupportedLayout(f"a tensor has the dtype {dtype_name}, which this version does not read.")
+    if any(rest[3:]) or (dtype_name is not None and dtype_name.name not in BY_TORCH_NAME):
+        return _as_stub("_rebuild_tensor_v3", storage, offset, shape, stride, *rest)
     dtype = BY_TORCH_NAME[dtype_name.name] if dtype_name else None
     return _rebuilt("_rebuild_tensor_v3", storage, offset, shape, stride, rest, dtype)
+
+
+def _as_stub(name: str, *args: Any) -> Stub:
+    """A tensor whose values are not simply the stored elements: the call that makes it, as data."""
+    return Stub(Global("torch._utils", name), args)
 
 
 def _rebuilt(
@@ -256,7 +265,9 @@ def _rebuilt(
     return Tensor(storage, offset, shape, stride, call, dtype)
 
 
-def _rebuild_parameter(data: Tensor, *rest: Any) -> Tensor:
+def _rebuild_parameter(data: Any, *rest: Any) -> Any:
+    if not isinstance(data, Tensor):
+        return _as_stub("_rebuild_parameter", data, *rest)
     return _rewrapped("torch._utils", "_rebuild_parameter", data, (data, *rest))
 
 
@@ -270,6 +281,8 @@ def _rebuild_from_type_v2(function: Any, tensor_class: Any, args: Any, state: An
             raise pickle.UnpicklingError("a tensor with attributes is made by a function that makes no tensor")
         return Stub(Global("torch._tensor", "_rebuild_from_type_v2"), (function, tensor_class, args, state))
     inner = function(*args)
+    if not isinstance(inner, Tensor):
+        return Stub(Global("torch._tensor", "_rebuild_from_type_v2"), (function, tensor_class, args, state))
     return _rewrapped("torch._tensor", "_rebuild_from_type_v2", inner, (function, tensor_class, args, state))
 
 
