@@ -6,7 +6,6 @@ import collections
 from pathlib import Path
 
 import pytest
-
 from attacks import flip_bits, hostile_pickles
 
 
