@@ -41,19 +41,6 @@ def _append_zeros(power: int) -> Matrix:
     return _square(_append_zeros(power - 1))
 
 
-@lru_cache(maxsize=64)
-def _append_zero_bytes(nbytes: int) -> Matrix:
-    """The map that appends `nbytes` zero bytes. Most parts have one of a few lengths, so it is kept."""
-    matrix: Matrix = tuple(1 << bit for bit in range(32))
-    power, remaining = 3, nbytes  # 2**3 bits are a byte
-    while remaining:
-        if remaining & 1:
-            matrix = tuple(_times(_append_zeros(power), row) for row in matrix)
-        remaining >>= 1
-        power += 1
-    return matrix
-
-
 def is_fast() -> bool:
     """Whether the kernel computes CRC-32s by carry-less multiplication, which costs less than reading does."""
     library = kernel()
@@ -81,4 +68,10 @@ def combine(first: int, second: int, second_nbytes: int) -> int:
         second: CRC-32 of b.
         second_nbytes: length of b.
     """
-    return _times(_append_zero_bytes(second_nbytes), first) ^ second
+    power, remaining = 3, second_nbytes  # 2**3 bits are a byte
+    while remaining:
+        if remaining & 1:
+            first = _times(_append_zeros(power), first)
+        remaining >>= 1
+        power += 1
+    return first ^ second
