@@ -10,12 +10,14 @@ from dying import dies_at
 
 from wsm_ds.cli import main
 from wsm_ds.engine import seals, tasks
+from wsm_ds.engine.staged_files import StagedFiles
 from wsm_ds.errors import CurveError, RecipeError, VerificationFailed
 from wsm_ds.filesystem import small_files
 from wsm_ds.merging import merge, merge_all
 from wsm_ds.planning.recipe import load_recipes, make_recipes
 from wsm_ds.publishing import manifest
 from wsm_ds.publishing.staging_folder import MANIFEST, PLAN, Staging
+from wsm_ds.torchfile import open_torch_file
 from wsm_ds.verification import verify
 from wsm_ds.watching.spec import SPEC, read_spec
 
@@ -145,3 +147,24 @@ def test_a_window_of_more_checkpoints_than_any_run_has_is_refused_at_once() -> N
     with pytest.raises(CurveError, match="at most 1000000"):
         merge_coefficients("linear", n=10**12)
     assert main(["coefficients", "--curve", "linear", "-n", str(10**12)]) == 2
+
+
+def test_an_output_that_cannot_be_read_is_not_published(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk that returns other bytes than were written to it."""
+    finish = StagedFiles.finish
+
+    def finish_and_damage(self: StagedFiles, output: int) -> Any:
+        written = finish(self, output)
+        path = self.paths[0]
+        pickled = open_torch_file(path).archive.records["data.pkl"]
+        data = bytearray(path.read_bytes())
+        data[pickled.offset + pickled.nbytes // 2] ^= 4
+        path.write_bytes(data)
+        return written
+
+    monkeypatch.setattr(StagedFiles, "finish", finish_and_damage)
+    with pytest.raises(VerificationFailed, match=r"cannot be read, so nothing is published: .*data\.pkl is damaged"):
+        merge(run=runs / "w2_s2_bf16", last=2, curve="linear", out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
