@@ -235,7 +235,7 @@ VPCLMUL static uint32_t crc_512(uint32_t crc, const unsigned char *data, size_t 
     const __m128i by_16 = _mm_set_epi64x(0x0ccaa009e, 0x1751997d0);
     __m512i x[4];
     for (int i = 0; i < 4; i++) x[i] = _mm512_loadu_si512(data + 64 * i);
-    x[0] = _mm512_xor_si512(x[0], _mm512_zextsi128_si512(_mm_cvtsi32_si128((int)~crc)));
+    x[0] = _mm512_xor_si512(x[0], _mm512_inserti32x4(_mm512_setzero_si512(), _mm_cvtsi32_si128((int)~crc), 0));
     for (data += 256, nbytes -= 256; nbytes >= 256; data += 256, nbytes -= 256)
         for (int i = 0; i < 4; i++) x[i] = folded_4(x[i], by_256, _mm512_loadu_si512(data + 64 * i));
     __m512i all = folded_4(folded_4(folded_4(x[0], by_64, x[1]), by_64, x[2]), by_64, x[3]);
