@@ -92,7 +92,7 @@ class BudgetTooSmall(WsmError, ValueError):
 
 
 class BrokenCheckpoint(WsmError, OSError):
-    """Files of a checkpoint are missing, truncated or have unexpected content.
+    """Files of a checkpoint are missing, truncated, damaged or have unexpected content.
 
     Raised when a checkpoint's metadata or elements are read. The message names the file or the missing ranks.
     """
@@ -101,10 +101,10 @@ class BrokenCheckpoint(WsmError, OSError):
 
 
 class UnsafePickle(WsmError, ValueError):
-    """A checkpoint's pickle refers to a global that no training checkpoint needs.
+    """A checkpoint's pickle refers to a global that is not one of the harmless ones that checkpoints need.
 
-    Raised before anything is imported; no pickle is ever executed. The message names the file, the global and the
-    option that allows it.
+    Raised before anything is imported; no pickle is ever executed. The message names the file, all such globals and the
+    options that allow them.
     """
 
     exit_code = 3

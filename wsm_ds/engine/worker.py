@@ -168,10 +168,12 @@ class Worker:
         wanted_sums = [(tuple(members.index(member) for member in key.members), key.coefficients) for key in keys]
         began_s = time.perf_counter()
         before = [self.crc_runs.before(*record) for record in records]
+        if not self.crc_runs.are_wanted(members):
+            before = []
         fused = arithmetic.fused_sums(sources, wanted_sums, end - begin, self.scratch, before)
         if fused is None or not fused.is_finite:
             return {}
-        for (member, _, _, nbytes), crc in zip(records, fused.crcs, strict=True):
+        for (member, _, _, nbytes), crc in zip(records if before else [], fused.crcs, strict=True):
             self.crc_runs.extend(member, nbytes, crc)
         self.timings.read_s += fused.read_s
         self.timings.arithmetic_s += time.perf_counter() - began_s - fused.read_s

@@ -19,6 +19,7 @@ from typing import Any
 from wsm_ds.errors import RecipeError, UnsupportedLayout, few
 from wsm_ds.filesystem.durable import append_line
 from wsm_ds.filesystem.locks import hold_lock
+from wsm_ds.filesystem.small_files import read_small
 from wsm_ds.layouts import Checkpoint, find_checkpoints
 from wsm_ds.layouts.frameworks import TRAINER_STATE
 from wsm_ds.layouts.order import Dated
@@ -160,9 +161,9 @@ def _best_of_trainer(checkpoints: Checkpoints) -> set[int]:
     best = set()
     for checkpoint in checkpoints.by_step.values():
         try:
-            state = json.loads((checkpoint.save_folder / TRAINER_STATE).read_text(encoding="utf-8"))
+            state = json.loads(read_small(checkpoint.save_folder / TRAINER_STATE))
             best.add(by_name.get(Path(state["best_model_checkpoint"]).name))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return {step for step in best if step is not None}
 
