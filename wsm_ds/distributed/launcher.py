@@ -20,8 +20,8 @@ ALONE = "To run this process alone, set WORLD_SIZE=1 for it (`WORLD_SIZE=1 wsm-d
 HIGHEST_PORT = (1 << 16) - 1
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """Variables of launchers that are the parent of their ranks and live as long: torchrun (torch's
-`elastic/agent/server/local_elastic_agent.py`), deepspeed (`launcher/launch.py`), Open MPI, and MPICH. Slurm's step daemon
-is one, too. A shell that sets RANK by hand is none: it may end before its ranks do."""
+`elastic/agent/server/local_elastic_agent.py`), deepspeed (`launcher/launch.py`), Open MPI, and MPICH. Slurm's step
+daemon is one, too. A shell that sets RANK by hand is none: it may end before its ranks do."""
 _operations = itertools.count()
 _parent = Parent()
 
