@@ -35,8 +35,7 @@ def test_only_whole_parts_of_known_wrappers_are_left_out(name: str, core: str) -
 @pytest.fixture(scope="module")
 def layouts() -> list[Layout]:
     return [
-        read_layout(Checkpoint(step, f"global_step{step}", GOLDEN / f"global_step{step}"), frozenset())
-        for step in (1, 2)
+        read_layout(Checkpoint(f"global_step{step}", GOLDEN / f"global_step{step}"), frozenset()) for step in (1, 2)
     ]
 
 

@@ -19,8 +19,11 @@ from wsm_ds.engine.seals import Seal
 from wsm_ds.errors import OutputLocked
 from wsm_ds.filesystem.durable import replace_text
 from wsm_ds.filesystem.locks import try_lock
+from wsm_ds.filesystem.small_files import read_small
 
 CLAIMS = "claims"
+MOST_JOURNAL_BYTES = 1 << 30
+"""1 GiB: a line of about 100 bytes for each block of 40 TB of output."""
 ORPHANS_END_S, POLL_S = 10.0, 0.1
 """Seconds that a new attempt waits for ranks of an earlier one: they notice within a second that rank 0 has ended."""
 BlockName = tuple[str, int]
@@ -128,9 +131,11 @@ def _line(block: BlockName, seal: Seal) -> str:
 
 def _entries(path: Path) -> Iterator[tuple[BlockName, Seal]]:
     """The entries of a journal. A line that a kill cut short, or that is malformed, is ignored."""
-    if not path.exists():
+    try:
+        text = read_small(path, most_bytes=MOST_JOURNAL_BYTES, errors="replace")
+    except (FileNotFoundError, ValueError):
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in text.splitlines():
         try:
             name, block, digest, crcs = json.loads(line)
             yield (str(name), int(block)), Seal(bytes.fromhex(digest), tuple(map(int, crcs)))

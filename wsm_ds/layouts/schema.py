@@ -85,6 +85,12 @@ class Flats(_Described):
     fp32_groups: NotRequired[list[Tensors]]
 
 
+class Counted(_Described):
+    """What every model file holds, whatever the stage: `global_steps`, the number of updates."""
+
+    global_steps: Whole
+
+
 class Model(_Described):
     """A model file of stages 1 to 3 (`_common_checkpoint_state`, `runtime/engine.py:5017`)."""
 
@@ -156,6 +162,11 @@ def open_model(path: Path, allowed_globals: frozenset[str]) -> TorchFile:
         BrokenCheckpoint, UnsafePickle, UnsupportedLayout: the file cannot be read, or is not what DeepSpeed writes.
     """
     file = open_torch_file(path, allowed_globals)
+    if is_stage0(file.tree) and file.tree.get("module") is None:
+        raise UnsupportedLayout(
+            f"{path} is of a PipelineModule at ZeRO stage 0 (its weights are in layer_*-model_states.pt), which this "
+            "version does not read. Train with ZeRO stage 1, which writes the parameters' names."
+        )
     check(file, file.tree, Model0 if is_stage0(file.tree) else Model)
     return file
 
