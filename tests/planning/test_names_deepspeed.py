@@ -15,8 +15,10 @@ from wsm_ds.planning.recipe import load_recipe, make_recipe
 from wsm_ds.publishing.staging_folder import MANIFEST
 from wsm_ds.verification import verify
 
-KINDS = {0: "compile", 1: "module", 2: "peft", 3: "compile and checkpoint"}
+KINDS = {0: "compile", 1: "module", 2: "peft", 3: "fsdp and checkpoint"}
 PLAIN, OWN = "plain", "own"
+PREFIXES = {"compile": "_orig_mod.", "module": "module.", "peft": "base_model.model.",
+            "fsdp and checkpoint": "_fsdp_wrapped_module."}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +36,11 @@ def wrapping(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def with_wrapper(name: str, kind: str) -> str:
     """The name that a tensor of TinyModel has in a wrapped model."""
-    if kind == "compile and checkpoint":
+    if kind == "fsdp and checkpoint":
         name = name.replace("hidden.", "hidden._checkpoint_wrapped_module.")
     if kind == "peft":
         name = name.replace("out.", "out.base_layer.")
-    prefix = {"module": "module.", "peft": "base_model.model.", OWN: "trunk.", PLAIN: ""}
-    return prefix.get(kind, "_orig_mod.") + name
+    return PREFIXES[kind] + name
 
 
 def tensors_of(out: Path) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def test_a_model_that_is_wrapped_midway_merges_to_the_same_numbers(
         manifest = merge(run, last=2, format=form, out=tmp_path / form).manifest
         lines = [record.message for record in caplog.records if record.message.startswith("names of global_step4")]
         assert len(lines) == 1
-        assert f"embedding.weight is {with_wrapper('embedding.weight', kind)}" in lines[0]
+        assert f"scale is {with_wrapper('scale', kind)}" in lines[0]
         (matched,) = manifest["matched_names"]
         assert (matched["tag"], matched["renamed"]) == ("global_step2", 10 if stage else matched["renamed"])
         assert verify(tmp_path / form, full=True).recomputed_bytes > 0
@@ -88,7 +89,7 @@ def test_a_model_that_is_wrapped_midway_merges_to_the_same_numbers(
 def test_names_with_an_own_wrapper_are_matched_by_a_rule(wrapping: Path, tmp_path: Path) -> None:
     plain, run = wrapping / "s2" / PLAIN, wrapping / "s2" / OWN
     options: dict[str, Any] = {"last": 2, "format": "safetensors", "dtype": "fp32"}
-    with pytest.raises(LayoutMismatch, match=r"trunk\.embedding\.weight.*--rename-sources TAG:PATTERN=NEW"):
+    with pytest.raises(LayoutMismatch, match=r"embedding\.weight: parameter \[13, 9\] against absent, .*--rename-sources TAG:PATTERN=NEW"):
         merge(run, out=tmp_path / "out", **options)
     rules = {"global_step2": {"^": "trunk."}}
     merged = merge(run, out=tmp_path / "out", rename_sources=rules, **options)
