@@ -10,7 +10,7 @@ from deepspeed_runs import launch
 from lazy import load_file, torch
 
 from wsm_ds.errors import LayoutMismatch, RecipeError
-from wsm_ds.merging import merge, merge_all, plan_merge, run_plan
+from wsm_ds.merging import export, merge, merge_all, plan_merge, reshard, run_plan
 from wsm_ds.planning.recipe import load_recipe, make_recipe
 from wsm_ds.publishing.staging_folder import MANIFEST
 from wsm_ds.verification import verify
@@ -35,9 +35,7 @@ def wrapping(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_wrapper(name: str, kind: str) -> str:
-    """The name that a tensor of TinyModel has in a wrapped model."""
-    if kind == "fsdp and checkpoint":
-        name = name.replace("hidden.", "hidden._checkpoint_wrapped_module.")
+    """The name that a tensor of TinyModel has in the state dict of a wrapped model."""
     if kind == "peft":
         name = name.replace("out.", "out.base_layer.")
     return PREFIXES[kind] + name
@@ -47,9 +45,25 @@ def tensors_of(out: Path) -> dict[str, Any]:
     return {name: tensor for path in sorted(out.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
-def masters(checkpoint: Path) -> list[Any]:
-    _, optims = reference.load_all(checkpoint)
-    return [flat for optim in optims.values() for flat in reference.partitions(optim)]
+def test_a_model_with_checkpoint_wrappers_is_resharded_and_converted_under_its_own_names(
+    wrapping: Path, tmp_path: Path
+) -> None:
+    run, hidden = wrapping / "s3" / KINDS[3], "_checkpoint_wrapped_module"
+    newest, _ = reference.load_all(run / "global_step4")
+    assert f"_fsdp_wrapped_module.hidden.{hidden}.weight" in newest[0]["param_shapes"][0]
+    expected = tensors_of(export(run, out=tmp_path / "exported", dtype="fp32").out)
+    assert "_fsdp_wrapped_module.hidden.weight" in expected
+    reshard(run, like=wrapping / "s2" / PLAIN / "global_step4", out=tmp_path / "stage2")
+    written, _ = reference.load_all(tmp_path / "stage2" / "global_step4")
+    assert list(written[0]["module"]) == list(newest[0]["module"])
+    assert [*written[0]["param_shapes"][0]] == [name for group in newest[0]["param_shapes"] for name in group]
+    merge(run, last=1, format="universal", out=tmp_path / "universal")
+    for out in (tmp_path / "stage2", tmp_path / "universal"):
+        again = tensors_of(export(out, out=Path(f"{out}-exported"), dtype="fp32").out)
+        assert set(again) == set(expected)
+        assert all(reference.same_bits(again[name], tensor) for name, tensor in expected.items())
+    parameters = tmp_path / "universal" / "global_step4_universal" / "zero"
+    assert (parameters / f"_fsdp_wrapped_module.hidden.{hidden}.bias").is_dir()
 
 
 @pytest.mark.parametrize("stage", KINDS)
@@ -74,12 +88,12 @@ def test_a_model_that_is_wrapped_midway_merges_to_the_same_numbers(
     for name, tensor in expected.items():
         assert reference.same_bits(merged[with_wrapper(name, kind)], tensor)
     assert any(not torch.equal(older[name], expected[name]) for name in expected)
+    checkpoints = [run / f"global_step{step}" for step in (2, 4)]
     if stage:
-        flats = masters(tmp_path / "zero" / "global_step4"), masters(tmp_path / "plain-zero" / "global_step4")
-        assert all(reference.same_bits(a, b) for a, b in zip(*flats, strict=True))
-        expected_masters = reference.merged_masters([run / f"global_step{step}" for step in (2, 4)], [0.5, 0.5])
-        for number, flat in enumerate(flat for rank in sorted(expected_masters) for flat in expected_masters[rank]):
-            assert reference.same_bits(flats[0][number], flat) or stage == 3  # stage 3 carries its padding
+        whole = reference.whole(tmp_path / "zero" / "global_step4", stage, kinds=())["master"]
+        literal = reference.merged_parameters(checkpoints, [0.5, 0.5], stage)
+        assert list(whole) == list(literal)
+        assert all(reference.same_bits(whole[name], literal[name]) for name in literal)
     newest, _ = reference.load_all(run / "global_step4")
     written, _ = reference.load_all(tmp_path / "zero" / "global_step4")
     assert list(written[0]["module"]) == list(newest[0]["module"])
@@ -89,7 +103,10 @@ def test_a_model_that_is_wrapped_midway_merges_to_the_same_numbers(
 def test_names_with_an_own_wrapper_are_matched_by_a_rule(wrapping: Path, tmp_path: Path) -> None:
     plain, run = wrapping / "s2" / PLAIN, wrapping / "s2" / OWN
     options: dict[str, Any] = {"last": 2, "format": "safetensors", "dtype": "fp32"}
-    with pytest.raises(LayoutMismatch, match=r"embedding\.weight: parameter \[13, 9\] against absent, .*--rename-sources TAG:PATTERN=NEW"):
+    with pytest.raises(
+        LayoutMismatch,
+        match=r"against absent, .*--rename-sources TAG:PATTERN=NEW",
+    ):
         merge(run, out=tmp_path / "out", **options)
     rules = {"global_step2": {"^": "trunk."}}
     merged = merge(run, out=tmp_path / "out", rename_sources=rules, **options)

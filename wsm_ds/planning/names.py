@@ -1,7 +1,7 @@
 """Names that change within a run: the tensors of older checkpoints get the names that the newest checkpoint has.
 
-A model is wrapped at a resume, for example by `torch.compile`. Then the same tensors have other names from there on. Only
-the older checkpoint's layout in memory is renamed: which tensor a fragment belongs to does not depend on names.
+A model is wrapped at a resume, for example by `torch.compile`. Then the same tensors have other names from there
+on. Only the older checkpoint's layout in memory is renamed: fragments refer to tensors by number, not by name.
 """
 
 import re
