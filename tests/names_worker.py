@@ -5,6 +5,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import safe_get_full_fp32_param
 from ds_models import TinyModel
 from ds_worker import ds_config, run_jobs, train_steps
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -59,5 +60,19 @@ def do_wrap(job: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def do_load(job: dict[str, Any]) -> dict[str, Any]:
+    """Loads job["run"] into an engine whose model is wrapped, and trains on. Reports the masters it had loaded."""
+    engine = engine_of(job, job["kind"], seed=9)
+    engine.load_checkpoint(job["run"])
+    masters = {
+        name: safe_get_full_fp32_param(parameter).flatten().tolist()
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad
+    }
+    train_steps(engine, 5, 1)
+    engine.destroy()
+    return masters
+
+
 if __name__ == "__main__":
-    run_jobs({"wrap": do_wrap})
+    run_jobs({"wrap": do_wrap, "load": do_load})

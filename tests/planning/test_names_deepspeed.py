@@ -76,9 +76,9 @@ def test_a_model_that_is_wrapped_midway_merges_to_the_same_numbers(
         merge(plain, last=2, format=form, out=tmp_path / f"plain-{form}")
         caplog.clear()
         manifest = merge(run, last=2, format=form, out=tmp_path / form).manifest
-        lines = [record.message for record in caplog.records if record.message.startswith("names of global_step4")]
+        lines = [record.message for record in caplog.records if "the names of global_step4" in record.message]
         assert len(lines) == 1
-        assert f"scale is {with_wrapper('scale', kind)}" in lines[0]
+        assert f"global_step2 (scale as {with_wrapper('scale', kind)}" in lines[0]
         (matched,) = manifest["matched_names"]
         assert (matched["tag"], matched["renamed"]) == ("global_step2", 10 if stage else matched["renamed"])
         assert verify(tmp_path / form, full=True).recomputed_bytes > 0
@@ -98,6 +98,26 @@ def test_a_model_that_is_wrapped_midway_merges_to_the_same_numbers(
     written, _ = reference.load_all(tmp_path / "zero" / "global_step4")
     assert list(written[0]["module"]) == list(newest[0]["module"])
     assert reference.same_tree(written[0].get("param_shapes"), newest[0].get("param_shapes"))
+
+
+def test_deepspeed_loads_what_was_merged_and_resharded_into_wrapped_models(
+    wrapping: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outs = {stage: tmp_path / f"s{stage}" for stage in (1, 2, 3)}
+    for stage, out in outs.items():
+        merge(wrapping / f"s{stage}" / KINDS[stage], last=2, out=out)
+    reshard(outs[3], stage=2, out=tmp_path / "s3 as s2")
+    jobs = [
+        {"do": "load", "stage": stage, "dtype": "bf16", "kind": KINDS[stage], "run": str(out)}
+        for stage, out in outs.items()
+    ]
+    jobs.append({"do": "load", "stage": 2, "dtype": "bf16", "kind": KINDS[3], "run": str(tmp_path / "s3 as s2")})
+    reports, _ = launch(jobs, world_size=2, folder=tmp_path_factory.mktemp("load"), worker="names_worker.py")
+    for job, loaded in zip(jobs, reports, strict=True):
+        exported = tensors_of(export(job["run"], dtype="fp32", out=Path(f"{job['run']} exported")).out)
+        assert len(loaded) == 6
+        for name, master in loaded.items():
+            assert exported[name.replace("_checkpoint_wrapped_module.", "")].flatten().tolist() == master
 
 
 def test_names_with_an_own_wrapper_are_matched_by_a_rule(wrapping: Path, tmp_path: Path) -> None:

@@ -48,8 +48,8 @@ class MatchedNames:
 
     def __str__(self) -> str:
         old, new = next(iter(self.names.items()))
-        more = f", and {len(self.names) - 1} more" if len(self.names) > 1 else ""
-        return f"{self.tag} ({old} is {new}{more})"
+        more = f" and {len(self.names) - 1} more" if len(self.names) > 1 else ""
+        return f"{self.tag} ({old} as {new}{more})"
 
 
 def without_wrappers(name: str) -> str:

@@ -69,7 +69,7 @@ def select_window(
         )
     named, matched_names = with_names_of_newest(layouts, recipe.rename_sources)
     if matched_names:
-        warn("names of %s: %s", layouts[-1].tag, few(matched_names, 2))
+        warn("tensors have the names of %s, and were renamed in %s", layouts[-1].tag, few(matched_names, 2))
     for layout in named[:-1]:
         check_same_model(layout, named[-1])
     check_constant_rate(layouts, recipe.allow, warn)
