@@ -52,7 +52,7 @@ def test_a_merge_is_made_whatever_becomes_of_its_streams(tmp_path: Path, ending:
         ("coefficients --curve linear -n 3", "| true", 3),
         (f"merge {RUN} --last 2 --out NEW --dry-run", ">/dev/full", 3),
         ("--help", ">/dev/full", 3),
-        (f"prune {RUN} --keep-last 1", ">/dev/full", 3),
+        (f"prune {RUN} --keep-window 1", ">/dev/full", 3),
         (f"inspect {RUN}", "2>&-", 0),
         (f"merge {RUN} --last 9 --out NEW", "2>&-", 2),
         (f"merge {RUN} --last 9 --out NEW", ">&-", 2),

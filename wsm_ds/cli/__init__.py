@@ -12,6 +12,7 @@ from wsm_ds.cli.completion import SHELLS, PrintCompletion
 from wsm_ds.cli.messages import describe
 from wsm_ds.cli.options import EXIT_CODES, level_options
 from wsm_ds.cli.streams import Printed, standard_streams
+from wsm_ds.distributed.parent import STARTER  # noqa: F401  remembers the parent, as early as possible
 from wsm_ds.errors import WsmError, one_line
 from wsm_ds.filesystem.capacity import require_address_space
 

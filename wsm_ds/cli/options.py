@@ -232,6 +232,7 @@ def recipe_values(options: argparse.Namespace) -> dict[str, Any]:
     values["coefficients"] = split(getattr(options, "coefficients", None))
     tags = [tag for text in getattr(options, "tags", []) for tag in split(text) or ()]
     values |= {"tags": tuple(tags) or None, "allow": tuple(getattr(options, "allow", ())) or None}
+    values["rename_sources"] = _source_replacements(getattr(options, "rename_sources", ())) or None
     return values | repeated_values(options)
 
 
@@ -252,7 +253,6 @@ def repeated_values(options: argparse.Namespace) -> dict[str, Any]:
     """The recipe values, by key, of flags that may be given several times."""
     return {
         "rename": dict(_replacement("--rename", text) for text in getattr(options, "rename", ())) or None,
-        "rename_sources": _source_replacements(getattr(options, "rename_sources", ())) or None,
         "include": tuple(getattr(options, "include", ())) or None,
         "allow_globals": tuple(options.allow_globals) or None,
     }

@@ -25,6 +25,8 @@ JOIN_S = 120.0
 """Seconds that the ranks wait for each other at the start."""
 NOTICE_S, NOTICE_AGAIN_S = 3.0, 30.0
 """Seconds after which a rank says for the first time for whom it waits, and how often it says so again."""
+TAKEN_S = 40.0
+"""Seconds that a rank waits for another call, when rank 0 has begun with another process in its place."""
 CONNECT_S = 1.5
 POLL_S = 0.05
 OPERATION_S = 120.0
@@ -165,6 +167,7 @@ def _call(store: Any, world_size: int, own: list[str], patience: Patience) -> st
 def _answer(store: Any, rank: int, world_size: int, own: list[str], patience: Patience) -> str:
     """A rank but rank 0: answers each call, until one has ended with a list of members. Returns its nonce."""
     answered: list[str] = []
+    begun_s: dict[str, float] = {}
     while True:
         call = json.loads(store.get(CALL)) if store.check([CALL]) else None
         if call and call["is_open"] and call["world_size"] == world_size and call["nonce"] not in answered:
@@ -176,6 +179,13 @@ def _answer(store: Any, rank: int, world_size: int, own: list[str], patience: Pa
                 if member != own:
                     raise _displaced(own, member, rank)
                 return nonce
+        if call and not call["is_open"] and call["nonce"] not in answered:
+            # It may be the call of the command before this one. Then the next call comes soon.
+            if time.monotonic() - begun_s.setdefault(call["nonce"], time.monotonic()) > TAKEN_S:
+                raise PeerFailed(
+                    f"rank 0 ({call['by'][0]}) has begun with another process in place of {own[0]} as rank {rank}. One "
+                    "of the two belongs to another start of the command: end it, and start the command again.", 3,
+                )  # fmt: skip
         patience.wait(_lacking(call, rank, world_size, answered))
 
 
