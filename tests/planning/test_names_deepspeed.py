@@ -107,7 +107,7 @@ def test_deepspeed_loads_what_was_merged_and_resharded_into_wrapped_models(
     for stage, out in outs.items():
         merge(wrapping / f"s{stage}" / KINDS[stage], last=2, out=out)
     reshard(outs[3], stage=2, out=tmp_path / "s3 as s2")
-    jobs = [
+    jobs: list[dict[str, Any]] = [
         {"do": "load", "stage": stage, "dtype": "bf16", "kind": KINDS[stage], "run": str(out)}
         for stage, out in outs.items()
     ]

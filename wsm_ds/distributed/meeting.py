@@ -179,13 +179,14 @@ def _answer(store: Any, rank: int, world_size: int, own: list[str], patience: Pa
                 if member != own:
                     raise _displaced(own, member, rank)
                 return nonce
-        if call and not call["is_open"] and call["nonce"] not in answered:
-            # It may be the call of the command before this one. Then the next call comes soon.
-            if time.monotonic() - begun_s.setdefault(call["nonce"], time.monotonic()) > TAKEN_S:
-                raise PeerFailed(
-                    f"rank 0 ({call['by'][0]}) has begun with another process in place of {own[0]} as rank {rank}. One "
-                    "of the two belongs to another start of the command: end it, and start the command again.", 3,
-                )  # fmt: skip
+        # A closed call may be that of the command before this one. Then the next call comes soon.
+        is_taken = call is not None and not call["is_open"] and call["nonce"] not in answered
+        taken_s = time.monotonic() - begun_s.setdefault(call["nonce"], time.monotonic()) if call and is_taken else 0.0
+        if call and taken_s > TAKEN_S:
+            raise PeerFailed(
+                f"rank 0 ({call['by'][0]}) has begun with another process in place of {own[0]} as rank {rank}. One of "
+                "the two belongs to another start of the command: end it, and start the command again.", 3,
+            )  # fmt: skip
         patience.wait(_lacking(call, rank, world_size, answered))
 
 
