@@ -23,8 +23,10 @@ log = logging.getLogger(__name__)
 
 JOIN_S = 120.0
 """Seconds that the ranks wait for each other at the start."""
-NOTICE_S, NOTICE_AGAIN_S = 3.0, 30.0
+NOTICE_S, NOTICE_AGAIN_S = 2.5, 30.0
 """Seconds after which a rank says for the first time for whom it waits, and how often it says so again."""
+SKEW_S = 1.0
+"""Seconds of waiting about which a rank says nothing: ranks import torch at different speeds."""
 TAKEN_S = 40.0
 """Seconds that a rank waits for another call, when rank 0 has begun with another process in its place."""
 CONNECT_S = 1.5
@@ -47,6 +49,7 @@ class Patience:
         self.who, self.about, self.parent = who, about, parent
         self.began_s = time.monotonic()
         self.next_notice_s = NOTICE_S
+        self.looked_s: float | None = None
 
     def wait(self, lacking: str) -> None:
         """Waits a moment.
@@ -62,7 +65,8 @@ class Patience:
         waited_s = time.monotonic() - self.began_s
         if waited_s > JOIN_S:
             raise PeerFailed(f"{self.who} has waited {JOIN_S:g} s for {lacking}. {self.about}", 3)
-        if waited_s >= self.next_notice_s:
+        self.looked_s = waited_s if self.looked_s is None else self.looked_s
+        if waited_s >= max(self.next_notice_s, self.looked_s + SKEW_S):
             self.next_notice_s = waited_s + NOTICE_AGAIN_S
             log.warning("%s waits for %s, at most %g s. %s", self.who, lacking, JOIN_S, self.about)
         time.sleep(POLL_S)
