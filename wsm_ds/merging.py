@@ -170,6 +170,7 @@ def _output(recipe: MergeRecipe, window: Window, texts: dict[str, str]) -> Outpu
         lag_steps=lag(window.coefficients, steps),
         texts=texts,
         recipe=recipe.model_dump(mode="json"),
+        matched_names=tuple(match.to_json() for match in window.matched_names),
     )
 
 

@@ -23,6 +23,7 @@ from wsm_ds.cli.options import (
     progress_style,
     recipe_option,
     recipe_values,
+    rename_sources_option,
     repeated_values,
     safetensors_options,
     signals_interrupt,
@@ -103,6 +104,7 @@ def _add_merge(commands: Any) -> None:
         help="checkpoints by name, in any order",
     )  # fmt: skip
     allow_option(window)
+    rename_sources_option(window)
     coefficients_option(curve_options(merge))
     output = _output_options(merge)
     format_options(output)

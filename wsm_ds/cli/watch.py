@@ -23,6 +23,7 @@ from wsm_ds.cli.options import (
     progress_style,
     recipe_option,
     recipe_values,
+    rename_sources_option,
     require_last,
     safetensors_options,
     several,
@@ -81,6 +82,7 @@ def _add_watch(commands: Any) -> None:
     window = window_options(watch)
     end_point_options(window, "end when all windows up to STEP are merged (default: never)")
     allow_option(window)
+    rename_sources_option(window)
     coefficients_option(curve_options(watch))
     output = watch.add_argument_group("output (what is written)")
     output.add_argument("--out", type=Path, metavar="DIR", help="the folder of all merges of this watch")

@@ -15,7 +15,7 @@ from wsm_ds.engine.tasks import Task
 from wsm_ds.engine.timings import Timings
 from wsm_ds.engine.worker import Worker
 from wsm_ds.engine.writer import Writer
-from wsm_ds.errors import BudgetTooSmall
+from wsm_ds.errors import BudgetTooSmall, InsufficientCapacity
 from wsm_ds.planning.plan import Plan
 
 MIN_SLICE_NUMEL, MAX_SLICE_NUMEL = 4096, 1 << 18
@@ -91,14 +91,15 @@ def run_tasks(
             the dtype of the output.
         LayoutMismatch: a frozen tensor differs between sources; the message names it.
         BrokenCheckpoint: a source is gone, ends too early, or has a wrong CRC-32; the message names it.
+        InsufficientCapacity: the system starts no more threads.
         OSError: the disk is full, or a file cannot be read or written.
     """
     queue = _TaskQueue(plan, tasks, files, workers.slice_numel, on_bytes)
     worker_threads = [threading.Thread(target=queue.work, name=f"merge-{number}") for number in range(workers.threads)]
     all_threads = [*worker_threads, threading.Thread(target=queue.sync, name="sync")]
-    for thread in all_threads:
-        thread.start()
     try:
+        for thread in all_threads:
+            _start(thread)
         for thread in worker_threads:
             while thread.is_alive():
                 # With a timeout: the main thread runs signal handlers only between its own bytecodes.
@@ -107,12 +108,23 @@ def run_tasks(
     finally:
         queue.stop.set()
         for thread in all_threads:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
     if queue.errors:
         raise queue.errors[0]
     with Reader(plan.inputs) as reader:
         queue.crcs.check_rest(reader.read)
     return queue.timings
+
+
+def _start(thread: threading.Thread) -> None:
+    try:
+        thread.start()
+    except RuntimeError as error:  # CPython's `_threadmodule.c`: the system call has failed
+        raise InsufficientCapacity(
+            "the system starts no more threads: a limit on processes (ulimit -u), on memory (ulimit -v) or of a "
+            "container is reached. Raise it, or take fewer threads (--threads 1)."
+        ) from error
 
 
 class _TaskQueue:

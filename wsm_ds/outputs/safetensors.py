@@ -14,6 +14,7 @@ from wsm_ds.errors import RecipeError, UnsupportedLayout, few
 from wsm_ds.layouts import Layout
 from wsm_ds.layouts.coverage import KIND_OF_ROLE
 from wsm_ds.layouts.layout import TensorInfo
+from wsm_ds.layouts.saved_names import saved_name
 from wsm_ds.outputs.zero_checkpoint import OutputFiles, OutputWindow, output_files
 from wsm_ds.planning.plan import LiteralSegment, Template, ZeroSegment
 from wsm_ds.planning.streams import FragmentRow, SourceTables, fragment_table
@@ -108,7 +109,7 @@ def _renamed(tensors: dict[str, TensorInfo], rename: dict[str, str]) -> dict[str
     """The name of each tensor in the output."""
     names = {}
     for fqn in tensors:
-        names[fqn] = fqn
+        names[fqn] = saved_name(fqn)
         for pattern, replacement in rename.items():
             names[fqn] = re.sub(pattern, replacement, names[fqn])
     used_names: dict[str, str] = {}

@@ -198,6 +198,7 @@ class Output:
         lag_steps: mean age of the weights against the newest checkpoint, in steps.
         texts: small files of the output's root, by name.
         recipe: the recipe as plain data.
+        matched_names: what was renamed in older sources, as plain data.
     """
 
     out: Path
@@ -207,6 +208,7 @@ class Output:
     lag_steps: float
     texts: dict[str, str]
     recipe: dict[str, Any]
+    matched_names: tuple[dict[str, Any], ...] = ()
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -275,7 +277,7 @@ def describe_output(output: Output) -> dict[str, Any]:
         "curve": output.curve,
         "effective_sample_size": output.ess,
         "lag_steps": output.lag_steps,
-    }
+    } | ({"matched_names": list(output.matched_names)} if output.matched_names else {})
 
 
 def segments_outside(segments: Sequence[Segment], begins: Ints, ends: Ints) -> tuple[Segment, ...]:

@@ -56,6 +56,7 @@ class _MergeOptions(ExportOptions, _FormOptions, total=False):
     tags: Sequence[str] | None
     coefficients: Sequence[float] | None
     oldest_interval: int | None
+    rename_sources: Mapping[str, Mapping[str, str]] | None
     allow: Sequence[Literal["warmup", "lr-change"]] | None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from wsm_ds.errors import LayoutMismatch, RecipeError, UnsupportedLayout
 from wsm_ds.layouts import Layout, read_layout
 from wsm_ds.layouts.run import checkpoint_at
+from wsm_ds.layouts.saved_names import with_parameter_names
 from wsm_ds.outputs.resharding.groups import (
     ParameterGroup,
     in_partition_order,
@@ -15,6 +16,7 @@ from wsm_ds.outputs.resharding.groups import (
     read_universal_groups,
     subgroups,
 )
+from wsm_ds.planning.names import without_wrappers
 from wsm_ds.torchfile import TorchFile, open_torch_file
 
 RANK = re.compile(r"zero_pp_rank_(\d+)_")
@@ -99,7 +101,8 @@ def open_origin(layout: Layout, allowed_globals: frozenset[str]) -> Origin:
         reason = f"it holds {other_files[0]}" if other_files else "it is stage 0"
         raise UnsupportedLayout(f"{layout.path} is not written in another form: {reason}. {KEEP_FORM}")
     files = [open_torch_file(archive.path, allowed_globals) for archive in layout.archives]
-    models = {_rank(file): file for file in files if file.path.name.endswith("model_states.pt")}
+    model_files = [file for file in files if file.path.name.endswith("model_states.pt")]
+    models = {_rank(file): with_parameter_names(file) for file in model_files}
     optims = {_rank(file): file for file in files if file.path.name.endswith("optim_states.pt")}
     states = [optims[rank].tree["optimizer_state_dict"] for rank in sorted(optims)]
     if isinstance(states[0].get("base_optimizer_state"), list):
@@ -124,7 +127,8 @@ def open_origin(layout: Layout, allowed_globals: frozenset[str]) -> Origin:
 def _open_universal(layout: Layout, allowed_globals: frozenset[str]) -> Origin:
     """Opens a universal checkpoint. Its form is that of the run that it was converted from."""
     files = {path.name: open_torch_file(path, allowed_globals) for path in _metadata_files(layout)}
-    models = {_rank(file): file for name, file in files.items() if name.endswith("model_states.pt")}
+    model_files = [file for name, file in files.items() if name.endswith("model_states.pt")]
+    models = {_rank(file): with_parameter_names(file) for file in model_files}
     optimizer_state = files["optimizer_state.pt"]
     config = models[0].tree.get("ds_config") or {}
     accumulates_in_fp32 = (config.get("data_types") or {}).get("grad_accum_dtype") == "fp32"
@@ -258,11 +262,16 @@ def target_form(origin: Origin, requested: RequestedForm, allowed_globals: froze
     return replace(form, is_bf16_optimizer=form.is_bf16_optimizer and form.stage == 1)
 
 
+def _group_names(checkpoint: Origin) -> list[list[str]]:
+    """The parameters of each group. Only the form is taken, so it does not matter whether the models are wrapped."""
+    return [[without_wrappers(name) for name in group.names] for group in checkpoint.groups]
+
+
 def _require_same_groups(origin: Origin, pattern: Origin) -> None:
     """Checks that the checkpoint whose form is taken has the same parameter groups and dtype."""
     comparisons = [
         ("dtypes", origin.layout.dtype.name, pattern.layout.dtype.name),
-        ("parameter groups", *([group.names for group in checkpoint.groups] for checkpoint in (origin, pattern))),
+        ("parameter groups", *map(_group_names, (origin, pattern))),
     ]
     for name, origin_value, pattern_value in comparisons:
         if origin_value != pattern_value:

@@ -15,6 +15,7 @@ from wsm_ds.layouts import zero12
 from wsm_ds.layouts.layout import Table, TableBuilder
 from wsm_ds.layouts.optimizer_states import unnested
 from wsm_ds.layouts.rank_files import RankFiles
+from wsm_ds.layouts.saved_names import with_parameter_names
 from wsm_ds.outputs.resharding.form import Origin
 from wsm_ds.outputs.resharding.groups import ParameterGroup
 from wsm_ds.outputs.resharding.model_file import model_tree
@@ -121,7 +122,8 @@ def _parameter_templates(
 def _add_module(builder: TableBuilder, origin: Origin, model: TorchFile) -> None:
     """Adds where the module's weights belong in the first template."""
     layout = origin.layout
-    zero12.add_module(builder, RankFiles({0: model}, {}, {model.path: 0}, layout.tensors, layout.aliases, 1))
+    named = with_parameter_names(model)
+    zero12.add_module(builder, RankFiles({0: named}, {}, {model.path: 0}, layout.tensors, layout.aliases, 1))
 
 
 def _optimizer_state(origin: Origin) -> dict[str, Any]:
