@@ -71,6 +71,7 @@ def add_commands(commands: Any) -> None:
     safetensors_options(output)
     include_option(output)
     machine_options(export)
+    allow_option(export)
 
     reshard = command(
         commands, "reshard", _reshard, "write one checkpoint for other ranks, or another ZeRO stage", RESHARD,
@@ -81,6 +82,7 @@ def add_commands(commands: Any) -> None:
     form_options(reshard)
     include_option(_output_options(reshard))
     machine_options(reshard)
+    allow_option(reshard)
 
 
 def _add_merge(commands: Any) -> None:

@@ -99,9 +99,9 @@ def window_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 def allow_option(group: argparse._ActionsContainer) -> None:
     """Adds --allow."""
     group.add_argument(
-        "--allow", action="append", default=[], choices=("warmup", "lr-change"),
-        help="merge although the window begins in the warmup, or the learning rate changes in it (default: refuse); "
-        "may be given twice",
+        "--allow", action="append", default=[], choices=("warmup", "lr-change", "foreign-files"),
+        help="go on although the window begins in the warmup, the learning rate changes in it, or files of a "
+        "checkpoint are not of one save (default: refuse); may be given several times",
     )  # fmt: skip
 
 
@@ -221,8 +221,7 @@ def recipe_values(options: argparse.Namespace) -> dict[str, Any]:
     values["curve"] = several(options.curve, separator=CURVE_SEPARATOR)
     values["coefficients"] = split(getattr(options, "coefficients", None))
     tags = [tag for text in getattr(options, "tags", []) for tag in split(text) or ()]
-    values |= {"tags": tuple(tags) or None, "allow": tuple(getattr(options, "allow", ())) or None}
-    return values | repeated_values(options)
+    return values | {"tags": tuple(tags) or None} | repeated_values(options)
 
 
 def require_last(values: dict[str, Any], options: argparse.Namespace) -> None:
@@ -246,6 +245,7 @@ def repeated_values(options: argparse.Namespace) -> dict[str, Any]:
             raise RecipeError(f"--rename must be PATTERN=NEW, with a pattern before the last '=', not {replacement!r}")
     return {
         "rename": {pattern: replacement for pattern, _, replacement in pairs} or None,
+        "allow": tuple(getattr(options, "allow", ())) or None,
         "include": tuple(getattr(options, "include", ())) or None,
         "allow_globals": tuple(options.allow_globals) or None,
     }

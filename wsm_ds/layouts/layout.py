@@ -66,6 +66,7 @@ class Layout:
         fragments: one table of `FRAGMENT` rows for each kind of element.
         learning_rates: of each parameter group; None for a group without one (an optimizer that computes its own).
         warmup_num_steps: updates of the run's warmup; None if the files do not hold it.
+        contradictions: what the metadata of the files contradicts itself in, see `one_save`; sentences.
         has_nameless_states: whether the files hold optimizer states and do not say to which parameters they belong.
         extra_states: entries of the module's state dict that are neither parameters nor buffers (`get_extra_state`).
         opaque: tensors whose values are not simply stored elements, with what each is ("a quantized tensor"). They are
@@ -87,6 +88,7 @@ class Layout:
     fragments: dict[str, Table]
     learning_rates: tuple[float | None, ...]
     warmup_num_steps: int | None
+    contradictions: tuple[str, ...] = ()
     has_nameless_states: bool = False
     model_parallel_size: int = 1
     extra_states: tuple[str, ...] = ()

@@ -16,6 +16,7 @@ from wsm_ds.layouts.layout import are_copies
 from wsm_ds.layouts.order import Dated, in_order, require_one_series, without_universal_copies
 from wsm_ds.layouts.run import deleted_steps, find_tag
 from wsm_ds.planning.constant_rate import check_constant_rate
+from wsm_ds.planning.one_save import require_one_save
 from wsm_ds.planning.recipe import MergeRecipe
 from wsm_ds.schedules.coefficients import check_coefficients, merge_coefficients
 from wsm_ds.schedules.curves import parse_curve
@@ -42,7 +43,7 @@ class Window:
 def select_window(
     recipe: MergeRecipe, read: ReadLayout = read_layout, warn: Callable[..., None] = log.warning
 ) -> Window:
-    """Finds, reads and checks the checkpoints of a recipe. Reads metadata only.
+    """Finds, reads and checks the checkpoints of a recipe. Reads metadata, and samples of the weights.
 
     Args:
         recipe: what the user asks for.
@@ -54,6 +55,7 @@ def select_window(
         WindowError: no checkpoint lies in the range, a step occurs twice, the window lies inside the warmup, or the
             learning rate changes in it. The message names the checkpoints.
         LayoutMismatch: the checkpoints do not hold the same model; the message names the differences.
+        ForeignFiles: a checkpoint has files of another save.
     """
     layouts = sorted(_read_window(recipe, read, warn), key=lambda layout: layout.step)
     steps = [layout.step for layout in layouts]
@@ -67,6 +69,7 @@ def select_window(
     for layout in layouts[:-1]:
         check_same_model(layout, layouts[-1])
     check_constant_rate(layouts, recipe.allow, warn)
+    require_one_save(layouts, recipe.allow)
     return Window(tuple(layouts), _coefficients(recipe, steps))
 
 
