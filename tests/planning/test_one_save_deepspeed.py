@@ -1,6 +1,7 @@
 """Files of another step, of another rank and of another run are noticed, in real checkpoints; and nothing else is."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,9 +53,9 @@ def require_refused_everywhere(run: Path, words: str) -> None:
     """merge, export, reshard, inspect and verify say so; nothing is written; by hand it goes."""
     out = run.parent / "out"
     for call in (
-        lambda: merge(run=run, last=2, out=out),
-        lambda: export(run, tag="global_step4", out=out),
-        lambda: reshard(run, tag="global_step4", world_size=1, out=out),
+        partial(merge, run=run, last=2, out=out),
+        partial(export, run, tag="global_step4", out=out),
+        partial(reshard, run, tag="global_step4", world_size=1, out=out),
     ):
         with pytest.raises(ForeignFiles, match=words):
             call()

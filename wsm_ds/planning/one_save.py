@@ -5,6 +5,7 @@ every save. A rank's optimizer file of another step, of another rank or of anoth
 thousand elements of each file are compared. Stage 3 saves no module weights; there only the metadata tells.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from wsm_ds.dtypes import ALL, Array, narrow, widen
-from wsm_ds.errors import ForeignFiles, few
+from wsm_ds.errors import BrokenCheckpoint, ForeignFiles, few
 from wsm_ds.layouts import Layout
 from wsm_ds.layouts.layout import Table
 
-RUNS, RUN_NUMEL = 16, 256
+RUNS, RUN_NUMEL = 8, 256
 """Runs of elements that are compared for each file with masters, and elements of a run. They lie evenly in the file."""
 
 
@@ -84,37 +85,41 @@ def samples(layout: Layout) -> Iterator[Sample]:
     masters, modules = layout.fragments.get("master"), layout.fragments.get("module")
     if masters is None or modules is None:
         return
-    modules = modules[np.lexsort((modules["start"], modules["tensor"]))]
     modules = modules[modules["replica"] == 0]
+    modules = modules[np.lexsort((modules["start"], modules["tensor"]))]
     order = np.argsort(masters["file"], kind="stable")
     bounds = np.flatnonzero(np.diff(masters["file"][order])) + 1
-    for rows in np.split(masters[order], bounds):
-        sample = _sample(layout, rows, modules)
-        if sample.numel:
-            yield sample
+    with _OpenFile() as module_file, _OpenFile() as master_file:
+        for rows in np.split(masters[order], bounds):
+            sample = _sample(layout, rows, modules, master_file, module_file)
+            if sample.numel:
+                yield sample
 
 
-def _sample(layout: Layout, masters: Table, modules: Table) -> Sample:
+def _sample(
+    layout: Layout, masters: Table, modules: Table, master_file: "_OpenFile", module_file: "_OpenFile"
+) -> Sample:
     """Compares runs of one file's masters with the weights of the same elements."""
     path = layout.path / layout.files[int(masters["file"][0])]
     ends = np.cumsum(masters["numel"])
+    positions = np.arange(RUNS) * int(ends[-1]) // RUNS
+    numbers = np.searchsorted(ends, positions, side="right")
+    picked = masters[numbers]
+    firsts = picked["start"] + positions - (ends[numbers] - picked["numel"])
     compared = equal = 0
-    module_files = dict.fromkeys(range(0))
-    for position in (np.arange(RUNS) * int(ends[-1]) // RUNS).tolist():
-        row = masters[int(np.searchsorted(ends, position, side="right"))]
-        first = int(row["start"]) + position - int(ends[np.searchsorted(ends, position, side="right")] - row["numel"])
+    module_names: dict[str, None] = {}
+    for row, first in zip(picked, firsts.tolist(), strict=True):
         module = _covering(modules, int(row["tensor"]), first)
         if module is None:
             continue
         last = min(first + RUN_NUMEL, int(row["start"] + row["numel"]), int(module["start"] + module["numel"]))
-        weights = _read(layout.path / layout.files[int(module["file"])], module, first, last)
-        values = narrow(_read(path, row, first, last), ALL[module["dtype"]])
-        rounded = widen(values, ALL[module["dtype"]])
+        name, dtype = layout.files[int(module["file"])], ALL[module["dtype"]]
+        weights = module_file.elements(layout.path / name, module, first, last)
+        rounded = widen(narrow(master_file.elements(path, row, first, last), dtype), dtype)
         same = (rounded == weights) | (np.isnan(rounded) & np.isnan(weights))
         compared, equal = compared + len(same), equal + int(same.sum())
-        module_files[int(module["file"])] = None
-    names = tuple(layout.files[number] for number in module_files)
-    return Sample(path.name, names, compared, equal)
+        module_names[name] = None
+    return Sample(path.name, tuple(module_names), compared, equal)
 
 
 def _covering(modules: Table, tensor: int, element: int) -> Table | None:
@@ -127,8 +132,30 @@ def _covering(modules: Table, tensor: int, element: int) -> Table | None:
     return row
 
 
-def _read(path: Path, row: Table, first: int, last: int) -> Array:
-    """Elements [first, last) of a tensor, from the fragment that holds them, as floats."""
-    dtype = ALL[row["dtype"]]
-    offset = int(row["offset"]) + (first - int(row["start"])) * dtype.itemsize
-    return widen(np.fromfile(path, dtype.storage, last - first, offset=offset), dtype)
+class _OpenFile:
+    """The file that was read last, kept open: most samples of a checkpoint are of one model file."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.descriptor = -1
+
+    def __enter__(self) -> "_OpenFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        self.path, self.descriptor = None, -1
+
+    def elements(self, path: Path, row: Table, first: int, last: int) -> Array:
+        """Elements [first, last) of a tensor, from the fragment that holds them, as floats."""
+        if path != self.path:
+            self.__exit__()
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.path = path
+        dtype = ALL[row["dtype"]]
+        offset = int(row["offset"]) + (first - int(row["start"])) * dtype.itemsize
+        data = os.pread(self.descriptor, (last - first) * dtype.itemsize, offset)
+        if len(data) < (last - first) * dtype.itemsize:
+            raise BrokenCheckpoint(f"{path} ends before byte {offset + (last - first) * dtype.itemsize}.")
+        return widen(np.frombuffer(data, dtype.storage), dtype)
