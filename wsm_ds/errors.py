@@ -128,6 +128,15 @@ class LayoutMismatch(WsmError, ValueError):
     exit_code = 3
 
 
+class ForeignFiles(WsmError, ValueError):
+    """A checkpoint has files of another save: of another step, another rank or another run.
+
+    Raised when a window is planned. The message names the files, and what differs.
+    """
+
+    exit_code = 3
+
+
 class NonFiniteValue(WsmError, ValueError):
     """A source holds a NaN or an infinity, or a merged value is too large for the output's dtype.
 

@@ -72,6 +72,7 @@ def add_commands(commands: Any) -> None:
     safetensors_options(output)
     include_option(output)
     machine_options(export)
+    allow_option(export)
 
     reshard = command(
         commands, "reshard", _reshard, "write one checkpoint for other ranks, or another ZeRO stage", RESHARD,
@@ -87,6 +88,7 @@ def add_commands(commands: Any) -> None:
     )  # fmt: skip
     include_option(output)
     machine_options(reshard)
+    allow_option(reshard)
 
 
 def _add_merge(commands: Any) -> None:

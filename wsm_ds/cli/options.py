@@ -99,9 +99,9 @@ def window_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 def allow_option(group: argparse._ActionsContainer) -> None:
     """Adds --allow."""
     group.add_argument(
-        "--allow", action="append", default=[], choices=("warmup", "lr-change"),
-        help="merge although the window begins in the warmup, or the learning rate changes in it (default: refuse); "
-        "may be given twice",
+        "--allow", action="append", default=[], choices=("warmup", "lr-change", "foreign-files"),
+        help="go on although the window begins in the warmup, the learning rate changes in it, or files of a "
+        "checkpoint are not of one save (default: refuse); may be given several times",
     )  # fmt: skip
 
 
@@ -231,7 +231,7 @@ def recipe_values(options: argparse.Namespace) -> dict[str, Any]:
     values["curve"] = several(options.curve, separator=CURVE_SEPARATOR)
     values["coefficients"] = split(getattr(options, "coefficients", None))
     tags = [tag for text in getattr(options, "tags", []) for tag in split(text) or ()]
-    values |= {"tags": tuple(tags) or None, "allow": tuple(getattr(options, "allow", ())) or None}
+    values["tags"] = tuple(tags) or None
     values["rename_sources"] = _source_replacements(getattr(options, "rename_sources", ())) or None
     return values | repeated_values(options)
 
@@ -253,6 +253,7 @@ def repeated_values(options: argparse.Namespace) -> dict[str, Any]:
     """The recipe values, by key, of flags that may be given several times."""
     return {
         "rename": dict(_replacement("--rename", text) for text in getattr(options, "rename", ())) or None,
+        "allow": tuple(getattr(options, "allow", ())) or None,
         "include": tuple(getattr(options, "include", ())) or None,
         "allow_globals": tuple(options.allow_globals) or None,
     }

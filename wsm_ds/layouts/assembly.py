@@ -19,6 +19,7 @@ def assemble(
     file_names: tuple[str, ...],
     groups: Any,
     has_nameless_states: bool = False,
+    contradictions: tuple[str, ...] = (),
 ) -> Layout:
     """Builds the layout of a checkpoint.
 
@@ -33,6 +34,7 @@ def assemble(
         file_names: paths of all files relative to the checkpoint's folder, in the order of their numbers.
         groups: `param_groups` of the optimizer.
         has_nameless_states: whether the files hold optimizer states of unknown parameters.
+        contradictions: see `Layout`.
 
     Raises:
         BrokenCheckpoint: a tensor is not in the files whole; it is named.
@@ -60,6 +62,7 @@ def assemble(
         warmup_num_steps=warmup_num_steps(first.models[0].tree),
         is_train_mode=is_train_mode(groups),
         indivisible_states=builder.indivisible_states,
+        contradictions=contradictions,
         has_nameless_states=has_nameless_states,
         model_parallel_size=len(ranks),
         extra_states=tuple(prefix + name for prefix, rank in named_ranks for name in rank.extra_states),

@@ -70,6 +70,7 @@ class Layout:
             averaged ones (False); None for other optimizers.
         indivisible_states: optimizer states that hold neither one value per element nor one value alone: by name, what
             they hold. They can be copied with their files, but neither cut nor summed.
+        contradictions: what the metadata of the files contradicts itself in, see `one_save`; sentences.
         has_nameless_states: whether the files hold optimizer states and do not say to which parameters they belong.
         extra_states: entries of the module's state dict that are neither parameters nor buffers (`get_extra_state`).
         opaque: tensors whose values are not simply stored elements, with what each is ("a quantized tensor"). They are
@@ -93,6 +94,7 @@ class Layout:
     warmup_num_steps: int | None
     is_train_mode: bool | None = None
     indivisible_states: dict[str, str] = field(default_factory=dict)
+    contradictions: tuple[str, ...] = ()
     has_nameless_states: bool = False
     model_parallel_size: int = 1
     extra_states: tuple[str, ...] = ()

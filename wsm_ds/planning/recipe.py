@@ -17,7 +17,7 @@ from wsm_ds.planning.recipe_errors import check_replacements, unknown_key, valid
 from wsm_ds.planning.recipe_options import CheckpointOptions, RecipeOptions, StrPath, SweepOptions
 from wsm_ds.sizes import parse_size
 
-Allowance = Literal["warmup", "lr-change"]
+Allowance = Literal["warmup", "lr-change", "foreign-files"]
 MAX_RANKS = 1 << 17
 """Most ranks of an output, more than any cluster has, so that a mistyped number does not fill the memory."""
 MAX_OUTPUTS = 1000
@@ -61,7 +61,8 @@ class MergeRecipe(BaseModel):
             only by known wrappers (`torch.compile` and others) are matched without it.
         include: files to copy into the output's root (config.json, tokenizer files). The files that HF Trainer keeps
             beside the newest checkpoint are always copied, except weights.
-        allow: checks to skip: "warmup" (the window lies inside the warmup), "lr-change" (the rate changes in it).
+        allow: checks to skip: "warmup" (the window lies inside the warmup), "lr-change" (the rate changes in it),
+            "foreign-files" (files of a checkpoint are not of one save).
         allow_globals: names of classes in the checkpoints' client state to carry as data; they are not imported.
     """
 

@@ -15,6 +15,7 @@ StrPath = str | os.PathLike[str]
 
 
 class _WorkOptions(TypedDict, total=False):
+    allow: Sequence[Literal["warmup", "lr-change", "foreign-files"]] | None
     include: Sequence[StrPath] | None
     allow_globals: Sequence[str] | None
     memory_budget: int | str | None
@@ -57,7 +58,6 @@ class _MergeOptions(ExportOptions, _FormOptions, total=False):
     coefficients: Sequence[float] | None
     oldest_interval: int | None
     rename_sources: Mapping[str, Mapping[str, str]] | None
-    allow: Sequence[Literal["warmup", "lr-change"]] | None
 
 
 class RecipeOptions(_MergeOptions, total=False):

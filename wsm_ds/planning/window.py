@@ -17,6 +17,7 @@ from wsm_ds.layouts.order import Dated, in_order, require_one_series, without_un
 from wsm_ds.layouts.run import deleted_steps, find_tag
 from wsm_ds.planning.constant_rate import check_constant_rate
 from wsm_ds.planning.names import MatchedNames, with_names_of_newest
+from wsm_ds.planning.one_save import require_one_save
 from wsm_ds.planning.recipe import MergeRecipe
 from wsm_ds.schedules.coefficients import check_coefficients, merge_coefficients
 from wsm_ds.schedules.curves import parse_curve
@@ -45,7 +46,7 @@ class Window:
 def select_window(
     recipe: MergeRecipe, read: ReadLayout = read_layout, warn: Callable[..., None] = log.warning
 ) -> Window:
-    """Finds, reads and checks the checkpoints of a recipe. Reads metadata only.
+    """Finds, reads and checks the checkpoints of a recipe. Reads metadata, and samples of the weights.
 
     Args:
         recipe: what the user asks for.
@@ -57,6 +58,7 @@ def select_window(
         WindowError: no checkpoint lies in the range, a step occurs twice, the window lies inside the warmup, or the
             learning rate changes in it. The message names the checkpoints.
         LayoutMismatch: the checkpoints do not hold the same model; the message names the differences.
+        ForeignFiles: a checkpoint has files of another save.
     """
     layouts = sorted(_read_window(recipe, read, warn), key=lambda layout: layout.step)
     steps = [layout.step for layout in layouts]
@@ -73,6 +75,7 @@ def select_window(
     for layout in named[:-1]:
         check_same_model(layout, named[-1])
     check_constant_rate(layouts, recipe.allow, warn)
+    require_one_save(layouts, recipe.allow)
     if layouts[-1].is_train_mode and recipe.format == "safetensors":
         warn(
             "%s was saved in the training mode of a schedule-free optimizer: its weights are not the averaged ones, "
