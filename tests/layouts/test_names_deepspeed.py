@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def test_two_different_checkpoints_of_a_step_are_refused(copied: Copied) -> None
     shutil.copytree(run / "global_step4", run / "other_step4")
     optim = next((run / "other_step4").glob("*zero_pp_rank_1*"))
     optim.write_bytes(next((run / "global_step3").glob("*zero_pp_rank_1*")).read_bytes())
-    for window in (lambda: last(run, 1), lambda: between(run, 3, 4)):
+    for window in (partial(last, run, 1), partial(between, run, 3, 4)):
         with pytest.raises(WindowError, match="step 4 was saved more than once, as global_step4, other_step4"):
             window()
     assert last(run, 2, to=3) == ["global_step2", "global_step3"]  # a tie outside the window does not matter
@@ -173,7 +174,7 @@ def test_a_newest_checkpoint_that_tells_no_step_is_skipped_if_all_names_agree(
 def test_a_checkpoint_that_nothing_dates_is_never_placed_by_its_name(copied: Copied) -> None:
     run = copied("words")
     cut(run, "a")  # of step 3
-    for window in (lambda: last(run, 1), lambda: between(run, 1, 4)):
+    for window in (partial(last, run, 1), partial(between, run, 1, 4)):
         with pytest.raises(BrokenCheckpoint, match="So the step of a is not known, and it may belong to the window"):
             window()
     assert plan(run, tags=("b", "c")) == ["b", "c"]

@@ -87,8 +87,8 @@ def plan_prune(run: Path, retention: Retention, allowed_globals: frozenset[str] 
     """Decides which checkpoints of a run can be deleted, oldest first. Deletes nothing.
 
     Always kept: the newest complete checkpoint and all newer ones, the one that `latest` names, the best model of HF
-    Trainer, universal copies, links and what they name, checkpoints of unknown step, a second checkpoint of a step,
-    and checkpoints whose names have no number.
+    Trainer, universal copies, links and what they name, checkpoints of unknown step, several checkpoints of one
+    step, and checkpoints whose names have no number.
 
     Args:
         run: the run's folder.
@@ -196,7 +196,7 @@ def _verdict(dated: Dated, checkpoints: Checkpoints, complete: set[int], reasons
     folder = _deleted_folder(checkpoints.run, checkpoint)
     nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     is_chosen = step is not None and checkpoints.by_step[step] is checkpoint
-    reason = _kept_for_itself(folder, dated, checkpoints, is_chosen) or ("" if step is None else reasons.get(step, ""))
+    reason = _kept_for_itself(folder, dated, checkpoints) or ("" if step is None else reasons.get(step, ""))
     return Verdict(checkpoint, step, folder, nbytes, is_chosen and step in complete, reason)
 
 
@@ -205,7 +205,7 @@ def _deleted_folder(run: Path, checkpoint: Checkpoint) -> Path:
     return checkpoint.path if checkpoint.save_folder == run else checkpoint.save_folder
 
 
-def _kept_for_itself(folder: Path, dated: Dated, checkpoints: Checkpoints, is_chosen: bool) -> str:
+def _kept_for_itself(folder: Path, dated: Dated, checkpoints: Checkpoints) -> str:
     """Why a checkpoint is kept whatever its step is; empty if it is not."""
     checkpoint = dated.checkpoint
     beside = [d for d in checkpoints.dated if d is not dated and d.checkpoint.path.is_relative_to(folder)]
@@ -219,8 +219,9 @@ def _kept_for_itself(folder: Path, dated: Dated, checkpoints: Checkpoints, is_ch
         return f"{checkpoint.links[0]} is a link to it"
     if not any(map(str.isdigit, folder.name)):
         return "its name has no number"
-    if not is_chosen:
-        return f"{checkpoints.by_step[dated.step].tag} is of the same step"
+    twins = [d for d in checkpoints.dated if d.step == dated.step and d is not dated and not d.checkpoint.is_universal]
+    if twins:
+        return f"{twins[0].checkpoint.tag} is of the same step"
     return f"{beside[0].checkpoint.tag} lies in its folder" if beside else ""
 
 
