@@ -247,6 +247,7 @@ def test_the_examples_of_every_help_work(
     """In a folder where RUN is a run; steps are thousands in the examples and ones in the run of the tests."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.setpriority", lambda *_: None)
+    Path("configs").symlink_to(Path(__file__).parents[1] / "configs")
     for number, line in enumerate(examples()):
         run = Path("RUN")
         if not run.is_dir() or number == 0 or "prune" in line:

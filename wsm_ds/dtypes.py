@@ -1,8 +1,9 @@
 """The element types that checkpoints store: their names, and the conversion from and to floats.
 
-The bytes of a tensor are little-endian. numpy has no bfloat16 and no 8-bit floats, so arrays of these types hold the
-bits as unsigned integers. `widen` and `narrow` convert between stored elements and the float32 (for fp64: float64)
-in which values are summed and rounded (docs/theory.md, "What is exact").
+The bytes of a tensor are little-endian. numpy has no bfloat16, no 8-bit floats and no complex32, so arrays of these
+types hold the bits as unsigned integers. `widen` and `narrow` convert between stored elements and the float32 (for fp64
+and complex128: float64) in which values are summed and rounded (docs/theory.md, "What is exact"). A complex element is
+two such values, the real part first.
 """
 
 from dataclasses import dataclass
@@ -21,13 +22,13 @@ class DType:
     Attributes:
         name: the name in recipes, plans and manifests.
         torch_name: the name of torch's dtype, without "torch.".
-        safetensors_name: the name in a safetensors header.
+        safetensors_name: the name in a safetensors header; None if that format has no such type.
         storage: the numpy dtype of an array that holds the same bits, little-endian.
     """
 
     name: str
     torch_name: str
-    safetensors_name: str
+    safetensors_name: str | None
     storage: str
 
     @property
@@ -42,8 +43,26 @@ class DType:
 
     @property
     def is_floating(self) -> bool:
-        """Whether a merge can sum elements of this type. It copies those of other types, 8-bit floats among them."""
+        """Whether elements are real numbers that a merge can sum, and cast to another such type.
+
+        8-bit floats are not: they have no meaning without the scales that a library keeps beside them.
+        """
         return self.name in ("fp64", "fp32", "fp16", "bf16")
+
+    @property
+    def is_complex(self) -> bool:
+        """Whether an element is two real numbers."""
+        return self.name.startswith("complex")
+
+    @property
+    def is_summable(self) -> bool:
+        """Whether a merge sums elements of this type. It copies those of other types."""
+        return self.is_floating or self.is_complex
+
+    @property
+    def sums_in_fp64(self) -> bool:
+        """Whether sums of this type stay in float64, and are not rounded to float32."""
+        return self.name in ("fp64", "complex128")
 
 
 ALL = (
@@ -62,8 +81,15 @@ ALL = (
     DType("bool", "bool", "BOOL", "|b1"),
     DType("fp8_e4m3", "float8_e4m3fn", "F8_E4M3", "|u1"),
     DType("fp8_e5m2", "float8_e5m2", "F8_E5M2", "|u1"),
+    DType("fp8_e4m3fnuz", "float8_e4m3fnuz", "F8_E4M3FNUZ", "|u1"),
+    DType("fp8_e5m2fnuz", "float8_e5m2fnuz", "F8_E5M2FNUZ", "|u1"),
+    DType("fp8_e8m0", "float8_e8m0fnu", "F8_E8M0", "|u1"),
+    DType("complex32", "complex32", None, "<u4"),
     DType("complex64", "complex64", "C64", "<c8"),
+    DType("complex128", "complex128", None, "<c16"),
 )
+REAL_PARTS = {"complex32": "<f2", "complex64": "<f4", "complex128": "<f8"}
+"""The numpy dtype of the real and of the imaginary part, by the name of a complex type."""
 BY_NAME = {dtype.name: dtype for dtype in ALL}
 BY_TORCH_NAME = {dtype.torch_name: dtype for dtype in ALL}
 CODES = {dtype.name: code for code, dtype in enumerate(ALL)}
@@ -82,8 +108,12 @@ def widen(stored: Array, dtype: DType) -> Array:
         dtype: the type of the stored elements.
 
     Returns:
-        float64 for fp64, float32 for every other type, of the same shape; `stored` itself if nothing has to change.
+        float64 for fp64 and complex128, float32 for every other type, of the same shape (for complex types with twice
+        as many values); `stored` itself if nothing has to change.
     """
+    if dtype.is_complex:
+        parts: Array = stored.view(REAL_PARTS[dtype.name])
+        return parts if dtype.sums_in_fp64 else parts.astype(np.float32, copy=False)
     # The upper half of a float32 is a bfloat16.
     if dtype.name == "bf16":
         bits: Array = stored.astype(np.uint32) << np.uint32(16)
@@ -106,12 +136,16 @@ def narrow(values: Array, dtype: DType) -> Array:
         [2048.0, 2052.0]
 
     Args:
-        values: finite float32 or float64 values, of any shape.
+        values: finite float32 or float64 values, of any shape; two of them for an element of a complex type.
         dtype: the type of the stored elements.
 
     Returns:
-        An array of `dtype.storage`, of the same shape.
+        An array of `dtype.storage`, of the same shape (for complex types with half as many elements).
     """
+    if dtype.is_complex:
+        with np.errstate(over="ignore"):
+            parts: Array = values.astype(REAL_PARTS[dtype.name], copy=False)
+        return parts.view(dtype.storage)
     # Adds half of the dropped bits' range, minus one where the kept part is even: a tie then rounds to even.
     if dtype.name == "bf16":
         bits: Array = values.astype(np.float32, copy=False).view(np.uint32)

@@ -1,5 +1,6 @@
 """Reads the metadata of a run's checkpoints, and whether each of them is complete."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,10 @@ class Inspected:
             "model_parallel_size": layout.model_parallel_size,
             "parameters": layout.numel,
             "bytes": layout.nbytes,
-            "learning_rates": list(layout.learning_rates),
+            # JSON has no NaN and no infinity.
+            "learning_rates": [
+                rate if rate is None or math.isfinite(rate) else str(rate) for rate in layout.learning_rates
+            ],
             "warmup_num_steps": layout.warmup_num_steps,
             "optimizer_states": list(layout.state_names),
         }

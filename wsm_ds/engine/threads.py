@@ -4,8 +4,12 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from wsm_ds.dtypes import ALL
 from wsm_ds.engine import arithmetic
 from wsm_ds.engine.reader import Reader
+from wsm_ds.engine.source_crcs import SourceCrcs
 from wsm_ds.engine.staged_files import StagedFiles
 from wsm_ds.engine.tasks import Task
 from wsm_ds.engine.timings import Timings
@@ -18,6 +22,8 @@ MIN_SLICE_NUMEL, MAX_SLICE_NUMEL = 4096, 1 << 18
 WORKER_BYTES = 1 << 20
 """What a worker needs besides its slices: buffers for reading blocks again, open files."""
 CHECK_INTERVAL_S = 0.2
+IS_COMPLEX = np.array([dtype.is_complex for dtype in ALL], dtype=bool)
+"""Whether an element is two values, by the dtype code of a fragment table."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,9 @@ def workers_for(plan: Plan, memory_bytes: int, threads: int) -> Workers:
     sources = max((len(stream.sources) for stream in plan.streams), default=1)
     targets = max((len(stream.targets) for stream in plan.streams), default=1)
     # An element has at most 8 bytes in a source; in a target 8 as it is stored, and 4 in the float32 sum.
-    bytes_per_element = 8 * sources + 12 * targets + 2 * arithmetic.SCRATCH_BYTES_PER_ELEMENT
+    bytes_per_value = 8 * sources + 12 * targets + 2 * arithmetic.SCRATCH_BYTES_PER_ELEMENT
+    has_complex = any(IS_COMPLEX[t.places.dtypes].any() for stream in plan.streams for t in stream.targets)
+    bytes_per_element = 2 * bytes_per_value if has_complex else bytes_per_value
     fixed_bytes = WORKER_BYTES + arithmetic.SCRATCH_BYTES
     least_bytes = fixed_bytes + MIN_SLICE_NUMEL * bytes_per_element
     if memory_bytes < least_bytes:
@@ -82,7 +90,7 @@ def run_tasks(
         NonFiniteValue: a source holds a NaN or an infinity (the message names file and tensor), or a sum does not fit
             the dtype of the output.
         LayoutMismatch: a frozen tensor differs between sources; the message names it.
-        BrokenCheckpoint: a source is gone or ends too early; the message names it.
+        BrokenCheckpoint: a source is gone, ends too early, or has a wrong CRC-32; the message names it.
         OSError: the disk is full, or a file cannot be read or written.
     """
     queue = _TaskQueue(plan, tasks, files, workers.slice_numel, on_bytes)
@@ -102,6 +110,8 @@ def run_tasks(
             thread.join()
     if queue.errors:
         raise queue.errors[0]
+    with Reader(plan.inputs) as reader:
+        queue.crcs.check_rest(reader.read)
     return queue.timings
 
 
@@ -121,6 +131,7 @@ class _TaskQueue:
         self.stop = threading.Event()
         self.errors: list[BaseException] = []
         self.timings = Timings()
+        self.crcs = SourceCrcs(plan.inputs)
         self._tasks = iter(tasks)
         self._lock = threading.Lock()
         self._already_reported: set[str] = set()
@@ -145,7 +156,7 @@ class _TaskQueue:
 
     def _run_tasks(self, timings: Timings) -> None:
         with Reader(self.plan.inputs) as reader, Writer(self.files, timings) as writer:
-            worker = Worker(self.plan, reader, writer, self.slice_numel, self._already_reported, timings)
+            worker = Worker(self.plan, reader, writer, self.slice_numel, self._already_reported, timings, self.crcs)
             while not self.stop.is_set():
                 with self._lock:
                     task = next(self._tasks, None)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from wsm_ds.layouts.coverage import require_whole
 from wsm_ds.layouts.hyperparameters import learning_rates, warmup_num_steps
 from wsm_ds.layouts.layout import Layout, TableBuilder
 from wsm_ds.layouts.metadata import module_dtype
@@ -32,10 +33,16 @@ def assemble(
         file_names: paths of all files relative to the checkpoint's folder, in the order of their numbers.
         groups: `param_groups` of the optimizer.
         has_nameless_states: whether the files hold optimizer states of unknown parameters.
+
+    Raises:
+        BrokenCheckpoint: a tensor is not in the files whole; it is named.
     """
     first = ranks[0]
     prefixes = [f"mp_rank_{mp:02d}/" if len(ranks) > 1 else "" for mp in range(len(ranks))]
     named_ranks = list(zip(prefixes, ranks, strict=True))
+    tensors = {prefix + name: info for prefix, rank in named_ranks for name, info in rank.tensors.items()}
+    fragments = builder.tables()
+    require_whole(tensors, fragments, str(checkpoint.path))
     return Layout(
         path=checkpoint.path,
         tag=checkpoint.tag,
@@ -46,11 +53,13 @@ def assemble(
         dtype=module_dtype(first.tensors),
         files=file_names,
         archives=tuple(file.archive for rank in ranks for file in rank.files),
-        tensors={prefix + name: info for prefix, rank in named_ranks for name, info in rank.tensors.items()},
+        tensors=tensors,
         aliases={prefix + alias: prefix + name for prefix, rank in named_ranks for alias, name in rank.aliases.items()},
-        fragments=builder.tables(),
+        fragments=fragments,
         learning_rates=learning_rates(first.optims.get(0, first.models[0]), groups),
         warmup_num_steps=warmup_num_steps(first.models[0].tree),
         has_nameless_states=has_nameless_states,
         model_parallel_size=len(ranks),
+        extra_states=tuple(prefix + name for prefix, rank in named_ranks for name in rank.extra_states),
+        opaque={prefix + name: what for prefix, rank in named_ranks for name, what in rank.opaque.items()},
     )

@@ -9,7 +9,7 @@ Fragments are kept as numpy tables (a 70B run at 512 ranks has a million of them
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsm_ds.dtypes import CODES, DType
-from wsm_ds.torchfile import Archive
+from wsm_ds.torchfile import Archive, Tensor, TorchFile
 
 FRAGMENT = np.dtype(
     [("tensor", "i4"), ("start", "i8"), ("numel", "i8"), ("file", "i4"), ("offset", "i8"), ("dtype", "i1"),
@@ -64,9 +64,12 @@ class Layout:
         tensors: every tensor of the model by its fully qualified name; fragments refer to them by number.
         aliases: further names of tied tensors, with the name in `tensors`.
         fragments: one table of `FRAGMENT` rows for each kind of element.
-        learning_rates: of each parameter group.
+        learning_rates: of each parameter group; None for a group without one (an optimizer that computes its own).
         warmup_num_steps: updates of the run's warmup; None if the files do not hold it.
         has_nameless_states: whether the files hold optimizer states and do not say to which parameters they belong.
+        extra_states: entries of the module's state dict that are neither parameters nor buffers (`get_extra_state`).
+        opaque: tensors whose values are not simply stored elements, with what each is ("a quantized tensor"). They are
+            not in `tensors`.
         model_parallel_size: ranks that hold a replica of the model together. If there are several, the name of
             a rank precedes the names of its tensors (`mp_rank_01/NAME`).
     """
@@ -82,10 +85,12 @@ class Layout:
     tensors: dict[str, TensorInfo]
     aliases: dict[str, str]
     fragments: dict[str, Table]
-    learning_rates: tuple[float, ...]
+    learning_rates: tuple[float | None, ...]
     warmup_num_steps: int | None
     has_nameless_states: bool = False
     model_parallel_size: int = 1
+    extra_states: tuple[str, ...] = ()
+    opaque: dict[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -118,6 +123,7 @@ class TableBuilder:
 
     def __init__(self) -> None:
         self.rows: dict[str, list[tuple[int, ...]]] = {}
+        self.runs: dict[str, list[Table]] = {}
 
     def add(
         self,
@@ -146,9 +152,41 @@ class TableBuilder:
         if numel > 0:
             self.rows.setdefault(kind, []).append((tensor, start, numel, file, offset, CODES[dtype.name], replica))
 
+    def add_whole(
+        self, kind: str, tensor: int, name: str, stored: Tensor, *, source: TorchFile, file: int, replica: int = 0
+    ) -> None:
+        """Adds a whole tensor, which may have any strides; its elements are numbered in row-major order.
+
+        Args:
+            kind: what the elements are: "module", "buffer", …
+            tensor: the tensor's number.
+            name: its name, for messages.
+            stored: its address in the file.
+            source: the file, opened.
+            file: the file's number.
+            replica: the rank, if each rank keeps a copy of its own.
+
+        Raises:
+            BrokenCheckpoint, UnsupportedLayout: as `TorchFile.byte_runs`.
+        """
+        dtype = stored.dtype
+        if stored.is_contiguous:
+            offset = source.byte_offset(stored)
+            self.add(kind, tensor, 0, stored.numel, file=file, offset=offset, dtype=dtype, replica=replica)
+            return
+        runs = source.byte_runs(name, stored)
+        table = np.zeros(len(runs.positions), dtype=FRAGMENT)
+        table["tensor"], table["numel"], table["file"] = tensor, runs.numel, file
+        table["start"] = np.arange(len(table), dtype=np.int64) * runs.numel
+        table["offset"], table["dtype"], table["replica"] = runs.positions, CODES[dtype.name], replica
+        self.runs.setdefault(kind, []).append(table)
+
     def tables(self) -> dict[str, Table]:
         """Returns the table of each kind that has fragments."""
-        return {kind: np.array(rows, dtype=FRAGMENT) for kind, rows in self.rows.items()}
+        tables = {kind: np.array(rows, dtype=FRAGMENT) for kind, rows in self.rows.items()}
+        for kind, runs in self.runs.items():
+            tables[kind] = np.concatenate([*([tables[kind]] if kind in tables else []), *runs])
+        return tables
 
 
 def are_copies(layout: Layout, other: Layout) -> bool:

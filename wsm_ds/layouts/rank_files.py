@@ -1,6 +1,6 @@
 """The opened files of one model-parallel rank, and the tensors that its model file describes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class RankFiles:
         extra_weights: weights outside the model files: native MoE's experts, a pipeline's layers.
         experts: how many experts each layer has.
         first_tensor: number of the first of `tensors` in the fragment tables.
+        extra_states, opaque: as in `Layout`.
     """
 
     models: dict[int, TorchFile]
@@ -44,6 +45,8 @@ class RankFiles:
     extra_weights: tuple[WeightsFile, ...] = ()
     experts: Experts = NO_EXPERTS
     first_tensor: int = 0
+    extra_states: tuple[str, ...] = ()
+    opaque: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def tensor_numbers(self) -> dict[str, int]:

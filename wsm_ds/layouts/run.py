@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wsm_ds.errors import BrokenCheckpoint, CheckpointNotFound, UnsupportedLayout, did_you_mean, few
+from wsm_ds.filesystem.small_files import read_small
 from wsm_ds.layouts.frameworks import SAVE_FOLDER, UNIVERSAL, Framework, save_of
 from wsm_ds.layouts.saved_step import saved_step
 
 JOB = "job"
 """The folder in a run where training jobs keep heartbeats, attempts and saves that are not published yet."""
+MOST_TAG_BYTES = 4096
+"""`latest` holds the name of a folder, which has at most 255 bytes on Linux, or a path of at most 4096."""
+MOST_DIGITS = 18
+"""Python refuses to read a number of more than 4300 digits. No run has a step of more than 18."""
 DELETED = ".wsm-prune/deleted.jsonl"
 """The file in a run that lists the checkpoints which `wsm-ds prune` has deleted, one JSON object a line."""
 CHECKPOINTS = "checkpoints"
@@ -139,11 +144,17 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def deleted_steps(run: Path) -> set[int]:
-    """Returns the steps of the checkpoints of a run that `wsm-ds prune` has deleted."""
+    """Returns the steps of the checkpoints of a run that `wsm-ds prune` has deleted.
+
+    Raises:
+        BrokenCheckpoint: the list is not a text file, or is larger than any list; the message names it.
+    """
     try:
-        lines = (run / DELETED).read_text(encoding="utf-8").splitlines()
+        lines = read_small(run / DELETED).splitlines()
     except FileNotFoundError:
         return set()
+    except ValueError as error:
+        raise BrokenCheckpoint(f"the list of deleted checkpoints cannot be read: {error}. Move it away.") from error
     steps = set()
     for line in lines:
         try:
@@ -156,8 +167,8 @@ def deleted_steps(run: Path) -> set[int]:
 def latest_tag(folder: Path) -> str | None:
     """Returns the name in a folder's `latest` file; None without a file."""
     try:
-        return (folder / "latest").read_text(encoding="utf-8").strip() or None
-    except (OSError, UnicodeDecodeError):
+        return read_small(folder / "latest", most_bytes=MOST_TAG_BYTES).strip() or None
+    except (OSError, ValueError):
         return None
 
 
@@ -198,7 +209,7 @@ def _of_step(run: Path, tag: str, checkpoints: list[Checkpoint]) -> str:
     """Suggests the checkpoint of a step, for a tag that is a number or `latest`."""
     if tag == "latest":
         names = [checkpoint.tag for checkpoint in checkpoints if checkpoint.tag == latest_tag(run)]
-    elif tag.isdecimal():
+    elif tag.isdecimal() and len(tag) <= MOST_DIGITS:
         names = [checkpoint.tag for checkpoint in checkpoints if _step_or_none(checkpoint) == int(tag)]
     else:
         names = []

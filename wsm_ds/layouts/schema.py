@@ -162,9 +162,11 @@ def open_model(path: Path, allowed_globals: frozenset[str]) -> TorchFile:
         BrokenCheckpoint, UnsafePickle, UnsupportedLayout: the file cannot be read, or is not what DeepSpeed writes.
     """
     file = open_torch_file(path, allowed_globals)
-    if is_stage0(file.tree) and file.tree.get("module") is None and "module" in file.tree:
-        # `PipelineEngine.module_state_dict` writes the layers into files of their own (runtime/pipe/engine.py).
-        raise UnsupportedLayout(f"{path} is of a PipelineModule at ZeRO stage 0, which this version does not read.")
+    if is_stage0(file.tree) and file.tree.get("module") is None:
+        raise UnsupportedLayout(
+            f"{path} is of a PipelineModule at ZeRO stage 0 (its weights are in layer_*-model_states.pt), which this "
+            "version does not read. Train with ZeRO stage 1, which writes the parameters' names."
+        )
     check(file, file.tree, Model0 if is_stage0(file.tree) else Model)
     return file
 

@@ -13,7 +13,7 @@ from wsm_ds.layouts import zero3, zero12
 from wsm_ds.layouts.assembly import assemble
 from wsm_ds.layouts.file_names import MODEL_FILE, Rank, RankCounts, files_by_rank, require_files
 from wsm_ds.layouts.layout import Layout, TableBuilder
-from wsm_ds.layouts.metadata import module_of, tensors_of
+from wsm_ds.layouts.metadata import is_partitioned, module_of, tensors_of
 from wsm_ds.layouts.rank_files import RankFiles
 from wsm_ds.layouts.run import Checkpoint
 from wsm_ds.layouts.schema import is_stage0, open_model, open_universal_state
@@ -52,13 +52,22 @@ def read(checkpoint: Checkpoint, entries: list[str], allowed_globals: frozenset[
         raise UnsupportedLayout(f"{path} was made from a run of ZeRO stage {brief(stage)}, expected 1, 2 or 3.")
     world_size = int(models[0].tree["dp_world_size"])
     shared_params = models[0].tree.get("shared_params") or {}
-    tensors, aliases = tensors_of(models[0], module_of(models[0], ()), shared_params)
-    trained = [name for name, info in tensors.items() if info.role == "parameter"]
+    described = tensors_of(models[0], module_of(models[0], ()), shared_params)
+    trained = [name for name, info in described.tensors.items() if info.role == "parameter"]
     parameters = open_parameters(path, trained, allowed_globals)
     optimizer_state = open_universal_state(path / OPTIMIZER_STATE, allowed_globals)
     others = [optimizer_state, *(file for kinds in parameters.values() for file in kinds.values())]
     indices = {file.path: index for index, file in enumerate([*models.values(), *others])}
-    files = RankFiles(models, dict(enumerate(others)), indices, tensors, aliases, world_size)
+    files = RankFiles(
+        models,
+        dict(enumerate(others)),
+        indices,
+        described.tensors,
+        described.aliases,
+        world_size,
+        extra_states=described.extra_states,
+        opaque=described.opaque,
+    )
     builder = TableBuilder()
     add_fragments(builder, files, parameters)
     names = tuple(file.relative_to(path).as_posix() for file in indices)
@@ -127,7 +136,7 @@ def add_fragments(builder: TableBuilder, files: RankFiles, parameters: dict[str,
     Raises:
         UnsupportedLayout: a parameter is stored in another size (a vocabulary without its padding).
     """
-    if "zero_pp_rank_" in files.models[0].path.name:
+    if is_partitioned(files.models[0]):
         for rank, model in files.models.items():
             zero3.add_model(builder, files, model, rank)
     else:

@@ -104,19 +104,21 @@ def _rank_files(
     # Only global rank 0 saves the tied names (`_get_shared_params`, runtime/engine.py:5490).
     shared_params = (earlier[0].models[0] if earlier else model).tree.get("shared_params") or {}
     module = module_of(model, extra_weights) | borrowed
-    tensors, aliases = tensors_of(model, module, shared_params, experts or moe.NO_EXPERTS)
+    described = tensors_of(model, module, shared_params, experts or moe.NO_EXPERTS)
     files = [*models.values(), *optims.values(), *(weights.file for weights in extra_weights)]
     first_file = sum(len(rank.files) for rank in earlier)
     return RankFiles(
         models,
         optims,
         {file.path: index for index, file in enumerate(files, first_file)},
-        tensors,
-        aliases,
+        described.tensors,
+        described.aliases,
         int(model.tree["dp_world_size"]),
         extra_weights,
         experts or moe.NO_EXPERTS,
         first_tensor=sum(len(rank.tensors) for rank in earlier),
+        extra_states=described.extra_states,
+        opaque=described.opaque,
     )
 
 

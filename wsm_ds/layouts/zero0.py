@@ -19,6 +19,7 @@ from wsm_ds.dtypes import narrow, widen
 from wsm_ds.errors import UnsupportedLayout, few
 from wsm_ds.layouts import schema
 from wsm_ds.layouts.assembly import assemble
+from wsm_ds.layouts.entries import entries_of
 from wsm_ds.layouts.layout import Layout, TableBuilder, TensorInfo
 from wsm_ds.layouts.metadata import model_parallel_size
 from wsm_ds.layouts.rank_files import RankFiles
@@ -63,7 +64,7 @@ class Optimizer:
         pieces: the parameters in the optimizer's tensors; empty if nothing shows which is which.
         groups: `param_groups`.
         module_is_master: whether the module's weights are the masters (fp32).
-        has_nameless_states: as in `Layout`.
+        has_nameless_states, extra_states, opaque: as in `Layout`.
     """
 
     tensors: dict[str, TensorInfo]
@@ -72,6 +73,8 @@ class Optimizer:
     groups: list[dict[str, Any]]
     module_is_master: bool
     has_nameless_states: bool
+    extra_states: tuple[str, ...]
+    opaque: dict[str, str]
 
 
 def read(checkpoint: Checkpoint, model: TorchFile) -> Layout:
@@ -91,7 +94,16 @@ def read(checkpoint: Checkpoint, model: TorchFile) -> Layout:
         )
     optimizer = read_optimizer(model)
     world_size = int(model.tree["dp_world_size"])
-    files = RankFiles({0: model}, {}, {model.path: 0}, optimizer.tensors, optimizer.aliases, world_size)
+    files = RankFiles(
+        {0: model},
+        {},
+        {model.path: 0},
+        optimizer.tensors,
+        optimizer.aliases,
+        world_size,
+        extra_states=optimizer.extra_states,
+        opaque=optimizer.opaque,
+    )
     builder = TableBuilder()
     add_fragments(builder, model, optimizer)
     return assemble(
@@ -117,9 +129,9 @@ def read_optimizer(file: TorchFile) -> Optimizer:
     state, module = file.tree["optimizer"], file.tree["module"]
     schema.check(file, state, schema.Flats if "optimizer_state_dict" in state else schema.Base, "optimizer")
     buffer_names = set(file.tree.get("buffer_names") or ())
-    tensors_of_module = {name: tensor for name, tensor in module.items() if isinstance(tensor, Tensor)}
-    buffers = {name: tensor for name, tensor in tensors_of_module.items() if name in buffer_names}
-    weights, aliases = _owners({n: tensor for n, tensor in tensors_of_module.items() if n not in buffer_names})
+    entries = entries_of(module, buffer_names)
+    buffers = {name: tensor for name, tensor in entries.tensors.items() if name in buffer_names}
+    weights, aliases = _owners({n: tensor for n, tensor in entries.tensors.items() if n not in buffer_names})
     base = state.get("optimizer_state_dict", state)
     if "fp32_groups_flat" in state:
         pieces = tuple(_fused_pieces(file, state["fp32_groups_flat"], base, weights))
@@ -134,7 +146,14 @@ def read_optimizer(file: TorchFile) -> Optimizer:
     tensors |= {n: TensorInfo(t.shape, t.dtype, "frozen") for n, t in weights.items() if n not in trained}
     tensors |= {n: TensorInfo(t.shape, t.dtype, "buffer") for n, t in buffers.items()}
     return Optimizer(
-        tensors, aliases, pieces, list(base["param_groups"]), module_is_master, bool(base["state"]) and not pieces
+        tensors,
+        aliases,
+        pieces,
+        list(base["param_groups"]),
+        module_is_master,
+        bool(base["state"]) and not pieces,
+        entries.extra_states,
+        entries.opaque,
     )
 
 
@@ -144,20 +163,22 @@ def add_fragments(builder: TableBuilder, file: TorchFile, optimizer: Optimizer) 
     kind_of_role = {"parameter": "master" if optimizer.module_is_master else "module"}
     for name, info in optimizer.tensors.items():
         stored: Tensor = file.tree["module"][name]
-        kind, offset = kind_of_role.get(info.role, info.role), file.byte_offset(stored)
-        builder.add(kind, numbers[name], 0, info.numel, file=0, offset=offset, dtype=stored.dtype)
+        builder.add_whole(kind_of_role.get(info.role, info.role), numbers[name], name, stored, source=file, file=0)
     for piece in optimizer.pieces:
         for kind, tensor in piece.kinds.items():
+            if tensor.numel == piece.numel:
+                builder.add_whole(kind, numbers[piece.name], f"{kind} of {piece.name}", tensor, source=file, file=0)
+                continue
             offset = file.byte_offset(tensor) + piece.position * tensor.dtype.itemsize
             builder.add(kind, numbers[piece.name], 0, piece.numel, file=0, offset=offset, dtype=tensor.dtype)
 
 
 def _owners(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The weights under the first name of each, and the other names of tied ones."""
-    first_names: dict[tuple[str, int, tuple[int, ...]], str] = {}
+    first_names: dict[tuple[str, int, tuple[int, ...], tuple[int, ...]], str] = {}
     aliases = {}
     for name, tensor in weights.items():
-        owner = first_names.setdefault((tensor.storage.key, tensor.offset, tensor.shape), name)
+        owner = first_names.setdefault((tensor.storage.key, tensor.offset, tensor.shape, tensor.stride), name)
         if owner != name and tensor.numel:
             aliases[name] = owner
     return {name: tensor for name, tensor in weights.items() if name not in aliases}, aliases
@@ -197,10 +218,10 @@ def _fused_pieces(
 
 
 def _has_no_gaps(views: list[View], weights: dict[str, Tensor]) -> bool:
-    """Whether views follow each other without a gap from the storage's beginning."""
+    """Whether contiguous views follow each other without a gap from the storage's beginning."""
     end = 0
     for start, name in views:
-        if start != end:
+        if start != end or not weights[name].is_contiguous:
             return False
         end += weights[name].numel
     return True
@@ -298,5 +319,14 @@ def _candidates(file: TorchFile, master: Tensor, weights: dict[str, Tensor]) -> 
 
 
 def _elements(file: TorchFile, tensor: Tensor, start: int, numel: int) -> NDArray[Any]:
-    offset = file.byte_offset(tensor) + start * tensor.dtype.itemsize
-    return np.fromfile(file.path, tensor.dtype.storage, numel, offset=offset)
+    """Elements [start, start + numel) of a tensor, in row-major order."""
+    storage, itemsize = tensor.dtype.storage, tensor.dtype.itemsize
+    if tensor.is_contiguous:
+        return np.fromfile(file.path, storage, numel, offset=file.byte_offset(tensor) + start * itemsize)
+    runs = file.byte_runs("a weight", tensor)
+    elements = np.arange(start, start + numel)
+    offsets = runs.positions[elements // runs.numel] + elements % runs.numel * itemsize
+    first = int(offsets.min())
+    stored = np.fromfile(file.path, storage, (int(offsets.max()) - first) // itemsize + 1, offset=first)
+    gathered: NDArray[Any] = stored[(offsets - first) // itemsize]
+    return gathered

@@ -177,24 +177,37 @@ def add_module(builder: TableBuilder, files: RankFiles) -> None:
         BrokenCheckpoint: a weight's shape is not that of `param_shapes`; file and tensor are named.
     """
     model = files.models[0]
-    _add_weights(builder, files, model, model.tree["module"] or {})
+    copies = further_copies(files, model)
+    _add_weights(builder, files, model, [*(model.tree["module"] or {}).items(), *copies.items()])
     for weights in files.extra_weights:
-        _add_weights(builder, files, weights.file, weights.tensors)
+        _add_weights(builder, files, weights.file, weights.tensors.items())
 
 
-def _add_weights(builder: TableBuilder, files: RankFiles, model: TorchFile, weights: dict[str, Any]) -> None:
+def _add_weights(
+    builder: TableBuilder, files: RankFiles, source: TorchFile, weights: Iterable[tuple[str, Any]]
+) -> None:
     kinds = {"parameter": "module", "frozen": "frozen", "buffer": "buffer"}
-    numbers, file = files.tensor_numbers, files.indices[model.path]
-    used_offsets: set[int] = set()
-    for name in sorted(weights, key=lambda name: name in files.aliases):  # tied names last
-        value, owner = weights[name], files.aliases.get(name, name)
+    numbers, file = files.tensor_numbers, files.indices[source.path]
+    added: set[tuple[Any, ...]] = set()
+    for name, value in weights:
+        owner = files.aliases.get(name, name)
         if not isinstance(value, Tensor) or owner not in files.tensors:
             continue
-        offset = model.byte_offset(value)
-        if name in files.aliases and offset in used_offsets:
+        view = (owner, value.storage.key, value.offset, value.shape, value.stride)
+        if view in added:
             continue
-        used_offsets.add(offset)
+        added.add(view)
         info = files.tensors[owner]
         if value.shape != info.shape:
-            raise BrokenCheckpoint(f"{model.path}: {name} has shape {value.shape}, param_shapes says {info.shape}.")
-        builder.add(kinds[info.role], numbers[owner], 0, value.numel, file=file, offset=offset, dtype=value.dtype)
+            raise BrokenCheckpoint(f"{source.path}: {name} has shape {value.shape}, param_shapes says {info.shape}.")
+        builder.add_whole(kinds[info.role], numbers[owner], name, value, source=source, file=file)
+
+
+def further_copies(files: RankFiles, model: TorchFile) -> dict[str, Any]:
+    """Returns what a model file holds of parameters that were trained and later frozen, by name.
+
+    They are in the optimizer, and also in `frozen_param_fragments` (`_get_zero_frozen_param_attributes`,
+    `runtime/engine.py:5433`), from which DeepSpeed loads them.
+    """
+    fragments = model.tree.get("frozen_param_fragments") or {}
+    return {n: value for n, value in fragments.items() if n in files.tensors and files.tensors[n].role == "parameter"}

@@ -7,6 +7,7 @@ buffers, and in `frozen_param_fragments` the rank's partition of each frozen par
 """
 
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, few
+from wsm_ds.layouts import zero12
 from wsm_ds.layouts.layout import TableBuilder
 from wsm_ds.layouts.rank_files import RankFiles, element_wise, require_numel
 from wsm_ds.torchfile import Tensor, TorchFile
@@ -28,25 +29,42 @@ def add_fragments(builder: TableBuilder, files: RankFiles) -> None:
 def add_model(builder: TableBuilder, files: RankFiles, model: TorchFile, rank: int) -> None:
     """Adds a rank's buffers and its fragments of frozen parameters to `builder`.
 
+    What ZeRO has not partitioned is whole in the module of every rank: parameters that were added to the model after
+    the engine was made, and tensors that a hook of the module saves.
+
     Raises:
         BrokenCheckpoint: one of them is missing or too short; file and tensor are named.
     """
     numbers, file = files.tensor_numbers, files.indices[model.path]
-    frozen = model.tree.get("frozen_param_fragments") or {}
+    fragments, module = model.tree.get("frozen_param_fragments") or {}, model.tree["module"] or {}
     for name, info in files.tensors.items():
         if info.role == "parameter" or info.numel == 0:
             continue
-        stored = frozen.get(name) if info.role == "frozen" else (model.tree["module"] or {}).get(name)
+        is_whole = info.role == "buffer" or name not in (files.models[0].tree.get("frozen_param_shapes") or {})
+        stored = (module if is_whole else fragments).get(name)
         if not isinstance(stored, Tensor):
             raise BrokenCheckpoint(f"{model.path} holds no {info.role} {name}, although rank 0's file does.")
-        is_whole = info.role == "buffer"
-        start, numel = (0, info.numel) if is_whole else partition(info.numel, rank, files.world_size)
-        require_numel(model, name, stored.numel, numel)
-        # Buffers are not partitioned and may differ between ranks, so each rank's copy is kept.
-        offset, replica = model.byte_offset(stored), rank if is_whole else 0
-        builder.add(
-            info.role, numbers[name], start, numel, file=file, offset=offset, dtype=stored.dtype, replica=replica
-        )
+        if not is_whole:
+            _add_partition(builder, files, model, info.role, name, stored, rank)
+            continue
+        if stored.shape != info.shape:
+            raise BrokenCheckpoint(
+                f"{model.path}: {name} has shape {list(stored.shape)}, in rank 0's file {list(info.shape)}."
+            )
+        # These are not partitioned and may differ between ranks, so each rank's copy is kept.
+        builder.add_whole(info.role, numbers[name], name, stored, source=model, file=file, replica=rank)
+    for name, stored in zero12.further_copies(files, model).items():
+        _add_partition(builder, files, model, "module", name, stored, rank)
+
+
+def _add_partition(
+    builder: TableBuilder, files: RankFiles, model: TorchFile, kind: str, name: str, stored: Tensor, rank: int
+) -> None:
+    """Adds a rank's partition of a parameter that a model file holds."""
+    start, numel = partition(files.tensors[name].numel, rank, files.world_size)
+    require_numel(model, name, stored.numel, numel)
+    number, file = files.tensor_numbers[name], files.indices[model.path]
+    builder.add(kind, number, start, numel, file=file, offset=model.byte_offset(stored), dtype=stored.dtype)
 
 
 def partition(numel: int, rank: int, world_size: int) -> tuple[int, int]:

@@ -5,11 +5,14 @@ then the tensors without gaps.
 """
 
 import json
+import logging
 import re
 from dataclasses import dataclass
 
 from wsm_ds.dtypes import CODES, DType
-from wsm_ds.errors import RecipeError, UnsupportedLayout
+from wsm_ds.errors import RecipeError, UnsupportedLayout, few
+from wsm_ds.layouts import Layout
+from wsm_ds.layouts.coverage import KIND_OF_ROLE
 from wsm_ds.layouts.layout import TensorInfo
 from wsm_ds.outputs.zero_checkpoint import OutputFiles, OutputWindow, output_files
 from wsm_ds.planning.plan import LiteralSegment, Template, ZeroSegment
@@ -17,8 +20,7 @@ from wsm_ds.planning.streams import FragmentRow, SourceTables, fragment_table
 
 METADATA = "__metadata__"
 """The entry of a safetensors header that is not a tensor."""
-KIND_OF_ROLE = {"parameter": "master", "frozen": "frozen", "buffer": "buffer"}
-"""The kind of elements that tensors of each role are made of."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ def plan_safetensors(
     Args:
         tables: the checkpoints that the plan reads.
         window: the window of the output.
-        dtype: dtype of all parameters, trained and frozen; None keeps the dtype that each has in the module.
-            Buffers always keep theirs.
+        dtype: dtype of all floating-point parameters, trained and frozen; None keeps the dtype that each has in the
+            module. Buffers, and parameters of other dtypes (whole numbers, 8-bit floats), always keep theirs.
         max_shard_bytes: a shard closes before it would grow beyond this; a larger tensor gets its own shard.
         rename: regular expressions and their replacements, applied to every name, in order.
 
@@ -50,7 +52,8 @@ def plan_safetensors(
 
     Raises:
         RecipeError: `rename` gives two tensors the same name, or a tensor a name that safetensors cannot store.
-        UnsupportedLayout: the checkpoints are model-parallel.
+        UnsupportedLayout: the checkpoints are model-parallel, or a tensor is of a kind or dtype that safetensors cannot
+            store; it is named.
     """
     newest = window.newest(tables)
     if newest.model_parallel_size > 1:
@@ -60,7 +63,10 @@ def plan_safetensors(
             "the training code's own converter."
         )
     names = _renamed(newest.tensors, rename)
-    dtypes = {n: info.dtype if info.role == "buffer" or dtype is None else dtype for n, info in newest.tensors.items()}
+    dtypes = {name: _stored_dtype(info, dtype) for name, info in newest.tensors.items()}
+    _require_storable(newest, dtypes)
+    if newest.extra_states:
+        log.warning("%s: left out of safetensors, as they are no tensors: %s", newest.path, few(newest.extra_states))
     shards = _shards(newest.tensors, dtypes, max_shard_bytes, names)
     requests = []
     for role, kind in KIND_OF_ROLE.items():
@@ -79,6 +85,23 @@ def plan_safetensors(
         templates.append(Template(shard.name, shard.nbytes, [LiteralSegment(0, shard.header), elements], ()))
     files = output_files(window, templates, requests)
     return OutputFiles(files, tuple(requests)), _index(newest.tensors, dtypes, shards, names)
+
+
+def _stored_dtype(info: TensorInfo, requested: DType | None) -> DType:
+    """The dtype of a tensor in the output."""
+    is_cast = requested is not None and info.role != "buffer" and info.dtype.is_floating
+    return requested if requested is not None and is_cast else info.dtype
+
+
+def _require_storable(newest: Layout, dtypes: dict[str, DType]) -> None:
+    """Raises UnsupportedLayout unless safetensors can store every tensor, each in its dtype."""
+    unknown = [f"{name} ({dtype.name})" for name, dtype in dtypes.items() if dtype.safetensors_name is None]
+    unstorable = [f"{name} ({what})" for name, what in newest.opaque.items()] + unknown
+    if unstorable:
+        raise UnsupportedLayout(
+            f"{newest.path} holds {few(unstorable)}, which safetensors cannot store. Write --format zero, or convert "
+            "them in the training program."
+        )
 
 
 def _renamed(tensors: dict[str, TensorInfo], rename: dict[str, str]) -> dict[str, str]:

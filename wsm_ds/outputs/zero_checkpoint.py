@@ -1,5 +1,6 @@
 """An output as a ZeRO checkpoint: the newest source's rank files, or resharded ones, with some byte ranges replaced."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from wsm_ds.dtypes import ALL
 from wsm_ds.errors import BrokenCheckpoint, LayoutMismatch, UnsupportedLayout, few
 from wsm_ds.layouts import Layout
+from wsm_ds.layouts.coverage import require_whole
 from wsm_ds.layouts.layout import FRAGMENT, Table
 from wsm_ds.layouts.schema import is_stage0
 from wsm_ds.outputs.resharding.form import RequestedForm, open_origin, target_form
@@ -28,6 +30,8 @@ from wsm_ds.planning.plan import (
 from wsm_ds.planning.shared_bytes import trim_shared_bytes
 from wsm_ds.planning.streams import ElementRequest, SourceTables
 from wsm_ds.torchfile import Archive, open_torch_file
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,12 @@ def plan_zero_checkpoint(
             "parameter, if there are several parameter groups. Carry or drop the states (--optimizer-states)."
         )
     first_input = tables.first_input[window.members[-1]]
+    if newest.opaque and len(window.members) > 1:
+        described = [f"{name} ({what})" for name, what in newest.opaque.items()]
+        log.warning("%s: kept as they are here, not compared or merged: %s", newest.path, few(described))
     templates = _templates(newest, first_input, drops_states, allowed_globals, form)
+    if templates.is_resharded:
+        require_whole(newest.tensors, templates.tables, f"{tag} in its new form")
     places = {kind: tables.renumbered(table, newest) for kind, table in templates.tables.items()}
     # At stage 0 in fp32 the masters are the module's own tensors, which may be views of each other.
     shareable = ("frozen", "buffer", *(["master"] if newest.stage == 0 else []))
@@ -181,7 +190,7 @@ def _trimmed(tables: SourceTables, window: OutputWindow, kind: str, table: Table
     trimmed = trim_shared_bytes(table, str(newest.path))
     if kind == "frozen" or not trimmed.shared:
         return trimmed.table  # frozen parameters are equal in all members, so sharing does not matter
-    averaged = {int(row["tensor"]) for row in table if ALL[row["dtype"]].is_floating}
+    averaged = {int(row["tensor"]) for row in table if ALL[row["dtype"]].is_summable}
     for number in window.members:
         shared = trim_shared_bytes(tables.table(number, kind), str(tables.layouts[number].path)).shared
         apart = {tables.names[run.tensor] for run in trimmed.shared - shared if run.tensor in averaged}

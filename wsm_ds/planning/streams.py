@@ -23,6 +23,9 @@ from wsm_ds.planning.intersect import (
 )
 from wsm_ds.planning.plan import Combine, CopySegment, InputFile, InputNumber, OutputFile, OutputNumber, Stream, Target
 
+IS_SUMMABLE = np.array([dtype.is_summable for dtype in ALL], dtype=bool)
+"""Whether elements can be summed, by the dtype code of a fragment table."""
+
 
 class FragmentRow(NamedTuple):
     """A row of a fragment table, see `layouts.layout.FRAGMENT`: elements of a tensor at a byte offset of a file.
@@ -105,7 +108,8 @@ def source_tables(layouts: Sequence[Layout]) -> SourceTables:
     for layout in layouts:
         first_inputs.append(InputNumber(len(inputs)))
         for archive in layout.archives:
-            inputs.append(InputFile(Path(archive.path), archive.nbytes, archive.path.stat().st_mtime_ns))
+            mtime_ns = archive.path.stat().st_mtime_ns
+            inputs.append(InputFile(Path(archive.path), archive.nbytes, mtime_ns, archive.records))
     newest = layouts[-1]
     numels = np.array([info.numel for info in newest.tensors.values()], dtype=np.int64)
     return SourceTables(tuple(layouts), tuple(inputs), tuple(first_inputs), numels, newest.names)
@@ -157,14 +161,14 @@ def element_streams(tables: SourceTables, requests: Sequence[ElementRequest]) ->
     for kind in dict.fromkeys(request.kind for request in requests):
         of_kind = [_with_known_replicas(tables, request) for request in requests if request.kind == kind]
         for replica in np.unique(np.concatenate([request.table["replica"] for request in of_kind])):
-            for is_floating in (True, False):
+            for is_summed in (True, False):
                 requested = [
                     _RequestedTable(request, table)
                     for request in of_kind
-                    for table in _tables_of(request.table, replica, is_floating, line)
+                    for table in _tables_of(request.table, replica, is_summed, line)
                 ]
                 if requested:
-                    combine = _combine(kind, is_floating)
+                    combine = _combine(kind, is_summed)
                     streams.append(_element_stream(tables, kind, int(replica), combine, requested, line))
     return streams
 
@@ -177,17 +181,17 @@ def _with_known_replicas(tables: SourceTables, request: ElementRequest) -> Eleme
     return replace(request, table=table)
 
 
-def _tables_of(table: Table, replica: int, is_floating: bool, line: Ints) -> list[Table]:
-    """The rows of one replica with floating-point or with integer dtypes, without repeated elements."""
+def _tables_of(table: Table, replica: int, is_summed: bool, line: Ints) -> list[Table]:
+    """The rows of one replica whose dtypes can be summed, or the others, without repeated elements."""
     rows = table[table["replica"] == replica]
-    rows = rows[np.array([ALL[code].is_floating for code in rows["dtype"]], dtype=bool) == is_floating]
+    rows = rows[IS_SUMMABLE[rows["dtype"]] == is_summed]
     return without_repeats(rows, line) if len(rows) else []
 
 
-def _combine(kind: str, is_floating: bool) -> Combine:
+def _combine(kind: str, is_summed: bool) -> Combine:
     if kind == "frozen":
         return "equal"
-    return "merge" if is_floating else "newest"
+    return "merge" if is_summed else "newest"
 
 
 def _element_stream(

@@ -15,6 +15,7 @@ from wsm_ds.layouts import Checkpoint, Layout, find_checkpoints, read_layout
 from wsm_ds.layouts.layout import are_copies
 from wsm_ds.layouts.order import Dated, in_order, require_one_series, without_universal_copies
 from wsm_ds.layouts.run import deleted_steps, find_tag
+from wsm_ds.planning.constant_rate import check_constant_rate
 from wsm_ds.planning.recipe import MergeRecipe
 from wsm_ds.schedules.coefficients import check_coefficients, merge_coefficients
 from wsm_ds.schedules.curves import parse_curve
@@ -65,7 +66,7 @@ def select_window(
         )
     for layout in layouts[:-1]:
         check_same_model(layout, layouts[-1])
-    _check_learning_rates(layouts, recipe.allow)
+    check_constant_rate(layouts, recipe.allow, warn)
     return Window(tuple(layouts), _coefficients(recipe, steps))
 
 
@@ -269,26 +270,8 @@ def check_same_model(older: Layout, newest: Layout) -> None:
 
 def _tensor_words(layout: Layout, name: str) -> str:
     info = layout.tensors.get(name)
-    return "absent" if info is None else f"{info.role} {list(info.shape)}"
-
-
-def _rates(layout: Layout) -> str:
-    return "[" + ", ".join(f"{rate:.12g}" for rate in layout.learning_rates) + "]"
-
-
-def _check_learning_rates(layouts: list[Layout], allow: tuple[str, ...]) -> None:
-    """Refuses a window in which the rate is not constant: a merge emulates a decay from a constant rate."""
-    oldest = layouts[0]
-    warmup = layouts[-1].warmup_num_steps
-    if "warmup" not in allow and warmup is not None and oldest.step < warmup and len(layouts) > 1:
-        raise WindowError(
-            f"{oldest.tag} (step {oldest.step}) lies inside the warmup of {warmup} steps; a merge emulates a decay "
-            "from a constant rate. Start the window later, or pass --allow warmup."
-        )
-    changed = [layout for layout in layouts if set(layout.learning_rates) != set(oldest.learning_rates)]
-    if changed and "lr-change" not in allow:
-        raise WindowError(
-            f"the learning rate changes inside the window: {_rates(oldest)} at {oldest.tag}, "
-            f"{_rates(changed[0])} at {changed[0].tag}. Choose a window of constant rate, or pass "
-            "--allow lr-change."
-        )
+    if info is None:
+        return "absent"
+    # Floats of several widths can be merged. Whole numbers, 8-bit floats and complex numbers are another tensor.
+    numbers = "" if info.dtype.is_floating else f" of {info.dtype.name}"
+    return f"{info.role} {list(info.shape)}{numbers}"

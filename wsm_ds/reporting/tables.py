@@ -101,7 +101,8 @@ def inspection_report(checkpoints: Sequence[Inspected]) -> str:
             rows.append([item.checkpoint.tag, *["-"] * 7, "no", item.checkpoint.saved_by])
             problems.append(one_line(f"{item.checkpoint.tag}: {item.problem}"))
             continue
-        rates = ",".join(f"{rate:g}" for rate in sorted(set(layout.learning_rates))) or "-"
+        known = sorted({rate for rate in layout.learning_rates if rate is not None})
+        rates = ",".join(f"{rate:g}" for rate in known) or "-"
         stage = "univ" if layout.is_universal else str(layout.stage)
         ranks = str(layout.world_size) + (f"x{layout.model_parallel_size}" if layout.model_parallel_size > 1 else "")
         rows.append(

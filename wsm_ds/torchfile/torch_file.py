@@ -4,10 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout
+from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, VerificationFailed, WsmError
 from wsm_ds.sizes import format_size
-from wsm_ds.torchfile.archive import Archive, Record, read_archive
-from wsm_ds.torchfile.unpickle import Storage, Tensor, unpickle
+from wsm_ds.torchfile.archive import Archive, Record, checked_crc, read_archive
+from wsm_ds.torchfile.strides import Runs, last_position, run_count, runs_of
+from wsm_ds.torchfile.unpickle import Tensor, record_of, unpickle
+
+MOST_RUNS = 1 << 22
+"""Most runs of one tensor that is not contiguous. A fragment table has a row for each of them, of 37 bytes."""
 
 
 @dataclass(frozen=True)
@@ -32,37 +36,45 @@ class TorchFile:
         Raises:
             BrokenCheckpoint: the tensor reaches beyond its storage, or is not contiguous.
         """
-        record = self.record(tensor)
-        start = tensor.offset * tensor.dtype.itemsize
         if not tensor.is_contiguous:
             raise BrokenCheckpoint(
                 f"{self.path}: a tensor of shape {tensor.shape} and stride {tensor.stride} is not contiguous."
             )
-        if start + tensor.numel * tensor.dtype.itemsize > record.nbytes:
+        return self._first_byte(tensor)
+
+    def byte_runs(self, name: str, tensor: Tensor) -> Runs:
+        """Returns where the elements of a tensor lie in the file, in row-major order. It may have any strides.
+
+        Args:
+            name: of the tensor, for messages.
+            tensor: the tensor.
+
+        Returns:
+            Runs; their positions are offsets in the file, in bytes.
+
+        Raises:
+            BrokenCheckpoint: the tensor reaches beyond its storage.
+            UnsupportedLayout: it lies in more than `MOST_RUNS` runs.
+        """
+        first_byte, count = self._first_byte(tensor), run_count(tensor.shape, tensor.stride)
+        if count > MOST_RUNS:
+            raise UnsupportedLayout(
+                f"{self.path}: {name} of shape {list(tensor.shape)} and stride {list(tensor.stride)} is stored in "
+                f"{count} pieces, and this version reads at most {MOST_RUNS} of a tensor. Make it contiguous in the "
+                "training program (.contiguous())."
+            )
+        runs = runs_of(tensor.shape, tensor.stride)
+        return Runs(runs.numel, first_byte + runs.positions * tensor.dtype.itemsize)
+
+    def _first_byte(self, tensor: Tensor) -> int:
+        record, itemsize = self.record(tensor), tensor.dtype.itemsize
+        end = tensor.offset + 1 + last_position(tensor.shape, tensor.stride)
+        if end * itemsize > record.nbytes:
             raise BrokenCheckpoint(
                 f"{self.path}: a tensor of {tensor.numel} elements at {tensor.offset} reaches beyond its storage "
                 f"of {record.nbytes} bytes."
             )
-        return record.offset + start
-
-
-def record_of(archive: Archive, storage: Storage) -> Record:
-    """Returns the record that holds a storage.
-
-    Raises:
-        BrokenCheckpoint: there is no record, or it is shorter than the storage.
-    """
-    record = archive.records.get(f"data/{storage.key}")
-    if record is None:
-        raise BrokenCheckpoint(
-            f"{archive.path}: storage {storage.key} is missing: there is no record data/{storage.key}."
-        )
-    if storage.nbytes > record.nbytes:
-        raise BrokenCheckpoint(
-            f"{archive.path}: storage {storage.key} has {record.nbytes} bytes, expected {storage.nbytes} for "
-            f"{storage.numel} elements."
-        )
-    return record
+        return record.offset + tensor.offset * itemsize
 
 
 MOST_PICKLE_BYTES = 1 << 27
@@ -88,5 +100,24 @@ def open_torch_file(path: Path, allowed_globals: frozenset[str] = frozenset()) -
         )
     with path.open("rb") as file:
         file.seek(pickled.offset)
-        data = file.read(pickled.nbytes)
+        data = checked_crc(path, pickled, file.read(pickled.nbytes))
     return TorchFile(archive, unpickle(archive, data, allowed_globals))
+
+
+def require_readable(path: Path, allowed_globals: frozenset[str] = frozenset()) -> None:
+    """Opens a torch file that was just written, as its readers will.
+
+    Args:
+        path: the file.
+        allowed_globals: see `open_torch_file`.
+
+    Raises:
+        VerificationFailed: it cannot be read; the message says why.
+    """
+    try:
+        open_torch_file(path, allowed_globals)
+    except WsmError as error:
+        raise VerificationFailed(
+            f"the output's file cannot be read, so nothing is published: {error} The newest checkpoint is damaged, or "
+            "the disk is."
+        ) from error

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from typing import Any
 
+from wsm_ds.errors import UnsupportedLayout, few
 from wsm_ds.layouts.layout import TensorInfo
 from wsm_ds.outputs.resharding.form import Form, Origin, cuts
 from wsm_ds.outputs.resharding.placeholders import placeholder
@@ -53,16 +54,41 @@ def _module(origin: Origin, form: Form, old: dict[str, Any]) -> OrderedDict[str,
         return OrderedDict(old)
     new: OrderedDict[str, Any] = OrderedDict()
     tensors: dict[str, Tensor] = {}
+    whole = set(whole_in_every_form(origin))
     for name, value in old.items():
         owner = origin.layout.aliases.get(name, name)
         info = origin.layout.tensors.get(owner)
-        if info is None or info.role == "buffer" or not isinstance(value, Tensor):
+        if info is None or owner in whole or not isinstance(value, Tensor):
             new[name] = value
             continue
         if owner not in tensors:
             tensors[owner] = placeholder(info.dtype, (0,) if form.stage == 3 else info.shape)
         new[name] = tensors[owner]
     return new
+
+
+def whole_in_every_form(origin: Origin) -> list[str]:
+    """Returns the tensors that no stage partitions: buffers, and those neither in the optimizer nor named as frozen."""
+    frozen_shapes = origin.models[0].tree.get("frozen_param_shapes")
+    return [
+        name
+        for name, info in origin.layout.tensors.items()
+        if info.role == "buffer" or (info.role == "frozen" and frozen_shapes is not None and name not in frozen_shapes)
+    ]
+
+
+def require_places(origin: Origin, form: Form) -> None:
+    """Raises UnsupportedLayout if stage 3 would be written and has no place for a parameter; it is named."""
+    if form.stage < 3 or origin.form.stage == 3:
+        return
+    buffers = set(origin.models[0].tree.get("buffer_names") or ())
+    unplaced = [name for name in whole_in_every_form(origin) if origin.layout.tensors[name].role == "frozen"]
+    unplaced += [f"{name} ({what})" for name, what in origin.layout.opaque.items() if name not in buffers]
+    if unplaced:
+        raise UnsupportedLayout(
+            f"{origin.layout.path} holds {few(unplaced)}, for which ZeRO stage 3 has no place: neither in the "
+            "optimizer nor frozen, or no plain tensor. Write stage 1 or 2, or safetensors."
+        )
 
 
 def _fragment(form: Form, info: TensorInfo, whole: Tensor) -> Tensor:

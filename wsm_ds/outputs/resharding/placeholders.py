@@ -5,8 +5,7 @@ from collections import OrderedDict
 from dataclasses import replace
 from typing import Any
 
-from wsm_ds.dtypes import DType
-from wsm_ds.errors import UnsupportedLayout
+from wsm_ds.dtypes import BY_NAME, DType
 from wsm_ds.torchfile import Global, Stub, Tensor
 from wsm_ds.torchfile.unpickle import STORAGES, Storage
 
@@ -21,19 +20,21 @@ def placeholder(dtype: DType, shape: tuple[int, ...]) -> Tensor:
     Args:
         dtype: dtype of the tensor.
         shape: shape of the tensor.
-
-    Raises:
-        UnsupportedLayout: torch has no storage class for the dtype.
     """
-    if dtype.torch_name not in STORAGE_NAMES:
-        raise UnsupportedLayout(f"a {dtype.name} tensor cannot be resharded: torch has no storage class for its dtype.")
     numel, stride = 1, []
     for size in reversed(shape):
         stride.append(max(numel, 1))
         numel *= size
-    storage_class = Global("torch", STORAGE_NAMES[dtype.torch_name])
-    storage = Storage(f"new{next(_numbers)}", dtype, storage_class, "cpu", numel)
-    return _tensor(storage, 0, shape, tuple(reversed(stride)))
+    key, strides = f"new{next(_numbers)}", tuple(reversed(stride))
+    if dtype.torch_name in STORAGE_NAMES:
+        storage_class = Global("torch", STORAGE_NAMES[dtype.torch_name])
+        return _tensor(Storage(key, dtype, storage_class, "cpu", numel), 0, shape, strides)
+    # The storage of such a dtype is saved as bytes, with the dtype beside it (`_reduce_ex_internal`, torch/_tensor.py).
+    storage_class = Global("torch.storage", "UntypedStorage")
+    storage = Storage(key, BY_NAME["uint8"], storage_class, "cpu", numel * dtype.itemsize)
+    arguments: tuple[Any, ...] = (storage, 0, shape, strides, False, OrderedDict())
+    arguments += (Global("torch", dtype.torch_name),)
+    return Tensor(storage, 0, shape, strides, Stub(Global("torch._utils", "_rebuild_tensor_v3"), arguments), dtype)
 
 
 def with_own_storage(value: Any) -> Any:

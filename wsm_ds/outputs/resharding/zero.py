@@ -4,7 +4,7 @@ from wsm_ds.layouts import zero3, zero12
 from wsm_ds.layouts.layout import Table, TableBuilder
 from wsm_ds.layouts.rank_files import RankFiles
 from wsm_ds.outputs.resharding.form import Form, Origin
-from wsm_ds.outputs.resharding.model_file import model_tree
+from wsm_ds.outputs.resharding.model_file import model_tree, require_places
 from wsm_ds.outputs.resharding.optimizer_file import optimizer_tree
 from wsm_ds.outputs.torch_template import TorchTemplate, inputs_of, make_torch_template
 from wsm_ds.planning.plan import InputNumber, Template
@@ -24,7 +24,11 @@ def zero_templates(
 
     Returns:
         The files, and by kind where elements belong in them; `file` in the tables is the index of a template.
+
+    Raises:
+        UnsupportedLayout: the new form has no place for a tensor; it is named.
     """
+    require_places(origin, form)
     inputs = inputs_of(origin.layout, first_input)
     ranks = range(form.world_size)
     models: dict[int, TorchTemplate] = {}
