@@ -241,6 +241,23 @@ def test_the_outputs_of_merges_in_a_run_are_no_checkpoints_of_it(copied: Copied)
     assert len(find_checkpoints(run / "step_9")) == 1
 
 
+def test_composer_and_gpt_neox_are_told_by_their_own_files(copied: Copied) -> None:
+    run = copied("plain")
+    (run / "global_step1/configs").mkdir()  # `save_ds_checkpoint`, megatron/checkpointing.py of GPT-NeoX
+    for step in (2, 3):
+        save = run / f"ep0-ba{step}"  # composer/utils/checkpoint.py; its tar files, unpacked
+        save.mkdir()
+        (run / f"global_step{step}").rename(save / "deepspeed")
+        (save / "composer_states.pt").touch()
+    found = [(c.tag, c.saved_by, c.save_folder) for c in find_checkpoints(run)]
+    assert found == [
+        ("ep0-ba2/deepspeed", "Composer", run / "ep0-ba2"),
+        ("ep0-ba3/deepspeed", "Composer", run / "ep0-ba3"),
+        ("global_step1", "GPT-NeoX", run / "global_step1"),
+        ("global_step4", "DeepSpeed", run / "global_step4"),
+    ]
+
+
 def test_a_fault_of_all_checkpoints_is_told_once(copied: Copied, capsys: pytest.CaptureFixture[str]) -> None:
     run = copied("plain")
     for file in run.glob("*/*zero_pp_rank_1*"):

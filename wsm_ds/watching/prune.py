@@ -19,6 +19,7 @@ from typing import Any
 from wsm_ds.errors import RecipeError, UnsupportedLayout, few
 from wsm_ds.filesystem.durable import append_line
 from wsm_ds.filesystem.locks import hold_lock
+from wsm_ds.filesystem.small_files import read_small
 from wsm_ds.layouts import Checkpoint, find_checkpoints
 from wsm_ds.layouts.frameworks import TRAINER_STATE
 from wsm_ds.layouts.order import Dated
@@ -155,16 +156,16 @@ def _reasons(checkpoints: Checkpoints, retention: Retention, complete: set[int])
 
 
 def _best_of_trainer(checkpoints: Checkpoints) -> set[int]:
-    """The steps of the checkpoints that HF Trainer loads at the end as the best ones, as their states say."""
-    by_name = {checkpoint.save_folder.name: step for step, checkpoint in checkpoints.by_step.items()}
-    best = set()
-    for checkpoint in checkpoints.by_step.values():
+    """The step of the checkpoint that HF Trainer loads at the end as the best one, as its newest state says."""
+    steps = {checkpoint.save_folder.name: step for step, checkpoint in checkpoints.by_step.items()}
+    for _, checkpoint in sorted(checkpoints.by_step.items(), reverse=True):
         try:
-            state = json.loads((checkpoint.save_folder / TRAINER_STATE).read_text(encoding="utf-8"))
-            best.add(by_name.get(Path(state["best_model_checkpoint"]).name))
+            state = json.loads(read_small(checkpoint.save_folder / TRAINER_STATE))
+            best = steps.get(Path(state["best_model_checkpoint"]).name)
         except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return {step for step in best if step is not None}
+            continue  # not HF Trainer's, not written to its end yet, or without a best model
+        return set() if best is None else {best}
+    return set()
 
 
 def _from(complete: Sequence[int], count: int, steps: set[int]) -> set[int]:
