@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lazy import torch
 from saved_names import SERIES, Series, saved
 
 from wsm_ds.cli import main
-from wsm_ds.errors import BrokenCheckpoint, CheckpointNotFound, WindowError
+from wsm_ds.errors import BrokenCheckpoint, CheckpointNotFound, UnsafePickle, WindowError
 from wsm_ds.inspection import inspect_run
 from wsm_ds.layouts.order import UNBOUNDED, in_order
 from wsm_ds.layouts.run import find_checkpoints, find_tag
@@ -21,6 +22,12 @@ from wsm_ds.planning.recipe import one_recipe
 from wsm_ds.verification import verify
 
 MODEL_FILE = "mp_rank_00_model_states.pt"
+
+
+class Mine:
+    """A class of the user's, in the client state."""
+
+
 Copied = Callable[[str], Path]
 
 
@@ -215,8 +222,10 @@ def test_to_order_reads_one_model_file_of_each_checkpoint_once(copied: Copied) -
 def test_an_old_checkpoint_with_an_unknown_class_does_not_hinder_the_window(copied: Copied) -> None:
     run = copied("plain")
     file = run / "global_step1" / MODEL_FILE
-    file.write_bytes(file.read_bytes().replace(b"torch._utils\n", b"torch_utilsX\n"))
+    torch.save(torch.load(file, weights_only=False) | {"mine": Mine()}, file)
     assert last(run, 2) == ["global_step3", "global_step4"]
+    with pytest.raises(UnsafePickle, match="Mine"):
+        last(run, 4)
 
 
 def test_two_models_or_two_runs_in_one_folder_are_refused_and_tags_choose(copied: Copied, tmp_path: Path) -> None:

@@ -218,12 +218,20 @@ def _kept_for_itself(folder: Path, dated: Dated, checkpoints: Checkpoints) -> st
         return "a link"
     if checkpoint.links:
         return f"{checkpoint.links[0]} is a link to it"
-    if not any(map(str.isdigit, folder.name)):
+    if not _has_number(folder.name):
         return "its name has no number"
-    twins = [d for d in checkpoints.dated if d.step == dated.step and d is not dated and not d.checkpoint.is_universal]
+    # A copy whose name has no number stays itself, so the other one need not.
+    twins = [d.checkpoint for d in checkpoints.dated if d.step == dated.step and d is not dated]
+    twins = [
+        twin for twin in twins if not twin.is_universal and _has_number(_deleted_folder(checkpoints.run, twin).name)
+    ]
     if twins:
-        return f"{twins[0].checkpoint.tag} is of the same step"
+        return f"{twins[0].tag} is of the same step"
     return f"{beside[0].checkpoint.tag} lies in its folder" if beside else ""
+
+
+def _has_number(name: str) -> bool:
+    return any(map(str.isdigit, name))
 
 
 def trash_of(run: Path) -> Path:
