@@ -15,7 +15,7 @@ from wsm_ds.cli import main
 from wsm_ds.errors import BrokenCheckpoint, CheckpointNotFound, UnsafePickle, WindowError
 from wsm_ds.inspection import inspect_run
 from wsm_ds.layouts.order import UNBOUNDED, in_order
-from wsm_ds.layouts.run import find_checkpoints, find_tag
+from wsm_ds.layouts.run import checkpoint_at, find_checkpoints, find_tag
 from wsm_ds.layouts.saved_step import _step_in, saved_step
 from wsm_ds.merging import merge, plan_merge
 from wsm_ds.planning.recipe import one_recipe
@@ -230,12 +230,14 @@ def test_an_old_checkpoint_with_an_unknown_class_does_not_hinder_the_window(copi
 
 def test_two_models_or_two_runs_in_one_folder_are_refused_and_tags_choose(copied: Copied, tmp_path: Path) -> None:
     run = copied("two")
-    with pytest.raises(WindowError, match="checkpoint_1 holds several models: pytorch_model, pytorch_model_1"):
+    with pytest.raises(WindowError, match="checkpoint_1 holds several checkpoints: pytorch_model, pytorch_model_1"):
         last(run, 2)
     chosen = ("checkpoint_1/pytorch_model_1", "checkpoint_2/pytorch_model_1")
     assert plan(run, tags=chosen) == list(chosen)
     with pytest.raises(CheckpointNotFound, match=f"Give one of the runs in it: {run}"):
         find_checkpoints(tmp_path)
+    with pytest.raises(CheckpointNotFound, match=f"give {run}/checkpoint_1, and its name pytorch_model as tag"):
+        find_checkpoints(run / "checkpoint_1/pytorch_model")
     mixed = copied("plain")
     shutil.copytree(mixed / "global_step1", mixed / "checkpoints/global_step1")
     with pytest.raises(WindowError, match=f"more than one run: they lie in {mixed}, {mixed}/checkpoints"):
@@ -248,6 +250,14 @@ def test_the_outputs_of_merges_in_a_run_are_no_checkpoints_of_it(copied: Copied)
     merge(run=run, last=2, curve="linear", out=run / "step_9")
     assert last(run, 4) == list(SERIES["folders"].tags)
     assert len(find_checkpoints(run / "step_9")) == 1
+
+
+def test_one_checkpoint_is_named_by_its_folder_or_by_that_of_its_save(named: Path) -> None:
+    save = named / "lightning/epoch=0-step=2.ckpt"
+    assert checkpoint_at(save).path == checkpoint_at(save / "checkpoint").path == save / "checkpoint"
+    for path in (named / "two/checkpoint_1", named / "plain", named):
+        with pytest.raises(CheckpointNotFound, match=r"Give RUN/TAG"):
+            checkpoint_at(path)
 
 
 def test_composer_and_gpt_neox_are_told_by_their_own_files(copied: Copied) -> None:

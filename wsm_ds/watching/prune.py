@@ -28,7 +28,7 @@ from wsm_ds.publishing.staging_folder import MANIFEST, unfinished_merges
 from wsm_ds.reporting.tables import table
 from wsm_ds.sizes import format_size
 from wsm_ds.watching.completeness import Checkpoints
-from wsm_ds.watching.spec import WatchSpec, merged_outputs, source_steps
+from wsm_ds.watching.spec import WatchSpec, merged_outputs, require_run, source_steps
 from wsm_ds.watching.windows import needed_steps
 
 NEVER_SETTLES_S = float("inf")
@@ -118,8 +118,7 @@ def _require_prunable(run: Path, retention: Retention) -> None:
             "nothing says which checkpoints windows need: give --keep-window N, or the --out DIR of a watch."
         )
     for spec in retention.specs:
-        if spec.run.resolve() != run.resolve():
-            raise RecipeError(f"{spec.out} has the merges of {spec.run}, not of {run}.")
+        require_run(spec, run)
     if (run / MANIFEST).is_file():
         raise UnsupportedLayout(f"{run} is a merge's output, not a run.")
     find_checkpoints(run)  # raises CheckpointNotFound
