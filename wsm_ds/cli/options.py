@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 EXIT_CODES = """\
 exit codes: 0 done; 2 a wrong request; 3 a broken or unsupported checkpoint, a full disk or an I/O error;
 130 interrupted by SIGINT or SIGTERM (run the same command again to continue)"""
-RUN = "the run's folder: DeepSpeed's save_dir, or the output_dir of HF Trainer"
+RUN = "the run's folder: DeepSpeed's save_dir, or the folder in which HF Trainer, Accelerate or Lightning saves"
 FORM = ("world_size", "stage", "sub_group_size", "like")
 RECIPE = (
     "run", "out", "from_step", "oldest_interval", "dtype", "optimizer_states", *FORM, "memory_budget", "threads",
