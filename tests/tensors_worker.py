@@ -4,6 +4,7 @@ import io
 from typing import Any
 
 import deepspeed
+import parallel_worker  # noqa: F401  adds the engine "pipeline"
 import torch
 from ds_worker import ENGINES, JOBS, ds_config, run_jobs, train_steps  # prepares DeepSpeed for CPU
 
@@ -79,7 +80,7 @@ class ExtraStateModel(TokenModel):
 class StridedModel(TokenModel):
     """Buffers, frozen and trained parameters that are not contiguous. Made in the engine's dtype: a cast would copy."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, *, is_loading: bool) -> None:
         super().__init__()
         images = torch.arange(48, dtype=dtype).reshape(2, 3, 2, 4)
         self.register_buffer("transposed", torch.arange(12, dtype=dtype).reshape(3, 4).t())
@@ -89,6 +90,8 @@ class StridedModel(TokenModel):
         self.register_buffer("mask", torch.ones(4, 4, dtype=torch.bool).tril().t())
         self.register_buffer("every_second", torch.arange(12, dtype=dtype)[::2])
         self.register_buffer("tail", torch.arange(12, dtype=dtype)[5:])
+        if is_loading:  # torch does not copy into an expanded tensor
+            self.expanded, self.one_value = self.expanded.clone(), self.one_value.clone()
         self.fixed = torch.nn.Parameter(torch.arange(6, dtype=dtype).reshape(3, 2), requires_grad=False)
         self.kernel = torch.nn.Parameter(torch.randn(4, WIDTH, 2, 3, dtype=dtype))
         # DeepSpeed sends parameters to all ranks as bytes, for which the last stride must be 1 (`_broadcast_model`,
@@ -145,6 +148,21 @@ class KindsModel(TokenModel):
         return super().forward(tokens)
 
 
+class OpaqueModel(TokenModel):
+    """A buffer whose values are not simply stored elements."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        turned = torch.tensor([1 + 2j, 3 - 4j])
+        buffers = {
+            "quantized": torch.quantize_per_tensor(torch.arange(3.0), 0.5, 0, torch.qint8),
+            "sparse": torch.eye(3, dtype=torch.int32).to_sparse(),
+            "conjugate": turned.conj(),
+            "complex128": turned.to(torch.complex128),
+        }
+        self.register_buffer("table", buffers[kind])
+
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -153,7 +171,8 @@ def engine(job: dict[str, Any]) -> Any:
     models = {
         "plain": TokenModel,
         "extra": ExtraStateModel,
-        "strided": lambda: StridedModel(DTYPES[job["dtype"]]),
+        "opaque": lambda: OpaqueModel(job["kind"]),
+        "strided": lambda: StridedModel(DTYPES[job["dtype"]], is_loading=job["do"] == "load"),
         "kinds": lambda: KindsModel(has_odd_weights=job["stage"] < 3),
     }
     model = models[job["model"]]()
