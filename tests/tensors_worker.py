@@ -1,6 +1,7 @@
 """Ranks that train models with tensors of every sort. Jobs and reports: `ds_worker.py`."""
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -85,13 +86,14 @@ class StridedModel(TokenModel):
         images = torch.arange(48, dtype=dtype).reshape(2, 3, 2, 4)
         self.register_buffer("transposed", torch.arange(12, dtype=dtype).reshape(3, 4).t())
         self.register_buffer("channels_last", images.contiguous(memory_format=torch.channels_last))
-        self.register_buffer("expanded", torch.ones(1, 5, dtype=dtype).expand(4, 5))
-        self.register_buffer("one_value", torch.ones(1, dtype=dtype).expand(7))
+        expanded, one_value = torch.ones(1, 5, dtype=dtype).expand(4, 5), torch.ones(1, dtype=dtype).expand(7)
+        if is_loading:  # torch does not copy into an expanded tensor
+            expanded, one_value = expanded.clone(), one_value.clone()
+        self.register_buffer("expanded", expanded)
+        self.register_buffer("one_value", one_value)
         self.register_buffer("mask", torch.ones(4, 4, dtype=torch.bool).tril().t())
         self.register_buffer("every_second", torch.arange(12, dtype=dtype)[::2])
         self.register_buffer("tail", torch.arange(12, dtype=dtype)[5:])
-        if is_loading:  # torch does not copy into an expanded tensor
-            self.expanded, self.one_value = self.expanded.clone(), self.one_value.clone()
         self.fixed = torch.nn.Parameter(torch.arange(6, dtype=dtype).reshape(3, 2), requires_grad=False)
         self.kernel = torch.nn.Parameter(torch.randn(4, WIDTH, 2, 3, dtype=dtype))
         # DeepSpeed sends parameters to all ranks as bytes, for which the last stride must be 1 (`_broadcast_model`,
@@ -168,7 +170,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def engine(job: dict[str, Any]) -> Any:
     """The engine of job["model"]; job["frozen"] is frozen and job["left_out"] not given to the optimizer."""
-    models = {
+    models: dict[str, Callable[[], Any]] = {
         "plain": TokenModel,
         "extra": ExtraStateModel,
         "opaque": lambda: OpaqueModel(job["kind"]),

@@ -103,9 +103,11 @@ def masters(run: Path, stage: int) -> dict[str, torch.Tensor]:
 def refused(run: Path, error: type[WsmError], words: str, **values: Any) -> None:
     """Every format refuses, with `words`, and leaves nothing behind."""
     before = sorted(run.parent.iterdir())
-    for more in ({}, {"format": "safetensors"}, {"format": "universal"}, {"world_size": 3}):
+    one: dict[str, Any] = {"last": 1, "coefficients": [1.0]} | values
+    forms: list[dict[str, Any]] = [{}, {"format": "safetensors"}, {"format": "universal"}, {"world_size": 3}]
+    for more in forms:
         with pytest.raises(error, match=words):
-            merge(run=run, out=run.parent / "out", **({"last": 1, "coefficients": [1.0]} | values), **more)
+            merge(run=run, out=run.parent / "out", **one, **more)
     with pytest.raises(error, match=words):
         export(run, out=run.parent / "out")
     assert sorted(run.parent.iterdir()) == before
@@ -283,8 +285,8 @@ def test_what_is_more_than_stored_elements_is_kept_and_is_refused_where_it_canno
         for model in load_all(out / "global_step2")[0].values():
             table = model["module"]["table"]
             assert (table.dtype, table.layout, table.is_conj()) == (expected.dtype, expected.layout, expected.is_conj())
-            as_numbers = (lambda x: x.dequantize()) if kind == "quantized" else (lambda x: x.to_dense())
-            assert torch.equal(as_numbers(table), as_numbers(expected))
+            pair = [(x.dequantize() if kind == "quantized" else x.to_dense()) for x in (table, expected)]
+            assert torch.equal(*pair)
     with pytest.raises(UnsupportedLayout, match=rf"table \({OPAQUE[kind]}\), which safetensors cannot store"):
         export(run, out=tmp_path / "refused")
 
@@ -371,7 +373,7 @@ def test_a_parameter_that_is_added_later_is_in_no_older_checkpoint(written: Path
 def test_deepspeed_loads_merges_of_odd_tensors(
     written: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    jobs = [
+    jobs: list[dict[str, Any]] = [
         {"do": "load", "engine": "tensors", "model": model, "stage": stage, "dtype": dtype, "steps": 1,
          "root": str(merged(written / f"{model}_s{stage}_{dtype}", tmp_path / f"{model}{stage}{dtype}")),
          "dump": str(tmp_path / f"{model}{stage}{dtype}.dump")}

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from wsm_ds.dtypes import ALL
+from wsm_ds.dtypes import ALL, ITEMSIZES
 from wsm_ds.errors import BrokenCheckpoint, LayoutMismatch, UnsupportedLayout, few
 from wsm_ds.layouts import Layout
 from wsm_ds.layouts.coverage import require_whole
@@ -16,7 +16,6 @@ from wsm_ds.outputs.resharding.form import RequestedForm, open_origin, target_fo
 from wsm_ds.outputs.resharding.universal import universal_templates
 from wsm_ds.outputs.resharding.zero import zero_templates
 from wsm_ds.outputs.torch_template import Inputs, inputs_of, make_torch_template
-from wsm_ds.planning.intersect import ITEMSIZES
 from wsm_ds.planning.plan import (
     CopySegment,
     CrcField,
