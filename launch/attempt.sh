@@ -109,8 +109,39 @@ decide_for_attempt() {
     --max-crashes="$WSM_MAX_CRASHES" "${@:2}"
 }
 
-# note_provenance ARGUMENTS…: writes LOGS/provenance: commit, versions, arguments and environment of this attempt
-note_provenance() {
+# site_names: prints the names of the variables that the site's file sets in lines of their own
+site_names() {
+  sed -nE 's/^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z_0-9]*)=.*/\2/p' "$WSM_SITE" | sort -u
+}
+
+# The variables whose values are written to LOGS/provenance. Of all others that the site's file sets, only the names
+# are: the values may be passwords or tokens. WSM_RECORD, in the site's file, adds names.
+RECORDED="WSM_PYTHON WSM_REPO WSM_SITE WSM_RANKS_PER_NODE WSM_AGENT WSM_START_S WSM_HANG_S WSM_COLLECTIVE_S WSM_SAVE_S
+  WSM_CHECK_S WSM_FREE_BYTES WSM_MAX_CRASHES WSM_LOCAL WSM_ATTEMPT OMP_NUM_THREADS CUDA_VISIBLE_DEVICES CUDA_HOME
+  DS_ACCELERATOR DEEPSPEED_TIMEOUT GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME NCCL_IB_HCA NCCL_DEBUG NCCL_IB_DISABLE
+  NCCL_IB_GID_INDEX NCCL_ALGO NCCL_PROTO NCCL_NET_GDR_LEVEL UCX_NET_DEVICES UCX_TLS FI_PROVIDER
+  TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC TORCH_NCCL_TRACE_BUFFER_SIZE TORCH_NCCL_DUMP_ON_TIMEOUT TORCH_EXTENSIONS_DIR
+  TRITON_CACHE_DIR PYTHONFAULTHANDLER PYTHONUNBUFFERED HF_HUB_OFFLINE"
+
+# print_environment: prints the variables of RECORDED and WSM_RECORD, and the names of the site's others
+print_environment() {
+  local name others=''
+  for name in $RECORDED ${WSM_RECORD:-}; do
+    [ -z "${!name+set}" ] || printf '%s=%q\n' "$name" "${!name}"
+  done
+  while read -r name; do
+    case " ${RECORDED//$'\n'/ } ${WSM_RECORD:-} " in
+      *" $name "*) ;;
+      *) others+=" $name" ;;
+    esac
+  done < <(site_names)
+  [ -z "$others" ] || echo "also set, not recorded:$others"
+}
+
+# note_provenance ARGUMENTS…: writes LOGS/provenance, which only its owner can read: commit, versions, arguments and
+# environment of this attempt
+note_provenance() (
+  umask 077
   {
     printf 'started %(%F %T %z)T\nrun %s\ncheckpoint %s\narguments' -1 "$RUN" "${LATEST_BEFORE:-none}"
     printf ' %q' "$@"
@@ -118,12 +149,11 @@ note_provenance() {
     echo "commit $(git -C "$WSM_REPO" rev-parse HEAD 2>&1) $(git -C "$WSM_REPO" status --porcelain 2>&1 | wc -l) files changed"
     "$WSM_PYTHON" -c 'import importlib.metadata as m, sys; print("python", sys.version.split()[0])
 for name in ("torch", "deepspeed", "wsm_ds"): print(name, m.version(name))' 2>&1
+    echo "site $WSM_SITE $(cksum < "$WSM_SITE")"
     echo "environment"
-    env | grep -E '^(WSM|NCCL|GLOO|TORCH|OMP|CUDA|DS|HF|PYTHON|TRITON|UCX|FI)_?[A-Z0-9_]*=' | sort
-    echo "site $WSM_SITE"
-    cat "$WSM_SITE"
+    print_environment
   } > "$LOGS/provenance"
-}
+)
 
 # start_watchdog: sets WATCHDOG, the pid of a process that ends with 3 when the ranks make no progress for too long
 start_watchdog() {

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 TRAINED = {
-    "compiled_ops", "converted", "even_runs", "launcher", "megatron", "other_world_sizes", "reports", "runs", "sharing",
-    "trained", "whole_runs", "written",
+    "compiled_ops", "converted", "even_runs", "launcher", "megatron", "named", "other_world_sizes", "reports", "runs",
+    "sharing", "trained", "whole_runs", "written",
 }  # fmt: skip
 """Fixtures that train with DeepSpeed."""
 TORCH = {

@@ -22,9 +22,9 @@ def record_source_reads(monkeypatch: pytest.MonkeyPatch) -> list[Range]:
         ranges.append((str(self.inputs[file].path.resolve()), offset, offset + len(into)))
 
     def recording_sums(
-        sources: Sequence[arithmetic.StoredElements], wanted_sums: Any, numel: int, scratch: Any = None
+        sources: Sequence[arithmetic.StoredElements], wanted_sums: Any, numel: int, scratch: Any = None, crcs: Any = ()
     ) -> arithmetic.FusedSums | None:
-        fused = fused_sums(sources, wanted_sums, numel, scratch)
+        fused = fused_sums(sources, wanted_sums, numel, scratch, crcs)
         if fused is not None:
             for source in sources:
                 if source.descriptor != arithmetic.IN_MEMORY:

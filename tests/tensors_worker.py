@@ -177,7 +177,7 @@ def engine(job: dict[str, Any]) -> Any:
         "strided": lambda: StridedModel(DTYPES[job["dtype"]], is_loading=job["do"] == "load"),
         "kinds": lambda: KindsModel(has_odd_weights=job["stage"] < 3),
     }
-    model = models[job["model"]]()
+    model: torch.nn.Module = models[job["model"]]()
     for name in job.get("frozen", ()):
         model.get_parameter(name).requires_grad_(False)
     trained = [p for name, p in model.named_parameters() if p.requires_grad and name not in job.get("left_out", ())]

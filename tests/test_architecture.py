@@ -17,7 +17,7 @@ PACKAGE = Path(wsm_ds.__file__).parent
 ORDER = (
     "errors", "sizes", "dtypes", "filesystem", "distributed", "schedules", "torchfile", "layouts", "planning",
     "outputs", "engine", "publishing", "merging", "verification", "inspection", "reporting", "watching", "estimate",
-    "training", "cli", "__main__",
+    "doctor", "training", "cli", "__main__",
 )  # fmt: skip
 """The packages and top-level modules; each may import those before it."""
 MAY_IMPORT = {"deepspeed": {"schedules", "training"}, "torch": {"schedules", "distributed", "training"}}

@@ -29,7 +29,18 @@ def test_inspect_shows_every_checkpoint_and_whether_it_is_complete(
     next((run / "global_step4").glob("*rank_1*optim_states.pt")).unlink()
     assert main(["inspect", str(run)]) == 3
     shown = capsys.readouterr().out.splitlines()
-    assert shown[0].split() == ["checkpoint", "step", "zero", "dtype", "ranks", "parameters", "size", "lr", "complete"]
+    assert shown[0].split() == [
+        "checkpoint",
+        "step",
+        "zero",
+        "dtype",
+        "ranks",
+        "parameters",
+        "size",
+        "lr",
+        "complete",
+        "framework",
+    ]
     assert shown[1].split()[:6] == ["global_step2", "2", "3", "bf16", "2", "569"]
     assert shown[1].split()[-2:] == ["0.01", "yes"]
     assert shown[2].split()[-1] == "no"
@@ -246,6 +257,7 @@ def test_the_examples_of_every_help_work(
     """In a folder where RUN is a run; steps are thousands in the examples and ones in the run of the tests."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.setpriority", lambda *_: None)
+    Path("configs").symlink_to(Path(__file__).parents[1] / "configs")
     for number, line in enumerate(examples()):
         run = Path("RUN")
         if not run.is_dir() or number == 0 or "prune" in line:

@@ -1,11 +1,13 @@
 """Reads the metadata of a run's checkpoints, and whether each of them is complete."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wsm_ds.errors import WsmError
 from wsm_ds.layouts import Checkpoint, Layout, find_checkpoints, read_layout
+from wsm_ds.layouts.order import in_order
 from wsm_ds.layouts.run import find_tag
 from wsm_ds.planning.recipe_options import StrPath
 
@@ -15,7 +17,7 @@ class Inspected:
     """The metadata of one checkpoint.
 
     Attributes:
-        checkpoint: the checkpoint's tag and folder.
+        checkpoint: the checkpoint's tag and folder, and which framework wrote it.
         layout: its layout; None if it is incomplete or cannot be read.
         problem: why there is no layout; None if there is one.
     """
@@ -33,6 +35,9 @@ class Inspected:
         description = {
             "tag": self.checkpoint.tag,
             "path": str(self.checkpoint.path),
+            "saved_by": self.checkpoint.saved_by,
+            "save_folder": str(self.checkpoint.save_folder),
+            "links": list(self.checkpoint.links),
             "is_complete": layout is not None,
         }
         if layout is None:
@@ -45,7 +50,10 @@ class Inspected:
             "model_parallel_size": layout.model_parallel_size,
             "parameters": layout.numel,
             "bytes": layout.nbytes,
-            "learning_rates": list(layout.learning_rates),
+            # JSON has no NaN and no infinity.
+            "learning_rates": [
+                rate if rate is None or math.isfinite(rate) else str(rate) for rate in layout.learning_rates
+            ],
             "warmup_num_steps": layout.warmup_num_steps,
             "optimizer_states": list(layout.state_names),
         }
@@ -74,14 +82,14 @@ def inspect_run(run: StrPath, tag: str | None = None, allow_globals: frozenset[s
             imported.
 
     Returns:
-        One object for each checkpoint, the oldest first.
+        One object for each checkpoint, in the order of their steps, the oldest first.
 
     Raises:
         CheckpointNotFound: the run does not exist, or holds no such checkpoint; names the checkpoints that exist.
     """
     folder = Path(run)
     checkpoints = [find_tag(folder, tag)] if tag else find_checkpoints(folder)
-    return [_inspect(checkpoint, allow_globals) for checkpoint in checkpoints]
+    return [_inspect(dated.checkpoint, allow_globals) for dated in in_order(checkpoints)]
 
 
 def _inspect(checkpoint: Checkpoint, allow_globals: frozenset[str]) -> Inspected:

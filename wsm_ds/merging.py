@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from typing_extensions import Unpack
@@ -34,9 +34,12 @@ from wsm_ds.planning.window import ReadLayout, Window, recorded_window, select_w
 from wsm_ds.publishing.manifest import description, make_manifest, read_manifest
 from wsm_ds.publishing.staging_folder import MANIFEST, Staging, commit, discard, staged, unfinished_merge
 from wsm_ds.schedules.coefficients import effective_sample_size, lag
+from wsm_ds.torchfile import require_readable
 
 log = logging.getLogger(__name__)
 
+CHECKPOINT_FILES = "*/*.pt"
+"""Files of a checkpoint in an output, in contrast to those that are copied to stand beside it."""
 Progress = Callable[[int], None]
 """Called with the bytes that were read and written since the last call."""
 
@@ -298,6 +301,10 @@ def _publish(plan: Plan, files: StagedFiles, stagings: Sequence[Staging]) -> tup
     manifests = []
     for number, (output, staging) in enumerate(zip(plan.outputs, stagings, strict=True)):
         written = files.finish(number)
+        allowed = frozenset(output.recipe.get("allow_globals") or ())
+        for file in written:
+            if PurePath(file.name).match(CHECKPOINT_FILES):
+                require_readable(staging.content / file.name, allowed)
         for name, text in output.texts.items():
             write_text(staging.content / name, text)
         manifests.append(make_manifest(plan, number, written))

@@ -10,6 +10,7 @@ import numpy as np
 
 from wsm_ds.engine.reader import Reader
 from wsm_ds.engine.seals import CRC_BYTES
+from wsm_ds.engine.source_crcs import SourceCrcs
 from wsm_ds.engine.tasks import Task, tasks_of
 from wsm_ds.engine.threads import workers_for
 from wsm_ds.engine.timings import Timings
@@ -145,8 +146,9 @@ def _recompute(plan: Plan, out: Path, full: bool) -> int:
             if isinstance(segment, LiteralSegment):
                 comparison.write(number, segment.offset, memoryview(segment.data))
     workers = workers_for(plan, plan.memory_bytes, 1)
+    crcs = SourceCrcs(plan.inputs)
     with Reader(plan.inputs) as reader:
-        worker = Worker(plan, reader, comparison, workers.slice_numel, set(plan.names), Timings())
+        worker = Worker(plan, reader, comparison, workers.slice_numel, set(plan.names), Timings(), crcs)
         for task in tasks_of(plan) if full else _sampled(plan):
             worker.run(task)
     return comparison.nbytes

@@ -28,33 +28,35 @@ quoted() {
   REPLY+="'"
 }
 
-# site_variables: prints NAME=VALUE for each variable of the site's file that begins a line there, and for two of ours
-site_variables() {
-  local name
-  for name in WSM_ATTEMPT WSM_REPO $(grep -oE '^[A-Za-z_][A-Za-z_0-9]*=' "$WSM_SITE" | tr -d = | sort -u); do
-    printf '%s=%s\n' "$name" "${!name}"
-  done
-}
+# write_site: writes LOGS/site, which the hosts source and only its owner can read. It exports the variables of the
+# site's file and two of ours. On a command line every user of a host could see the values.
+write_site() (
+  umask 077
+  for name in WSM_ATTEMPT WSM_REPO $(site_names); do
+    [ -z "${!name+set}" ] || printf 'export %s=%q\n' "$name" "${!name}"
+  done > "$LOGS/site"
+)
 
 # Sets FIRST_HOST, the first host that is fit, and EXCLUDE, the hosts that are left out of this attempt.
 check_nodes() {
-  local line command=env
-  while read -r line; do
-    quoted "$line"
+  local word command
+  quoted "$LOGS/site"
+  command=". $REPLY && exec $WSM_PYTHON -m wsm_ds.training.node_check"
+  for word in "$RUN" --free-bytes "$WSM_FREE_BYTES" --rendezvous "${HOSTS[0]}:$MASTER_PORT"; do
+    quoted "$word"
     command+=" $REPLY"
-  done < <(site_variables)
-  quoted "$RUN"
-  command+=" $WSM_PYTHON -m wsm_ds.training.node_check $REPLY --free-bytes $WSM_FREE_BYTES"
-  command+=" --rendezvous ${HOSTS[0]}:$MASTER_PORT"
+  done
   timeout "$WSM_CHECK_S" pdsh -R ssh -w "$(IFS=, && echo "${HOSTS[*]}")" "$command" > "$LOGS/check" 2>&1
   decide_for_attempt nodes --launcher=pdsh --hosts="$NODES" --timeout-s="$WSM_CHECK_S"
   read -r FIRST_HOST EXCLUDE <<< "$ARGUMENT"
 }
 
-# From /, because DeepSpeed's remote `cd` does not quote the current folder.
+# From /, because DeepSpeed's remote `cd` does not quote the current folder. Without .deepspeed_env and MLFLOW_*, whose
+# values DeepSpeed would write on the remote command line.
 start_ranks() {
-  local argument arguments=()
-  site_variables | sed 's/[\\"$`]/\\&/g' > "$LOGS/deepspeed_env" # DeepSpeed puts the values in double quotes
+  local argument arguments=() site
+  quoted "$LOGS/site"
+  site=$REPLY
   absolute_arguments --collective-timeout-s "$WSM_COLLECTIVE_S" "$@"
   for argument in "$WSM_REPO/launch/pretrain.py" "${ARGUMENTS[@]}"; do
     quoted "$argument"
@@ -62,8 +64,10 @@ start_ranks() {
   done
   (
     cd / || exit 1
-    export DS_ENV_FILE="$LOGS/deepspeed_env"
+    unset "${!MLFLOW@}"
+    export DS_ENV_FILE=/dev/null
     exec "$WSM_PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --launcher pdsh --force_multi \
+      --venv_script "$site" \
       ${EXCLUDE:+--exclude="$EXCLUDE"} --master_addr "$FIRST_HOST" --master_port "$MASTER_PORT" "${arguments[@]}"
   ) > "$LOGS/ranks" 2>&1 &
   RANKS=$!
@@ -74,7 +78,7 @@ start_ranks() {
 signal_ranks() {
   local host processes code=1
   while read -r host processes; do
-    timeout 20 ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$host" "kill -s $1 $processes"
+    timeout 20 ssh -n -o BatchMode=yes -o ConnectTimeout=10 -- "$host" "kill -s $1 $processes"
     code=0
   done < <(trap '' TERM INT USR1 &&
     exec "$WSM_PYTHON" -m wsm_ds.training.decide processes "$RUN" --attempt="$WSM_ATTEMPT")
@@ -89,6 +93,9 @@ read_arguments "$@"
 load_site
 [[ $WSM_PYTHON =~ ^[A-Za-z0-9_@+=:,./-]+$ ]] || die "DeepSpeed's pdsh launcher needs a plain path, not $WSM_PYTHON"
 readarray -t HOSTS < <(grep -oE '^[^#[:space:]]+' "$HOSTFILE")
+for host in "${HOSTS[@]}"; do # it stands in commands of remote shells, and pdsh and ssh must not take it for an option
+  [[ $host =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || die "$HOSTFILE: '$host' is not a host's name; begin comments with #"
+done
 NODES=${HOSTS[*]} SIGNALLED='' RANKS=''
 trap 'SIGNALLED=yes; [ -z "$RANKS" ] || ask_to_save' TERM INT USR1
 
@@ -98,6 +105,7 @@ while :; do
   MASTER_PORT=$((20000 + RANDOM % 20000))
   log "on $NODES, from ${LATEST_BEFORE:-the beginning}; logs in $LOGS"
   note_provenance "$@"
+  write_site
   check_nodes
   start_watchdog
   start_ranks "$@"

@@ -173,7 +173,7 @@ def test_what_a_launcher_has_not_set_is_named() -> None:
     assert type(launched_ranks({})) is Ranks
     assert type(launched_ranks({"WORLD_SIZE": "1"})) is Ranks
     assert type(launched_ranks({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"})) is Ranks  # a batch script, not a step
-    with pytest.raises(RecipeError, match="WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT is not set"):
+    with pytest.raises(RecipeError, match="WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT are not set"):
         launched_ranks({"WORLD_SIZE": "2", "RANK": "0"})
 
 

@@ -47,8 +47,8 @@ def folder(runs: Path, tmp_path: Path) -> Path:
     for recipe in (ROOT / "configs").glob("*.yaml"):
         text = re.sub(r"(?<=[ [])\d+(?=[],}\n])", lambda match: YAML_NUMBERS[match[0]], recipe.read_text())
         (tmp_path / "configs" / recipe.name).write_text(text)
-    config = (ROOT / "configs/zero2_bf16.json").read_text()
-    (tmp_path / "ds_config.json").write_text(config)
+    for path in (tmp_path / "ds_config.json", tmp_path / "configs/zero2_bf16.json"):
+        shutil.copyfile(ROOT / "configs/zero2_bf16.json", path)
     (tmp_path / "eval.py").write_text("import sys; assert sys.argv[1] == '--model', sys.argv\n")
     (tmp_path / "bin").mkdir()
     for name, words in SHIMS.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from cluster.cluster import REPOSITORY, Cluster, why_not
-from pretraining import SMALL_JOB, UNTIL, Run, site_with
+from pretraining import SECRET, SMALL_JOB, UNTIL, Run, site_with
 from readme import do_as_readme
 
 SITE = """
@@ -28,6 +28,7 @@ WSM_LOCAL=/tmp
 PYTHONFAULTHANDLER=1
 PYTHONUNBUFFERED=1
 HF_HUB_OFFLINE=1
+HF_TOKEN=$'{secret}\n"$HOME" %h'
 """
 
 
@@ -64,7 +65,7 @@ def idle_cluster(cluster: Cluster) -> Cluster:
 def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment in which a user of this site submits."""
     path = tmp_path_factory.mktemp('the site\'s "own" files') / "cluster.env"
-    path.write_text(SITE.format(python=sys.executable, repository=REPOSITORY))
+    path.write_text(SITE.format(python=sys.executable, repository=REPOSITORY, secret=SECRET))
     return {"WSM_SITE": str(path)}
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from cluster.cluster import REPOSITORY, Cluster, wait_for
 
 MODEL = ("--layers", "2", "--width", "32", "--heads", "2", "--context", "32")
+SECRET = "hf_a-secret-of-the-site"
+"""The first line of a value in the site's file that must reach the ranks, but no command line and no log."""
 UNTIL = 80
 """Where the uninterrupted runs end: four checkpoints after the warmup."""
 SMALL_JOB = ("--gpus-per-node=2", "--cpus-per-task=2", "--mem=2000", "--oversubscribe", "--time=30")

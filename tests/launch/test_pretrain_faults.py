@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from cluster.cluster import Cluster, wait_for
-from pretraining import SMALL_JOB, Run, processes, site_with
+from pretraining import SECRET, SMALL_JOB, Run, processes, site_with
 from readme import do_as_readme
 
 ENDLESS = 1_000_000
@@ -123,6 +123,21 @@ def test_through_deepspeeds_launcher_too_a_hang_is_ended_and_the_time_limits_sig
     cluster.run("head", "scancel", job.id)
 
 
+def require_secrecy(cluster: Cluster, run: Run, rank: int) -> None:
+    """The secret of the site's file has reached a rank on n1, but no command line of a host, and no log."""
+    variables = cluster.run("n1", "cat", f"/proc/{rank}/environ").stdout.split("\0")
+    assert f'HF_TOKEN={SECRET}\n"$HOME" %h' in variables
+    for host in ("head", "n1"):
+        lines = cluster.run(host, "ps", "-ww", "-eo", "args").stdout
+        assert "launch/pretrain.py" in lines
+        assert SECRET not in lines
+    logs = run.folder / "job/logs/attempt-1"
+    assert [path.name for path in logs.iterdir() if SECRET in path.read_text(errors="replace")] == ["site"]
+    assert {(logs / name).stat().st_mode & 0o777 for name in ("site", "provenance")} == {0o600}
+    assert "\nWSM_RANKS_PER_NODE=2\n" in run.log(1, "provenance")
+    assert "\nalso set, not recorded: HF_TOKEN PYTHONPATH\n" in run.log(1, "provenance")
+
+
 def test_over_ssh_too_an_unfit_host_is_left_out_a_hang_is_ended_and_sigterm_saves(
     cluster: Cluster, site: dict[str, str], data: Path, tmp_path: Path
 ) -> None:
@@ -135,6 +150,7 @@ def test_over_ssh_too_an_unfit_host_is_left_out_a_hang_is_ended_and_sigterm_save
     run.wait_for_step(60, attempt=1)
     stopped = run.beat(1)
     assert stopped["host"] == "n1"
+    require_secrecy(cluster, run, stopped["pid"])
     cluster.run("n1", "kill", "-s", "STOP", str(stopped["pid"]))
     run.wait_for_step(run.newest_step + 10, attempt=2)
     script_pid = cluster.run("head", "pgrep", "-of", "launch/pdsh/pretrain.sh").stdout.strip()

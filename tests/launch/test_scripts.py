@@ -47,11 +47,16 @@ def test_a_chain_that_no_job_could_serve_submits_nothing(cluster: Cluster, tmp_p
     assert cluster.run("head", "squeue", "-h").stdout == ""
 
 
-def test_a_missing_site_and_a_wrong_folder_are_named(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_missing_site_an_odd_host_and_a_wrong_folder_are_named(
+    cluster: Cluster, site: dict[str, str], tmp_path: Path
+) -> None:
     arguments = [str(tmp_path / "hosts"), "--run", str(tmp_path / "run"), "--until-step", "1"]
     (tmp_path / "hosts").write_text("n1 slots=1\n")
     done = cluster.run("head", "launch/pdsh/pretrain.sh", *arguments, check=False, WSM_SITE="/no/such/site")
     assert (done.returncode, "the site's file /no/such/site cannot be read" in done.stderr) == (1, True)
+    (tmp_path / "hosts").write_text("n1 slots=1\n$(touch$IFS/made) slots=1\n")
+    done = cluster.run("head", "launch/pdsh/pretrain.sh", *arguments, check=False, WSM_SITE=site["WSM_SITE"])
+    assert (done.returncode, "hosts: '$(touch$IFS/made)' is not a host's name" in done.stderr) == (1, True)
     output = tmp_path / "merge.out"
     job = cluster.submit("--output", output, "--mem-per-cpu=100", "--ntasks-per-node=1",
                          REPOSITORY / "launch/slurm/merge.sbatch", "RUN", cwd=Path("/"))  # fmt: skip

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from wsm_ds.inspection import inspect_run
-from wsm_ds.layouts.run import DELETED, deleted_steps, find_checkpoints, latest_step
+from wsm_ds.layouts.run import DELETED, deleted_steps, find_checkpoints, latest_tag
 
 
 def test_what_jobs_keep_in_a_run_is_passed_over(runs: Path, tmp_path: Path) -> None:
@@ -23,8 +23,10 @@ def test_the_record_of_what_was_deleted_survives_a_line_that_was_cut_off(tmp_pat
     assert deleted_steps(tmp_path) == {200, 300}
 
 
-def test_latest_is_read_as_far_as_it_names_a_step(tmp_path: Path) -> None:
-    assert latest_step(tmp_path) is None
-    for text, step in (("global_step40\n", 40), ("best", None), ("global_step8_universal", 8)):
-        (tmp_path / "latest").write_text(text)
-        assert latest_step(tmp_path) == step
+def test_latest_is_read_as_a_name(tmp_path: Path) -> None:
+    assert latest_tag(tmp_path) is None
+    (tmp_path / "latest").write_text("global_step40\n")
+    assert latest_tag(tmp_path) == "global_step40"
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").mkdir()  # a link to a checkpoint may have this name
+    assert latest_tag(tmp_path) is None

@@ -103,11 +103,11 @@ def masters(run: Path, stage: int) -> dict[str, torch.Tensor]:
 def refused(run: Path, error: type[WsmError], words: str, **values: Any) -> None:
     """Every format refuses, with `words`, and leaves nothing behind."""
     before = sorted(run.parent.iterdir())
-    one: dict[str, Any] = {"last": 1, "coefficients": [1.0]} | values
+    window: dict[str, Any] = {"last": 1, "coefficients": [1.0]} | values
     forms: list[dict[str, Any]] = [{}, {"format": "safetensors"}, {"format": "universal"}, {"world_size": 3}]
     for more in forms:
         with pytest.raises(error, match=words):
-            merge(run=run, out=run.parent / "out", **one, **more)
+            merge(run=run, out=run.parent / "out", **window, **more)
     with pytest.raises(error, match=words):
         export(run, out=run.parent / "out")
     assert sorted(run.parent.iterdir()) == before

@@ -1,6 +1,7 @@
 """Coefficients: the published weights, their sums and figures, and the errors of wrong arguments."""
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -52,9 +53,31 @@ def test_published_weights_are_reproduced_to_every_printed_digit(curve: str, n: 
     assert found == printed.split()
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 10, 32, 1000])
-def test_linear_is_the_uniform_mean(n: int) -> None:
-    np.testing.assert_allclose(merge_coefficients("mean", n=n), np.full(n, 1 / n), rtol=0, atol=2**-52)
+@pytest.mark.parametrize("curve", ["linear", "mean", "power:1", "table:1,0"])
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 32, 49, 1000])
+def test_linear_is_the_uniform_mean_to_the_last_bit(curve: str, n: int) -> None:
+    assert merge_coefficients(curve, n=n).tolist() == [1 / n] * n
+    assert merge_coefficients(curve, steps=range(700, 700 + 7 * n, 7), oldest_interval=7).tolist() == [1 / n] * n
+
+
+def test_linear_coefficients_of_an_uneven_window_are_the_shares_of_its_intervals() -> None:
+    assert merge_coefficients("linear", steps=iter([100, 200, 250]), oldest_interval=60).tolist() == [
+        60 / 210,
+        100 / 210,
+        50 / 210,
+    ]
+
+
+def test_a_floor_goes_to_the_newest_of_linear_coefficients_and_each_is_rounded_once() -> None:
+    found = merge_coefficients("linear", n=3, floor=0.1)
+    tenth = Fraction(0.1)  # the float that is written 0.1
+    older, newest = (1 - tenth) / 3, (1 - tenth) / 3 + tenth
+    assert found.tolist() == [float(older), float(older), float(newest)]
+
+
+def test_a_curve_of_ones_own_is_not_taken_for_linear_because_of_its_name() -> None:
+    own = Curve("linear", (), lambda s: 1.0 - s * s)
+    assert merge_coefficients(own, n=2).tolist() == [0.25, 0.75]
 
 
 @pytest.mark.parametrize("curve", CURVES)

@@ -72,6 +72,57 @@ def test_the_peak_is_the_optimizers_own_rate_unless_given() -> None:
     assert train(recorder, wsm_ds.WSMLR(recorder, warmup_num_steps=3), 4) == [1, 2, 3, 3]
 
 
+def layered(rates: list[float], **options: Any) -> Recorder:
+    """An optimizer that gives each of its groups a rate of its own, as layer-wise decay and muP do."""
+    from recording_optimizer import Recorder
+
+    return Recorder([{"params": [torch.nn.Parameter(torch.zeros(2))], "lr": rate} for rate in rates], **options)
+
+
+@pytest.mark.parametrize("peak", [8.0, 1.0, 8.0 * (1 + 1e-8), None])
+def test_groups_of_different_rates_keep_them_as_peaks_if_the_number_is_one_of_them(peak: float | None) -> None:
+    recorder = layered([8.0, 4.0, 1.0])
+    train(recorder, wsm_ds.WSMLR(recorder, warmup_max_lr=peak, warmup_num_steps=4), 5)
+    assert recorder.used == [[2, 1, 0.25], [4, 2, 0.5], [6, 3, 0.75], [8, 4, 1], [8, 4, 1]]
+
+
+def test_a_number_that_is_none_of_the_groups_different_rates_is_refused_with_both() -> None:
+    words = r"warmup_max_lr is the number 2, .* rates, \[8\.0, 4\.0, 1\.0\], and none of them is 2\. .*or give a list"
+    with pytest.raises(ScheduleError, match=words):
+        wsm_ds.WSMLR(layered([8.0, 4.0, 1.0]), warmup_max_lr=2.0)
+    given = wsm_ds.WSMLR(layered([8.0, 4.0, 1.0]), warmup_max_lr=[2.0, 2.0, 2.0], warmup_num_steps=0)
+    assert given.get_last_lr() == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("rates", [[3.0], [3.0, 3.0], [3.0, 3.0 * (1 + 1e-8)]])
+def test_a_number_is_the_peak_of_groups_that_have_one_common_rate(rates: list[float]) -> None:
+    scheduler = wsm_ds.WSMLR(layered(rates), warmup_max_lr=8.0, warmup_num_steps=0)
+    assert scheduler.get_last_lr() == [8.0] * len(rates)
+
+
+@pytest.mark.parametrize("scheduler_first", [True, False])
+def test_groups_of_different_rates_resume_inside_the_warmup_with_their_own_peaks(scheduler_first: bool) -> None:
+    first = layered([8.0, 4.0])
+    scheduler = wsm_ds.WSMLR(first, warmup_max_lr=8.0, warmup_num_steps=4)
+    train(first, scheduler, 2)
+    second = layered([8.0, 4.0])
+    if not scheduler_first:  # its groups then have the rates of the third update
+        second.load_state_dict(first.state_dict())
+    resumed = wsm_ds.WSMLR(second, warmup_max_lr=8.0, warmup_num_steps=4)
+    if scheduler_first:
+        second.load_state_dict(first.state_dict())
+    resumed.load_state_dict(scheduler.state_dict())
+    train(second, resumed, 3)
+    assert second.used == [[6, 3], [8, 4], [8, 4]]
+
+
+def test_a_run_whose_groups_had_one_rate_does_not_get_two_at_a_resume() -> None:
+    before = wsm_ds.WSMLR(layered([8.0, 8.0]), warmup_max_lr=8.0)
+    now = wsm_ds.WSMLR(layered([8.0, 4.0]), warmup_max_lr=8.0)
+    with pytest.raises(ScheduleError, match=r"8\.0 in the checkpoint, \[8\.0, 4\.0\] in the configuration"):
+        now.load_state_dict(before.state_dict())
+
+
 def test_step_takes_whatever_callers_pass_and_counts_one_update() -> None:
     recorder = optimizer()
     scheduler = wsm_ds.WSMLR(recorder, warmup_max_lr=8.0, warmup_num_steps=8)
@@ -243,12 +294,25 @@ def test_a_decay_branches_from_a_stable_state_and_refuses_to_start_in_the_past()
         (lambda o: wsm_ds.WSMLR(torch.nn.Linear(1, 1)), "Linear is neither a torch optimizer"),
         (lambda o: wsm_ds.WSDLR(o), "needs decay_start_step"),
         (lambda o: wsm_ds.WSDLR(o, decay_start_step=9, decay_num_steps=0), "decay_num_steps is 0"),
+        (
+            lambda o: wsm_ds.WSDLR(
+                o, decay_start_step=9, decay_num_steps=1, warmup_num_steps=1, warmup_max_lr=2, decay_min_lr=3
+            ),
+            r"decay_min_lr 3 is above the peak .* \[2\.0\]",
+        ),
         (lambda o: wsm_ds.WSDLR(o, decay_start_step=9, decay_num_steps=1), "inside the warmup of 1000"),
     ],
 )
 def test_wrong_parameters_are_named(make: Any, words: str) -> None:
     with pytest.raises(ScheduleError, match=words):
         make(optimizer())
+
+
+def test_an_optimizer_that_computes_its_own_rate_is_refused() -> None:
+    from transformers import Adafactor
+
+    with pytest.raises(ScheduleError, match=r"Adafactor has no learning rate \(lr=None\).*relative_step=False"):
+        wsm_ds.WSMLR(Adafactor([torch.nn.Parameter(torch.zeros(2))]), warmup_max_lr=1.0)
 
 
 def test_a_scheduler_of_another_optimizer_is_noticed_at_its_first_step() -> None:

@@ -139,4 +139,4 @@ def test_weight_decay_aware_coefficients_are_never_negative_nor_above_one_in_sum
 def test_without_weight_decay_the_aware_coefficients_are_the_plain_ones(curve: str) -> None:
     w = decay_factors(curve, n=9)
     aware = weight_decay_aware_coefficients(w, learning_rate=0.1, weight_decay=0.0, interval_steps=1000)
-    assert aware.tolist() == merge_coefficients(curve, n=9).tolist()
+    assert aware.tolist() == coefficients_from_decay_factors(w).tolist()

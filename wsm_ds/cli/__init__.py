@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from wsm_ds import __version__
-from wsm_ds.cli import inspect, jobs, merge, storage, watch
+from wsm_ds.cli import doctor, inspect, jobs, merge, storage, watch
 from wsm_ds.cli.command_parser import CommandParser
 from wsm_ds.cli.completion import SHELLS, PrintCompletion
 from wsm_ds.cli.messages import describe
@@ -50,6 +50,7 @@ def parser() -> CommandParser:
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands", prog="wsm-ds")
     inspect.add_inspect(commands)
+    doctor.add_command(commands)
     merge.add_commands(commands)
     inspect.add_verify(commands)
     inspect.add_coefficients(commands)

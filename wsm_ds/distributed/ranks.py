@@ -16,6 +16,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from wsm_ds.distributed.parent import Parent
 from wsm_ds.errors import PeerFailed, RecipeError, WsmError
 
 log = logging.getLogger(__name__)
@@ -92,10 +93,20 @@ class StoreRanks(Ranks):
         rank: of this process.
         world_size: number of processes.
         timeout_s: seconds that `decide` waits for rank 0.
+        parent: the launcher, with whose end this rank fails; None if the launcher is not known.
     """
 
-    def __init__(self, store: Any, rank: int, world_size: int, *, timeout_s: float = math.inf) -> None:
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        world_size: int,
+        *,
+        timeout_s: float = math.inf,
+        parent: Parent | None = None,
+    ) -> None:
         self.store, self.rank, self.world_size, self.timeout_s = store, rank, world_size, timeout_s
+        self.parent = parent
         self.decisions = 0
         self.is_beating, self.has_left = False, threading.Event()
         self.last_beats: dict[int, tuple[int, float]] = {}
@@ -104,12 +115,19 @@ class StoreRanks(Ranks):
 
     @override
     def barrier(self, name: str) -> None:
-        key = f"wsm/barrier/{name}"
-        self._ask(self.store.add, key, 1)
-        self._poll(lambda: self._ask(self.store.add, key, 0) >= self.world_size)
+        # A key for each rank, not a count: a process that should not be there must not stand for a rank that is late.
+        arrived = self._keys(f"barrier/{name}")
+        is_over = f"wsm/barrier/{name}/all"
+        self._ask(self.store.set, arrived[self.rank], "")
+        if self.rank == 0:
+            self._poll(lambda: self._ask(self.store.check, arrived))
+            self._ask(self.store.set, is_over, "")
+        self._poll(lambda: self._ask(self.store.check, [is_over]))
 
     @override
     def check(self) -> None:
+        if self.parent is not None:
+            self.parent.check()
         if self._ask(self.store.check, ["wsm/error"]):
             code, _, message = self._ask(self.store.get, "wsm/error").decode().partition(" ")
             raise PeerFailed(message, int(code))
@@ -182,9 +200,10 @@ class StoreRanks(Ranks):
             return
         self.has_left.set()
         try:
-            self.store.add("wsm/left", 1)
+            left = self._keys("left")
+            self.store.set(left[self.rank], "")
             deadline_s = time.monotonic() + FAREWELL_S
-            while self.rank == 0 and self.store.add("wsm/left", 0) < self.world_size and time.monotonic() < deadline_s:
+            while self.rank == 0 and not self.store.check(left) and time.monotonic() < deadline_s:
                 time.sleep(POLL_S)
         except Exception:
             log.debug("the store ended before this rank", exc_info=True)
@@ -219,6 +238,9 @@ class StoreRanks(Ranks):
             return question(*arguments)
         except Exception as error:
             raise PeerFailed(f"rank 0 is gone ({type(error).__name__}: {error}).", 3) from error
+
+    def _keys(self, name: str) -> list[str]:
+        return [f"wsm/{name}/{rank}" for rank in range(self.world_size)]
 
     def _host(self, rank: int) -> str:
         key = f"wsm/host/{rank}"

@@ -39,10 +39,12 @@ def kernel() -> ctypes.CDLL | None:
             library = ctypes.CDLL(str(path))
             pointer, size = ctypes.c_void_p, ctypes.c_size_t
             library.wsm_scratch_bytes.argtypes, library.wsm_scratch_bytes.restype = [size], size
-            library.wsm_sums.argtypes = [pointer] * 6 + [size] * 3 + [pointer] * 2
+            library.wsm_sums.argtypes = [pointer] * 6 + [size] * 3 + [pointer] * 3
             library.wsm_sums.restype = ctypes.c_int
             library.wsm_round_to_bf16.argtypes = [pointer, pointer, size]
             library.wsm_round_to_bf16.restype = None
+            library.wsm_crc32.argtypes = [ctypes.c_uint32, pointer, size]
+            library.wsm_crc32.restype = ctypes.c_uint32
             return library
     return None
 
@@ -69,11 +71,13 @@ class FusedSums(NamedTuple):
         sums: float32, [numel] each.
         is_finite: whether every element of every sum is finite.
         read_s: seconds that were spent in reading.
+        crcs: for each source, the CRC-32 of all its bytes so far; empty if it was not asked for.
     """
 
     sums: list[Array]
     is_finite: bool
     read_s: float
+    crcs: list[int]
 
 
 class Scratch:
@@ -136,6 +140,7 @@ def fused_sums(
     wanted_sums: Sequence[tuple[tuple[int, ...], tuple[float, ...]]],
     numel: int,
     scratch: Scratch | None = None,
+    crcs_before: Sequence[int] = (),
 ) -> FusedSums | None:
     """Reads sources and makes several weighted sums of them in the compiled kernel.
 
@@ -146,6 +151,7 @@ def fused_sums(
         wanted_sums: for each sum, the numbers of its sources, rising, and their coefficients.
         numel: elements of each source.
         scratch: gives the arrays for the sums, which are valid until its next use.
+        crcs_before: for each source, the CRC-32 of the bytes before `numel`'s, if CRC-32s are asked for.
 
     Returns:
         The sums. None if there is no kernel for these sources, or if a source could not be read in full. The caller
@@ -170,11 +176,15 @@ def fused_sums(
     addresses = (ctypes.c_void_p * len(sums))(*(array.ctypes.data for array in sums))
     kernel_memory = scratch.array("kernel", 0, library.wsm_scratch_bytes(len(sources)), np.uint8)
     read_s = ctypes.c_double(0.0)
+    crcs = np.array(crcs_before, dtype=np.uint32)
     status = library.wsm_sums(
         addresses, descriptors.ctypes.data, offsets.ctypes.data, is_bf16.ctypes.data, coefficients.ctypes.data,
-        is_member.ctypes.data, len(sources), len(sums), numel, kernel_memory.ctypes.data, ctypes.byref(read_s),
+        is_member.ctypes.data, len(sources), len(sums), numel, crcs.ctypes.data if len(crcs) else None,
+        kernel_memory.ctypes.data, ctypes.byref(read_s),
     )  # fmt: skip
-    return None if status < 0 else FusedSums([array[:numel] for array in sums], bool(status), read_s.value)
+    if status < 0:
+        return None
+    return FusedSums([array[:numel] for array in sums], bool(status), read_s.value, crcs.tolist())
 
 
 def rounded(values: Array, dtype: DType) -> Array:

@@ -4,7 +4,13 @@ To append n zero bytes is a linear map over GF(2) on the 32-bit state of a CRC-3
 repeated squaring of the map for one bit, as in zlib's `crc32_combine` (zlib, crc32.c).
 """
 
+import ctypes
+import zlib
 from functools import lru_cache
+
+import numpy as np
+
+from wsm_ds.engine.arithmetic import kernel
 
 POLYNOMIAL = 0xEDB88320
 Matrix = tuple[int, ...]
@@ -35,6 +41,28 @@ def _append_zeros(power: int) -> Matrix:
     return _square(_append_zeros(power - 1))
 
 
+@lru_cache(maxsize=64)
+def _append_zero_bytes(nbytes: int) -> Matrix:
+    """The map that appends `nbytes` zero bytes. Most parts have one of a few lengths, so it is kept."""
+    matrix: Matrix = tuple(1 << bit for bit in range(32))
+    power, remaining = 3, nbytes  # 2**3 bits are a byte
+    while remaining:
+        if remaining & 1:
+            matrix = tuple(_times(_append_zeros(power), row) for row in matrix)
+        remaining >>= 1
+        power += 1
+    return matrix
+
+
+def crc_of(data: memoryview, before: int = 0) -> int:
+    """CRC-32 of bytes, from that of the bytes before them. Several times as fast as zlib on most processors."""
+    library = kernel()
+    if library is None or not ctypes.c_int.in_dll(library, "wsm_has_fast_crc"):
+        return zlib.crc32(data, before)
+    array = np.frombuffer(data, np.uint8)
+    return int(library.wsm_crc32(before, array.ctypes.data, len(array)))
+
+
 def combine(first: int, second: int, second_nbytes: int) -> int:
     """CRC-32 of a + b from the CRC-32s of a and b.
 
@@ -47,10 +75,4 @@ def combine(first: int, second: int, second_nbytes: int) -> int:
         second: CRC-32 of b.
         second_nbytes: length of b.
     """
-    power, remaining = 3, second_nbytes  # 2**3 bits are a byte
-    while remaining:
-        if remaining & 1:
-            first = _times(_append_zeros(power), first)
-        remaining >>= 1
-        power += 1
-    return first ^ second
+    return _times(_append_zero_bytes(second_nbytes), first) ^ second

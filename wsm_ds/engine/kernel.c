@@ -165,6 +165,62 @@ static int read_all(int descriptor, char *into, size_t nbytes, int64_t offset) {
     return 1;
 }
 
+/* CRC-32 (zlib's, reflected polynomial 0xEDB88320) of bytes, from that of the bytes before them. */
+static uint32_t crc_anywhere(uint32_t crc, const unsigned char *data, size_t nbytes) {
+    crc = ~crc;
+    for (size_t i = 0; i < nbytes; i++) {
+        crc ^= data[i];
+        for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (0xEDB88320u & -(crc & 1));
+    }
+    return ~crc;
+}
+
+int wsm_has_fast_crc = 0; /* whether the processor multiplies polynomials. Set when the library is loaded. */
+
+#ifdef __x86_64__
+__attribute__((constructor)) static void detect_fast_crc(void) {
+    wsm_has_fast_crc = __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1");
+}
+
+#define PCLMUL __attribute__((target("pclmul,sse4.1")))
+
+/* The remainder `x` times a power of x, plus the next 16 bytes. */
+PCLMUL INLINE __m128i folded(__m128i x, __m128i powers, __m128i next) {
+    __m128i low = _mm_clmulepi64_si128(x, powers, 0x00), high = _mm_clmulepi64_si128(x, powers, 0x11);
+    return _mm_xor_si128(_mm_xor_si128(low, high), next);
+}
+
+PCLMUL INLINE __m128i loaded(const unsigned char *data) { return _mm_loadu_si128((const __m128i *)(const void *)data); }
+
+/* Folds 64 bytes at a time by carry-less multiplication, then reduces after Barrett. Method, names of the constants and
+ * their values: V. Gopal et al., Fast CRC Computation for Generic Polynomials Using PCLMULQDQ, Intel 2009. */
+PCLMUL static uint32_t crc_pclmul(uint32_t crc, const unsigned char *data, size_t nbytes) {
+    if (nbytes < 64) return crc_anywhere(crc, data, nbytes);
+    const __m128i k1k2 = _mm_set_epi64x(0x1c6e41596, 0x154442bd4), k3k4 = _mm_set_epi64x(0x0ccaa009e, 0x1751997d0);
+    const __m128i k5 = _mm_set_epi64x(0, 0x163cd6124), poly = _mm_set_epi64x(0x1f7011641, 0x1db710641);
+    const __m128i low_32 = _mm_setr_epi32(-1, 0, -1, 0);
+    __m128i x[4];
+    for (int i = 0; i < 4; i++) x[i] = loaded(data + 16 * i);
+    x[0] = _mm_xor_si128(x[0], _mm_cvtsi32_si128((int)~crc));
+    for (data += 64, nbytes -= 64; nbytes >= 64; data += 64, nbytes -= 64)
+        for (int i = 0; i < 4; i++) x[i] = folded(x[i], k1k2, loaded(data + 16 * i));
+    __m128i rest = folded(folded(folded(x[0], k3k4, x[1]), k3k4, x[2]), k3k4, x[3]);
+    for (; nbytes >= 16; data += 16, nbytes -= 16) rest = folded(rest, k3k4, loaded(data));
+    rest = _mm_xor_si128(_mm_srli_si128(rest, 8), _mm_clmulepi64_si128(rest, k3k4, 0x10));
+    rest = _mm_xor_si128(_mm_srli_si128(rest, 4), _mm_clmulepi64_si128(_mm_and_si128(rest, low_32), k5, 0x00));
+    __m128i quotient = _mm_clmulepi64_si128(_mm_and_si128(rest, low_32), poly, 0x10);
+    rest = _mm_xor_si128(rest, _mm_clmulepi64_si128(_mm_and_si128(quotient, low_32), poly, 0x00));
+    return crc_anywhere(~(uint32_t)_mm_extract_epi32(rest, 1), data, nbytes);
+}
+#else
+#define crc_pclmul crc_anywhere
+#endif
+
+/* The CRC-32 of bytes, from that of the bytes before them. Slow unless wsm_has_fast_crc. */
+uint32_t wsm_crc32(uint32_t crc, const void *data, size_t nbytes) {
+    return wsm_has_fast_crc ? crc_pclmul(crc, data, nbytes) : crc_anywhere(crc, data, nbytes);
+}
+
 /* Elements of each source that are read and summed at a time; a multiple of BLOCK. */
 static size_t piece_numel(size_t source_count) {
     size_t numel = STORED_BYTES / (4 * source_count) / BLOCK * BLOCK;
@@ -186,6 +242,7 @@ size_t wsm_scratch_bytes(size_t source_count) {
  *   coefficients   [sum_count][source_count]
  *   is_member      [sum_count][source_count]; whether the source is in the sum (a coefficient of 0 times an infinity
  *                  is not 0)
+ *   crcs           [source_count], or null; the CRC-32 of the bytes before the source's, which becomes that of all
  *   scratch        see wsm_scratch_bytes
  *   read_s         the seconds spent in reading are added to it
  *
@@ -193,7 +250,7 @@ size_t wsm_scratch_bytes(size_t source_count) {
  * in Python, which is slower and says what is wrong. */
 int wsm_sums(float *const *outs, const int *descriptors, const int64_t *offsets, const uint8_t *is_bf16,
              const double *coefficients, const uint8_t *is_member, size_t source_count, size_t sum_count, size_t numel,
-             void *scratch, double *read_s) {
+             uint32_t *crcs, void *scratch, double *read_s) {
     Term *terms = scratch;
     char *stored = (char *)(terms + source_count);
     size_t piece = piece_numel(source_count);
@@ -209,6 +266,7 @@ int wsm_sums(float *const *outs, const int *descriptors, const int64_t *offsets,
                 memcpy(elements, (const char *)(intptr_t)offset, count * size);
             else if (!read_all(descriptors[k], elements, count * size, offset))
                 return -1;
+            if (crcs) crcs[k] = wsm_crc32(crcs[k], elements, count * size);
             memset(elements + count * size, 0, (padded - count) * size);
         }
         *read_s += seconds() - started_s;

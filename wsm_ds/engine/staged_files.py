@@ -27,6 +27,7 @@ from wsm_ds.engine.seals import (
 )
 from wsm_ds.engine.tasks import Task
 from wsm_ds.engine.timings import Timings
+from wsm_ds.errors import PeerFailed, few
 from wsm_ds.filesystem import checksum
 from wsm_ds.filesystem.durable import sync_file, write_all
 from wsm_ds.planning.intersect import Ints
@@ -254,6 +255,9 @@ class StagedFiles:
 
         Args:
             output: number of the output in the plan.
+
+        Raises:
+            PeerFailed: a block has no seal, or ranks have sealed different bytes of it; the message names it.
         """
         seals = read_journals(self.journal_folders[output])
         return [self._finish(number, file, seals) for number, file in self.plan.files_of(output)]
@@ -301,6 +305,12 @@ class StagedFiles:
             return read_seal(file.fileno(), self.crc_fields[number], index)
 
     def _finish(self, number: int, file: OutputFile, seals: dict[BlockName, Seal]) -> WrittenFile:
+        unsealed = [block for block in range(block_count(file)) if (file.name, block) not in seals]
+        if unsealed:
+            raise PeerFailed(
+                f"{self.paths[number]}: the ranks have not sealed, or have sealed with different bytes, its blocks "
+                f"{few(unsealed)}. Another process has written there; end it, and start the merge again.", 3,
+            )  # fmt: skip
         seals_of_file = [seals[file.name, block] for block in range(block_count(file))]
         digests = [seal.digest for seal in seals_of_file]
         filled_bytes = self.crc_fields[number].filled_bytes

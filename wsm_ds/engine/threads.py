@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from wsm_ds.dtypes import IS_COMPLEX
 from wsm_ds.engine import arithmetic
 from wsm_ds.engine.reader import Reader
+from wsm_ds.engine.source_crcs import SourceCrcs
 from wsm_ds.engine.staged_files import StagedFiles
 from wsm_ds.engine.tasks import Task
 from wsm_ds.engine.timings import Timings
@@ -85,7 +86,7 @@ def run_tasks(
         NonFiniteValue: a source holds a NaN or an infinity (the message names file and tensor), or a sum does not fit
             the dtype of the output.
         LayoutMismatch: a frozen tensor differs between sources; the message names it.
-        BrokenCheckpoint: a source is gone or ends too early; the message names it.
+        BrokenCheckpoint: a source is gone, ends too early, or has a wrong CRC-32; the message names it.
         OSError: the disk is full, or a file cannot be read or written.
     """
     queue = _TaskQueue(plan, tasks, files, workers.slice_numel, on_bytes)
@@ -105,6 +106,8 @@ def run_tasks(
             thread.join()
     if queue.errors:
         raise queue.errors[0]
+    with Reader(plan.inputs) as reader:
+        queue.crcs.check_rest(reader.read)
     return queue.timings
 
 
@@ -124,6 +127,7 @@ class _TaskQueue:
         self.stop = threading.Event()
         self.errors: list[BaseException] = []
         self.timings = Timings()
+        self.crcs = SourceCrcs(plan.inputs)
         self._tasks = iter(tasks)
         self._lock = threading.Lock()
         self._already_reported: set[str] = set()
@@ -148,7 +152,7 @@ class _TaskQueue:
 
     def _run_tasks(self, timings: Timings) -> None:
         with Reader(self.plan.inputs) as reader, Writer(self.files, timings) as writer:
-            worker = Worker(self.plan, reader, writer, self.slice_numel, self._already_reported, timings)
+            worker = Worker(self.plan, reader, writer, self.slice_numel, self._already_reported, timings, self.crcs)
             while not self.stop.is_set():
                 with self._lock:
                     task = next(self._tasks, None)

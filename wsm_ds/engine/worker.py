@@ -19,6 +19,7 @@ from wsm_ds.engine import arithmetic
 from wsm_ds.engine.arithmetic import Array, StoredElements
 from wsm_ds.engine.reader import OPEN_FILES, Reader
 from wsm_ds.engine.slices import Slice, StoredKey, SumKey, slice_ranges
+from wsm_ds.engine.source_crcs import CrcRuns, SourceCrcs
 from wsm_ds.engine.tasks import Task
 from wsm_ds.engine.timings import Timings
 from wsm_ds.errors import LayoutMismatch, NonFiniteValue
@@ -64,17 +65,26 @@ class Worker:
         slice_numel: most elements of a slice, see `threads.workers_for`.
         already_reported: names of tensors that a warning has named. Workers share the set and add to it.
         timings: of this thread; the seconds of reading and of arithmetic are added to them.
+        crcs: takes the CRC-32s of what is read. Workers share it.
 
     Memory: one slice of each source, and what is made of it. Nothing grows with the checkpoints.
     """
 
     def __init__(
-        self, plan: Plan, reader: Reader, sink: Sink, slice_numel: int, already_reported: set[str], timings: Timings
+        self,
+        plan: Plan,
+        reader: Reader,
+        sink: Sink,
+        slice_numel: int,
+        already_reported: set[str],
+        timings: Timings,
+        crcs: SourceCrcs,
     ) -> None:
         self.plan, self.reader, self.sink, self.slice_numel = plan, reader, sink, slice_numel
         self.already_reported, self.timings = already_reported, timings
         self.buffers: list[bytearray] = []
         self.scratch = arithmetic.Scratch()
+        self.crc_runs = CrcRuns(crcs)
 
     def run(self, task: Task, is_stopped: Callable[[], bool] = lambda: False) -> None:
         """Reads, sums and writes the elements of a task.
@@ -87,7 +97,7 @@ class Worker:
             NonFiniteValue: a source holds a NaN or an infinity (the message names file and tensor), or a sum does not
                 fit the dtype of the output.
             LayoutMismatch: a frozen tensor differs between sources; the message names it.
-            BrokenCheckpoint: a source is gone or ends too early; the message names it.
+            BrokenCheckpoint: a source is gone, ends too early, or has a wrong CRC-32; the message names it.
             OSError: a file cannot be read, or the sink cannot write.
         """
         stream = self.plan.streams[task.stream]
@@ -96,6 +106,7 @@ class Worker:
             if is_stopped():
                 return
             self._run_slice(stream, begin, end)
+        self.crc_runs.end_all()
 
     def _run_slice(self, stream: Stream, begin: int, end: int) -> None:
         targets = [(t, places) for t in stream.targets if (places := list(t.places.within(begin, end)))]
@@ -144,20 +155,24 @@ class Worker:
         is_plain = stream.combine == "merge" and len(members) <= OPEN_FILES
         if not is_plain or any(target.places.dtype(begin).sums_in_fp64 for target in targets):
             return {}
-        sources = []
+        sources, records = [], []
         for member in members:
             source = stream.sources[member]
             places = list(islice(source.within(begin, end), 2))
             if len(places) != 1 or places[0].numel < end - begin:
                 return {}
-            descriptor = self.reader.descriptor(places[0].file)
-            sources.append(StoredElements(descriptor, places[0].offset, source.dtype(begin)))
+            file, offset, nbytes = places[0].file, places[0].offset, (end - begin) * source.dtype(begin).itemsize
+            sources.append(StoredElements(self.reader.descriptor(file), offset, source.dtype(begin)))
+            records.append((member, file, offset, nbytes))
         keys = [*dict.fromkeys(SumKey(target.members, target.coefficients, False) for target in targets)]
         wanted_sums = [(tuple(members.index(member) for member in key.members), key.coefficients) for key in keys]
         began_s = time.perf_counter()
-        fused = arithmetic.fused_sums(sources, wanted_sums, end - begin, self.scratch)
+        before = [self.crc_runs.before(*record) for record in records]
+        fused = arithmetic.fused_sums(sources, wanted_sums, end - begin, self.scratch, before)
         if fused is None or not fused.is_finite:
             return {}
+        for (member, _, _, nbytes), crc in zip(records, fused.crcs, strict=True):
+            self.crc_runs.extend(member, nbytes, crc)
         self.timings.read_s += fused.read_s
         self.timings.arithmetic_s += time.perf_counter() - began_s - fused.read_s
         return dict(zip(keys, fused.sums, strict=True))
@@ -175,7 +190,9 @@ class Worker:
                 into[:] = bytes(len(into))
             for element, numel, file, offset in places:
                 first_byte = (element - begin) * dtype.itemsize
-                self.reader.read(file, offset, into[first_byte : first_byte + numel * dtype.itemsize])
+                data = into[first_byte : first_byte + numel * dtype.itemsize]
+                self.reader.read(file, offset, data)
+                self.crc_runs.add(number, file, offset, data)
             elements[number] = np.frombuffer(into, dtype=dtype.storage)
         self.timings.read_s += time.perf_counter() - began_s
         return elements

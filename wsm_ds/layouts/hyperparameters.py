@@ -24,28 +24,32 @@ def parameter_groups(optim: TorchFile) -> Any:
     return base if isinstance(base, list) else (base or {}).get("param_groups", [])
 
 
-def learning_rates(file: TorchFile, groups: Any) -> tuple[float, ...]:
-    """The learning rate of each parameter group that has one.
+def learning_rates(file: TorchFile, groups: Any) -> tuple[float | None, ...]:
+    """The learning rate of each parameter group; None for a group without one.
+
+    An optimizer that computes its own rate saves None, as transformers' Adafactor with `relative_step` does.
 
     Args:
         file: the file that holds `groups`.
         groups: `param_groups` of a torch optimizer.
 
     Raises:
-        BrokenCheckpoint: a rate is not a number.
+        BrokenCheckpoint: a rate is neither a number nor None.
     """
-    return tuple(_rate(file, group["lr"]) for group in groups if isinstance(group, dict) and "lr" in group)
+    return tuple(_rate(file, group.get("lr")) for group in groups if isinstance(group, dict))
 
 
-def _rate(file: TorchFile, value: Any) -> float:
+def _rate(file: TorchFile, value: Any) -> float | None:
     """A group's rate: a number, or a tensor of one element (torch's `capturable` optimizers)."""
+    if value is None:
+        return None
     if isinstance(value, Tensor) and value.numel == 1 and value.dtype.is_floating:
         # `capturable=True` keeps the rate on the device, so torch saves it as a tensor.
         stored = np.fromfile(file.path, value.dtype.storage, 1, offset=file.byte_offset(value))
         return float(widen(stored, value.dtype)[0])
-    if not isinstance(value, int | float) or abs(value) > sys.float_info.max:
-        raise BrokenCheckpoint(f"{file.path}: a parameter group has the learning rate {brief(value)}, not a number.")
-    return float(value)
+    if isinstance(value, float) or (isinstance(value, int) and abs(value) <= sys.float_info.max):
+        return float(value)
+    raise BrokenCheckpoint(f"{file.path}: a parameter group has the learning rate {brief(value)}, not a number.")
 
 
 def warmup_num_steps(model: dict[str, Any]) -> int | None:

@@ -69,7 +69,7 @@ class Layout:
         tensors: every tensor of the model by its fully qualified name; fragments refer to them by number.
         aliases: further names of tied tensors, with the name in `tensors`.
         fragments: one table of `FRAGMENT` rows for each kind of element.
-        learning_rates: of each parameter group.
+        learning_rates: of each parameter group; None for a group without one (an optimizer that computes its own).
         warmup_num_steps: updates of the run's warmup; None if the files do not hold it.
         has_nameless_states: whether the files hold optimizer states and do not say to which parameters they belong.
         extra_states: entries of the module's state dict that are neither parameters nor buffers (`get_extra_state`).
@@ -90,7 +90,7 @@ class Layout:
     tensors: dict[str, TensorInfo]
     aliases: dict[str, str]
     fragments: dict[str, Table]
-    learning_rates: tuple[float, ...]
+    learning_rates: tuple[float | None, ...]
     warmup_num_steps: int | None
     has_nameless_states: bool = False
     model_parallel_size: int = 1
@@ -211,3 +211,31 @@ class TableBuilder:
         for kind, runs in self.runs.items():
             tables[kind] = np.concatenate([*([tables[kind]] if kind in tables else []), *runs])
         return tables
+
+
+def are_copies(layout: Layout, other: Layout) -> bool:
+    """Whether two checkpoints hold the same tensors at the same rates, as the CRC-32s in their files tell.
+
+    torch stores the CRC-32 of every tensor (`torch.serialization.set_crc32_options`). Without them, two checkpoints do
+    not count as copies. Client state may differ: a framework writes its own file names there.
+
+    Args:
+        layout: a checkpoint.
+        other: another one.
+    """
+    checksums = _checksums(layout)
+    return (
+        all(crc for _, crc in checksums.values())
+        and checksums == _checksums(other)
+        and layout.learning_rates == other.learning_rates
+    )
+
+
+def _checksums(layout: Layout) -> dict[tuple[str, str], tuple[int, int]]:
+    """Size in bytes and CRC-32 of every tensor's record, by file and record."""
+    return {
+        (name, record.name): (record.nbytes, record.crc)
+        for name, archive in zip(layout.files, layout.archives, strict=True)
+        for record in archive.records.values()
+        if record.name.startswith("data/") and record.nbytes
+    }

@@ -85,6 +85,12 @@ class Flats(_Described):
     fp32_groups: NotRequired[list[Tensors]]
 
 
+class Counted(_Described):
+    """What every model file holds, whatever the stage: `global_steps`, the number of updates."""
+
+    global_steps: Whole
+
+
 class Model(_Described):
     """A model file of stages 1 to 3 (`_common_checkpoint_state`, `runtime/engine.py:5017`)."""
 

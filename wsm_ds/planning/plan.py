@@ -7,12 +7,13 @@ One plan may make several outputs (windows, curves, formats). A *stream* goes on
 outputs need, so every source is read once for all of them.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NewType
 
 from wsm_ds.planning.intersect import Ints, Order, Places, element_of
+from wsm_ds.torchfile import Record
 
 OutputNumber = NewType("OutputNumber", int)
 """Index in `Plan.outputs`."""
@@ -31,11 +32,16 @@ Combine = Literal["merge", "equal", "newest", "carry"]
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """A file to read. Size and modification time are those at planning: the engine refuses a file that changed."""
+    """A file to read. Size and modification time are those at planning: the engine refuses a file that changed.
+
+    Attributes:
+        records: of a torch file, by name, with their CRC-32s; empty for any other file.
+    """
 
     path: Path
     nbytes: int
     mtime_ns: int
+    records: Mapping[str, Record] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

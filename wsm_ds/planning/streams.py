@@ -121,7 +121,8 @@ def source_tables(layouts: Sequence[Layout]) -> SourceTables:
     for layout in layouts:
         first_inputs.append(InputNumber(len(inputs)))
         for archive in layout.archives:
-            inputs.append(InputFile(Path(archive.path), archive.nbytes, archive.path.stat().st_mtime_ns))
+            mtime_ns = archive.path.stat().st_mtime_ns
+            inputs.append(InputFile(Path(archive.path), archive.nbytes, mtime_ns, archive.records))
     newest = layouts[-1]
     numels = np.array([info.numel for info in newest.tensors.values()], dtype=np.int64)
     return SourceTables(tuple(layouts), tuple(inputs), tuple(first_inputs), numels, newest.names)

@@ -1,8 +1,9 @@
 """From a recipe to its window: the checkpoints, their coefficients, and checks that they can be merged."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from numpy.typing import NDArray
 
 from wsm_ds.errors import BrokenCheckpoint, LayoutMismatch, WindowError, few
 from wsm_ds.layouts import Checkpoint, Layout, find_checkpoints, read_layout
+from wsm_ds.layouts.layout import are_copies
+from wsm_ds.layouts.order import Dated, in_order, require_one_series, without_universal_copies
 from wsm_ds.layouts.run import deleted_steps, find_tag
+from wsm_ds.planning.constant_rate import check_constant_rate
 from wsm_ds.planning.recipe import MergeRecipe
 from wsm_ds.schedules.coefficients import check_coefficients, merge_coefficients
 from wsm_ds.schedules.curves import parse_curve
@@ -62,7 +66,7 @@ def select_window(
         )
     for layout in layouts[:-1]:
         check_same_model(layout, layouts[-1])
-    _check_learning_rates(layouts, recipe.allow)
+    check_constant_rate(layouts, recipe.allow, warn)
     return Window(tuple(layouts), _coefficients(recipe, steps))
 
 
@@ -94,9 +98,7 @@ def recorded_window(
         CheckpointNotFound, BrokenCheckpoint, UnsupportedLayout, UnsafePickle: see `read_layout`.
     """
     allowed = frozenset(recipe.allow_globals)
-    layouts = tuple(
-        read(Checkpoint(source["step"], source["tag"], Path(source["path"])), allowed) for source in sources
-    )
+    layouts = tuple(read(Checkpoint(source["tag"], Path(source["path"])), allowed) for source in sources)
     return Window(layouts, np.array([source["coefficient"] for source in sources]))
 
 
@@ -119,52 +121,111 @@ def _read_window(recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None
     if recipe.tags is not None:
         return [read(find_tag(recipe.run, tag), allowed) for tag in recipe.tags]
     checkpoints = find_checkpoints(recipe.run)
+    require_one_series(recipe.run, checkpoints)
+    dated = in_order(without_universal_copies(checkpoints))
     if recipe.last is not None:
-        until = recipe.to_step
-        tags = {checkpoint.tag for checkpoint in checkpoints}
-        # A universal checkpoint beside the checkpoint that it was converted from is the same step a second time.
-        originals = [c for c in checkpoints if c.tag.removesuffix("_universal") not in tags - {c.tag}]
-        return _newest_complete([c for c in originals if until is None or c.named_step <= until], recipe, read, warn)
+        return _newest_complete(dated, recipe, read, warn)
+    return _in_range(dated, recipe, read, warn)
+
+
+def _of_equal_step(dated: Iterable[Dated]) -> list[tuple[Dated, ...]]:
+    """Groups dated checkpoints, which are in order. One of unknown step is a group of its own."""
+    groups = groupby(dated, key=lambda d: d.checkpoint.tag if d.step is None else d.step)
+    return [tuple(members) for _, members in groups]
+
+
+def _in_range(dated: Sequence[Dated], recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None]) -> list[Layout]:
+    """The layouts from `recipe.from_step` to `recipe.to_step`."""
     low, high = recipe.from_step or 0, recipe.to_step or 0
-    # A tag without a step has `named_step` -1; the layout has its step.
-    layouts = [read(c, allowed) for c in checkpoints if c.named_step < 0 or low <= c.named_step <= high]
-    layouts = [layout for layout in layouts if low <= layout.step <= high]
+    within = [d for d in dated if d.may_lie_in(low, high)]
+    if not within:
+        raise WindowError(f"{recipe.run} holds no checkpoint from step {low} to {high} (--from, --to); {_held(dated)}")
+    for unknown in within:
+        if unknown.step is None:
+            raise unknown.why_it_counts()
+    return [_read_step(group, recipe, read, warn) for group in _of_equal_step(within)]
+
+
+def _read_step(members: Sequence[Dated], recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None]) -> Layout:
+    """The layout of a step. If it was saved several times, broken saves and copies are left out.
+
+    Raises:
+        BrokenCheckpoint: none of its checkpoints is complete.
+        WindowError: two of them hold different elements.
+    """
+    layouts: list[Layout] = []
+    problems: list[tuple[Dated, BrokenCheckpoint]] = []
+    # A copy that was made beside the series (`best`, `last.ckpt`) often has a name without a number.
+    for dated in sorted(members, key=lambda d: not any(map(str.isdigit, d.checkpoint.tag))):
+        try:
+            layouts.append(read(dated.checkpoint, frozenset(recipe.allow_globals)))
+        except BrokenCheckpoint as error:
+            problems.append((dated, error))
     if not layouts:
-        raise WindowError(
-            f"{recipe.run} holds no checkpoint from step {low} to {high} (--from, --to); {_tags_of(checkpoints)}"
-        )
-    return layouts
+        raise problems[0][1]
+    for dated, problem in problems:
+        warn("%s is skipped: %s", dated.checkpoint.tag, str(problem))
+    for other in layouts[1:]:
+        if not are_copies(layouts[0], other):
+            raise WindowError(
+                f"step {other.step} was saved more than once, as {few(d.checkpoint.tag for d in members)}, and their "
+                "elements differ. Choose the checkpoints by tags (--tags A,B,…)."
+            )
+    return layouts[0]
 
 
-def _tags_of(checkpoints: list[Checkpoint]) -> str:
-    return f"it holds {few(checkpoint.tag for checkpoint in checkpoints)}."
+def _held(dated: Sequence[Dated]) -> str:
+    names = [f"{d.checkpoint.tag} (step {'unknown' if d.step is None else d.step})" for d in dated]
+    return f"it holds {few(names)}."
 
 
 def _newest_complete(
-    checkpoints: list[Checkpoint], recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None]
+    dated: Sequence[Dated], recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None]
 ) -> list[Layout]:
     """The newest `recipe.last` layouts. Broken ones at the end of the run are skipped: they may not be complete yet."""
     layouts: list[Layout] = []
-    for checkpoint in reversed(checkpoints):
+    skipped: list[tuple[str, BrokenCheckpoint]] = []
+    candidates = [d for d in dated if recipe.to_step is None or d.earliest <= recipe.to_step]
+    for group in reversed(_of_equal_step(candidates)):
         if len(layouts) == recipe.last:
             break
+        newest = group[-1]
         try:
-            layout = read(checkpoint, frozenset(recipe.allow_globals))
+            if newest.problem is not None and len(group) == 1:
+                raise newest.problem
+            layouts.append(_read_step(group, recipe, read, warn))
         except BrokenCheckpoint as error:
             if layouts:
                 raise BrokenCheckpoint(
                     f"{error} It is among the newest {recipe.last} checkpoints. Repair it, or choose the window "
                     "without it by tags (--tags A,B,…)."
                 ) from error
-            warn("%s is skipped: %s", checkpoint.tag, str(error))
-            continue
-        if recipe.to_step is None or layout.step <= recipe.to_step:
-            layouts.append(layout)
+            if not newest.is_placed and any(d.problem is None for d in candidates):
+                raise newest.why_it_counts() from error
+            skipped.append((newest.checkpoint.tag, error))
+    _require_count(layouts, skipped, candidates, recipe)
+    for tag, problem in skipped:
+        warn("%s is skipped: %s", tag, str(problem))
+    return layouts
+
+
+def _require_count(
+    layouts: Sequence[Layout],
+    skipped: Sequence[tuple[str, BrokenCheckpoint]],
+    candidates: Sequence[Dated],
+    recipe: MergeRecipe,
+) -> None:
+    """Raises an error if there are fewer than `recipe.last` layouts, or if checkpoints between them were deleted."""
     until = "" if recipe.to_step is None else f" up to step {recipe.to_step}"
+    if skipped and not layouts:
+        tag, error = skipped[0]
+        others = f" None of the other {len(skipped) - 1} checkpoints can be read, either." if len(skipped) > 1 else ""
+        raise BrokenCheckpoint(f"{tag}, the newest checkpoint{until}, cannot be read: {error}{others}") from error
     if len(layouts) < (recipe.last or 0):
+        reasons = f" Skipped: {few((problem for _, problem in skipped), 2)}" if skipped else ""
         raise WindowError(
             f"last (--last): {recipe.last} complete checkpoints{until} were asked for, but "
-            f"{recipe.run} has {len(layouts)}; {_tags_of(checkpoints)}"
+            f"{recipe.run} has {len(layouts)}; {_held(candidates)}{reasons}"
         )
     steps = [layout.step for layout in layouts]
     deleted = sorted(step for step in deleted_steps(recipe.run) - set(steps) if min(steps) < step < max(steps))
@@ -174,7 +235,6 @@ def _newest_complete(
             f"has deleted {'step' if len(deleted) == 1 else 'steps'} {few(deleted)}. Choose the window by its steps "
             "(--from, --to), or by tags (--tags)."
         )
-    return layouts
 
 
 def check_same_model(older: Layout, newest: Layout) -> None:
@@ -215,25 +275,3 @@ def _tensor_words(layout: Layout, name: str) -> str:
     # Floats of several widths can be merged. Whole numbers, 8-bit floats and complex numbers are another tensor.
     numbers = "" if info.dtype.is_floating else f" of {info.dtype.name}"
     return f"{info.role} {list(info.shape)}{numbers}"
-
-
-def _rates(layout: Layout) -> str:
-    return "[" + ", ".join(f"{rate:.12g}" for rate in layout.learning_rates) + "]"
-
-
-def _check_learning_rates(layouts: list[Layout], allow: tuple[str, ...]) -> None:
-    """Refuses a window in which the rate is not constant: a merge emulates a decay from a constant rate."""
-    oldest = layouts[0]
-    warmup = layouts[-1].warmup_num_steps
-    if "warmup" not in allow and warmup is not None and oldest.step < warmup and len(layouts) > 1:
-        raise WindowError(
-            f"{oldest.tag} (step {oldest.step}) lies inside the warmup of {warmup} steps; a merge emulates a decay "
-            "from a constant rate. Start the window later, or pass --allow warmup."
-        )
-    changed = [layout for layout in layouts if set(layout.learning_rates) != set(oldest.learning_rates)]
-    if changed and "lr-change" not in allow:
-        raise WindowError(
-            f"the learning rate changes inside the window: {_rates(oldest)} at {oldest.tag}, "
-            f"{_rates(changed[0])} at {changed[0].tag}. Choose a window of constant rate, or pass "
-            "--allow lr-change."
-        )

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from wsm_ds.engine.journal import journals_to_claims
+from wsm_ds.engine.journal import journals_to_claims, require_no_writers
 from wsm_ds.errors import OutputExists, WsmError, few
 from wsm_ds.filesystem.durable import move_into_place, replace_text, require_absent, write_text
 from wsm_ds.filesystem.locks import hold_lock
@@ -112,7 +112,7 @@ def staged(out: Path, described: dict[str, Any], *, restart: bool = False) -> It
 
     Raises:
         OutputExists: `out` exists, or an unfinished merge of another identity has its staging folder there.
-        OutputLocked: another process is making `out` now.
+        OutputLocked: another process is making `out` now, or a rank of an earlier attempt still writes there.
     """
     require_absent(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -130,6 +130,7 @@ def staged(out: Path, described: dict[str, Any], *, restart: bool = False) -> It
 
 def _take_over(staging: Staging, described: dict[str, Any], restart: bool) -> None:
     """Continues what the same merge has left, or empties the staging folder for a new merge."""
+    require_no_writers(staging.folder)
     recorded = unfinished_merge(staging.out)
     if recorded is not None and not restart:
         if recorded.get("identity") == described["identity"]:

@@ -89,7 +89,7 @@ def summary_report(plan: Plan, timings: Timings, wall_s: float, world_size: int)
 
 
 def inspection_report(checkpoints: Sequence[Inspected]) -> str:
-    """Returns a table with one line for each checkpoint, and below it the problems of the broken ones.
+    """Returns a table with one line for each checkpoint, and below it links and the problems of the broken ones.
 
     Args:
         checkpoints: the inspected checkpoints, oldest first.
@@ -98,18 +98,22 @@ def inspection_report(checkpoints: Sequence[Inspected]) -> str:
     for item in checkpoints:
         layout = item.layout
         if layout is None:
-            rows.append([item.checkpoint.tag, *["-"] * 7, "no"])
+            rows.append([item.checkpoint.tag, *["-"] * 7, "no", item.checkpoint.saved_by])
             problems.append(one_line(f"{item.checkpoint.tag}: {item.problem}"))
             continue
-        rates = ",".join(f"{rate:g}" for rate in sorted(set(layout.learning_rates))) or "-"
+        known = sorted({rate for rate in layout.learning_rates if rate is not None})
+        rates = ",".join(f"{rate:g}" for rate in known) or "-"
         stage = "univ" if layout.is_universal else str(layout.stage)
         ranks = str(layout.world_size) + (f"x{layout.model_parallel_size}" if layout.model_parallel_size > 1 else "")
         rows.append(
             [item.checkpoint.tag, str(layout.step), stage, layout.dtype.name, ranks,
-             f"{layout.numel:,}", format_size(layout.nbytes), rates, "yes"]
+             f"{layout.numel:,}", format_size(layout.nbytes), rates, "yes", item.checkpoint.saved_by]
         )  # fmt: skip
-    header = ["checkpoint", "step", "zero", "dtype", "ranks", "parameters", "size", "lr", "complete"]
-    return "\n".join([table(header, rows), *problems])
+    header = ["checkpoint", "step", "zero", "dtype", "ranks", "parameters", "size", "lr", "complete", "framework"]
+    links = [
+        one_line(f"{link}: a link to {item.checkpoint.tag}") for item in checkpoints for link in item.checkpoint.links
+    ]
+    return "\n".join([table(header, rows), *links, *problems])
 
 
 def coefficients_report(coefficients: Sequence[float], steps: Sequence[int], ess: float, lag_steps: float) -> str:

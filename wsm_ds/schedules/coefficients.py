@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from numpy.typing import ArrayLike
 
 from wsm_ds.errors import CurveError
 from wsm_ds.schedules.curves import Array, Curve, parse_curve
-from wsm_ds.schedules.grid import exact_steps, grid
+from wsm_ds.schedules.grid import exact_steps, grid, interval_shares
 
 SUM_TOLERANCE = 1e-9
 """How far the sum of the user's coefficients may be from 1."""
@@ -78,9 +79,12 @@ def merge_coefficients(
 
     With the floor m they are c = m e_k + (1 - m) c⁰: e_k is the newest checkpoint alone, c⁰ the merge without floor.
 
+    The coefficients of `linear` are the shares of the intervals in the window. They are computed as exact fractions,
+    and each is rounded once. Those of other curves are differences of decay factors that are rounded to float64.
+
     Example:
-        >>> merge_coefficients("linear", n=4).tolist()
-        [0.25, 0.25, 0.25, 0.25]
+        >>> merge_coefficients("linear", n=3).tolist() == [1 / 3, 1 / 3, 1 / 3]
+        True
         >>> merge_coefficients("cosine", n=4).round(6).tolist()
         [0.146447, 0.353553, 0.353553, 0.146447]
         >>> merge_coefficients("1-sqrt", n=4).round(6).tolist()
@@ -103,8 +107,20 @@ def merge_coefficients(
         CurveError: `curve` is not valid; both or neither of `n` and `steps` are given; N < 1; the steps do not rise;
             an interval is not positive; or `floor` is not within [0, 1].
     """
-    w = decay_factors(curve, n=n, steps=steps, oldest_interval=oldest_interval, floor=floor)
-    return coefficients_from_decay_factors(w)
+    curve = parse_curve(curve) if isinstance(curve, str) else curve
+    if not curve.is_linear:
+        w = decay_factors(curve, n=n, steps=steps, oldest_interval=oldest_interval, floor=floor)
+        return coefficients_from_decay_factors(w)
+    _require_floor(floor)
+    return _linear_coefficients(interval_shares(n, steps=steps, oldest_interval=oldest_interval), floor)
+
+
+def _linear_coefficients(shares: list[Fraction], floor: float) -> Array:
+    """(1 - m) times each interval's share of the window, and m more for the newest; exact, then rounded once."""
+    m = Fraction(floor)
+    # Nearly always all intervals are equal, and a window may have a million of them.
+    rounded = {share: float((1 - m) * share) for share in set(shares)}
+    return np.array([*(rounded[share] for share in shares[:-1]), float((1 - m) * shares[-1] + m)])
 
 
 def apply_floor(w: ArrayLike, floor: float) -> Array:
@@ -123,9 +139,13 @@ def apply_floor(w: ArrayLike, floor: float) -> Array:
     Raises:
         CurveError: m is not within [0, 1], or `w` rises or leaves [0, 1]; names the value.
     """
+    _require_floor(floor)
+    return floor + (1.0 - floor) * _checked_decay_factors(w, "decay factors")
+
+
+def _require_floor(floor: float) -> None:
     if not 0.0 <= floor <= 1.0:
         raise CurveError(f"floor, the ratio min_lr / peak_lr, must be within [0, 1], found {floor}")
-    return floor + (1.0 - floor) * _checked_decay_factors(w, "decay factors")
 
 
 def coefficients_from_decay_factors(w: ArrayLike) -> Array:

@@ -154,6 +154,12 @@ class Curve:
         scalar_or_array: np.float64 | Array = factors[()]
         return scalar_or_array
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether d(s) = 1 - s, however it was written: "linear", "power:1" or "table:1,0"."""
+        written = ((linear, ()), (power, (1.0,)), (_interpolated, (0.0, 1.0, 1.0, 0.0)))
+        return (self.function, self.parameters) in written
+
     def __str__(self) -> str:
         texts = [repr(float(parameter)).removesuffix(".0") for parameter in self.parameters]
         if self.name == _TABLE:

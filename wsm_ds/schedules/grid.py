@@ -48,10 +48,55 @@ def grid(n: int | None = None, *, steps: Iterable[float] | None = None, oldest_i
         CurveError: both or neither of `n` and `steps` are given; N < 1; the steps do not rise (names the index and
             the values); an interval is not positive.
     """
-    if (n is None) == (steps is None):
-        raise CurveError("give either n or steps, found " + ("neither" if n is None else "both"))
-    if steps is not None:
-        return _uneven_grid(exact_steps(steps), oldest_interval)
+    if steps is None:
+        count = _count(n, oldest_interval)
+        return np.arange(1, count, dtype=np.float64) / float(count)
+    if n is not None:
+        raise CurveError("give either n or steps, found both")
+    positions = exact_steps(steps)
+    start = positions[0] - _oldest_interval(positions, oldest_interval)
+    # Exact fractions: with floats, equal intervals would not give exactly i / N.
+    duration = positions[-1] - start
+    return np.array([float((position - start) / duration) for position in positions[:-1]])
+
+
+def interval_shares(
+    n: int | None = None, *, steps: Iterable[float] | None = None, oldest_interval: float | None = None
+) -> list[Fraction]:
+    """Returns the intervals τ_0 … τ_k as exact shares of the window's duration; their sum is 1.
+
+    Example:
+        >>> [str(share) for share in interval_shares(3)]
+        ['1/3', '1/3', '1/3']
+        >>> [str(share) for share in interval_shares(steps=[1000, 2000, 4000], oldest_interval=1000)]
+        ['1/4', '1/4', '1/2']
+
+    Args:
+        n: as in `grid`.
+        steps: as in `grid`.
+        oldest_interval: as in `grid`.
+
+    Returns:
+        N shares, that of the oldest checkpoint first.
+
+    Raises:
+        CurveError: as `grid`.
+    """
+    if steps is None:
+        count = _count(n, oldest_interval)
+        return [Fraction(1, count)] * count
+    if n is not None:
+        raise CurveError("give either n or steps, found both")
+    positions = exact_steps(steps)
+    bounds = [positions[0] - _oldest_interval(positions, oldest_interval), *positions]
+    duration = bounds[-1] - bounds[0]
+    return [(newer - older) / duration for older, newer in pairwise(bounds)]
+
+
+def _count(n: int | None, oldest_interval: float | None) -> int:
+    """The number of evenly spaced checkpoints, checked."""
+    if n is None:
+        raise CurveError("give either n or steps, found neither")
     if oldest_interval is not None:
         raise CurveError("oldest_interval needs steps: n alone means evenly spaced checkpoints")
     count = _exact(n, "n")
@@ -59,7 +104,7 @@ def grid(n: int | None = None, *, steps: Iterable[float] | None = None, oldest_i
         raise CurveError(f"n, the number of checkpoints, must be a whole number >= 1, found {n}")
     if count > MOST_CHECKPOINTS:
         raise CurveError(f"n, the number of checkpoints, is at most {MOST_CHECKPOINTS}, found {n}")
-    return np.arange(1, int(count), dtype=np.float64) / float(count)
+    return int(count)
 
 
 def exact_steps(steps: Iterable[float]) -> list[Fraction]:
@@ -91,17 +136,14 @@ def _exact(value: Any, argument: str) -> Fraction:
     raise CurveError(f"{argument} must be a finite number, found {value!r}")
 
 
-def _uneven_grid(positions: Sequence[Fraction], oldest_interval: float | None) -> Array:
-    intervals = sorted(newer - older for older, newer in pairwise(positions))
+def _oldest_interval(positions: Sequence[Fraction], oldest_interval: float | None) -> Fraction:
+    """The interval that the oldest checkpoint stands for: given, or the median of the others (1 if there are none)."""
     if oldest_interval is not None:
         oldest = _exact(oldest_interval, "oldest_interval")
         if oldest <= 0:
             raise CurveError(f"oldest_interval must be positive, found {oldest_interval}")
-    elif intervals:
-        oldest = (intervals[(len(intervals) - 1) // 2] + intervals[len(intervals) // 2]) / 2
-    else:
-        return np.empty(0)
-    # Exact fractions: with floats, equal intervals would not give exactly i / N.
-    start = positions[0] - oldest
-    duration = positions[-1] - start
-    return np.array([float((position - start) / duration) for position in positions[:-1]])
+        return oldest
+    intervals = sorted(newer - older for older, newer in pairwise(positions))
+    if not intervals:
+        return Fraction(1)
+    return (intervals[(len(intervals) - 1) // 2] + intervals[len(intervals) // 2]) / 2

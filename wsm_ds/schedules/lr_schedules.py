@@ -15,12 +15,13 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from wsm_ds.errors import CurveError, ScheduleError
 from wsm_ds.schedules.curves import parse_curve
 from wsm_ds.schedules.optimizer_hooks import OptimizerHooks, unwrapped
-from wsm_ds.schedules.parameters import Rates, collapsed, rates_per_group, regrouped, update_count
+from wsm_ds.schedules.parameters import Rates, collapsed, peak_rates, rates_per_group, regrouped, update_count
 from wsm_ds.schedules.rates import wsd_rate, wsm_rate
 from wsm_ds.schedules.saved_state import STATE_VERSION, parameter_changes, updates_in_state
 
@@ -48,8 +49,9 @@ class WSMLR(LRScheduler):
     Args:
         optimizer: a torch optimizer, or a wrapper of one by DeepSpeed or accelerate.
         warmup_min_lr: the rate that the warmup starts from (at t = 0); one for all parameter groups or one for each.
-        warmup_max_lr: the peak; one for all parameter groups or one for each. Default: the groups' `initial_lr`,
-            which every scheduler leaves there, or else their `lr`.
+        warmup_max_lr: the peak; a number, or a list with one for each parameter group. Default: the groups'
+            `initial_lr`, which every scheduler leaves there, or else their `lr`. If the optimizer gave its groups
+            different rates, a number must be one of them, and every group keeps its own rate as its peak.
         warmup_num_steps: T, in optimizer updates; 0 and 1 mean no warmup.
         warmup_type: only "linear"; it exists for configurations that name it.
         last_batch_iteration: updates made so far, minus one, as DeepSpeed counts. For a run whose checkpoint has no
@@ -65,7 +67,8 @@ class WSMLR(LRScheduler):
         base_lrs: the same, under torch's name.
 
     Raises:
-        ScheduleError: a parameter is unknown or out of range; names it, and the valid ones.
+        ScheduleError: a parameter is unknown or out of range (names it, and the valid ones); or the groups have
+            different rates and `warmup_max_lr` is a number that is none of them (names all rates).
     """
 
     _extra_parameters: tuple[str, ...] = ()
@@ -90,13 +93,12 @@ class WSMLR(LRScheduler):
         self.optimizer = unwrapped(optimizer)
         groups = self.optimizer.param_groups
         self.warmup_num_steps = update_count("warmup_num_steps", warmup_num_steps)
-        initial_lrs = [float(group.get("initial_lr", group["lr"])) for group in groups]
+        initial_lrs = [_own_rate(self.optimizer, group) for group in groups]
         for group, rate in zip(groups, initial_lrs, strict=True):
             # torch's schedulers leave their peak here; a scheduler that is made later starts from it.
             group.setdefault("initial_lr", rate)
-        peak = initial_lrs if warmup_max_lr is None else warmup_max_lr
         self.min_lrs = rates_per_group("warmup_min_lr", warmup_min_lr, len(groups))
-        self.max_lrs = rates_per_group("warmup_max_lr", peak, len(groups))
+        self.max_lrs = peak_rates(warmup_max_lr, initial_lrs)
         for low, high in zip(self.min_lrs, self.max_lrs, strict=True):
             if low > high:
                 raise ScheduleError(f"warmup_min_lr {low:g} is above warmup_max_lr {high:g}.")
@@ -242,6 +244,17 @@ class WSMLR(LRScheduler):
             )
 
 
+def _own_rate(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
+    """The rate that the optimizer was made with, of one parameter group."""
+    rate = group.get("initial_lr", group["lr"])
+    if rate is None:
+        raise ScheduleError(
+            f"{type(optimizer).__name__} has no learning rate (lr=None): it computes its own, and a scheduler would "
+            "change nothing. Give it a rate (for Adafactor: lr=…, relative_step=False), or train without a scheduler."
+        )
+    return float(rate)
+
+
 class WSDLR(WSMLR):
     """WSMLR up to update `decay_start_step`, then a decay over `decay_num_steps` updates.
 
@@ -287,6 +300,11 @@ class WSDLR(WSMLR):
         if self.decay_start_step < self.warmup_num_steps:
             raise ScheduleError(
                 f"decay_start_step {decay_start_step} lies inside the warmup of {self.warmup_num_steps} updates."
+            )
+        if self.decay_min_lr > min(self.max_lrs):
+            raise ScheduleError(
+                f"decay_min_lr {self.decay_min_lr:g} is above the peak of a parameter group, whose rate would rise; "
+                f"the peaks are {self.max_lrs}."
             )
 
     def rate(self, group: int, update: int) -> float:

@@ -5,8 +5,9 @@ output's metadata must change, `zip_format` lays out a new zip. Neither torch no
 """
 
 from wsm_ds.torchfile.archive import Archive, Record, read_archive
-from wsm_ds.torchfile.torch_file import TorchFile, open_torch_file, record_of
-from wsm_ds.torchfile.unpickle import Global, Stub, Tensor
+from wsm_ds.torchfile.stand_ins import Global, Stub
+from wsm_ds.torchfile.torch_file import TorchFile, open_torch_file, require_readable
+from wsm_ds.torchfile.unpickle import Tensor, record_of
 
 __all__ = [
     "Archive",
@@ -18,4 +19,5 @@ __all__ = [
     "open_torch_file",
     "read_archive",
     "record_of",
+    "require_readable",
 ]

@@ -17,6 +17,11 @@ LARGEST_INT_KEY = (1 << 61) - 1
 """Integers up to this one hash to themselves. Of larger ones, any number can share one hash, which makes dicts slow."""
 MOST_PARTS_OF_KEYS = 20_000
 """Items in all tuples that are keys together: a bound on the time that hashing and comparing them takes."""
+MOST_OPCODES = 16_000_000
+"""Of a whole pickle. The file of a model of 100 000 tensors has four million."""
+MOST_OBJECTS = 4_000_000
+"""Containers, calls and references that a pickle may make; each takes up to 240 bytes of memory, for a byte or two of
+the file. The file of a model of 100 000 tensors has 1.5 million."""
 WRITTEN = (
     *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.DUP),
     *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
@@ -30,6 +35,19 @@ WRITTEN = (
     *(pickle.REDUCE, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.BUILD),
 )
 """Opcodes of protocols 2 to 5, without extension codes, out-of-band buffers and integers of more than 255 bytes."""
+MAKE_OBJECTS = frozenset(
+    (
+        *(pickle.MARK, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+        *(pickle.EMPTY_LIST, pickle.LIST, pickle.EMPTY_DICT, pickle.DICT, pickle.EMPTY_SET, pickle.FROZENSET),
+        *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINPERSID),
+        *(pickle.REDUCE, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.SETITEM),
+    )
+)
+"""Opcodes that count against `MOST_OBJECTS`."""
+
+
+class TooLarge(Exception):
+    """A pickle needs more memory than that of any checkpoint; the message is the end of a sentence about it."""
 
 
 class InertMachine(_Machine):  # type: ignore[misc]
@@ -44,6 +62,28 @@ class InertMachine(_Machine):  # type: ignore[misc]
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self.parts_of_keys = 0
+
+    def load(self) -> Any:
+        """Runs the pickle and returns its object. The loop of the standard library, with a count of opcodes."""
+        self._unframer = unframer = pickle._Unframer(self._file_read, self._file_readline)  # type: ignore[attr-defined]
+        self.read, self.readinto, self.readline = unframer.read, unframer.readinto, unframer.readline
+        self.metastack: list[Any] = []
+        self.stack: list[Any] = []
+        self.append, self.proto = self.stack.append, 0
+        read, dispatch, objects = self.read, self.dispatch, 0
+        try:
+            for _ in range(MOST_OPCODES):
+                code = read(1)
+                if not code:
+                    raise EOFError("it ends before its STOP")
+                if code in MAKE_OBJECTS:
+                    objects += 1
+                    if objects > MOST_OBJECTS:
+                        raise TooLarge(f"makes more than {MOST_OBJECTS:,} objects")
+                dispatch[code[0]](self)
+        except pickle._Stop as stop:  # type: ignore[attr-defined]
+            return stop.value
+        raise TooLarge(f"has more than {MOST_OPCODES:,} opcodes")
 
     def make(self, callee: Any, args: Any, *, is_new: bool) -> Any:
         """Returns the value of a call in the pickle.

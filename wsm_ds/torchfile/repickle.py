@@ -14,7 +14,8 @@ from itertools import chain, islice
 from typing import Any
 
 from wsm_ds.errors import UnsupportedLayout
-from wsm_ds.torchfile.unpickle import Global, Storage, Stub, Tensor, TorchSize, as_global
+from wsm_ds.torchfile.stand_ins import Global, Stub
+from wsm_ds.torchfile.unpickle import Storage, Tensor, TorchSize, as_global
 
 PROTOCOL = 2
 """What `torch.save` writes (`torch/serialization.py`, `DEFAULT_PROTOCOL`)."""
@@ -178,6 +179,12 @@ class _PickleWriter:
             self.data += pickle.BUILD
 
     def _save_global(self, name: Global) -> None:
+        owner, _, attribute = name.name.rpartition(".")
+        if owner:  # protocol 2 has no opcode for what is inside a class; the standard library writes this call, too
+            self._save_global(Global("__builtin__", "getattr"))
+            self._save_tuple((Global(name.module, owner), attribute))
+            self.data += pickle.REDUCE
+            return
         self.data += pickle.GLOBAL + f"{name.module}\n{name.name}\n".encode()
 
     def _save_size(self, size: TorchSize) -> None:

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout
+from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, VerificationFailed, WsmError
 from wsm_ds.sizes import format_size
-from wsm_ds.torchfile.archive import Archive, Record, read_archive
+from wsm_ds.torchfile.archive import Archive, Record, checked_crc, read_archive
 from wsm_ds.torchfile.strides import Runs, last_position, permuted, run_count, runs_of
-from wsm_ds.torchfile.unpickle import Storage, Tensor, unpickle
+from wsm_ds.torchfile.unpickle import Tensor, record_of, unpickle
 
 MOST_RUNS = 1 << 20
 """Most runs of one tensor that is not contiguous. A plan has a row for each of them: some 20 seconds for so many."""
@@ -79,25 +79,6 @@ class TorchFile:
         return record.offset + tensor.offset * itemsize
 
 
-def record_of(archive: Archive, storage: Storage) -> Record:
-    """Returns the record that holds a storage.
-
-    Raises:
-        BrokenCheckpoint: there is no record, or it is shorter than the storage.
-    """
-    record = archive.records.get(f"data/{storage.key}")
-    if record is None:
-        raise BrokenCheckpoint(
-            f"{archive.path}: storage {storage.key} is missing: there is no record data/{storage.key}."
-        )
-    if storage.nbytes > record.nbytes:
-        raise BrokenCheckpoint(
-            f"{archive.path}: storage {storage.key} has {record.nbytes} bytes, expected {storage.nbytes} for "
-            f"{storage.numel} elements."
-        )
-    return record
-
-
 MOST_PICKLE_BYTES = 1 << 27
 
 
@@ -121,5 +102,24 @@ def open_torch_file(path: Path, allowed_globals: frozenset[str] = frozenset()) -
         )
     with path.open("rb") as file:
         file.seek(pickled.offset)
-        data = file.read(pickled.nbytes)
+        data = checked_crc(path, pickled, file.read(pickled.nbytes))
     return TorchFile(archive, unpickle(archive, data, allowed_globals))
+
+
+def require_readable(path: Path, allowed_globals: frozenset[str] = frozenset()) -> None:
+    """Opens a torch file that was just written, as its readers will.
+
+    Args:
+        path: the file.
+        allowed_globals: see `open_torch_file`.
+
+    Raises:
+        VerificationFailed: it cannot be read; the message says why.
+    """
+    try:
+        open_torch_file(path, allowed_globals)
+    except WsmError as error:
+        raise VerificationFailed(
+            f"the output's file cannot be read, so nothing is published: {error} The newest checkpoint is damaged, or "
+            "the disk is."
+        ) from error

@@ -1,63 +1,25 @@
 """Reads the pickle of a torch file into plain data and inert stand-ins. No class that it names is imported.
 
 A pickle is a program: it may name any callable and call it. Here every name becomes a `Global` (data), every call of
-one becomes a `Stub` (data), and every tensor becomes a `Tensor` address. Names that no training checkpoint needs are
-refused, so that a crafted file is noticed instead of being copied into an output.
+one becomes a `Stub` (data), and every tensor becomes a `Tensor` address. Names that are not in `known_globals` are
+refused: whoever loads an output with torch runs the pickle that was copied into it.
 """
 
 import collections
 import math
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
 from wsm_ds.dtypes import BY_TORCH_NAME, DType
-from wsm_ds.errors import BrokenCheckpoint, UnsafePickle
-from wsm_ds.torchfile.archive import Archive
-from wsm_ds.torchfile.opcodes import InertMachine
+from wsm_ds.errors import BrokenCheckpoint, UnsafePickle, UnsupportedLayout, WsmError, few
+from wsm_ds.torchfile.archive import Archive, Record
+from wsm_ds.torchfile.known_globals import CALLED, CHECKED, ENUMS, GETATTR, KNOWN, MADE, TENSOR_FUNCTIONS
+from wsm_ds.torchfile.opcodes import InertMachine, TooLarge
+from wsm_ds.torchfile.stand_ins import Global, InertMeta, Stub, inert_class, require_no_method
 from wsm_ds.torchfile.strides import run_count
 
-KNOWN_MODULES = (
-    "torch",
-    "deepspeed",
-    "megatron",
-    "numpy",
-    "transformers",
-    "accelerate",
-    "argparse",
-    "collections",
-)
-"""Top-level packages whose names occur in checkpoints of DeepSpeed, Megatron-DeepSpeed and HF Trainer."""
-KNOWN_NAMES = frozenset(
-    f"{module}.{name}"
-    for module, names in {
-        "builtins": (
-            "set",
-            "frozenset",
-            "bytearray",
-            "complex",
-            "slice",
-            "range",
-            "list",
-            "dict",
-            "tuple",
-            "object",
-        ),
-        "__builtin__": ("set", "frozenset", "bytearray", "complex", "slice", "xrange", "object", "long"),
-        "copyreg": ("_reconstructor",),
-        "copy_reg": ("_reconstructor",),
-        "_codecs": ("encode",),
-        "datetime": ("datetime", "date", "time", "timedelta", "timezone"),
-        "enum": ("Enum", "IntEnum"),
-        "fractions": ("Fraction",),
-        "decimal": ("Decimal",),
-        "pathlib": ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"),
-        "types": ("SimpleNamespace",),
-        "_io": ("BytesIO",),  # extra states of modules (`get_extra_state`)
-    }.items()
-    for name in names
-)
 STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -76,53 +38,6 @@ STORAGES = {
     "QUInt8Storage": "uint8",
     "QInt32Storage": "int32",
 }
-
-
-@dataclass(frozen=True)
-class Global:
-    """The name of a class or a function in a pickle. It is not imported."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(eq=False)
-class Stub:
-    """The object that a call of a `Global` would have made.
-
-    Attributes:
-        callee: the class or function that was called.
-        args: its arguments.
-        state: the state of the object (opcode BUILD: for `__setstate__`, or its `__dict__`).
-        items: the items that were appended to it.
-        entries: the keys and values that were set in it.
-        is_new: whether the class's `__new__` was called (opcode NEWOBJ), not the class (REDUCE).
-    """
-
-    callee: Global
-    args: tuple[Any, ...]
-    state: Any = None
-    items: list[Any] = field(default_factory=list)
-    entries: list[tuple[Any, Any]] = field(default_factory=list)
-    is_new: bool = False
-
-    def append(self, item: Any) -> None:
-        """Records the item of an APPEND."""
-        self.items.append(item)
-
-    def extend(self, items: Any) -> None:
-        """Records the items of an APPENDS."""
-        self.items.extend(items)
-
-    def add(self, item: Any) -> None:
-        """Records an item of an ADDITEMS."""
-        self.items.append(item)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.entries.append((key, value))
 
 
 @dataclass(frozen=True)
@@ -211,30 +126,49 @@ MOST_DIMENSIONS = 64
 MOST_ELEMENTS = 1 << 58
 """Most elements of one tensor: their bytes can be counted in 64 bits."""
 MOST_GLOBALS = 10_000
+SHOWN_GLOBALS = 40
+"""Names that an error lists, at most."""
 
 
 class _InertUnpickler(InertMachine):
-    def __init__(self, data: bytes, where: str, allowed: frozenset[str]) -> None:
+    """Attributes: `unknown` has the names that are neither known nor allowed, in the order of the pickle."""
+
+    def __init__(self, data: bytes, archive: Archive, allowed: frozenset[str]) -> None:
         super().__init__(data)
-        self.where, self.allowed = where, allowed
+        self.archive, self.allowed = archive, allowed
         self.classes: dict[str, InertMeta] = {}
+        self.unknown: dict[str, None] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Returns our own function for a structural name and an inert class for a known one; import nothing."""
+        """Returns our own function for a structural name and an inert class for any other; imports nothing."""
         full = f"{module}.{name}"
         if full in _STRUCTURAL:
             return _STRUCTURAL[full]
         if not all(part.isidentifier() for part in full.split(".")):  # `repickle` writes it as a line of text
             raise pickle.UnpicklingError("it names a global that is not a Python name")
-        if module.split(".")[0] in KNOWN_MODULES or full in KNOWN_NAMES or full in self.allowed:
-            if full not in self.classes and len(self.classes) >= MOST_GLOBALS:
-                raise pickle.UnpicklingError(f"it names more than {MOST_GLOBALS} globals")
-            return self.classes.setdefault(full, _inert_class(module, name))
-        raise UnsafePickle(
-            f"{self.where} names the global {full}, which no training checkpoint needs. It was not imported and "
-            f"nothing was run. If the class is your own, allow it by name (--allow-global {full}): it is then "
-            "carried along as data, still without being imported."
-        )
+        # `KNOWN` has ZoneInfo._unpickle, which protocol 2 reaches by `getattr`. As one name, protocol 4 could make a
+        # path from any module to any other: torch, "os.system".
+        if full not in self.allowed and (full not in KNOWN or "." in name):
+            self.unknown[full] = None
+        return self._inert(module, name)
+
+    def _inert(self, module: str, name: str) -> "InertMeta":
+        full = f"{module}.{name}"
+        if full not in self.classes and len(self.classes) >= MOST_GLOBALS:
+            raise pickle.UnpicklingError(f"it names more than {MOST_GLOBALS} globals")
+        return self.classes.setdefault(full, inert_class(module, name))
+
+    def _attribute(self, args: tuple[Any, ...], call: Stub) -> Any:
+        """What `getattr(class, name)` means: a class in a class, a method, or (`call` itself) a member of an enum."""
+        if len(args) != 2 or not isinstance(args[0], InertMeta) or type(args[1]) is not str:
+            raise pickle.UnpicklingError("it takes an attribute of something that is no class")
+        owner, name = args[0].global_, args[1]
+        full = f"{owner}.{name}"
+        if full in CALLED | self.allowed and name.isidentifier():
+            return self._inert(owner.module, f"{owner.name}.{name}")
+        if str(owner) not in ENUMS | self.allowed or name.startswith("_") or not name.isidentifier():
+            self.unknown[full] = None
+        return call
 
     def persistent_load(self, pid: Any) -> Storage:
         """Returns the storage that a reference ('storage', type, key, location, numel) means."""
@@ -246,14 +180,19 @@ class _InertUnpickler(InertMachine):
             raise pickle.UnpicklingError("a persistent id is not a storage that torch writes")
         if type(numel) is not int or not 0 <= numel <= MOST_ELEMENTS:
             raise pickle.UnpicklingError(f"storage {key} does not say how many elements it has")
-        return Storage(key, BY_TORCH_NAME[STORAGES[name]], storage_class.global_, location, numel, self.where)
+        dtype = BY_TORCH_NAME[STORAGES[name]]
+        storage = Storage(key, dtype, storage_class.global_, location, numel, str(self.archive.path))
+        record_of(self.archive, storage)
+        return storage
 
     def make(self, callee: Any, args: Any, *, is_new: bool) -> Any:
         """Returns a `Stub` for an inert class; call our own function of a structural name."""
         if not isinstance(args, tuple):
             raise pickle.UnpicklingError("a call has no tuple of arguments")
+        if any(isinstance(arg, InertMeta) and str(arg.global_) in (*CHECKED, *GETATTR) for arg in args):
+            raise pickle.UnpicklingError("it passes a function to another one")
         if isinstance(callee, InertMeta):
-            return Stub(callee.global_, args, is_new=is_new)
+            return self._made(callee.global_, args, is_new=is_new)
         if as_global(callee) is None or (is_new and not isinstance(callee, type)):
             raise pickle.UnpicklingError("it calls an object that is not a global")
         # `torch.save` makes an empty one and fills it by SETITEMS. Arguments could hold keys that nobody has checked.
@@ -261,37 +200,30 @@ class _InertUnpickler(InertMachine):
             raise pickle.UnpicklingError("an OrderedDict is not filled in the way that torch does")
         return callee(*args)
 
+    def _made(self, name: Global, args: tuple[Any, ...], *, is_new: bool) -> Any:
+        full, made = str(name), Stub(name, args, is_new=is_new)
+        if full in self.allowed or full in self.unknown:
+            return made
+        if full in GETATTR:
+            return self._attribute(args, made)
+        is_plain = full in CALLED or (is_new and full in MADE)
+        if not (CHECKED[full](args) if full in CHECKED else is_plain):
+            raise pickle.UnpicklingError(f"it calls {full} in a way in which no checkpoint does")
+        return made
+
     def set_state(self, target: Any, state: Any) -> None:
         """Records an object's state as data. A state dict's `OrderedDict` gets its attributes (`_metadata`)."""
-        if isinstance(target, Stub):
+        # A second state would go to the `__setstate__` that the first one can have put into the object.
+        if isinstance(target, Stub) and target.state is None:
+            for part in state if isinstance(state, tuple) else (state,):
+                if isinstance(part, dict):
+                    require_no_method(part, ())
             target.state = state
-        elif isinstance(target, collections.OrderedDict) and isinstance(state, dict):
+        elif isinstance(target, collections.OrderedDict) and isinstance(state, dict) and not vars(target):
+            require_no_method(state, dir(collections.OrderedDict))
             vars(target).update(state)
         else:
             raise pickle.UnpicklingError("it sets the state of an object that has none")
-
-
-class InertMeta(type):
-    """Tells REDUCE (a call of the class) from NEWOBJ (a call of its `__new__`)."""
-
-    global_: Global
-
-    def __call__(cls, *args: Any) -> Any:
-        """Records a call of the class."""
-        return Stub(cls.global_, args)
-
-
-class _Inert(metaclass=InertMeta):
-    """Base of the stand-in classes: pickle's NEWOBJ wants a class, REDUCE a callable, and this is both."""
-
-    global_: Global
-
-    def __new__(cls, *args: Any) -> Any:
-        return Stub(cls.global_, args, is_new=True)
-
-
-def _inert_class(module: str, name: str) -> InertMeta:
-    return InertMeta(name, (_Inert,), {"global_": Global(module, name)})
 
 
 def _rebuild_tensor_v2(storage: Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> Any:
@@ -337,7 +269,12 @@ def _rebuild_parameter(data: Any, *rest: Any) -> Any:
 
 def _rebuild_from_type_v2(function: Any, tensor_class: Any, args: Any, state: Any) -> Any:
     """A tensor with Python attributes (stage 3's `ds_id`): a `Tensor` whose attributes are kept for `repickle`."""
-    if function not in (_rebuild_tensor_v2, _rebuild_tensor_v3, _rebuild_parameter) or not isinstance(args, tuple):
+    if not isinstance(args, tuple) or as_global(tensor_class) is None:
+        raise pickle.UnpicklingError("a tensor with attributes has no class")
+    if function not in (_rebuild_tensor_v2, _rebuild_tensor_v3, _rebuild_parameter):
+        name = as_global(function)
+        if name is None or str(name) not in TENSOR_FUNCTIONS:
+            raise pickle.UnpicklingError("a tensor with attributes is made by a function that makes no tensor")
         return Stub(Global("torch._tensor", "_rebuild_from_type_v2"), (function, tensor_class, args, state))
     inner = function(*args)
     if not isinstance(inner, Tensor):
@@ -369,6 +306,25 @@ def as_global(value: Any) -> Global | None:
     return STRUCTURAL_GLOBALS.get(value) if isinstance(value, type | FunctionType) else None
 
 
+def record_of(archive: Archive, storage: Storage) -> Record:
+    """Returns the record that holds a storage.
+
+    Raises:
+        BrokenCheckpoint: there is no record, or it is shorter than the storage.
+    """
+    record = archive.records.get(f"data/{storage.key}")
+    if record is None:
+        raise BrokenCheckpoint(
+            f"{archive.path}: storage {storage.key} is missing: there is no record data/{storage.key}."
+        )
+    if storage.nbytes > record.nbytes:
+        raise BrokenCheckpoint(
+            f"{archive.path}: storage {storage.key} has {record.nbytes} bytes, expected {storage.nbytes} for "
+            f"{storage.numel} elements."
+        )
+    return record
+
+
 def unpickle(archive: Archive, data: bytes, allowed_globals: frozenset[str] = frozenset()) -> Any:
     """Reads `data.pkl` into an object tree, with `Tensor` addresses for tensors and `Stub`s for foreign objects.
 
@@ -382,10 +338,33 @@ def unpickle(archive: Archive, data: bytes, allowed_globals: frozenset[str] = fr
         BrokenCheckpoint: it is not a pickle that torch writes; the message says what is wrong.
     """
     where = str(archive.path)
+    machine, tree = _InertUnpickler(data, archive, allowed_globals), None
+    fault: WsmError | None = None
     try:
-        return _InertUnpickler(data, where, allowed_globals).load()
-    except (UnsafePickle, BrokenCheckpoint):
-        raise
+        tree = machine.load()
+    except BrokenCheckpoint as error:
+        fault = error
+    except TooLarge as error:
+        fault = UnsupportedLayout(f"{where}: data.pkl {error}: save client state of that size as tensors.")
+    except UnsupportedLayout as error:
+        fault = UnsupportedLayout(f"{where}: {error}")
     except Exception as error:  # any fault of a malformed pickle is the file's, not ours
-        fault = f"{type(error).__name__}: {error}"
-        raise BrokenCheckpoint(f"{where}: data.pkl cannot be read ({fault[:200]}).") from error
+        text = f"{type(error).__name__}: {error}"
+        fault = BrokenCheckpoint(f"{where}: data.pkl cannot be read ({text[:200]}).")
+        fault.__cause__ = error
+    if machine.unknown:
+        raise UnsafePickle(_unknown_names(where, list(machine.unknown)))
+    if fault is not None:
+        raise fault
+    return tree
+
+
+def _unknown_names(where: str, names: list[str]) -> str:
+    flags = " ".join(f"--allow-global {name}" for name in names[:SHOWN_GLOBALS])
+    what, are = ("the global", "is") if len(names) == 1 else ("the globals", "are")
+    return (
+        f"{where} names {what} {few(names, SHOWN_GLOBALS)}, which {are} not among those that training checkpoints "
+        "need. Nothing was imported, and nothing was run. Your own classes can be allowed by name "
+        f"({flags}): they are then carried along as data, still without being imported. Whoever loads the output with "
+        "weights_only=False imports and calls them."
+    )

@@ -15,6 +15,7 @@ from wsm_ds.distributed.ranks import Ranks
 from wsm_ds.errors import BrokenCheckpoint, CheckpointNotFound, RecipeError, few
 from wsm_ds.filesystem.durable import move_into_place, replace_shared_text, sync_file
 from wsm_ds.layouts import Layout, find_checkpoints, read_layout
+from wsm_ds.layouts.order import in_order
 from wsm_ds.layouts.run import checkpoint_at
 from wsm_ds.training.job import JobFolder, require_current
 from wsm_ds.training.random_states import save_random_states
@@ -42,7 +43,8 @@ def newest_complete(run: Path) -> Layout | None:
         run_checkpoints = find_checkpoints(run)
     except CheckpointNotFound:
         return None
-    for checkpoint in reversed(run_checkpoints):
+    for dated in reversed(in_order(run_checkpoints)):
+        checkpoint = dated.checkpoint
         try:
             layout = read_layout(checkpoint)
         except BrokenCheckpoint as error:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from wsm_ds.filesystem.small_files import read_small
 from wsm_ds.training.decisions import (
     Action,
     Attempt,
@@ -134,7 +135,7 @@ def _processes(options: argparse.Namespace) -> list[str]:
     heartbeats = []
     for path in sorted(job.heartbeats.glob("rank_*.json")):
         with contextlib.suppress(OSError, ValueError):
-            heartbeats.append(json.loads(path.read_text(encoding="utf-8")))
+            heartbeats.append(json.loads(read_small(path)))
     processes = processes_by_host(heartbeats, options.attempt)
     return [f"{host} {' '.join(map(str, pids))}" for host, pids in processes.items()]
 

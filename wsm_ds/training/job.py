@@ -27,6 +27,7 @@ from pathlib import Path
 
 from wsm_ds.errors import RecipeError, Superseded
 from wsm_ds.filesystem.durable import replace_shared_text
+from wsm_ds.filesystem.small_files import read_small
 
 ATTEMPT_VARIABLE = "WSM_ATTEMPT"
 """Set by a job script that has raised the number of the newest attempt before it started the ranks."""
@@ -113,7 +114,7 @@ def read_attempt(job: JobFolder) -> int:
 
 def _recorded_attempt(job: JobFolder) -> int | None:
     try:
-        return int(job.attempt.read_text(encoding="utf-8"))
+        return int(read_small(job.attempt))
     except (FileNotFoundError, ValueError):
         return None
 
@@ -186,7 +187,7 @@ def is_done(job: JobFolder, until_step: int, *, attempt: int | None = None) -> b
         attempt: the attempt that must have reached it; None for any.
     """
     try:
-        done = json.loads(job.done.read_text(encoding="utf-8"))
+        done = json.loads(read_small(job.done))
         return bool(done["step"] >= until_step and attempt in (None, done["attempt"]))
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -4,7 +4,7 @@ import os
 import socket
 from datetime import timedelta
 
-from wsm_ds.distributed.launcher import slurm_variables
+from wsm_ds.distributed.launcher import slurm_variables, whole_number
 from wsm_ds.errors import RecipeError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -17,10 +17,11 @@ def find_ranks() -> None:
     SLURM_PROCID and similar variables instead. Without any of these the process is the only rank.
 
     Raises:
-        RecipeError: only some of the variables are set; the message names those that are missing.
+        RecipeError: only some of the variables are set, or one is not valid; the message names them.
     """
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        os.environ.update(slurm_variables(os.environ) | {"LOCAL_RANK": os.environ["SLURM_LOCALID"]})
+    if "RANK" not in os.environ and whole_number(os.environ, "SLURM_STEP_NUM_TASKS", default=1) > 1:
+        local_rank = whole_number(os.environ, "SLURM_LOCALID", least=0)
+        os.environ.update(slurm_variables(os.environ) | {"LOCAL_RANK": str(local_rank)})
     elif not {"RANK", "WORLD_SIZE"} & set(os.environ):
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     missing = [name for name in NAMES if name not in os.environ]

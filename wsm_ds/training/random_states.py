@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from wsm_ds.errors import BrokenCheckpoint
+from wsm_ds.filesystem.small_files import read_small
 
 
 def states_file(checkpoint: Path, rank: int) -> Path:
@@ -83,7 +84,7 @@ def load_random_states(checkpoint: Path, rank: int) -> bool:
     """
     path = states_file(checkpoint, rank)
     try:
-        restore_random_states(json.loads(path.read_text(encoding="utf-8")))
+        restore_random_states(json.loads(read_small(path)))
     except FileNotFoundError:
         return False
     except (ValueError, KeyError, TypeError, RuntimeError) as error:

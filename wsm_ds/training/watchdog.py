@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from wsm_ds.errors import RanksSilent, RecipeError, WsmError, few
+from wsm_ds.filesystem.small_files import read_small
 from wsm_ds.training.heartbeat import UNCHANGED_S
 from wsm_ds.training.job import JobFolder, exported_attempt, is_done, read_attempt, require_current
 
@@ -80,7 +81,7 @@ class Watch:
         require_current(self.job, self.attempt)
         for path in self.job.heartbeats.glob("rank_*.json"):
             with contextlib.suppress(OSError, ValueError, KeyError):
-                self._note(json.loads(path.read_text(encoding="utf-8")), now_s)
+                self._note(json.loads(read_small(path)), now_s)
         self._require_started(now_s)
         if any(now_s - last.step_s > self.timeout_s for last in self.last_beats.values()):
             raise RanksSilent(self._blame(now_s))

@@ -20,7 +20,9 @@ from wsm_ds.errors import RecipeError, UnsupportedLayout, few
 from wsm_ds.filesystem.durable import append_line
 from wsm_ds.filesystem.locks import hold_lock
 from wsm_ds.layouts import Checkpoint, find_checkpoints
-from wsm_ds.layouts.run import DELETED, deleted_steps, latest_step
+from wsm_ds.layouts.frameworks import TRAINER_STATE
+from wsm_ds.layouts.order import Dated
+from wsm_ds.layouts.run import DELETED, deleted_steps
 from wsm_ds.publishing.staging_folder import MANIFEST, unfinished_merges
 from wsm_ds.reporting.tables import table
 from wsm_ds.sizes import format_size
@@ -56,12 +58,16 @@ class Verdict:
 
     Attributes:
         checkpoint: its tag and folder.
-        nbytes: bytes of all its files.
+        step: its step; None if it is not known.
+        folder: what is deleted: the checkpoint's folder, or the one that a framework wrote for this save.
+        nbytes: bytes of all files in `folder`.
         is_complete: see `completeness`.
         kept_because: the reason; empty if it can be deleted.
     """
 
     checkpoint: Checkpoint
+    step: int | None
+    folder: Path
     nbytes: int
     is_complete: bool
     kept_because: str
@@ -70,7 +76,7 @@ class Verdict:
         """Plain data."""
         return {
             "tag": self.checkpoint.tag,
-            "step": self.checkpoint.named_step,
+            "step": self.step,
             "bytes": self.nbytes,
             "is_complete": self.is_complete,
             "kept_because": self.kept_because or None,
@@ -80,8 +86,9 @@ class Verdict:
 def plan_prune(run: Path, retention: Retention, allowed_globals: frozenset[str] = frozenset()) -> tuple[Verdict, ...]:
     """Decides which checkpoints of a run can be deleted, oldest first. Deletes nothing.
 
-    Always kept: the newest complete checkpoint and all newer ones, the one that `latest` names, universal copies,
-    links, and folders whose names do not end with a step.
+    Always kept: the newest complete checkpoint and all newer ones, the one that `latest` names, the best model of HF
+    Trainer, universal copies, links and what they name, checkpoints of unknown step, a second checkpoint of a step,
+    and checkpoints whose names have no number.
 
     Args:
         run: the run's folder.
@@ -91,18 +98,20 @@ def plan_prune(run: Path, retention: Retention, allowed_globals: frozenset[str] 
     Raises:
         CheckpointNotFound: the run has no checkpoint.
         RecipeError: `retention` does not say what windows need, or a watch is of another run.
-        UnsupportedLayout: the folder is HF Trainer's, or a merge's output.
+        UnsupportedLayout: the folder is a merge's output.
+        WindowError: it holds the checkpoints of several runs or models.
     """
-    run_checkpoints = _checkpoints_of(run, retention)
-    checkpoints = Checkpoints(run.absolute(), allowed_globals, NEVER_SETTLES_S)
+    _require_prunable(run, retention)
+    run = run.absolute()
+    checkpoints = Checkpoints(run, allowed_globals, NEVER_SETTLES_S)
     checkpoints.look()
     complete = {step for step in checkpoints.by_step if checkpoints.is_complete(step)}
-    reasons = _reasons(run, retention, set(checkpoints.by_step), complete)
-    return tuple(_verdict(checkpoint, complete, reasons) for checkpoint in run_checkpoints)
+    reasons = _reasons(checkpoints, retention, complete)
+    return tuple(_verdict(dated, checkpoints, complete, reasons) for dated in checkpoints.dated)
 
 
-def _checkpoints_of(run: Path, retention: Retention) -> list[Checkpoint]:
-    """The checkpoints of a run; raises if the run cannot be pruned with this retention."""
+def _require_prunable(run: Path, retention: Retention) -> None:
+    """Raises an error if the run cannot be pruned with this retention."""
     if not retention.specs and retention.keep_window is None:
         raise RecipeError(
             "nothing says which checkpoints windows need: give --keep-window N, or the --out DIR of a watch."
@@ -112,21 +121,20 @@ def _checkpoints_of(run: Path, retention: Retention) -> list[Checkpoint]:
             raise RecipeError(f"{spec.out} has the merges of {spec.run}, not of {run}.")
     if (run / MANIFEST).is_file():
         raise UnsupportedLayout(f"{run} is a merge's output, not a run.")
-    run_checkpoints = find_checkpoints(run)
-    if any("/" in checkpoint.tag for checkpoint in run_checkpoints):
-        raise UnsupportedLayout(f"{run} is HF Trainer's folder; let Trainer delete, by its save_total_limit.")
-    return run_checkpoints
+    find_checkpoints(run)  # raises CheckpointNotFound
 
 
-def _reasons(run: Path, retention: Retention, steps: set[int], complete: set[int]) -> dict[int, str]:
+def _reasons(checkpoints: Checkpoints, retention: Retention, complete: set[int]) -> dict[int, str]:
     """Why each step is kept. If there are several reasons, the first one is given."""
+    run, steps = checkpoints.run, set(checkpoints.by_step)
     newest = max(complete, default=-1)
     ordered = sorted(complete)
     reasons = {step: "newer than the newest complete one" for step in steps if step > newest}
-    latest = latest_step(run)
+    latest = checkpoints.step_of_latest()
     steps_by_reason = [
         ("latest names it", {latest} if latest is not None else set()),
         ("newest complete", {newest}),
+        ("HF Trainer's best model", _best_of_trainer(checkpoints)),
         (f"newest {retention.keep_last} complete", _from(ordered, retention.keep_last, steps)),
     ]
     if retention.keep_window:
@@ -144,6 +152,19 @@ def _reasons(run: Path, retention: Retention, steps: set[int], complete: set[int
     for step in _of_unfinished_merges(run, retention.folders):
         reasons.setdefault(step, "an unfinished merge needs it")
     return reasons
+
+
+def _best_of_trainer(checkpoints: Checkpoints) -> set[int]:
+    """The steps of the checkpoints that HF Trainer loads at the end as the best ones, as their states say."""
+    by_name = {checkpoint.save_folder.name: step for step, checkpoint in checkpoints.by_step.items()}
+    best = set()
+    for checkpoint in checkpoints.by_step.values():
+        try:
+            state = json.loads((checkpoint.save_folder / TRAINER_STATE).read_text(encoding="utf-8"))
+            best.add(by_name.get(Path(state["best_model_checkpoint"]).name))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {step for step in best if step is not None}
 
 
 def _from(complete: Sequence[int], count: int, steps: set[int]) -> set[int]:
@@ -170,17 +191,37 @@ def _of_unfinished_merges(run: Path, folders: Iterable[Path]) -> set[int]:
     return {int(source["step"]) for source in sources if Path(source["path"]).is_relative_to(run.resolve())}
 
 
-def _verdict(checkpoint: Checkpoint, complete: set[int], reasons: dict[int, str]) -> Verdict:
-    nbytes = sum(path.stat().st_size for path in checkpoint.path.rglob("*") if path.is_file())
-    step = checkpoint.named_step
-    reason = reasons.get(step, "")
-    if step < 0:
-        reason = "its name has no step"
-    elif checkpoint.tag.endswith("_universal"):
-        reason = "a universal copy"
-    elif checkpoint.path.is_symlink():
-        reason = "a link"
-    return Verdict(checkpoint, nbytes, step in complete, reason)
+def _verdict(dated: Dated, checkpoints: Checkpoints, complete: set[int], reasons: dict[int, str]) -> Verdict:
+    checkpoint, step = dated.checkpoint, dated.step
+    folder = _deleted_folder(checkpoints.run, checkpoint)
+    nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    is_chosen = step is not None and checkpoints.by_step[step] is checkpoint
+    reason = _kept_for_itself(folder, dated, checkpoints, is_chosen) or ("" if step is None else reasons.get(step, ""))
+    return Verdict(checkpoint, step, folder, nbytes, is_chosen and step in complete, reason)
+
+
+def _deleted_folder(run: Path, checkpoint: Checkpoint) -> Path:
+    """The folder of a whole save, unless that is the run itself."""
+    return checkpoint.path if checkpoint.save_folder == run else checkpoint.save_folder
+
+
+def _kept_for_itself(folder: Path, dated: Dated, checkpoints: Checkpoints, is_chosen: bool) -> str:
+    """Why a checkpoint is kept whatever its step is; empty if it is not."""
+    checkpoint = dated.checkpoint
+    beside = [d for d in checkpoints.dated if d is not dated and d.checkpoint.path.is_relative_to(folder)]
+    if dated.step is None:
+        return "its step is not known"
+    if checkpoint.is_universal:
+        return "a universal copy"
+    if checkpoint.path.is_symlink() or folder.is_symlink():
+        return "a link"
+    if checkpoint.links:
+        return f"{checkpoint.links[0]} is a link to it"
+    if not any(map(str.isdigit, folder.name)):
+        return "its name has no number"
+    if not is_chosen:
+        return f"{checkpoints.by_step[dated.step].tag} is of the same step"
+    return f"{beside[0].checkpoint.tag} lies in its folder" if beside else ""
 
 
 def trash_of(run: Path) -> Path:
@@ -211,11 +252,11 @@ def prune(
         One verdict for each checkpoint, oldest first.
 
     Raises:
-        CheckpointNotFound, RecipeError, UnsupportedLayout: see `plan_prune`.
+        CheckpointNotFound, RecipeError, UnsupportedLayout, WindowError: see `plan_prune`.
         OutputLocked: another prune deletes in the run now.
         OSError: a file cannot be removed; the next prune tries again.
     """
-    _checkpoints_of(run, retention)
+    _require_prunable(run, retention)
     trash = trash_of(run)
     trash.mkdir(parents=True, exist_ok=True)
     with hold_lock(trash.parent / "lock", f"another prune deletes in {run}"):
@@ -226,9 +267,9 @@ def prune(
         deletions = [verdict for verdict in verdicts if not verdict.kept_because]
         for verdict in deletions:
             _record(run / DELETED, verdict)
-            verdict.checkpoint.path.rename(trash / verdict.checkpoint.tag)
+            verdict.folder.rename(trash / verdict.folder.name)
         for verdict in deletions:
-            shutil.rmtree(trash / verdict.checkpoint.tag)
+            shutil.rmtree(trash / verdict.folder.name)
     return verdicts
 
 
@@ -247,7 +288,7 @@ def prune_report(verdicts: Sequence[Verdict], trash: Sequence[Path], *, is_delet
     """
     fate = "deleted" if is_deleting else "would be deleted"
     rows = [
-        [verdict.checkpoint.tag, str(verdict.checkpoint.named_step), format_size(verdict.nbytes),
+        [verdict.checkpoint.tag, "-" if verdict.step is None else str(verdict.step), format_size(verdict.nbytes),
          "yes" if verdict.is_complete else "no", f"kept: {verdict.kept_because}" if verdict.kept_because else fate]
         for verdict in verdicts
     ]  # fmt: skip

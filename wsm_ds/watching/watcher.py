@@ -26,6 +26,7 @@ from wsm_ds.errors import (
 )
 from wsm_ds.filesystem.durable import replace_text
 from wsm_ds.filesystem.locks import hold_lock
+from wsm_ds.layouts.order import Dated
 from wsm_ds.layouts.run import deleted_steps
 from wsm_ds.merging import plan_merge, run_plan
 from wsm_ds.planning.plan import Plan
@@ -136,7 +137,7 @@ class _Watcher:
     Attributes:
         resolved: windows that are merged, refused or passed over, as (end point, name).
         merged_steps: steps of the sources of finished merges.
-        blocked: steps of broken checkpoints that windows of this look need, with the problem.
+        blocked: why windows of this look wait: the problems of broken checkpoints that they need, or may need.
         pauses: by end point, after a merge that failed.
     """
 
@@ -149,14 +150,14 @@ class _Watcher:
         self.already_reported: set[str] = set()
         self.counts: Counter[str] = Counter()
         self.pauses: dict[int, _Pause] = {}
-        self.blocked: dict[int, str] = {}
+        self.blocked: set[str] = set()
         for end, name in merged_outputs(spec):
             self._note_merged(end, name)
 
     def look(self, check: Callable[[], None]) -> Iterator[Event]:
         """Lists the run, and merges every complete window: one pass for each end point, oldest first."""
         self.checkpoints.look()
-        self.blocked = {}
+        self.blocked = set()
         yield from self._report_if_empty()
         windows: dict[int, list[OpenWindow]] = {}
         for window in self._open_windows():
@@ -197,7 +198,7 @@ class _Watcher:
         for pause in self.pauses.values():
             raise pause.error
         if self.blocked:
-            raise BrokenCheckpoint(f"windows were not merged: {few(self.blocked.values(), 2)}")
+            raise BrokenCheckpoint(f"windows were not merged: {few(sorted(self.blocked), 2)}")
 
     def _open_windows(self) -> list[OpenWindow]:
         by_step = self.checkpoints.by_step
@@ -221,6 +222,8 @@ class _Watcher:
         for window in windows:
             if window.gone:
                 yield from self._pass_over(window)
+            elif hidden := [d for d in self.checkpoints.undated if d.may_lie_in(window.steps[0], end)]:
+                yield from self._report_of_hidden(window, hidden)
             elif all(map(self.checkpoints.is_complete, window.steps)):
                 ready.append(window)
             else:
@@ -316,11 +319,19 @@ class _Watcher:
         for step in steps:
             problem = self.checkpoints.problems.get(step)
             if problem is not None:
-                self.blocked[step] = problem
+                self.blocked.add(problem)
                 yield from self._report_once("waiting", f"step {step} is needed and is broken: {problem}", step=step)
 
+    def _report_of_hidden(self, window: OpenWindow, hidden: Sequence[Dated]) -> Iterator[Event]:
+        """Reports, once, checkpoints of unknown step that may belong to a window."""
+        for dated in hidden:
+            problem = str(dated.why_it_counts())
+            self.blocked.add(problem)
+            text = f"step {window.end} {window.name} waits: {problem}"
+            yield from self._report_once("waiting", text, step=window.end, tag=dated.checkpoint.tag)
+
     def _report_if_empty(self) -> Iterator[Event]:
-        if self.checkpoints.by_step:
+        if self.checkpoints.dated:
             return
         if self.options.is_once and not self.spec.run.is_dir():
             raise CheckpointNotFound(f"{self.spec.run} is not a folder.")
