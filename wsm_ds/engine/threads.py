@@ -4,9 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from wsm_ds.dtypes import ALL
+from wsm_ds.dtypes import IS_COMPLEX
 from wsm_ds.engine import arithmetic
 from wsm_ds.engine.reader import Reader
 from wsm_ds.engine.source_crcs import SourceCrcs
@@ -22,8 +20,6 @@ MIN_SLICE_NUMEL, MAX_SLICE_NUMEL = 4096, 1 << 18
 WORKER_BYTES = 1 << 20
 """What a worker needs besides its slices: buffers for reading blocks again, open files."""
 CHECK_INTERVAL_S = 0.2
-IS_COMPLEX = np.array([dtype.is_complex for dtype in ALL], dtype=bool)
-"""Whether an element is two values, by the dtype code of a fragment table."""
 
 
 @dataclass(frozen=True)

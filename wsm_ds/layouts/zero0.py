@@ -20,12 +20,13 @@ from wsm_ds.errors import UnsupportedLayout, few
 from wsm_ds.layouts import schema
 from wsm_ds.layouts.assembly import assemble
 from wsm_ds.layouts.entries import entries_of
-from wsm_ds.layouts.layout import Layout, TableBuilder, TensorInfo
+from wsm_ds.layouts.layout import Layout, NamedTensor, TableBuilder, TensorInfo
 from wsm_ds.layouts.metadata import model_parallel_size
 from wsm_ds.layouts.optimizer_states import SCALARS, problems_of_shaped, unnested
 from wsm_ds.layouts.rank_files import RankFiles
 from wsm_ds.layouts.run import Checkpoint
 from wsm_ds.torchfile import Tensor, TorchFile
+from wsm_ds.torchfile.strides import dense_axes
 
 FIRST_BLOCK_NUMEL, LARGEST_BLOCK_NUMEL = 1 << 12, 1 << 20
 """Elements compared at a time: few at first, because most weights differ early; then many."""
@@ -145,9 +146,13 @@ def read_optimizer(file: TorchFile) -> Optimizer:
     # In fp32 DeepSpeed saves the torch optimizer itself; its 16-bit wrappers save it under `optimizer_state_dict`.
     module_is_master = base is state
     trained = set(weights) if module_is_master else {piece.name for piece in pieces}
-    tensors = {n: TensorInfo(t.shape, t.dtype, "parameter") for n, t in weights.items() if n in trained}
-    tensors |= {n: TensorInfo(t.shape, t.dtype, "frozen") for n, t in weights.items() if n not in trained}
-    tensors |= {n: TensorInfo(t.shape, t.dtype, "buffer") for n, t in buffers.items()}
+    # Elements are numbered as the masters store them. Those of the 16-bit wrappers are in row-major order.
+    axes = {
+        n: None if n in trained and not module_is_master else dense_axes(t.shape, t.stride) for n, t in weights.items()
+    }
+    tensors = {n: TensorInfo(t.shape, t.dtype, "parameter", axes[n]) for n, t in weights.items() if n in trained}
+    tensors |= {n: TensorInfo(t.shape, t.dtype, "frozen", axes[n]) for n, t in weights.items() if n not in trained}
+    tensors |= {n: TensorInfo(t.shape, t.dtype, "buffer", dense_axes(t.shape, t.stride)) for n, t in buffers.items()}
     return Optimizer(
         tensors,
         aliases,
@@ -166,12 +171,17 @@ def add_fragments(builder: TableBuilder, file: TorchFile, optimizer: Optimizer) 
     kind_of_role = {"parameter": "master" if optimizer.module_is_master else "module"}
     for name, info in optimizer.tensors.items():
         stored: Tensor = file.tree["module"][name]
-        builder.add_whole(kind_of_role.get(info.role, info.role), numbers[name], name, stored, source=file, file=0)
+        kind = kind_of_role.get(info.role, info.role)
+        builder.add_whole(kind, numbers[name], NamedTensor(name, stored, file), info.axes, file=0)
     for piece in optimizer.pieces:
         builder.indivisible_states |= piece.indivisible_states
         for kind, tensor in piece.kinds.items():
             if tensor.numel == piece.numel:
-                builder.add_whole(kind, numbers[piece.name], f"{kind} of {piece.name}", tensor, source=file, file=0)
+                axes = (
+                    optimizer.tensors[piece.name].axes if tensor.shape == optimizer.tensors[piece.name].shape else None
+                )
+                named = NamedTensor(f"{kind} of {piece.name}", tensor, file)
+                builder.add_whole(kind, numbers[piece.name], named, axes, file=0)
                 continue
             offset = file.byte_offset(tensor) + piece.position * tensor.dtype.itemsize
             builder.add(kind, numbers[piece.name], 0, piece.numel, file=0, offset=offset, dtype=tensor.dtype)

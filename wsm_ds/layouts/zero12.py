@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from wsm_ds.errors import BrokenCheckpoint, few
-from wsm_ds.layouts.layout import TableBuilder, TensorInfo
+from wsm_ds.layouts.layout import NamedTensor, TableBuilder, TensorInfo
 from wsm_ds.layouts.optimizer_states import FlatStates, StateForms, forms_of
 from wsm_ds.layouts.rank_files import RankFiles, require_numel
 from wsm_ds.torchfile import Tensor, TorchFile
@@ -216,7 +216,7 @@ def _add_weights(
         info = files.tensors[owner]
         if value.shape != info.shape:
             raise BrokenCheckpoint(f"{source.path}: {name} has shape {value.shape}, param_shapes says {info.shape}.")
-        builder.add_whole(kinds[info.role], numbers[owner], name, value, source=source, file=file)
+        builder.add_whole(kinds[info.role], numbers[owner], NamedTensor(name, value, source), info.axes, file=file)
 
 
 def further_copies(files: RankFiles, model: TorchFile) -> dict[str, Any]:

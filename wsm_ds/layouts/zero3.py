@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, few
 from wsm_ds.layouts import zero12
-from wsm_ds.layouts.layout import TableBuilder
+from wsm_ds.layouts.element_order import reordered
+from wsm_ds.layouts.layout import NamedTensor, TableBuilder
 from wsm_ds.layouts.optimizer_states import FlatStates, StateForms, forms_of
 from wsm_ds.layouts.rank_files import RankFiles, require_numel
 from wsm_ds.torchfile import Tensor, TorchFile
@@ -59,7 +60,8 @@ def add_model(builder: TableBuilder, files: RankFiles, model: TorchFile, rank: i
                 f"{model.path}: {name} has shape {list(stored.shape)}, in rank 0's file {list(info.shape)}."
             )
         # These are not partitioned and may differ between ranks, so each rank's copy is kept.
-        builder.add_whole(info.role, numbers[name], name, stored, source=model, file=file, replica=rank)
+        whole = NamedTensor(name, stored, model)
+        builder.add_whole(info.role, numbers[name], whole, info.axes, file=file, replica=rank)
     for name, stored in zero12.further_copies(files, model).items():
         _add_partition(builder, files, model, "module", name, stored, rank)
 
@@ -70,8 +72,15 @@ def _add_partition(
     """Adds a rank's partition of a parameter that a model file holds."""
     start, numel = partition(files.tensors[name].numel, rank, files.world_size)
     require_numel(model, name, stored.numel, numel)
-    number, file = files.tensor_numbers[name], files.indices[model.path]
-    builder.add(kind, number, start, numel, file=file, offset=model.byte_offset(stored), dtype=stored.dtype)
+    number, file, info = files.tensor_numbers[name], files.indices[model.path], files.tensors[name]
+    if info.axes is None:
+        builder.add(kind, number, start, numel, file=file, offset=model.byte_offset(stored), dtype=stored.dtype)
+        return
+    # A partition is cut from the row-major order, also of a tensor that another stage stores in another order.
+    row_major = TableBuilder()
+    row_major.add(kind, number, start, numel, file=file, offset=model.byte_offset(stored), dtype=stored.dtype)
+    for table in row_major.tables().values():
+        builder.add_table(kind, reordered(table, name, info.shape, None, info.axes))
 
 
 def partition(numel: int, rank: int, world_size: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wsm_ds.dtypes import ALL
+from wsm_ds.dtypes import ALL, ITEMSIZES
 from wsm_ds.errors import BrokenCheckpoint, LayoutMismatch, UnsupportedLayout, few
 from wsm_ds.layouts import Layout
 from wsm_ds.layouts.coverage import require_whole
@@ -18,7 +18,6 @@ from wsm_ds.outputs.resharding.shared_states import require_divisible, warn_of_h
 from wsm_ds.outputs.resharding.universal import universal_templates
 from wsm_ds.outputs.resharding.zero import zero_templates
 from wsm_ds.outputs.torch_template import Inputs, inputs_of, make_torch_template
-from wsm_ds.planning.intersect import ITEMSIZES
 from wsm_ds.planning.plan import (
     CopySegment,
     CrcField,

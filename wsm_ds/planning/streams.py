@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wsm_ds.dtypes import ALL, CODES
+from wsm_ds.dtypes import CODES, IS_SUMMABLE
 from wsm_ds.errors import LayoutMismatch
 from wsm_ds.layouts import Layout
+from wsm_ds.layouts.element_order import reordered
 from wsm_ds.layouts.layout import FRAGMENT, Table
 from wsm_ds.planning.intersect import (
     NOWHERE,
@@ -22,9 +23,6 @@ from wsm_ds.planning.intersect import (
     without_repeats,
 )
 from wsm_ds.planning.plan import Combine, CopySegment, InputFile, InputNumber, OutputFile, OutputNumber, Stream, Target
-
-IS_SUMMABLE = np.array([dtype.is_summable for dtype in ALL], dtype=bool)
-"""Whether elements can be summed, by the dtype code of a fragment table."""
 
 
 class FragmentRow(NamedTuple):
@@ -89,12 +87,27 @@ class SourceTables:
         return table
 
     def renumbered(self, table: Table, layout: Layout) -> Table:
-        """Returns a copy of a table that numbers tensors as `layout` does, with the plan's tensor numbers."""
-        table = table.copy()
+        """Returns a copy of a table that numbers tensors and elements as `layout` does, with the plan's numbers.
+
+        Raises:
+            UnsupportedLayout: a large tensor is stored in another order than in the newest layout; it is named.
+        """
+        table = self._in_plan_order(table, layout)
         if layout.names != self.names:
             numbers = {name: index for index, name in enumerate(self.names)}
             table["tensor"] = np.array([numbers[name] for name in layout.names], dtype="i4")[table["tensor"]]
         return table
+
+    def _in_plan_order(self, table: Table, layout: Layout) -> Table:
+        """A copy whose elements are numbered in the order of the newest layout."""
+        newest = self.layouts[-1].tensors
+        rows: Table = table.copy()
+        for number, (name, info) in enumerate(layout.tensors.items()):
+            if info.axes != newest[name].axes:
+                is_turned = rows["tensor"] == number
+                turned = reordered(rows[is_turned], name, info.shape, info.axes, newest[name].axes)
+                rows = np.concatenate([rows[~is_turned], turned])
+        return rows
 
 
 def source_tables(layouts: Sequence[Layout]) -> SourceTables:
