@@ -43,6 +43,11 @@ def recipe(run: Path, out: Path, **values: Any) -> dict[str, Any]:
     return {"run": run, "last": 2, "curve": "linear", "threads": 1, "out": out} | values
 
 
+def killed_at_60(values: dict[str, Any]) -> bool:
+    """Merges in a process that kills itself in the middle."""
+    return dies_at(60, lambda: merge_all(make_recipes(**values)))
+
+
 def spellings(run: Path) -> list[Path]:
     """Ways to name a run's folder; the process works in the folder above it."""
     link, above = run.with_name("link"), run.parent.with_name("link above")
@@ -60,7 +65,7 @@ def test_a_run_spelled_otherwise_is_resumed_and_known_as_done(
     for begun in ways:
         for ended in ways:
             out = tmp_path / "out"
-            assert dies_at(60, lambda begun=begun, out=out: merge_all(make_recipes(**recipe(begun, out))))
+            assert killed_at_60(recipe(begun, out))
             assert (Staging(out).folder / PLAN).is_file()
             assert merge(make_recipe(**recipe(ended, out))).is_new
             reads.clear()
@@ -72,7 +77,7 @@ def test_a_run_spelled_otherwise_is_resumed_and_known_as_done(
 def test_another_run_is_another_merge_although_everything_else_is_equal(run: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(run, tmp_path / "other"))
     out = tmp_path / "out"
-    assert dies_at(60, lambda: merge_all(make_recipes(**recipe(run, out))))
+    assert killed_at_60(recipe(run, out))
     with pytest.raises(OutputExists, match=r"\(sources, inputs differ\).*--restart"):
         merge(make_recipe(**recipe(other, out)))
     merge(make_recipe(**recipe(run, out)))
@@ -95,7 +100,7 @@ def test_merges_of_version_0_1_0_are_resumed_and_known_as_done(
     fields = make_recipe(**recipe(Path("run"), out)).model_dump(mode="json")
     for name in ("sub_group_size", "rename"):  # as if the version had not had them
         assert not fields.pop(name)
-    assert dies_at(60, lambda: merge_all(make_recipes(**recipe(Path("run"), out))))
+    assert killed_at_60(recipe(Path("run"), out))
     recorded = Staging(out).folder / PLAN
     old = as_recorded_by_0_1_0(json.loads(recorded.read_text()), fields)
     recorded.write_text(json.dumps(old))
@@ -133,7 +138,7 @@ def test_a_source_that_is_replaced_with_size_and_time_kept_is_noticed(run: Path,
 
 def test_after_a_kill_nothing_that_was_made_of_a_replaced_source_is_kept(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert dies_at(60, lambda: merge_all(make_recipes(**recipe(run, out))))
+    assert killed_at_60(recipe(run, out))
     assert (Staging(out).folder / "journal.0").stat().st_size
     for path in run.rglob("*optim_states.pt"):
         resave_other_numbers(path)
@@ -164,7 +169,7 @@ def reading(run: Path, tmp_path: Path) -> Iterator[int]:
             os.kill(os.getpid(), signal.SIGSTOP)
             work(*arguments)
 
-        Worker.run = stopping  # type: ignore[method-assign]
+        Worker.run = stopping  # type: ignore[method-assign,assignment]
         code = 1
         try:
             merge(make_recipe(**recipe(run, tmp_path / "out", last=None, tags=["global_step1"], coefficients=[1.0],
@@ -205,7 +210,7 @@ def test_links_that_another_user_was_first_to_make_are_not_followed(run: Path, t
     victim = tmp_path / "victim"
     victim.write_text("of great value")
     out = tmp_path / "out"
-    assert dies_at(60, lambda: merge_all(make_recipes(**recipe(run, out))))
+    assert killed_at_60(recipe(run, out))
     path = Staging(out).folder / name
     path.unlink(missing_ok=True)
     path.symlink_to(victim)
