@@ -111,8 +111,10 @@ def cases(folder: Path, kinds: tuple[str, ...]) -> list[Case]:
             if name == "stage0_fp32" and kind in NEEDS_ZERO:
                 continue
             right = folder / f"right-{name}-{kind}"
-            code, output = done(command(kind, run, right))
-            assert code == 0, f"{kind} of {name} ended with {code} although nobody disturbed it:\n{output}"
+            # Several ranks write the same bytes as one process.
+            words = command("zero" if kind == "ranks" else kind, run, right)
+            code = Forked(words[3:], folder / "log").ends_within(PATIENCE_S)
+            require(code == 0, f"{kind} of {name} ended with {code} although nobody disturbed it: {folder / 'log'}")
             made.append(Case(kind, run, digests(right)))
             shutil.rmtree(right)
     return made
