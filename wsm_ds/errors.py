@@ -84,6 +84,16 @@ class OutputLocked(OutputExists):
     """
 
 
+class UnsafePath(WsmError, PermissionError):
+    """Where the tool writes, there is a link, a folder of another user, or a file that the tool did not write.
+
+    Raised before anything is written through it; nothing of it is changed or removed. The message names the path.
+    """
+
+    exit_code = 3
+    may_pass = True
+
+
 class BudgetTooSmall(WsmError, ValueError):
     """The memory budget is smaller than the smallest unit of work.
 

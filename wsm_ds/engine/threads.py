@@ -2,10 +2,11 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from wsm_ds.dtypes import IS_COMPLEX
 from wsm_ds.engine import arithmetic
+from wsm_ds.engine.open_files import FEWEST_OPEN, free_descriptors
 from wsm_ds.engine.reader import Reader
 from wsm_ds.engine.source_crcs import SourceCrcs
 from wsm_ds.engine.staged_files import StagedFiles
@@ -90,7 +91,10 @@ def run_tasks(
         InsufficientCapacity: the system starts no more threads.
         OSError: the disk is full, or a file cannot be read or written.
     """
-    queue = _TaskQueue(plan, tasks, files, workers.slice_numel, on_bytes)
+    # A thread needs FEWEST_OPEN sources and outputs open at once, and one more to read a block again.
+    threads = min(workers.threads, max(1, free_descriptors() // (2 * FEWEST_OPEN + 1)))
+    workers = replace(workers, threads=threads)
+    queue = _TaskQueue(plan, tasks, files, workers, on_bytes)
     worker_threads = [threading.Thread(target=queue.work, name=f"merge-{number}") for number in range(workers.threads)]
     all_threads = [*worker_threads, threading.Thread(target=queue.sync, name="sync")]
     try:
@@ -133,9 +137,9 @@ class _TaskQueue:
     """
 
     def __init__(
-        self, plan: Plan, tasks: Sequence[Task], files: StagedFiles, slice_numel: int, on_bytes: Callable[[int], None]
+        self, plan: Plan, tasks: Sequence[Task], files: StagedFiles, workers: Workers, on_bytes: Callable[[int], None]
     ) -> None:
-        self.plan, self.files, self.slice_numel, self.on_bytes = plan, files, slice_numel, on_bytes
+        self.plan, self.files, self.workers, self.on_bytes = plan, files, workers, on_bytes
         self.stop = threading.Event()
         self.errors: list[BaseException] = []
         self.timings = Timings()
@@ -163,8 +167,11 @@ class _TaskQueue:
             self._fail(error)
 
     def _run_tasks(self, timings: Timings) -> None:
-        with Reader(self.plan.inputs) as reader, Writer(self.files, timings) as writer:
-            worker = Worker(self.plan, reader, writer, self.slice_numel, self._already_reported, timings, self.crcs)
+        threads = self.workers.threads
+        with Reader(self.plan.inputs, threads) as reader, Writer(self.files, timings, threads) as writer:
+            worker = Worker(
+                self.plan, reader, writer, self.workers.slice_numel, self._already_reported, timings, self.crcs
+            )
             while not self.stop.is_set():
                 with self._lock:
                     task = next(self._tasks, None)

@@ -32,15 +32,22 @@ Combine = Literal["merge", "equal", "newest", "carry"]
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """A file to read. Size and modification time are those at planning: the engine refuses a file that changed.
+    """A file to read. Size and times are those at planning: the engine refuses a file that changed since.
 
     Attributes:
+        path: the file.
+        nbytes: its size.
+        mtime_ns: when its content changed. `rsync -t` and `cp -p` set it to the time of the original.
+        ctime_ns: when the file changed in any way. Nobody can set it. So it tells that another file of the same size
+            and `mtime_ns` is in its place. The inode's number would add nothing: a new file has a new `ctime_ns`, and
+            on FUSE a file may get another number while nobody has it open.
         records: of a torch file, by name, with their CRC-32s; empty for any other file.
     """
 
     path: Path
     nbytes: int
     mtime_ns: int
+    ctime_ns: int
     records: Mapping[str, Record] = field(default_factory=dict, compare=False, repr=False)
 
 

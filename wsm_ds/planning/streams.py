@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -121,8 +120,8 @@ def source_tables(layouts: Sequence[Layout]) -> SourceTables:
     for layout in layouts:
         first_inputs.append(InputNumber(len(inputs)))
         for archive in layout.archives:
-            mtime_ns = archive.path.stat().st_mtime_ns
-            inputs.append(InputFile(Path(archive.path), archive.nbytes, mtime_ns, archive.records))
+            times = archive.mtime_ns, archive.ctime_ns
+            inputs.append(InputFile(archive.path, archive.nbytes, *times, archive.records))
     newest = layouts[-1]
     numels = np.array([info.numel for info in newest.tensors.values()], dtype=np.int64)
     return SourceTables(tuple(layouts), tuple(inputs), tuple(first_inputs), numels, newest.names)

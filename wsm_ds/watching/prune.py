@@ -18,7 +18,7 @@ from typing import Any
 
 from wsm_ds.errors import RecipeError, UnsupportedLayout, few
 from wsm_ds.filesystem.durable import append_line
-from wsm_ds.filesystem.locks import hold_lock
+from wsm_ds.filesystem.locks import hold_lock, is_held
 from wsm_ds.filesystem.small_files import read_small
 from wsm_ds.layouts import Checkpoint, find_checkpoints
 from wsm_ds.layouts.frameworks import TRAINER_STATE
@@ -197,7 +197,13 @@ def _verdict(dated: Dated, checkpoints: Checkpoints, complete: set[int], reasons
     nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     is_chosen = step is not None and checkpoints.by_step[step] is checkpoint
     reason = _kept_for_itself(folder, dated, checkpoints) or ("" if step is None else reasons.get(step, ""))
+    reason = reason or ("a merge reads it now" if _is_read(folder) else "")
     return Verdict(checkpoint, step, folder, nbytes, is_chosen and step in complete, reason)
+
+
+def _is_read(folder: Path) -> bool:
+    """Whether a merge on this machine, or on another one if the file system's locks are seen there, reads a file."""
+    return any(is_held(path) for path in folder.rglob("*.pt") if path.is_file())
 
 
 def _deleted_folder(run: Path, checkpoint: Checkpoint) -> Path:
