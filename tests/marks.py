@@ -15,7 +15,7 @@ import pytest
 
 TRAINED = {
     "compiled_ops", "converted", "even_runs", "launcher", "megatron", "named", "other_world_sizes", "reports", "runs",
-    "sharing", "states_runs", "trained", "whole_runs", "wrapping", "written",
+    "sharing", "states_runs", "trained", "went_back", "whole_runs", "wrapping", "written",
 }  # fmt: skip
 """Fixtures that train with DeepSpeed."""
 TORCH = {

@@ -11,7 +11,7 @@ from deepspeed_runs import launch
 from reference import average, load_all, merged_masters, moments, partitions, same_bits
 from safetensors.torch import load_file
 
-from wsm_ds.errors import BrokenCheckpoint, LayoutMismatch, UnsupportedLayout
+from wsm_ds.errors import BrokenCheckpoint, ForeignFiles, LayoutMismatch, UnsupportedLayout
 from wsm_ds.inspection import inspect_run
 from wsm_ds.merging import export, merge, reshard
 from wsm_ds.verification import verify
@@ -101,6 +101,24 @@ def global_name(local: str, ep_rank: int, ep: int) -> str:
     number, tail = rest.split(".", 1)
     experts = {"moe.0": 4, "moe.1": 2}[layer]
     return f"{layer}{EXPERTS}{ep_rank * (experts // ep) + int(number)}.{tail}"
+
+
+def test_an_expert_file_of_another_step_is_noticed_however_many_experts_there_are(
+    written: Path, tmp_path: Path
+) -> None:
+    run, noticed = Path(shutil.copytree(written / "ep 1, stage 2", tmp_path / "run")), 0
+    for path in (run / "global_step4").glob("layer_*_expert_*"):
+        right, old = path.read_bytes(), run / "global_step2" / path.name
+        ours, others = torch.load(path), torch.load(old)
+        shutil.copyfile(old, path)
+        if all(torch.equal(ours[name], others[name]) for name in ours if name.endswith(("weight", "bias"))):
+            merge(run=run, last=2, out=tmp_path / f"same-{path.name}")  # an expert that no token has reached
+        else:
+            with pytest.raises(ForeignFiles, match=path.name.removesuffix(".pt")):
+                merge(run=run, last=2, out=tmp_path / "out")
+            noticed += 1
+        path.write_bytes(right)
+    assert noticed >= 4
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from deepspeed_runs import launch
 from reference import average, load_all, merged_masters, moments, parameters, partitions, same_bits
 
-from wsm_ds.errors import BrokenCheckpoint, LayoutMismatch, UnsupportedLayout
+from wsm_ds.errors import BrokenCheckpoint, LayoutMismatch, UnsupportedLayout, WindowError
 from wsm_ds.inspection import inspect_run
 from wsm_ds.layouts import Checkpoint, find_checkpoints, read_layout
 from wsm_ds.merging import export, merge, reshard
@@ -142,6 +143,17 @@ def test_every_missing_file_is_named(written: Path, tmp_path: Path) -> None:
     tied = written / "2 stages/global_step4/layer_00-model_states.pt"  # no file says which layers use a tied module
     with pytest.raises(BrokenCheckpoint, match=r"names the parameter tied_modules\.embed\..*, but no file holds"):
         read_layout(without(tied, tmp_path / "tied"))
+
+
+def test_a_rate_that_changes_in_one_stage_alone_is_noticed(written: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(written / "2 stages", tmp_path / "run"))
+    (path,) = (run / "global_step4").glob("*mp_rank_01_optim_states.pt")
+    file = torch.load(path, weights_only=False)
+    for group in file["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]:
+        group["lr"] /= 2
+    torch.save(file, path)
+    with pytest.raises(WindowError, match="the learning rate changes inside the window"):
+        merge(run=run, last=2, out=tmp_path / "out")
 
 
 def test_what_cannot_be_is_refused_and_inspect_shows_the_rest(written: Path, tmp_path: Path) -> None:

@@ -155,5 +155,6 @@ def test_files_of_one_save_are_never_taken_for_others(runs: Path, other_world_si
 def test_the_masters_of_every_file_are_sampled(runs: Path, dtype: str) -> None:
     layout = read_layout(Checkpoint("global_step4", runs / f"w2_s1_{dtype}" / "global_step4"))
     found = list(samples(layout))
-    assert len({sample.master_file for sample in found}) == 2
+    assert sorted(sample.holds for sample in found) == ["masters", "masters", "weights"]
+    assert len({sample.file for sample in found}) == 3
     assert all(sample.equal == sample.numel > 20 for sample in found)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, WindowError, few
 from wsm_ds.layouts.frameworks import UNIVERSAL
-from wsm_ds.layouts.run import Checkpoint, natural
-from wsm_ds.layouts.saved_step import saved_step
+from wsm_ds.layouts.run import Checkpoint, latest_tag, natural
+from wsm_ds.layouts.saved_step import saved_at_ns, saved_step
 
 UNBOUNDED = 1 << 62
 NUMBER = re.compile(r"\d+")
@@ -103,6 +103,33 @@ def without_universal_copies(checkpoints: Sequence[Checkpoint]) -> list[Checkpoi
     """Leaves out universal checkpoints beside the checkpoint that they were converted from: the same step again."""
     tags = {checkpoint.tag for checkpoint in checkpoints}
     return [c for c in checkpoints if not c.is_universal or c.tag.removesuffix(UNIVERSAL) not in tags]
+
+
+def abandoned(run: Path, dated: Sequence[Dated]) -> tuple[Dated | None, tuple[Dated, ...]]:
+    """Finds checkpoints of larger steps that a training left behind when it went back to an earlier one.
+
+    Two things together show this: the file `latest` names a checkpoint of a smaller step, and that one was written
+    later. Each alone has other reasons: a save that is not finished, `save_latest=False`, an edited `latest`, a copy
+    with other times.
+
+    Args:
+        run: the run's folder.
+        dated: its checkpoints.
+
+    Returns:
+        The checkpoint that `latest` names, None if none shows anything, and those that were left behind.
+    """
+    tag = latest_tag(run)
+    latest = next((d for d in dated if d.step is not None and tag in (d.checkpoint.tag, *d.checkpoint.links)), None)
+    written_ns = None if latest is None else saved_at_ns(latest.checkpoint.path)
+    if latest is None or latest.step is None or written_ns is None:
+        return None, ()
+    left = []
+    for other in dated:
+        other_ns = saved_at_ns(other.checkpoint.path) if other.step is not None and other.step > latest.step else None
+        if other_ns is not None and other_ns < written_ns:
+            left.append(other)
+    return latest, tuple(left)
 
 
 def require_one_series(run: Path, checkpoints: Sequence[Checkpoint]) -> None:

@@ -128,7 +128,10 @@ def _folders(folder: Path) -> Iterator[tuple[Path, bool]]:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.is_dir() and entry.name != JOB and not entry.name.startswith("."):
+                if entry.name == JOB or entry.name.startswith("."):
+                    continue
+                # A link to itself is no folder for a Path, and an error for `entry`.
+                if Path(entry).is_dir() if entry.is_symlink() else entry.is_dir():
                     yield folder / entry.name, entry.is_symlink()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return

@@ -53,6 +53,22 @@ def saved_step(path: Path) -> int:
     raise problem or BrokenCheckpoint(f"{path} has no *_model_states.pt: it is no checkpoint, or its save was cut off.")
 
 
+def saved_at_ns(path: Path) -> int | None:
+    """When rank 0's model file of a checkpoint was written, by its modification time; None without such a file.
+
+    A copy may have the time of the copying, so this alone proves nothing.
+
+    Args:
+        path: the checkpoint's folder.
+    """
+    for name in RANK_0_FILES:
+        try:
+            return (path / name).stat().st_mtime_ns
+        except OSError:
+            continue
+    return None
+
+
 def _model_files(path: Path) -> Iterator[Path]:
     """Rank 0's model file, and if it cannot be read, a few of other ranks. The folder of a large run is not listed."""
     for name in RANK_0_FILES:

@@ -4,6 +4,7 @@
 and which weights lie outside the model files (native MoE's experts, a pipeline's layers).
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, brief, few
 from wsm_ds.layouts import moe, pipeline, zero3, zero12
 from wsm_ds.layouts.assembly import assemble
 from wsm_ds.layouts.file_names import MODEL_FILE, OPTIM_FILE, Rank, RankCounts, files_by_rank, require_files
-from wsm_ds.layouts.hyperparameters import parameter_groups
+from wsm_ds.layouts.hyperparameters import learning_rates, parameter_groups
 from wsm_ds.layouts.layout import Layout, TableBuilder
 from wsm_ds.layouts.metadata import model_parallel_size, module_of, tensors_of
 from wsm_ds.layouts.one_save import contradictions
@@ -54,16 +55,22 @@ def read(checkpoint: Checkpoint, entries: list[str], first_model: TorchFile, all
     for rank_files in ranks:
         (zero3 if stage == 3 else zero12).add_fragments(builder, rank_files)
     names = tuple(file.path.name for rank_files in ranks for file in rank_files.files)
-    groups = parameter_groups(ranks[0].optims[0])
-    return assemble(
+    layout = assemble(
         checkpoint,
         ranks,
         builder,
         stage=stage,
         file_names=names,
-        groups=groups,
+        groups=parameter_groups(ranks[0].optims[0]),
         contradictions=contradictions(models, optims),
     )
+    return replace(layout, learning_rates=_rates(ranks))
+
+
+def _rates(ranks: list[RankFiles]) -> tuple[float | None, ...]:
+    """The rates of the parameter groups. Those of another pipeline stage follow if they differ from the first one's."""
+    of_ranks = (learning_rates(files.optims[0], parameter_groups(files.optims[0])) for files in ranks)
+    return tuple(rate for rates in dict.fromkeys(of_ranks) for rate in rates)
 
 
 def _rank_counts(model: TorchFile) -> RankCounts:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from wsm_ds.errors import UnsupportedLayout, few
+from wsm_ds.errors import LayoutMismatch, UnsupportedLayout, few
 from wsm_ds.layouts import Layout
 from wsm_ds.layouts.optimizer_states import MERGEABLE, WEIGHTS
 
@@ -16,7 +16,16 @@ def require_mergeable(layouts: Sequence[Layout]) -> None:
     Raises:
         UnsupportedLayout: a state holds no value per element, or is not known to be a moment or a weight. The message
             names the states and what they hold.
+        LayoutMismatch: the checkpoints hold different states. States of the same name may mean different things then:
+            Lion's `exp_avg` is not Adam's.
     """
+    newest = layouts[-1]
+    for layout in layouts[:-1]:
+        if set(layout.state_names) != set(newest.state_names):
+            raise LayoutMismatch(
+                f"{layout.path} holds the optimizer states {_words(layout)}, {newest.path} {_words(newest)}. Merge "
+                "the states of one optimizer, or carry or drop them (--optimizer-states)."
+            )
     for layout in layouts:
         if layout.has_nameless_states:
             raise UnsupportedLayout(
@@ -33,6 +42,10 @@ def require_mergeable(layouts: Sequence[Layout]) -> None:
                 f"{layout.path} holds optimizer states that cannot be merged: {words}. Take the newest checkpoint's "
                 "(--optimizer-states carry), or leave them out (--optimizer-states drop)."
             )
+
+
+def _words(layout: Layout) -> str:
+    return few(sorted(layout.state_names)) or "none"
 
 
 def require_carriable(layouts: Sequence[Layout]) -> None:

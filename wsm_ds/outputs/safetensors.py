@@ -119,11 +119,13 @@ def _require_storable(newest: Layout, dtypes: dict[str, DType]) -> None:
 
 def _renamed(tensors: dict[str, TensorInfo], rename: dict[str, str]) -> dict[str, str]:
     """The name of each tensor in the output."""
-    names = {}
-    for fqn in tensors:
-        names[fqn] = saved_name(fqn)
-        for pattern, replacement in rename.items():
-            names[fqn] = re.sub(pattern, replacement, names[fqn])
+    names = {fqn: saved_name(fqn) for fqn in tensors}
+    for pattern, replacement in rename.items():
+        if not any(re.search(pattern, name) for name in names.values()):
+            raise RecipeError(
+                f"rename (--rename): {pattern!r} matches no tensor's name. The names are {few(names.values())}."
+            )
+        names = {fqn: re.sub(pattern, replacement, name) for fqn, name in names.items()}
     used_names: dict[str, str] = {}
     for fqn, name in names.items():
         if name in ("", METADATA):

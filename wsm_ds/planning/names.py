@@ -88,7 +88,7 @@ def with_names_of_newest(
         by_rule = {
             name: _by_rules(name, rule)
             for tag, rule in rules.items()
-            if tag == layout.tag or fnmatchcase(layout.tag, tag)
+            if _is_meant(layout, tag)
             for name in _all_names(layout)
         }
         named = _renamed(layout, by_rule)
@@ -99,6 +99,28 @@ def with_names_of_newest(
         if names:
             matches.append(MatchedNames(layout.tag, names))
     return (*renamed, newest), tuple(matches)
+
+
+def unused_rules(layouts: Sequence[Layout], rules: Mapping[str, Mapping[str, str]]) -> tuple[str, ...]:
+    """The rules that match no name in any older checkpoint, as TAG:PATTERN: a mistake, or not needed in this window.
+
+    Args:
+        layouts: the window, by rising step, with the names in the files.
+        rules: see `with_names_of_newest`.
+    """
+    unused = []
+    for tag, rule in rules.items():
+        names = {name for layout in layouts[:-1] if _is_meant(layout, tag) for name in _all_names(layout)}
+        for pattern, replacement in rule.items():
+            if not any(re.search(pattern, name) for name in names):
+                unused.append(f"{tag}:{pattern}")
+            names = {re.sub(pattern, replacement, name) for name in names}
+    return tuple(unused)
+
+
+def _is_meant(layout: Layout, tag: str) -> bool:
+    """Whether a rule for `tag`, which may have * and ?, is for a checkpoint."""
+    return tag == layout.tag or fnmatchcase(layout.tag, tag)
 
 
 def _by_rules(name: str, rule: Mapping[str, str]) -> str:

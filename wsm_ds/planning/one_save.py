@@ -11,31 +11,43 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from wsm_ds.dtypes import ALL, Array, narrow, widen
+from wsm_ds.dtypes import ALL, Array, DType, narrow, widen
 from wsm_ds.errors import BrokenCheckpoint, ForeignFiles, few
 from wsm_ds.layouts import Layout
 from wsm_ds.layouts.layout import Table
 
+NAMED = 2
+"""Files that a message names on the other side of a comparison."""
 RUNS, RUN_NUMEL = 8, 256
-"""Runs of elements that are compared for each file with masters, and elements of a run. They lie evenly in the file."""
+"""Runs of elements that are compared for each file, and elements of a run. They lie evenly in the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The comparison of one file's masters with module weights.
+    """The comparison of one file's masters with module weights, or of one file's module weights with masters.
 
     Attributes:
-        master_file: the file that holds the masters.
-        module_files: those that hold the weights.
+        file: the file that was sampled.
+        others: those that hold the same elements in the other form.
+        holds: what `file` holds: "masters" or "weights".
         numel: elements that were compared.
         equal: how many of them are the master, rounded.
     """
 
-    master_file: str
-    module_files: tuple[str, ...]
+    file: str
+    others: tuple[str, ...]
+    holds: str
     numel: int
     equal: int
+
+    def __str__(self) -> str:
+        other = "weights" if self.holds == "masters" else "masters"
+        return (
+            f"{self.file} holds other {self.holds} than the {other} in {few(self.others, NAMED)}: "
+            f"{self.numel - self.equal} of {self.numel} compared elements differ"
+        )
 
 
 def require_one_save(layouts: Sequence[Layout], allow: Sequence[str]) -> None:
@@ -66,18 +78,16 @@ def signs_of_another_save(layout: Layout) -> tuple[str, ...]:
         layout: the checkpoint.
     """
     wrong = [sample for sample in samples(layout) if sample.equal < sample.numel]
-    return (
-        *layout.contradictions,
-        *(
-            f"{sample.master_file} holds other masters than the weights in {few(sample.module_files, 2)}: "
-            f"{sample.numel - sample.equal} of {sample.numel} compared elements differ"
-            for sample in wrong
-        ),
-    )
+    named = {name for sample in wrong if sample.holds == "masters" for name in sample.others[:NAMED]}
+    told = [sample for sample in wrong if sample.holds == "masters" or sample.file not in named]
+    return (*layout.contradictions, *map(str, told))
 
 
 def samples(layout: Layout) -> Iterator[Sample]:
-    """Compares masters with module weights, for each file with masters. Nothing in stage 3 and in fp32 stage 0.
+    """Compares masters with module weights, for each file with either. Nothing in stage 3 and in fp32 stage 0.
+
+    Experts and pipeline layers have files of their own for their weights. There are more of them than samples of a file
+    with masters, so each of them is sampled, too.
 
     Args:
         layout: the checkpoint.
@@ -85,51 +95,66 @@ def samples(layout: Layout) -> Iterator[Sample]:
     masters, modules = layout.fragments.get("master"), layout.fragments.get("module")
     if masters is None or modules is None:
         return
-    modules = modules[modules["replica"] == 0]
-    modules = modules[np.lexsort((modules["start"], modules["tensor"]))]
-    order = np.argsort(masters["file"], kind="stable")
-    bounds = np.flatnonzero(np.diff(masters["file"][order])) + 1
-    with _OpenFile() as module_file, _OpenFile() as master_file:
-        for rows in np.split(masters[order], bounds):
-            sample = _sample(layout, rows, modules, master_file, module_file)
-            if sample.numel:
-                yield sample
+    masters, modules = _by_element(masters), _by_element(modules)
+    with _OpenFile() as sampled_file, _OpenFile() as other_file:
+        for holds, sampled, others in (("masters", masters, modules), ("weights", modules, masters)):
+            order = np.argsort(sampled["file"], kind="stable")
+            bounds = np.flatnonzero(np.diff(sampled["file"][order])) + 1
+            for rows in np.split(sampled[order], bounds):
+                sample = _sample(layout, holds, rows, others, sampled_file, other_file)
+                if sample.numel:
+                    yield sample
+
+
+def _by_element(table: Table) -> Table:
+    """The rows of the first replica, by tensor and element."""
+    rows = table[table["replica"] == 0]
+    in_order: Table = rows[np.lexsort((rows["start"], rows["tensor"]))]
+    return in_order
 
 
 def _sample(
-    layout: Layout, masters: Table, modules: Table, master_file: "_OpenFile", module_file: "_OpenFile"
+    layout: Layout, holds: str, rows: Table, others: Table, sampled_file: "_OpenFile", other_file: "_OpenFile"
 ) -> Sample:
-    """Compares runs of one file's masters with the weights of the same elements."""
-    path = layout.path / layout.files[int(masters["file"][0])]
-    ends = np.cumsum(masters["numel"])
+    """Compares runs of elements of one file with the same elements in the other form."""
+    path = layout.path / layout.files[int(rows["file"][0])]
+    ends = np.cumsum(rows["numel"])
     positions = np.arange(RUNS) * int(ends[-1]) // RUNS
     numbers = np.searchsorted(ends, positions, side="right")
-    picked = masters[numbers]
+    picked = rows[numbers]
     firsts = picked["start"] + positions - (ends[numbers] - picked["numel"])
     compared = equal = 0
-    module_names: dict[str, None] = {}
+    other_names: dict[str, None] = {}
     for row, first in zip(picked, firsts.tolist(), strict=True):
-        module = _covering(modules, int(row["tensor"]), first)
-        if module is None:
+        other = _covering(others, int(row["tensor"]), first)
+        if other is None:
             continue
-        last = min(first + RUN_NUMEL, int(row["start"] + row["numel"]), int(module["start"] + module["numel"]))
-        name, dtype = layout.files[int(module["file"])], ALL[module["dtype"]]
-        weights = module_file.elements(layout.path / name, module, first, last)
-        values = master_file.elements(path, row, first, last)
-        # A master that is not finite is the merge's to refuse: it names the tensor.
-        same = (widen(narrow(values, dtype), dtype) == weights) | ~np.isfinite(values)
+        last = min(first + RUN_NUMEL, int(row["start"] + row["numel"]), int(other["start"] + other["numel"]))
+        name = layout.files[int(other["file"])]
+        values = sampled_file.elements(path, row, first, last)
+        other_values = other_file.elements(layout.path / name, other, first, last)
+        if holds == "masters":
+            same = _is_rounded(values, other_values, ALL[other["dtype"]])
+        else:
+            same = _is_rounded(other_values, values, ALL[row["dtype"]])
         compared, equal = compared + len(same), equal + int(same.sum())
-        module_names[name] = None
-    return Sample(path.name, tuple(module_names), compared, equal)
+        other_names[name] = None
+    return Sample(path.name, tuple(other_names), holds, compared, equal)
 
 
-def _covering(modules: Table, tensor: int, element: int) -> Table | None:
-    """The module's fragment that holds an element of a tensor; None if there is none."""
-    begin, end = np.searchsorted(modules["tensor"], [tensor, tensor + 1])
-    index = int(begin + np.searchsorted(modules["start"][begin:end], element, side="right")) - 1
-    if index < begin or element >= modules["start"][index] + modules["numel"][index]:
+def _is_rounded(masters: Array, weights: Array, dtype: DType) -> NDArray[np.bool_]:
+    """Whether each weight is its master, rounded. A master that is not finite is the merge's to refuse."""
+    same: NDArray[np.bool_] = (widen(narrow(masters, dtype), dtype) == weights) | ~np.isfinite(masters)
+    return same
+
+
+def _covering(table: Table, tensor: int, element: int) -> Table | None:
+    """The fragment that holds an element of a tensor; None if there is none. The table is in order of elements."""
+    begin, end = np.searchsorted(table["tensor"], [tensor, tensor + 1])
+    index = int(begin + np.searchsorted(table["start"][begin:end], element, side="right")) - 1
+    if index < begin or element >= table["start"][index] + table["numel"][index]:
         return None
-    row: Table = modules[index]
+    row: Table = table[index]
     return row
 
 

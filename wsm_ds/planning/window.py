@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from wsm_ds.errors import BrokenCheckpoint, LayoutMismatch, WindowError, few
 from wsm_ds.layouts import Checkpoint, Layout, find_checkpoints, read_layout
+from wsm_ds.layouts.frameworks import UNIVERSAL
 from wsm_ds.layouts.layout import are_copies
-from wsm_ds.layouts.order import Dated, in_order, require_one_series, without_universal_copies
+from wsm_ds.layouts.order import NUMBER, Dated, abandoned, in_order, require_one_series, without_universal_copies
 from wsm_ds.layouts.run import deleted_steps, find_tag
 from wsm_ds.planning.constant_rate import check_constant_rate
-from wsm_ds.planning.names import MatchedNames, with_names_of_newest
+from wsm_ds.planning.names import MatchedNames, unused_rules, with_names_of_newest
 from wsm_ds.planning.one_save import require_one_save
 from wsm_ds.planning.recipe import MergeRecipe
 from wsm_ds.schedules.coefficients import check_coefficients, merge_coefficients
@@ -66,10 +67,20 @@ def select_window(
     if repeated:
         tags = [layout.tag for layout in layouts if layout.step in repeated]
         raise WindowError(
-            f"step {few(repeated)} is in the window more than once: {few(tags)}. "
-            "Choose the checkpoints by tags (--tags A,B,…)."
+            f"step {few(repeated)} is in the window more than once: {few(tags)}. A merge needs one checkpoint of each "
+            "step: name only one of them (--tags A,B,…)."
         )
+    if recipe.tags is None:
+        _warn_of_several_series(layouts, warn)
     named, matched_names = with_names_of_newest(layouts, recipe.rename_sources)
+    unused = unused_rules(layouts, recipe.rename_sources)
+    if unused:
+        warn(
+            "--rename-sources %s matches no name in an older checkpoint of the window up to %s (the newest keeps its "
+            "names)",
+            few(unused),
+            layouts[-1].tag,
+        )
     if matched_names:
         warn("tensors have the names of %s, and were renamed in %s", layouts[-1].tag, few(matched_names, 2))
     for layout in named[:-1]:
@@ -83,6 +94,17 @@ def select_window(
             layouts[-1].path,
         )
     return Window(named, _coefficients(recipe, steps), matched_names)
+
+
+def _warn_of_several_series(layouts: Sequence[Layout], warn: Callable[..., None]) -> None:
+    """Warns if the names of the checkpoints differ by more than numbers: two runs may have saved into one folder."""
+    series = {NUMBER.sub("0", layout.tag.removesuffix(UNIVERSAL)): layout.tag for layout in layouts}
+    if len(series) > 1:
+        warn(
+            "the window holds checkpoints with several kinds of names: %s. The files do not say whether they are of "
+            "one training; if they are not, choose the checkpoints by tags (--tags A,B,…).",
+            few(series.values()),
+        )
 
 
 def _coefficients(recipe: MergeRecipe, steps: list[int]) -> NDArray[np.float64]:
@@ -158,9 +180,25 @@ def _read_window(recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None
     checkpoints = find_checkpoints(recipe.run)
     require_one_series(recipe.run, checkpoints)
     dated = in_order(without_universal_copies(checkpoints))
+    _require_none_abandoned(dated, recipe)
     if recipe.last is not None:
         return _newest_complete(dated, recipe, read, warn)
     return _in_range(dated, recipe, read, warn)
+
+
+def _require_none_abandoned(dated: Sequence[Dated], recipe: MergeRecipe) -> None:
+    """Raises WindowError if the window may hold a checkpoint that the training has left behind, see `abandoned`."""
+    latest, left = abandoned(recipe.run, dated)
+    low, high = recipe.from_step or 0, recipe.to_step
+    tags = [d.checkpoint.tag for d in left if d.step is not None and low <= d.step and (high is None or d.step <= high)]
+    if latest is not None and tags:
+        raise WindowError(
+            f"{recipe.run / 'latest'} names {latest.checkpoint.tag} (step {latest.step}), which was written after "
+            f"{few(tags)}, although its step is smaller: the training went back to an earlier checkpoint, or its "
+            "counter of steps was set back. So these may be of another course of the training. Choose a window "
+            f"that ends at {latest.checkpoint.tag} (--to {latest.step}), or choose the checkpoints by tags "
+            "(--tags A,B,…; they are ordered by their steps)."
+        )
 
 
 def _of_equal_step(dated: Iterable[Dated]) -> list[tuple[Dated, ...]]:
