@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.errors import WsmError
+from wsm_ds.errors import WsmError, few
 from wsm_ds.layouts import Checkpoint, Layout, find_checkpoints, read_layout
 from wsm_ds.layouts.order import in_order
 from wsm_ds.layouts.run import find_tag
+from wsm_ds.planning.one_save import signs_of_another_save
 from wsm_ds.planning.recipe_options import StrPath
 
 
@@ -19,12 +20,17 @@ class Inspected:
     Attributes:
         checkpoint: the checkpoint's tag and folder, and which framework wrote it.
         layout: its layout; None if it is incomplete or cannot be read.
-        problem: why there is no layout; None if there is one.
+        problem: why there is no layout, or what shows that its files are not of one save; None if all is well.
     """
 
     checkpoint: Checkpoint
     layout: Layout | None
     problem: str | None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all its files are there, and of one save."""
+        return self.problem is None
 
     def to_json(self) -> dict[str, Any]:
         """Returns the metadata as plain data for JSON, without the tensors.
@@ -38,10 +44,12 @@ class Inspected:
             "saved_by": self.checkpoint.saved_by,
             "save_folder": str(self.checkpoint.save_folder),
             "links": list(self.checkpoint.links),
-            "is_complete": layout is not None,
+            "is_complete": self.is_complete,
         }
+        if self.problem is not None:
+            description["problem"] = self.problem
         if layout is None:
-            return description | {"problem": self.problem}
+            return description
         return description | {
             "step": layout.step,
             "zero_stage": layout.stage,
@@ -56,17 +64,19 @@ class Inspected:
             ],
             "warmup_num_steps": layout.warmup_num_steps,
             "optimizer_states": list(layout.state_names),
+            "indivisible_optimizer_states": layout.indivisible_states,
         }
 
     def details(self) -> dict[str, Any]:
-        """Returns `to_json` with the name, shape, dtype and role of every tensor."""
+        """Returns `to_json` with every tensor (name, shape, dtype, role) and what else the state dict holds."""
         if self.layout is None:
             return self.to_json()
         tensors = {
             name: {"shape": list(info.shape), "dtype": info.dtype.name, "role": info.role}
             for name, info in self.layout.tensors.items()
         }
-        return self.to_json() | {"tensors": tensors, "tied": self.layout.aliases}
+        others = {"extra_states": list(self.layout.extra_states), "opaque": self.layout.opaque}
+        return self.to_json() | {"tensors": tensors, "tied": self.layout.aliases} | others
 
 
 def inspect_run(run: StrPath, tag: str | None = None, allow_globals: frozenset[str] = frozenset()) -> list[Inspected]:
@@ -93,6 +103,8 @@ def inspect_run(run: StrPath, tag: str | None = None, allow_globals: frozenset[s
 
 def _inspect(checkpoint: Checkpoint, allow_globals: frozenset[str]) -> Inspected:
     try:
-        return Inspected(checkpoint, read_layout(checkpoint, allow_globals), None)
+        layout = read_layout(checkpoint, allow_globals)
+        signs = signs_of_another_save(layout)
+        return Inspected(checkpoint, layout, f"its files are not of one save: {few(signs)}" if signs else None)
     except WsmError as error:
         return Inspected(checkpoint, None, str(error))

@@ -15,13 +15,14 @@ from wsm_ds.engine.tasks import Task, tasks_of
 from wsm_ds.engine.threads import workers_for
 from wsm_ds.engine.timings import Timings
 from wsm_ds.engine.worker import Worker
-from wsm_ds.errors import CheckpointNotFound, VerificationFailed, WsmError, few
+from wsm_ds.errors import CheckpointNotFound, ForeignFiles, VerificationFailed, WsmError, few
 from wsm_ds.filesystem import checksum
 from wsm_ds.merging import plan_windows
+from wsm_ds.planning.one_save import require_one_save
 from wsm_ds.planning.plan import LiteralSegment, Plan
-from wsm_ds.planning.recipe import make_recipe
+from wsm_ds.planning.recipe import MergeRecipe, make_recipe
 from wsm_ds.planning.recipe_options import StrPath
-from wsm_ds.planning.window import recorded_window
+from wsm_ds.planning.window import Window, recorded_window
 from wsm_ds.publishing.manifest import read_manifest
 from wsm_ds.publishing.staging_folder import MANIFEST
 
@@ -74,7 +75,8 @@ def verify(out: StrPath, *, full: bool = False) -> VerificationResult:
             raise VerificationFailed(f"{folder / name} is not what was written: its checksum differs.")
     nbytes = sum(int(entry["bytes"]) for entry in entries.values())
     try:
-        plan = _replan(manifest)
+        recipe, window = _recorded(manifest)
+        plan = plan_windows([recipe], [window], frozenset(manifest["files"]))
     except (WsmError, OSError) as error:
         if full:
             raise VerificationFailed(
@@ -83,14 +85,18 @@ def verify(out: StrPath, *, full: bool = False) -> VerificationResult:
             ) from error
         note = f"checksums only; the sources cannot be read any more: {error}"
         return VerificationResult(len(names), nbytes, 0, note)
-    return VerificationResult(len(names), nbytes, _recompute(plan, folder, full), "")
+    recomputed = _recompute(plan, folder, full)
+    try:
+        require_one_save(window.layouts, recipe.allow)
+    except ForeignFiles as error:
+        raise VerificationFailed(f"{folder} is what its sources give, but a source is in doubt. {error}") from error
+    return VerificationResult(len(names), nbytes, recomputed, "")
 
 
-def _replan(manifest: dict[str, Any]) -> Plan:
-    """The plan that made an output, from its manifest and its sources."""
+def _recorded(manifest: dict[str, Any]) -> tuple[MergeRecipe, Window]:
+    """The recipe and the window that made an output, from its manifest; the sources are read."""
     recipe = make_recipe(**manifest["recipe"])
-    window = recorded_window(manifest["sources"], recipe)
-    return plan_windows([recipe], [window], frozenset(manifest["files"]))
+    return recipe, recorded_window(manifest["sources"], recipe)
 
 
 class _Comparison:

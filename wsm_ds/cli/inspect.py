@@ -77,7 +77,7 @@ def _inspect(options: argparse.Namespace) -> int:
         print(json.dumps(items, indent=2))
     else:
         print(inspection_report(checkpoints))
-    return 0 if all(item.layout for item in checkpoints) else 3
+    return 0 if all(item.is_complete for item in checkpoints) else 3
 
 
 def _coefficients(options: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from wsm_ds.layouts.coverage import require_whole
-from wsm_ds.layouts.hyperparameters import learning_rates, warmup_num_steps
+from wsm_ds.layouts.hyperparameters import is_train_mode, learning_rates, warmup_num_steps
 from wsm_ds.layouts.layout import Layout, TableBuilder
 from wsm_ds.layouts.metadata import module_dtype
 from wsm_ds.layouts.rank_files import RankFiles
@@ -19,6 +19,7 @@ def assemble(
     file_names: tuple[str, ...],
     groups: Any,
     has_nameless_states: bool = False,
+    contradictions: tuple[str, ...] = (),
 ) -> Layout:
     """Builds the layout of a checkpoint.
 
@@ -33,6 +34,7 @@ def assemble(
         file_names: paths of all files relative to the checkpoint's folder, in the order of their numbers.
         groups: `param_groups` of the optimizer.
         has_nameless_states: whether the files hold optimizer states of unknown parameters.
+        contradictions: see `Layout`.
 
     Raises:
         BrokenCheckpoint: a tensor is not in the files whole; it is named.
@@ -58,6 +60,9 @@ def assemble(
         fragments=fragments,
         learning_rates=learning_rates(first.optims.get(0, first.models[0]), groups),
         warmup_num_steps=warmup_num_steps(first.models[0].tree),
+        is_train_mode=is_train_mode(groups),
+        indivisible_states=builder.indivisible_states,
+        contradictions=contradictions,
         has_nameless_states=has_nameless_states,
         model_parallel_size=len(ranks),
         extra_states=tuple(prefix + name for prefix, rank in named_ranks for name in rank.extra_states),

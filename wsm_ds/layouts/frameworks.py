@@ -25,7 +25,7 @@ LIGHTNING_TAG = "checkpoint"  # `DeepSpeedStrategy.save_checkpoint`, lightning/p
 LIGHTNING_SUFFIX = ".ckpt"  # `ModelCheckpoint.FILE_EXTENSION`
 COMPOSER_TAG, COMPOSER_STATES = "deepspeed", "composer_states.pt"  # composer/utils/checkpoint.py
 NEOX_CONFIGS = "configs"  # `save_ds_checkpoint`, megatron/checkpointing.py
-SAVE_FOLDER = re.compile(r"(?:.*[^a-z])?(?:step|epoch|ep|iter|iteration|checkpoint|ckpt|ba|batch)s?[-_=]?\d+", re.I)
+SAVE_FOLDER = re.compile(r"(?:.*[^a-z])?(?:step|epoch|ep|iter|iteration|checkpoint|ckpt|ba|batch)[-_=]?\d+", re.I)
 """A name that says when in a training the folder was written: `step_2`, `epoch=0-step=100`, `checkpoint-500`."""
 UNIVERSAL = "_universal"
 """`ds_to_universal` writes TAG_universal beside TAG."""

@@ -100,6 +100,8 @@ def _is_second_name(item: tuple[Path, bool]) -> tuple[bool, bool, list[str | int
 
 def _hint(run: Path) -> str:
     """What to do about a run without checkpoints: names folders in it that hold some."""
+    if _is_checkpoint(run):
+        return f"It is itself a checkpoint: give {run.absolute().parent}, and its name {run.absolute().name} as tag."
     runs = [path for path, _ in _folders(run) if any(_checkpoint_folders(path))]
     if runs:
         return f"Give one of the runs in it: {few(sorted(runs))}."
@@ -224,11 +226,14 @@ def _step_or_none(checkpoint: Checkpoint) -> int | None:
 
 
 def checkpoint_at(path: Path) -> Checkpoint:
-    """Returns the checkpoint whose folder is `path`, RUN/TAG.
+    """Returns the checkpoint whose folder is `path`, RUN/TAG, or the only one in the save of a framework at `path`.
 
     Raises:
-        CheckpointNotFound: the folder holds no model file.
+        CheckpointNotFound: the folder holds no model file, or the save holds several checkpoints.
     """
-    if not _is_checkpoint(path):
-        raise CheckpointNotFound(f"{path} is not a checkpoint's folder: it holds no *_model_states.pt. Give RUN/TAG.")
-    return Checkpoint(path.name, path)
+    if _is_checkpoint(path):
+        return Checkpoint(path.name, path)
+    inner = [checkpoint for checkpoint, _ in _checkpoint_folders(path) if not checkpoint.name.endswith(UNIVERSAL)]
+    if len(inner) == 1 and save_of(inner[0]).folder == path:
+        return Checkpoint(inner[0].name, inner[0])
+    raise CheckpointNotFound(f"{path} is not a checkpoint's folder: it holds no *_model_states.pt. Give RUN/TAG.")

@@ -14,6 +14,7 @@ from wsm_ds.layouts.file_names import MODEL_FILE, OPTIM_FILE, Rank, RankCounts, 
 from wsm_ds.layouts.hyperparameters import parameter_groups
 from wsm_ds.layouts.layout import Layout, TableBuilder
 from wsm_ds.layouts.metadata import model_parallel_size, module_of, tensors_of
+from wsm_ds.layouts.one_save import contradictions
 from wsm_ds.layouts.rank_files import RankFiles, WeightsFile
 from wsm_ds.layouts.run import Checkpoint
 from wsm_ds.layouts.schema import is_stage0, open_model, open_optimizer, open_weights
@@ -54,7 +55,15 @@ def read(checkpoint: Checkpoint, entries: list[str], first_model: TorchFile, all
         (zero3 if stage == 3 else zero12).add_fragments(builder, rank_files)
     names = tuple(file.path.name for rank_files in ranks for file in rank_files.files)
     groups = parameter_groups(ranks[0].optims[0])
-    return assemble(checkpoint, ranks, builder, stage=stage, file_names=names, groups=groups)
+    return assemble(
+        checkpoint,
+        ranks,
+        builder,
+        stage=stage,
+        file_names=names,
+        groups=groups,
+        contradictions=contradictions(models, optims),
+    )
 
 
 def _rank_counts(model: TorchFile) -> RankCounts:

@@ -15,6 +15,7 @@ StrPath = str | os.PathLike[str]
 
 
 class _WorkOptions(TypedDict, total=False):
+    allow: Sequence[Literal["warmup", "lr-change", "foreign-files"]] | None
     include: Sequence[StrPath] | None
     allow_globals: Sequence[str] | None
     memory_budget: int | str | None
@@ -56,7 +57,7 @@ class _MergeOptions(ExportOptions, _FormOptions, total=False):
     tags: Sequence[str] | None
     coefficients: Sequence[float] | None
     oldest_interval: int | None
-    allow: Sequence[Literal["warmup", "lr-change"]] | None
+    rename_sources: Mapping[str, Mapping[str, str]] | None
 
 
 class RecipeOptions(_MergeOptions, total=False):

@@ -97,9 +97,10 @@ def inspection_report(checkpoints: Sequence[Inspected]) -> str:
     rows, problems = [], []
     for item in checkpoints:
         layout = item.layout
+        if item.problem is not None:
+            problems.append(one_line(f"{item.checkpoint.tag}: {item.problem}"))
         if layout is None:
             rows.append([item.checkpoint.tag, *["-"] * 7, "no", item.checkpoint.saved_by])
-            problems.append(one_line(f"{item.checkpoint.tag}: {item.problem}"))
             continue
         known = sorted({rate for rate in layout.learning_rates if rate is not None})
         rates = ",".join(f"{rate:g}" for rate in known) or "-"
@@ -107,7 +108,8 @@ def inspection_report(checkpoints: Sequence[Inspected]) -> str:
         ranks = str(layout.world_size) + (f"x{layout.model_parallel_size}" if layout.model_parallel_size > 1 else "")
         rows.append(
             [item.checkpoint.tag, str(layout.step), stage, layout.dtype.name, ranks,
-             f"{layout.numel:,}", format_size(layout.nbytes), rates, "yes", item.checkpoint.saved_by]
+             f"{layout.numel:,}", format_size(layout.nbytes), rates,
+             "yes" if item.is_complete else "no", item.checkpoint.saved_by]
         )  # fmt: skip
     header = ["checkpoint", "step", "zero", "dtype", "ranks", "parameters", "size", "lr", "complete", "framework"]
     links = [
