@@ -1,7 +1,7 @@
 """Ranks that train through Accelerate and through Lightning, save as a user's script does, and resume from a folder.
 
-Jobs and reports: `ds_worker.py`. A job has "run" (where to save), "stage" and "steps". If it resumes, it has "resume" (a
-folder), and writes what the engine holds after loading to "dump".rank{r}.
+Jobs and reports: `ds_worker.py`. A job has "run" (where to save), "stage" and "steps". If it resumes, it has "resume"
+(a folder), and writes what the engine holds after loading to "dump".rank{r}.
 """
 
 import os
@@ -13,10 +13,10 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 from ds_worker import master_partitions, module_weights, run_jobs  # prepares DeepSpeed for CPU
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -26,7 +26,6 @@ WIDTH, EVERY = 8, 2
 def ds_config(stage: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 4,
-        "gradient_accumulation_steps": 1,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "bf16": {"enabled": True},
         "zero_allow_untested_optimizer": True,
@@ -69,18 +68,19 @@ def do_accelerate(job: dict[str, Any]) -> dict[str, Any]:
     AcceleratorState._reset_state(reset_partial_state=True)  # a script has one Accelerator; this one has several jobs
     accelerator = Accelerator(
         mixed_precision="bf16",
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config(job["stage"])),
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config(job["stage"]) | {"gradient_accumulation_steps": 1}),
         project_config=ProjectConfiguration(project_dir=job["run"], automatic_checkpoint_naming=True),
     )
     model = network()
     counter = Counter()
     model, optimizer, data = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2), batches())
     accelerator.register_for_checkpointing(counter)
+    seen = list(data)  # before the random states are loaded: a loader draws a seed
     if "resume" in job:
         accelerator.load_state(job["resume"])
         dump(model, job)
     report: dict[str, Any] = {"first_count": counter.count, "losses": [], "generators": []}
-    for inputs, targets in list(data)[counter.count : counter.count + job["steps"]]:
+    for inputs, targets in seen[counter.count : counter.count + job["steps"]]:
         loss = loss_of(model, inputs, targets)
         accelerator.backward(loss)
         optimizer.step()
@@ -95,7 +95,7 @@ def do_accelerate(job: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-class OnGloo(CPUAccelerator, CUDAAccelerator):
+class OnGloo(CPUAccelerator, CUDAAccelerator):  # type: ignore[misc]  # the two disagree in a signature
     """CPUs, under a type that `DeepSpeedStrategy.setup_environment` accepts: it wants CUDA."""
 
     @staticmethod
@@ -121,7 +121,8 @@ class Module(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
     def on_train_start(self) -> None:
-        engine = self.trainer.strategy.deepspeed_engine
+        strategy: Any = self.trainer.strategy
+        engine = strategy.deepspeed_engine
         self.report["first_step"] = [self.global_step, engine.global_steps]
         if "resume" in self.job:
             dump(engine, self.job)
