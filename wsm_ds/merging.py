@@ -24,7 +24,7 @@ from wsm_ds.filesystem.locks import hold_shared
 from wsm_ds.layouts import Layout, read_layout
 from wsm_ds.outputs.resharding.form import RequestedForm
 from wsm_ds.outputs.safetensors import plan_safetensors
-from wsm_ds.outputs.trainer_files import trainer_files
+from wsm_ds.outputs.save_folder import output_tag, sidecar_files
 from wsm_ds.outputs.zero_checkpoint import OutputFiles, OutputWindow, plan_zero_checkpoint
 from wsm_ds.planning.arguments import Recipe, recipe_of, recipes_of
 from wsm_ds.planning.plan import CopySegment, InputFile, InputNumber, Output, OutputFile, OutputNumber, Plan, Source
@@ -109,7 +109,7 @@ def plan_windows(
     Args:
         recipes: one per output.
         windows: one per recipe.
-        sidecar_names: names of the files to copy from those that HF Trainer keeps beside a checkpoint; None: all.
+        sidecar_names: names of the files to copy from those that a framework keeps beside a checkpoint; None: all.
     """
     if not recipes:
         return Plan((), (), (), (), (), 0, 1)
@@ -152,7 +152,7 @@ def _files(
         return plan_safetensors(tables, window, dtype, int(recipe.max_shard_size), recipe.rename)
     is_universal = recipe.format == "universal"
     form = RequestedForm(is_universal, recipe.stage, recipe.world_size, recipe.sub_group_size, recipe.like)
-    tag = f"global_step{window.newest(tables).step}" + ("_universal" if is_universal else "")
+    tag = output_tag(window.newest(tables), recipe.format)
     allowed = frozenset(recipe.allow_globals)
     files = plan_zero_checkpoint(tables, window, tag, recipe.optimizer_states, allowed, form, reads_states=reads_states)
     return files, {"latest_universal" if is_universal else "latest": tag}
@@ -176,14 +176,14 @@ def _output(recipe: MergeRecipe, window: Window, texts: dict[str, str]) -> Outpu
 
 
 def _copied_paths(recipe: MergeRecipe, newest: Layout, sidecar_names: frozenset[str] | None) -> tuple[Path, ...]:
-    """Files to copy into the output's folder: the recipe's `include`, and what HF Trainer keeps beside `newest`."""
+    """Files to copy into the output's folder: the recipe's `include`, and what a framework keeps beside `newest`."""
     included_names = {path.name for path in recipe.include}
-    sidecar_files = tuple(
+    beside = tuple(
         path
-        for path in trainer_files(newest, recipe.format)
+        for path in sidecar_files(newest, recipe.format)
         if path.name not in included_names and (sidecar_names is None or path.name in sidecar_names)
     )
-    return recipe.include + sidecar_files
+    return recipe.include + beside
 
 
 def _copies(

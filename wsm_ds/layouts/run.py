@@ -9,7 +9,7 @@ from pathlib import Path
 
 from wsm_ds.errors import BrokenCheckpoint, CheckpointNotFound, UnsupportedLayout, did_you_mean, few
 from wsm_ds.filesystem.small_files import read_small
-from wsm_ds.layouts.frameworks import SAVE_FOLDER, UNIVERSAL, Framework, save_of
+from wsm_ds.layouts.frameworks import OUTPUT, SAVE_FOLDER, UNIVERSAL, Framework, save_of
 from wsm_ds.layouts.saved_step import saved_step
 
 JOB = "job"
@@ -22,8 +22,6 @@ DELETED = ".wsm-prune/deleted.jsonl"
 """The file in a run that lists the checkpoints which `wsm-ds prune` has deleted, one JSON object a line."""
 CHECKPOINTS = "checkpoints"
 """The folder in a run where Accelerate and Lightning save (`accelerate/accelerator.py:3664`)."""
-OUTPUT = "wsm_merge.json"
-"""A folder in a run that holds this file is a merge's output, and its checkpoint is not the run's."""
 
 RANK_FILE = re.compile(r"(model|optim)_states\.pt(-|$)")
 
