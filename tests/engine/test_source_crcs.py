@@ -89,7 +89,7 @@ def test_files_without_crc_32s_are_merged(runs: Path, tmp_path: Path) -> None:
 def input_of(data: bytes, begin: int) -> InputFile:
     """An input with one record, which holds `data`, at `begin`."""
     record = Record("data/0", begin, len(data), crc32.crc_of(memoryview(data)), ())
-    return InputFile(Path("file.pt"), begin + len(data), 0, {"data/0": record})
+    return InputFile(Path("file.pt"), begin + len(data), 0, 0, {"data/0": record})
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2), (0, 0, 1, 2, 3)])
