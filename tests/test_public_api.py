@@ -1,6 +1,7 @@
 """The library's calls as a user writes them: paths as text, keywords, results as data."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,3 +67,12 @@ def test_an_output_below_a_file_is_refused(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RecipeError, match=r"`out` \(.*file/below/out\): .*/file is not a folder"):
         wsm_ds.merge(runs / "w2_s2_bf16", last=2, out=tmp_path / "file/below/out")
+
+
+def test_an_output_inside_a_source_is_refused_however_it_is_spelled(tmp_path: Path) -> None:
+    run = Path(shutil.copytree(Path(__file__).with_name("golden") / "zero2_bf16", tmp_path / "run"))
+    (tmp_path / "link").symlink_to(run / "global_step2")
+    for out in (run / "global_step2/out", tmp_path / "link/deeper/out"):
+        with pytest.raises(RecipeError, match=r"lies in the checkpoint .*run/global_step2, and sources are only read"):
+            wsm_ds.merge(run, last=2, out=out)
+    assert len(list((run / "global_step2").iterdir())) == 3

@@ -96,6 +96,14 @@ def test_settings_that_matter_for_a_merge_are_named() -> None:
 def test_odd_blocks_are_no_traceback() -> None:
     odd = {key: [1] for key in ("scheduler", "bf16", "zero_optimization", "checkpoint", "optimizer")}
     assert "no-scheduler" in {finding.name for finding in check_config(odd, NOW)}
+    assert found({"scheduler": {"type": ["WSMLR"]}}) == {"scheduler-fails": "error"}
+
+
+def test_a_key_that_is_given_twice_is_refused_as_by_deepspeed(tmp_path: Path) -> None:
+    config = tmp_path / "ds_config.json"
+    config.write_text('{"bf16": {"enabled": true, "enabled": false}}')
+    with pytest.raises(RecipeError, match="it has 'enabled' twice"):
+        examine(config)
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.name)

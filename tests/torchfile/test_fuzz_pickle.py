@@ -43,10 +43,10 @@ PICKLES = {
     "a storage of 2^70 elements": b"\x80\x02" + STORAGE % (b"\x8a\x09" + (1 << 70).to_bytes(9, "little")) + b".",
     "a stride of another length": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE % b"K\x04" + b"K\x00K\x01\x85)tR.",
     "a shape of 2^120 elements": b"\x80\x02ctorch\nSize\n\x8a\x08" + bytes(7) + b"\x40\x8a\x08" + bytes(7) + b"\x40\x86\x85R.",
+    "a memo index of 2^31": b"\x80\x02Nr\xff\xff\xff\x7f.",
 }  # fmt: skip
 
 LIES = {
-    "a memo index of 2^31": b"\x80\x02Nr\xff\xff\xff\x7f.",
     "a frame that is not there": b"\x80\x04\x95" + struct.pack("<Q", 1 << 62) + b"N.",
 }
 """Opcodes that announce more than there is, and need nothing of it."""

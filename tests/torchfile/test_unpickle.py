@@ -141,3 +141,19 @@ def test_dtypes_that_only_untyped_storages_hold_keep_their_size(tmp_path: Path) 
     tree = open_torch_file(saved(tmp_path / "t.pt", content)).tree
     for name, itemsize in sizes.items():
         assert (tree[name].dtype.torch_name, tree[name].dtype.itemsize, tree[name].numel) == (name, itemsize, 5)
+
+
+def test_a_record_longer_than_its_storage_is_refused_because_torch_does_not_load_it(tmp_path: Path) -> None:
+    source = saved(tmp_path / "a.pt", {"x": torch.ones(4)})
+    with zipfile.ZipFile(source) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(source, "w") as archive:
+        for name, data in records.items():
+            archive.writestr(name, data + bytes(2 * name.endswith("/data/0")))
+    with pytest.raises(BrokenCheckpoint, match="storage 0 has 18 bytes, expected 16"):
+        open_torch_file(source)
+
+
+def test_a_memo_index_for_which_torchs_reader_has_no_memory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BrokenCheckpoint, match=r"memo index of 4,294,967,295"):
+        open_torch_file(evil_by_opcodes(tmp_path / "a.pt", b"\x80\x02Nr\xff\xff\xff\xff."))

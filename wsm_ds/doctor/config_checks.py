@@ -60,7 +60,7 @@ def _scheduler(config: Config, version: Version) -> Iterator[Finding]:
             cure='name one: "scheduler": {"type": "WSMLR", "params": {"warmup_max_lr": …, "warmup_num_steps": …}}',
             source="deepspeed/runtime/engine.py, _configure_lr_scheduler",
         )
-    elif name in DECAYING:
+    elif isinstance(name, str) and name in DECAYING:
         yield Finding(
             name="scheduler-decays",
             level="error",

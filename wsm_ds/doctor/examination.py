@@ -95,12 +95,25 @@ def judged_version(named: str | None, saved: str | None) -> tuple[Version, str]:
 
 def _read_config(path: Path) -> Mapping[str, Any]:
     try:
-        config = json.loads(read_small(path))
+        config = json.loads(read_small(path), object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path} is not a ds_config: {error}. Give a JSON file, or a run's folder.") from None
     if not isinstance(config, dict):
         raise RecipeError(f"{path} is not a ds_config: it holds {brief(config)}, not an object.")
     return config
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of the JSON file. DeepSpeed refuses one with a key twice.
+
+    See `deepspeed/runtime/config_utils.py`, `dict_raise_error_on_duplicate_keys`.
+    """
+    block = dict(pairs)
+    if len(block) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = sorted({key for key in keys if keys.count(key) > 1})
+        raise ValueError(f"it has {', '.join(map(repr, repeated))} twice, which DeepSpeed refuses")
+    return block
 
 
 def _first_window(config: Mapping[str, Any], intent: Intent) -> list[Finding]:

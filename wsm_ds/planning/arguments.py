@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from wsm_ds.errors import RecipeError, few
+from wsm_ds.layouts.file_names import MODEL_FILE
 from wsm_ds.planning.recipe import MergeRecipe, make_recipe
 from wsm_ds.planning.recipe_options import StrPath
 
@@ -59,8 +61,19 @@ def _both_given(options: Mapping[str, Any]) -> RecipeError:
 
 
 def _require_folders_above(recipes: Sequence[MergeRecipe]) -> None:
-    """Raises RecipeError if a file stands where a folder above an output must be."""
+    """Raises RecipeError if a folder above an output is a file, or is a checkpoint of the run."""
     for recipe in recipes:
         above = next(path for path in recipe.out.absolute().parents if path.exists())
         if not above.is_dir():
             raise RecipeError(f"`out` ({recipe.out}): {above} is not a folder.")
+        run = recipe.run.resolve()
+        for folder in recipe.out.resolve().parents:
+            if folder.is_relative_to(run) and _is_checkpoint(folder):
+                raise RecipeError(
+                    f"`out` ({recipe.out}) lies in the checkpoint {folder}, and sources are only read. Choose a folder "
+                    "outside it."
+                )
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return folder.is_dir() and any(MODEL_FILE.match(path.name) for path in folder.iterdir())

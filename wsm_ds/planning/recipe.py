@@ -12,8 +12,8 @@ from typing_extensions import Unpack
 
 from wsm_ds.distributed.launcher import local_world_size
 from wsm_ds.errors import RecipeError, brief, few
-from wsm_ds.filesystem.small_files import read_small
 from wsm_ds.planning.recipe_errors import check_replacements, unknown_key, validation_sentences
+from wsm_ds.planning.recipe_file import read_yaml
 from wsm_ds.planning.recipe_options import CheckpointOptions, RecipeOptions, StrPath, SweepOptions
 from wsm_ds.sizes import parse_size
 
@@ -338,15 +338,7 @@ def load_values(path: StrPath, **overrides: Unpack[SweepOptions]) -> dict[str, A
         RecipeError: the file cannot be read, is not a mapping, or has a key that no recipe has; or an entry of its
             `outputs` sets a key of `overrides`, which would be ignored.
     """
-    import yaml
-
-    try:
-        values = yaml.safe_load(read_small(Path(path)))
-    except (
-        Exception
-    ) as error:  # PyYAML's constructors (`yaml/constructor.py`) raise ValueError, OverflowError, TypeError and others
-        reason = " ".join(str(error).split())  # PyYAML's messages have several lines
-        raise RecipeError(f"the recipe {path} cannot be read: {reason}") from error
+    values = read_yaml(Path(path))
     if not isinstance(values, dict):
         raise RecipeError(f"the recipe {path} is not a mapping of keys to values, but {brief(values)}.")
     entries = values.get("outputs")

@@ -7,6 +7,7 @@ plain data together is checked. Opcodes that no torch file has (protocol 0's tex
 
 import io
 import pickle
+import struct
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -22,6 +23,8 @@ MOST_OPCODES = 16_000_000
 MOST_OBJECTS = 4_000_000
 """Containers, calls and references that a pickle may make; each takes up to 240 bytes of memory, for a byte or two of
 the file. A tensor of a model takes 23: that of 100 000 tensors has 2.3 million."""
+LARGEST_MEMO_INDEX = MOST_OBJECTS
+"""torch's reader, the C unpickler, allocates twice as many pointers as the largest index. Picklers count up from 0."""
 WRITTEN = (
     *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.DUP),
     *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
@@ -110,6 +113,12 @@ class InertMachine(_Machine):  # type: ignore[misc]
                     raise pickle.UnpicklingError(f"its keys have more than {MOST_PARTS_OF_KEYS} parts")
                 self.require_keys(key)
 
+    def _load_long_binput(self) -> None:
+        (index,) = struct.unpack("<I", self.read(4))
+        if index > LARGEST_MEMO_INDEX:
+            raise pickle.UnpicklingError(f"it has a memo index of {index:,}, which torch's reader has no memory for")
+        self.memo[index] = self.stack[-1]
+
     def _load_refused(self) -> None:
         raise pickle.UnpicklingError("it has an opcode that torch.save does not write")
 
@@ -159,6 +168,7 @@ class InertMachine(_Machine):  # type: ignore[misc]
 
     dispatch.update(dict.fromkeys(range(256), _load_refused))
     dispatch.update({code[0]: _Machine.dispatch[code[0]] for code in WRITTEN})
+    dispatch[pickle.LONG_BINPUT[0]] = _load_long_binput
     dispatch[pickle.SETITEMS[0]] = _load_setitems
     dispatch[pickle.SETITEM[0]] = _load_setitem
     dispatch[pickle.DICT[0]] = _load_dict

@@ -316,14 +316,15 @@ def record_of(archive: Archive, storage: Storage) -> Record:
     """Returns the record that holds a storage.
 
     Raises:
-        BrokenCheckpoint: there is no record, or it is shorter than the storage.
+        BrokenCheckpoint: there is no record, or it is shorter or longer than the storage. torch loads neither
+            (`torch/serialization.py`, `load_tensor`).
     """
     record = archive.records.get(f"data/{storage.key}")
     if record is None:
         raise BrokenCheckpoint(
             f"{archive.path}: storage {storage.key} is missing: there is no record data/{storage.key}."
         )
-    if storage.nbytes > record.nbytes:
+    if storage.nbytes != record.nbytes:
         raise BrokenCheckpoint(
             f"{archive.path}: storage {storage.key} has {record.nbytes} bytes, expected {storage.nbytes} for "
             f"{storage.numel} elements."
