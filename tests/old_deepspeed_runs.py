@@ -9,7 +9,7 @@ from typing import Any
 
 from forked import as_torchrun, free_port
 
-RANK = Path(__file__).with_name("rank.py")
+WORKER = Path(__file__).with_name("old_deepspeed_worker.py")
 PATIENCE_S = 900.0
 CPU = {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0", "OMP_NUM_THREADS": "1"}
 
@@ -36,7 +36,7 @@ def launch(jobs: list[dict[str, Any]], *, deepspeed: Path, world_size: int, fold
         for rank, log in enumerate(logs):
             with log.open("w") as output:
                 environment = common | as_torchrun(rank, world_size)
-                command = [sys.executable, str(RANK), str(jobs_file)]
+                command = [sys.executable, str(WORKER), str(jobs_file)]
                 ranks.append(subprocess.Popen(command, env=environment, cwd=folder, stdout=output, stderr=output))
         for process, log in zip(ranks, logs, strict=True):
             assert process.wait(PATIENCE_S) == 0, log.read_text()[-9000:]

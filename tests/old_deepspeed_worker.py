@@ -1,6 +1,6 @@
 """A rank of a training with the DeepSpeed that comes first on PYTHONPATH: writes checkpoints, loads merges, reports.
 
-Its argument is JOBS.json, a list of jobs; the reports go to JOBS.json.rank{r}. `deepspeed_versions.launch` starts it.
+Its argument is JOBS.json, a list of jobs; the reports go to JOBS.json.rank{r}. `old_deepspeed_runs.launch` starts it.
 It imports neither wsm_ds nor the other workers, which are written for the newest DeepSpeed.
 """
 
@@ -10,16 +10,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# As DeepSpeed's own launcher does; without them the shared-memory operators are not even asked for.
+# As DeepSpeed's own launcher sets them (launcher/launch.py:174); `device_count` of the CPU reads the last.
 os.environ |= {"CROSS_RANK": "0", "CROSS_SIZE": "1", "LOCAL_SIZE": os.environ["WORLD_SIZE"]}
 
 import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 # `build_shm_op` (comm/torch.py) compiles this operator where it is compatible: a minute of C++, and a lock.
 deepspeed.ops.__dict__["__compatible_ops__"] = {"deepspeed_shm_comm": False}
+
+if deepspeed.__version__.startswith("0.18."):
+    # The flat 16-bit weights require gradients (runtime/zero/stage_1_and_2.py:420), and gloo in torch 2.13 gathers into
+    # no such tensor: "Output 0 of Split is a view and is being modified inplace". DeepSpeed 0.19.0 detaches them.
+    flatten = DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned
+    DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned = lambda *args, **rest: flatten(*args, **rest).detach()
 
 
 class Model(torch.nn.Module):
