@@ -28,6 +28,11 @@ if deepspeed.__version__.startswith("0.18."):
     flatten = DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned
     DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned = lambda *args, **rest: flatten(*args, **rest).detach()
 
+if deepspeed.__version__.startswith(("0.14.", "0.15.")):
+    # They call torch.load without weights_only (runtime/checkpoint_engine/torch_checkpoint_engine.py), and since torch
+    # 2.6 that refuses the `fragment_address` in DeepSpeed's own files.
+    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
+
 
 class Model(torch.nn.Module):
     """Odd sizes, so that partitions are padded; a buffer that training changes."""
