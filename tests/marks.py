@@ -6,7 +6,8 @@
     old_deepspeed  the test installs older versions of DeepSpeed
 
 Where a mark is deselected (`-m "not torch"`), files that need torch as soon as they are imported are not collected.
-What is marked old_deepspeed is collected only if `-m` asks for it: it takes minutes, and needs PyPI.
+What is marked old_deepspeed takes minutes and needs PyPI. It is collected only if `-m old_deepspeed` or the file's name
+asks for it.
 """
 
 import ast
