@@ -32,6 +32,7 @@ import statistics
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +42,7 @@ WRITTEN = 2
 
 from wsm_ds.engine.tasks import Task, tasks_of  # noqa: E402
 from wsm_ds.planning.plan import Plan  # noqa: E402
+from wsm_ds.torchfile import read_archive  # noqa: E402
 
 
 def make_run(folder: Path, stage: int, width: int, checkpoints: int) -> Path:
@@ -88,6 +90,10 @@ def set_step(path: Path, step: int) -> None:
         at += {b"q": 2, b"r": 5}[data[at : at + 1]]
         assert data[at : at + 1] == b"K", f"{path}: no byte at {at}"
         data[at + 1] = step
+        pickled = read_archive(path).records["data.pkl"]
+        crc = zlib.crc32(data[pickled.offset : pickled.offset + pickled.nbytes])
+        for offset in pickled.crc_offsets:
+            data[offset : offset + 4] = crc.to_bytes(4, "little")
 
 
 def peer(run: Path, out: Path, tags: list[str]) -> None:

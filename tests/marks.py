@@ -18,7 +18,7 @@ import pytest
 
 TRAINED = {
     "compiled_ops", "converted", "even_runs", "launcher", "megatron", "named", "other_world_sizes", "reports", "runs",
-    "sharing", "trained", "whole_runs", "written",
+    "sharing", "states_runs", "trained", "whole_runs", "wrapping", "written",
 }  # fmt: skip
 """Fixtures that train with DeepSpeed."""
 TORCH = {

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import deepspeed
+import parallel_worker  # noqa: F401  adds the engine "pipeline"
 import torch
 from ds_worker import ENGINES, JOBS, ds_config, run_jobs, train_steps  # prepares DeepSpeed for CPU
 
@@ -80,13 +81,16 @@ class ExtraStateModel(TokenModel):
 class StridedModel(TokenModel):
     """Buffers, frozen and trained parameters that are not contiguous. Made in the engine's dtype: a cast would copy."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, *, is_loading: bool) -> None:
         super().__init__()
         images = torch.arange(48, dtype=dtype).reshape(2, 3, 2, 4)
         self.register_buffer("transposed", torch.arange(12, dtype=dtype).reshape(3, 4).t())
         self.register_buffer("channels_last", images.contiguous(memory_format=torch.channels_last))
-        self.register_buffer("expanded", torch.ones(1, 5, dtype=dtype).expand(4, 5))
-        self.register_buffer("one_value", torch.ones(1, dtype=dtype).expand(7))
+        expanded, one_value = torch.ones(1, 5, dtype=dtype).expand(4, 5), torch.ones(1, dtype=dtype).expand(7)
+        if is_loading:  # torch does not copy into an expanded tensor
+            expanded, one_value = expanded.clone(), one_value.clone()
+        self.register_buffer("expanded", expanded)
+        self.register_buffer("one_value", one_value)
         self.register_buffer("mask", torch.ones(4, 4, dtype=torch.bool).tril().t())
         self.register_buffer("every_second", torch.arange(12, dtype=dtype)[::2])
         self.register_buffer("tail", torch.arange(12, dtype=dtype)[5:])
@@ -146,6 +150,21 @@ class KindsModel(TokenModel):
         return super().forward(tokens)
 
 
+class OpaqueModel(TokenModel):
+    """A buffer whose values are not simply stored elements."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        turned = torch.tensor([1 + 2j, 3 - 4j])
+        buffers = {
+            "quantized": torch.quantize_per_tensor(torch.arange(3.0), 0.5, 0, torch.qint8),
+            "sparse": torch.eye(3, dtype=torch.int32).to_sparse(),
+            "conjugate": turned.conj(),
+            "complex128": turned.to(torch.complex128),
+        }
+        self.register_buffer("table", buffers[kind])
+
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -154,7 +173,8 @@ def engine(job: dict[str, Any]) -> Any:
     models: dict[str, Callable[[], Any]] = {
         "plain": TokenModel,
         "extra": ExtraStateModel,
-        "strided": lambda: StridedModel(DTYPES[job["dtype"]]),
+        "opaque": lambda: OpaqueModel(job["kind"]),
+        "strided": lambda: StridedModel(DTYPES[job["dtype"]], is_loading=job["do"] == "load"),
         "kinds": lambda: KindsModel(has_odd_weights=job["stage"] < 3),
     }
     model: torch.nn.Module = models[job["model"]]()

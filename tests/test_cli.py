@@ -29,21 +29,11 @@ def test_inspect_shows_every_checkpoint_and_whether_it_is_complete(
     next((run / "global_step4").glob("*rank_1*optim_states.pt")).unlink()
     assert main(["inspect", str(run)]) == 3
     shown = capsys.readouterr().out.splitlines()
-    assert shown[0].split() == [
-        "checkpoint",
-        "step",
-        "zero",
-        "dtype",
-        "ranks",
-        "parameters",
-        "size",
-        "lr",
-        "complete",
-        "framework",
-    ]
+    header = ["checkpoint", "step", "zero", "dtype", "ranks", "parameters", "size", "lr", "complete", "framework"]
+    assert shown[0].split() == header
     assert shown[1].split()[:6] == ["global_step2", "2", "3", "bf16", "2", "569"]
-    assert shown[1].split()[-2:] == ["0.01", "yes"]
-    assert shown[2].split()[-1] == "no"
+    assert shown[1].split()[-3:] == ["0.01", "yes", "DeepSpeed"]
+    assert shown[2].split()[-2:] == ["no", "DeepSpeed"]
     assert "global_step4: " in shown[-1]
     assert "1 of 2 ranks' optimizer files are missing" in shown[-1]
     assert main(["inspect", str(run), "--tag", "global_step6", "--json"]) == 0

@@ -82,7 +82,7 @@ def test_a_merge_killed_again_and_again_comes_to_its_end(runs: Path, tmp_path: P
     merge(make_recipe(**recipe | {"out": tmp_path / "right"}))
     dice = random.Random(1)
     for _ in range(50):
-        if not killed_at(dice.randint(20, 60), recipe | {"out": tmp_path / "out"}):
+        if not killed_at(dice.randint(20, 80), recipe | {"out": tmp_path / "out"}):
             break
     assert contents(tmp_path / "out") == contents(tmp_path / "right")
     assert verify(tmp_path / "out", full=True).recomputed_bytes > 0

@@ -60,7 +60,9 @@ def test_six_checkpoints_of_three_world_sizes_and_two_stages_merge_into_every_fo
 ) -> None:
     run, sources = six
     states: dict[str, Any] = {} if form.get("format") == "safetensors" else {"optimizer_states": "merge"}
-    merge(run=run, last=6, coefficients=SIX, out=tmp_path / "out", allow=("warmup",), **form, **states)
+    # The engine's steps were put in by hand and contradict the optimizers' steps: hence "foreign-files".
+    states["allow"] = ("warmup", "foreign-files")
+    merge(run=run, last=6, coefficients=SIX, out=tmp_path / "out", **form, **states)
     assert verify(tmp_path / "out", full=True).note == ""
     wanted = expected(sources, "master")
     if "format" not in form:

@@ -94,6 +94,12 @@ BY_NAME = {dtype.name: dtype for dtype in ALL}
 BY_TORCH_NAME = {dtype.torch_name: dtype for dtype in ALL}
 CODES = {dtype.name: code for code, dtype in enumerate(ALL)}
 """Indices in `ALL` by name: the small integers in the `dtype` column of fragment tables."""
+ITEMSIZES = np.array([dtype.itemsize for dtype in ALL], dtype=np.int64)
+"""Bytes per element, by such an index."""
+IS_SUMMABLE = np.array([dtype.is_summable for dtype in ALL], dtype=bool)
+"""Whether a merge sums such elements, by such an index."""
+IS_COMPLEX = np.array([dtype.is_complex for dtype in ALL], dtype=bool)
+"""Whether an element is two values, by such an index."""
 
 
 def widen(stored: Array, dtype: DType) -> Array:

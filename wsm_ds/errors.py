@@ -84,6 +84,16 @@ class OutputLocked(OutputExists):
     """
 
 
+class UnsafePath(WsmError, PermissionError):
+    """Where the tool writes, there is a link, a folder of another user, or a file that the tool did not write.
+
+    Raised before anything is written through it; nothing of it is changed or removed. The message names the path.
+    """
+
+    exit_code = 3
+    may_pass = True
+
+
 class BudgetTooSmall(WsmError, ValueError):
     """The memory budget is smaller than the smallest unit of work.
 
@@ -92,7 +102,7 @@ class BudgetTooSmall(WsmError, ValueError):
 
 
 class BrokenCheckpoint(WsmError, OSError):
-    """Files of a checkpoint are missing, truncated or have unexpected content.
+    """Files of a checkpoint are missing, truncated, damaged or have unexpected content.
 
     Raised when a checkpoint's metadata or elements are read. The message names the file or the missing ranks.
     """
@@ -101,10 +111,10 @@ class BrokenCheckpoint(WsmError, OSError):
 
 
 class UnsafePickle(WsmError, ValueError):
-    """A checkpoint's pickle refers to a global that no training checkpoint needs.
+    """A checkpoint's pickle refers to a global that is not one of the harmless ones that checkpoints need.
 
-    Raised before anything is imported; no pickle is ever executed. The message names the file, the global and the
-    option that allows it.
+    Raised before anything is imported; no pickle is ever executed. The message names the file, all such globals and the
+    options that allow them.
     """
 
     exit_code = 3

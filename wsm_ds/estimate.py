@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from wsm_ds.dtypes import BY_NAME
+from wsm_ds.dtypes import BY_NAME, ITEMSIZES
 from wsm_ds.errors import RecipeError
 from wsm_ds.layouts import Layout
-from wsm_ds.planning.intersect import ITEMSIZES
 from wsm_ds.planning.recipe import MergeRecipe
 from wsm_ds.reporting.tables import table
 from wsm_ds.sizes import format_size

@@ -64,17 +64,19 @@ class Inspected:
             ],
             "warmup_num_steps": layout.warmup_num_steps,
             "optimizer_states": list(layout.state_names),
+            "indivisible_optimizer_states": layout.indivisible_states,
         }
 
     def details(self) -> dict[str, Any]:
-        """Returns `to_json` with the name, shape, dtype and role of every tensor."""
+        """Returns `to_json` with every tensor (name, shape, dtype, role) and what else the state dict holds."""
         if self.layout is None:
             return self.to_json()
         tensors = {
             name: {"shape": list(info.shape), "dtype": info.dtype.name, "role": info.role}
             for name, info in self.layout.tensors.items()
         }
-        return self.to_json() | {"tensors": tensors, "tied": self.layout.aliases}
+        others = {"extra_states": list(self.layout.extra_states), "opaque": self.layout.opaque}
+        return self.to_json() | {"tensors": tensors, "tied": self.layout.aliases} | others
 
 
 def inspect_run(run: StrPath, tag: str | None = None, allow_globals: frozenset[str] = frozenset()) -> list[Inspected]:

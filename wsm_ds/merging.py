@@ -20,10 +20,11 @@ from wsm_ds.engine.timings import Timings
 from wsm_ds.errors import OutputExists, RecipeError, VerificationFailed
 from wsm_ds.filesystem.capacity import disk_usage_bytes, require_disk, require_memory
 from wsm_ds.filesystem.durable import require_absent, write_text
+from wsm_ds.filesystem.locks import hold_shared
 from wsm_ds.layouts import Layout, read_layout
 from wsm_ds.outputs.resharding.form import RequestedForm
 from wsm_ds.outputs.safetensors import plan_safetensors
-from wsm_ds.outputs.trainer_files import trainer_files
+from wsm_ds.outputs.save_folder import output_tag, sidecar_files
 from wsm_ds.outputs.zero_checkpoint import OutputFiles, OutputWindow, plan_zero_checkpoint
 from wsm_ds.planning.arguments import Recipe, recipe_of, recipes_of
 from wsm_ds.planning.plan import CopySegment, InputFile, InputNumber, Output, OutputFile, OutputNumber, Plan, Source
@@ -31,6 +32,7 @@ from wsm_ds.planning.recipe import MergeRecipe, one_recipe
 from wsm_ds.planning.recipe_options import ExportOptions, RecipeOptions, ReshardOptions, StrPath
 from wsm_ds.planning.streams import ElementRequest, SourceTables, carry_streams, element_streams, source_tables
 from wsm_ds.planning.window import ReadLayout, Window, recorded_window, select_window, union_of
+from wsm_ds.publishing.identity import is_of_run, is_same_merge, is_same_recipe
 from wsm_ds.publishing.manifest import description, make_manifest, read_manifest
 from wsm_ds.publishing.staging_folder import MANIFEST, Staging, commit, discard, staged, unfinished_merge
 from wsm_ds.schedules.coefficients import effective_sample_size, lag
@@ -77,8 +79,7 @@ def _window(recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None]) ->
     unfinished = unfinished_merge(recipe.out)
     if unfinished is not None:
         fields = recipe.model_dump(mode="json")
-        recorded = unfinished.get("recipe")
-        if isinstance(recorded, dict) and all(fields.get(name) == value for name, value in recorded.items()):
+        if is_same_recipe(unfinished["recipe"], fields) and is_of_run(unfinished, recipe.run):
             return recorded_window(unfinished["sources"], recipe, read)
     elif not (recipe.out / MANIFEST).is_file():
         require_absent(recipe.out)
@@ -91,10 +92,10 @@ def _is_made(plan: Plan, number: int, out: Path) -> bool:
         require_absent(out)
         return False
     try:
-        identity = read_manifest(out).get("identity")
+        is_same = is_same_merge(read_manifest(out), description(plan, number))
     except VerificationFailed:
-        identity = None
-    if identity != description(plan, number)["identity"]:
+        is_same = False
+    if not is_same:
         raise OutputExists(f"{out} exists and is another merge; nothing is ever overwritten. Choose another --out.")
     discard(out)
     return True
@@ -108,7 +109,7 @@ def plan_windows(
     Args:
         recipes: one per output.
         windows: one per recipe.
-        sidecar_names: names of the files to copy from those that HF Trainer keeps beside a checkpoint; None: all.
+        sidecar_names: names of the files to copy from those that a framework keeps beside a checkpoint; None: all.
     """
     if not recipes:
         return Plan((), (), (), (), (), 0, 1)
@@ -151,7 +152,7 @@ def _files(
         return plan_safetensors(tables, window, dtype, int(recipe.max_shard_size), recipe.rename)
     is_universal = recipe.format == "universal"
     form = RequestedForm(is_universal, recipe.stage, recipe.world_size, recipe.sub_group_size, recipe.like)
-    tag = f"global_step{window.newest(tables).step}" + ("_universal" if is_universal else "")
+    tag = output_tag(window.newest(tables), recipe.format)
     allowed = frozenset(recipe.allow_globals)
     files = plan_zero_checkpoint(tables, window, tag, recipe.optimizer_states, allowed, form, reads_states=reads_states)
     return files, {"latest_universal" if is_universal else "latest": tag}
@@ -170,18 +171,19 @@ def _output(recipe: MergeRecipe, window: Window, texts: dict[str, str]) -> Outpu
         lag_steps=lag(window.coefficients, steps),
         texts=texts,
         recipe=recipe.model_dump(mode="json"),
+        matched_names=tuple(match.to_json() for match in window.matched_names),
     )
 
 
 def _copied_paths(recipe: MergeRecipe, newest: Layout, sidecar_names: frozenset[str] | None) -> tuple[Path, ...]:
-    """Files to copy into the output's folder: the recipe's `include`, and what HF Trainer keeps beside `newest`."""
+    """Files to copy into the output's folder: the recipe's `include`, and what a framework keeps beside `newest`."""
     included_names = {path.name for path in recipe.include}
-    sidecar_files = tuple(
+    beside = tuple(
         path
-        for path in trainer_files(newest, recipe.format)
+        for path in sidecar_files(newest, recipe.format)
         if path.name not in included_names and (sidecar_names is None or path.name in sidecar_names)
     )
-    return recipe.include + sidecar_files
+    return recipe.include + beside
 
 
 def _copies(
@@ -194,7 +196,7 @@ def _copies(
             raise RecipeError(f"include: {path} is not a file, or the output has a {path.name} already.")
         used_names = used_names | {path.name}
         status = path.stat()
-        inputs.append(InputFile(path.resolve(), status.st_size, status.st_mtime_ns))
+        inputs.append(InputFile(path.resolve(), status.st_size, status.st_mtime_ns, status.st_ctime_ns))
         segments = (CopySegment(0, status.st_size, InputNumber(first_input + number), 0),) if status.st_size else ()
         copies.append(OutputFile(output, path.name, status.st_size, segments, ()))
     return tuple(copies), tuple(inputs)
@@ -249,6 +251,7 @@ def run_plan(
     Raises:
         OutputExists: an output exists, or another, unfinished merge has its staging folder there.
         OutputLocked: another process writes the output now.
+        UnsafePath: another user's folder, a link, or a file of somebody else is where the output is staged.
         NonFiniteValue, LayoutMismatch, BrokenCheckpoint: a source holds a NaN, its frozen tensors differ, or it has
             changed.
         InsufficientCapacity: the disk or the memory is too small.
@@ -266,6 +269,7 @@ def run_plan(
         require_memory(plan.memory_bytes)
         files = StagedFiles(plan, [s.content for s in stagings], [s.folder for s in stagings], ranks.rank)
         if ranks.rank == 0:
+            stack.enter_context(hold_shared(_marks(plan)))
             for output, described in zip(plan.outputs, descriptions, strict=True):
                 stack.enter_context(staged(output.out, described, restart=restart))
             _require_disk(plan, stagings)
@@ -277,6 +281,13 @@ def run_plan(
         manifests = _publish(plan, files, stagings) if ranks.rank == 0 else ()
         ranks.barrier("published")
     return MergeOutcome(manifests, timings)
+
+
+def _marks(plan: Plan) -> list[Path]:
+    """One file of each source, by whose lock `prune` knows that a merge reads the checkpoint."""
+    sources = sorted({source.path for output in plan.outputs for source in output.sources})
+    paths = sorted(input_file.path.resolve() for input_file in plan.inputs)
+    return [next(path for path in paths if path.is_relative_to(source)) for source in sources]
 
 
 def _write(plan: Plan, files: StagedFiles, ranks: Ranks, on_bytes: Progress) -> Timings:

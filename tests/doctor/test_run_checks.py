@@ -71,6 +71,17 @@ def test_an_unreadable_checkpoint_is_an_error_with_the_readers_reason(run: Path)
     assert {finding.name for finding in examine(run).findings} == {"unreadable-checkpoint"}
 
 
+def test_a_file_of_another_save_and_a_second_run_are_errors(run: Path) -> None:
+    (first,) = (run / "global_step1").glob("*zero_pp_rank_1*_optim_states.pt")
+    shutil.copyfile(first, run / "global_step2" / first.name)
+    found = by_name(examine(run))
+    assert "not of one save" in found["unreadable-checkpoint"].effect
+    assert "several-runs" not in found
+    for name in ("checkpoints/checkpoint_0", "step_2"):
+        shutil.copytree(GOLDEN / "zero2_bf16/global_step1", run / name / "pytorch_model")
+    assert by_name(examine(run))["several-runs"].level == "error"
+
+
 def test_a_folder_without_checkpoints_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFound):
         examine(tmp_path)

@@ -1,4 +1,4 @@
-"""Who wrote a block seals it: a rank of an earlier attempt that lives on is not written over, and nothing is guessed."""
+"""Who wrote a block seals it, and a rank of an earlier attempt that lives on is not written over."""
 
 import threading
 import time

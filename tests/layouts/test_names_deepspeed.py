@@ -8,19 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lazy import torch
 from saved_names import SERIES, Series, saved
 
 from wsm_ds.cli import main
-from wsm_ds.errors import BrokenCheckpoint, CheckpointNotFound, WindowError
+from wsm_ds.errors import BrokenCheckpoint, CheckpointNotFound, UnsafePickle, WindowError
 from wsm_ds.inspection import inspect_run
 from wsm_ds.layouts.order import UNBOUNDED, in_order
-from wsm_ds.layouts.run import find_checkpoints, find_tag
+from wsm_ds.layouts.run import checkpoint_at, find_checkpoints, find_tag
 from wsm_ds.layouts.saved_step import _step_in, saved_step
 from wsm_ds.merging import merge, plan_merge
 from wsm_ds.planning.recipe import one_recipe
 from wsm_ds.verification import verify
 
 MODEL_FILE = "mp_rank_00_model_states.pt"
+
+
+class Mine:
+    """A class of the user's, in the client state."""
+
+
 Copied = Callable[[str], Path]
 
 
@@ -215,18 +222,22 @@ def test_to_order_reads_one_model_file_of_each_checkpoint_once(copied: Copied) -
 def test_an_old_checkpoint_with_an_unknown_class_does_not_hinder_the_window(copied: Copied) -> None:
     run = copied("plain")
     file = run / "global_step1" / MODEL_FILE
-    file.write_bytes(file.read_bytes().replace(b"torch._utils\n", b"torch_utilsX\n"))
+    torch.save(torch.load(file, weights_only=False) | {"mine": Mine()}, file)
     assert last(run, 2) == ["global_step3", "global_step4"]
+    with pytest.raises(UnsafePickle, match="Mine"):
+        last(run, 4)
 
 
 def test_two_models_or_two_runs_in_one_folder_are_refused_and_tags_choose(copied: Copied, tmp_path: Path) -> None:
     run = copied("two")
-    with pytest.raises(WindowError, match="checkpoint_1 holds several models: pytorch_model, pytorch_model_1"):
+    with pytest.raises(WindowError, match="checkpoint_1 holds several checkpoints: pytorch_model, pytorch_model_1"):
         last(run, 2)
     chosen = ("checkpoint_1/pytorch_model_1", "checkpoint_2/pytorch_model_1")
     assert plan(run, tags=chosen) == list(chosen)
     with pytest.raises(CheckpointNotFound, match=f"Give one of the runs in it: {run}"):
         find_checkpoints(tmp_path)
+    with pytest.raises(CheckpointNotFound, match=f"give {run}/checkpoint_1, and its name pytorch_model as tag"):
+        find_checkpoints(run / "checkpoint_1/pytorch_model")
     mixed = copied("plain")
     shutil.copytree(mixed / "global_step1", mixed / "checkpoints/global_step1")
     with pytest.raises(WindowError, match=f"more than one run: they lie in {mixed}, {mixed}/checkpoints"):
@@ -239,6 +250,31 @@ def test_the_outputs_of_merges_in_a_run_are_no_checkpoints_of_it(copied: Copied)
     merge(run=run, last=2, curve="linear", out=run / "step_9")
     assert last(run, 4) == list(SERIES["folders"].tags)
     assert len(find_checkpoints(run / "step_9")) == 1
+
+
+def test_one_checkpoint_is_named_by_its_folder_or_by_that_of_its_save(named: Path) -> None:
+    save = named / "lightning/epoch=0-step=2.ckpt"
+    assert checkpoint_at(save).path == checkpoint_at(save / "checkpoint").path == save / "checkpoint"
+    for path in (named / "two/checkpoint_1", named / "plain", named):
+        with pytest.raises(CheckpointNotFound, match=r"Give RUN/TAG"):
+            checkpoint_at(path)
+
+
+def test_composer_and_gpt_neox_are_told_by_their_own_files(copied: Copied) -> None:
+    run = copied("plain")
+    (run / "global_step1/configs").mkdir()  # `save_ds_checkpoint`, megatron/checkpointing.py of GPT-NeoX
+    for step in (2, 3):
+        save = run / f"ep0-ba{step}"  # composer/utils/checkpoint.py; its tar files, unpacked
+        save.mkdir()
+        (run / f"global_step{step}").rename(save / "deepspeed")
+        (save / "composer_states.pt").touch()
+    found = [(c.tag, c.saved_by, c.save_folder) for c in find_checkpoints(run)]
+    assert found == [
+        ("ep0-ba2/deepspeed", "Composer", run / "ep0-ba2"),
+        ("ep0-ba3/deepspeed", "Composer", run / "ep0-ba3"),
+        ("global_step1", "GPT-NeoX", run / "global_step1"),
+        ("global_step4", "DeepSpeed", run / "global_step4"),
+    ]
 
 
 def test_a_fault_of_all_checkpoints_is_told_once(copied: Copied, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Tensors of every sort in checkpoints that DeepSpeed wrote: merged as what they are, carried, or refused by name."""
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     "added": {"adds": True},
     "left_out": {"left_out": ["hidden.bias"]},
 }
+OPAQUE = {
+    "quantized": "a quantized tensor",
+    "sparse": "a sparse tensor",
+    "conjugate": "a view with torch's conjugate or negative bit",
+    "complex128": "complex128",
+}
+UNTRAINED = ("fixed", "quantized", "narrow", "turned", "unused.empty", "unused.frozen")
 TORCH = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -29,19 +37,21 @@ TORCH = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`RUNS/{model}_s{stage}_{dtype}` with global_step1 and 2; `RUNS/{change}_s{stage}` with global_step2 and 4."""
     root = tmp_path_factory.mktemp("tensors")
+    base = {"do": "train", "engine": "tensors", "dtype": "bf16", "steps": 2, "every": 1, "warmup": 1}
     jobs = [
-        {"do": "train", "engine": "tensors", "model": model, "stage": stage, "dtype": dtype, "steps": 2, "every": 1,
-         "warmup": 1, "run": str(root / f"{model}_s{stage}_{dtype}")}
+        base | {"model": model, "stage": stage, "dtype": dtype, "run": str(root / f"{model}_s{stage}_{dtype}")}
         for model in ("strided", "extra", "kinds")
         for stage, dtype in FORMS
-    ]  # fmt: skip
+    ]
     jobs += [
         {"do": "change", "model": "plain", "stage": stage, "dtype": "bf16", "run": str(root / f"{name}_s{stage}")}
         | change
         for name, change in CHANGES.items()
-        for stage in (1, 2, 3)
+        for stage in (0, 1, 2, 3)
         if stage < 3 or name != "added"  # it does not train on with a parameter that it has not partitioned
     ]
+    jobs += [base | {"model": "opaque", "kind": kind, "stage": 3, "run": str(root / kind)} for kind in OPAQUE]
+    jobs.append(base | {"engine": "pipeline", "stage": 0, "mp": 2, "batch": "same", "run": str(root / "pipeline")})
     launch(jobs, world_size=2, folder=tmp_path_factory.mktemp("train"), worker="tensors_worker.py")
     return root
 
@@ -81,7 +91,7 @@ def masters(run: Path, stage: int) -> dict[str, torch.Tensor]:
     if stage:
         return merged_parameters(checkpoints(run), COEFFICIENTS, stage)
     files = [load_all(path)[0][0] for path in checkpoints(run)]
-    names = [name for name in files[0]["module"] if name not in (*files[0]["buffer_names"], "fixed")]
+    names = [name for name in files[0]["module"] if name not in (*files[0]["buffer_names"], *UNTRAINED)]
     if "fp32_groups" not in files[0]["optimizer"]:
         return {name: average([file["module"][name] for file in files], COEFFICIENTS) for name in names}
     columns = zip(*(file["optimizer"]["fp32_groups"][0] for file in files), strict=True)
@@ -262,6 +272,29 @@ def test_odd_dtypes_survive_another_number_of_ranks(written: Path, tmp_path: Pat
         assert (tensors / "model.safetensors").read_bytes() == (direct / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("kind", OPAQUE)
+def test_what_is_more_than_stored_elements_is_kept_and_is_refused_where_it_cannot_be_stored(
+    written: Path, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = written / kind
+    with caplog.at_level(logging.WARNING):
+        outputs = [merged(run, tmp_path / "out"), merged(run, tmp_path / "two", stage=2, world_size=1)]
+    assert (f"not compared or merged: table ({OPAQUE[kind]})" in caplog.text) == (kind != "complex128")
+    expected = load_all(run / "global_step2")[0][0]["module"]["table"]
+    for out in outputs:
+        for model in load_all(out / "global_step2")[0].values():
+            table = model["module"]["table"]
+            assert (table.dtype, table.layout, table.is_conj()) == (expected.dtype, expected.layout, expected.is_conj())
+            pair = [(x.dequantize() if kind == "quantized" else x.to_dense()) for x in (table, expected)]
+            assert torch.equal(*pair)
+    with pytest.raises(UnsupportedLayout, match=rf"table \({OPAQUE[kind]}\), which safetensors cannot store"):
+        export(run, out=tmp_path / "refused")
+
+
+def test_a_pipeline_without_zero_is_refused_by_its_name(written: Path) -> None:
+    refused(written / "pipeline", UnsupportedLayout, "is of a PipelineModule at ZeRO stage 0.*Train with ZeRO stage 1")
+
+
 UNSAVED = r"{} has no weights in any file: it was frozen when the optimizer was made and trainable when this was saved"
 
 
@@ -275,9 +308,9 @@ def test_stage_3_weights_that_deepspeed_did_not_save_are_refused_by_name(written
     refused(written / "left_out_s3", UnsupportedLayout, UNSAVED.format(r"hidden\.bias"))
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize(("change", "name"), [("unfrozen", "embedding.weight"), ("left_out", "hidden.bias")])
-def test_stages_1_and_2_save_what_the_optimizer_does_not_train_in_the_module(
+def test_other_stages_save_what_the_optimizer_does_not_train_in_the_module(
     written: Path, tmp_path: Path, change: str, name: str, stage: int
 ) -> None:
     run = written / f"{change}_s{stage}"
@@ -287,8 +320,9 @@ def test_stages_1_and_2_save_what_the_optimizer_does_not_train_in_the_module(
     assert torch.equal(model["module"][name], weight)
     tensors = load_file(merged(run, tmp_path / "st", format="safetensors") / "model.safetensors")
     assert torch.equal(tensors[name], weight)
-    reshard(run, out=tmp_path / "more", world_size=3)
-    assert torch.equal(load_all(tmp_path / "more/global_step4")[0][0]["module"][name], weight)
+    if stage:
+        reshard(run, out=tmp_path / "more", world_size=3)
+        assert torch.equal(load_all(tmp_path / "more/global_step4")[0][0]["module"][name], weight)
     if stage == 2:
         with pytest.raises(UnsupportedLayout, match=rf"holds {name}, for which ZeRO stage 3 has no place"):
             reshard(run, out=tmp_path / "three", stage=3)
@@ -310,6 +344,16 @@ def test_a_parameter_that_is_frozen_later_is_merged_like_any_trained_one(
         assert torch.equal(torch.cat(pieces), expected.flatten().bfloat16())
     if stage == 2:
         assert torch.equal(models[0]["frozen_param_fragments"]["hidden.weight"], expected.bfloat16())
+        # On a GPU DeepSpeed copies frozen weights to the CPU, so the file holds them twice.
+        apart = tmp_path / "apart"
+        shutil.copytree(run, apart)
+        path = apart / "global_step4/mp_rank_00_model_states.pt"
+        file = torch.load(path, weights_only=False)
+        file["frozen_param_fragments"]["hidden.weight"] = file["module"]["hidden.weight"].clone()
+        torch.save(file, path)
+        model = load_all(merged(apart, tmp_path / "twice") / "global_step4")[0][0]
+        for entry in ("module", "frozen_param_fragments"):
+            assert torch.equal(model[entry]["hidden.weight"], expected.bfloat16())
     if stage < 3:
         assert torch.equal(models[0]["module"]["hidden.weight"], expected.bfloat16())
 
@@ -324,3 +368,24 @@ def test_a_parameter_that_is_added_later_is_in_no_older_checkpoint(written: Path
     reshard(run, out=tmp_path / "more", world_size=3)
     for model in load_all(tmp_path / "more/global_step4")[0].values():
         assert torch.equal(model["module"]["more.added"], torch.arange(5.0).bfloat16())
+
+
+def test_deepspeed_loads_merges_of_odd_tensors(
+    written: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    jobs: list[dict[str, Any]] = [
+        {"do": "load", "engine": "tensors", "model": model, "stage": stage, "dtype": dtype, "steps": 1,
+         "root": str(merged(written / f"{model}_s{stage}_{dtype}", tmp_path / f"{model}{stage}{dtype}")),
+         "dump": str(tmp_path / f"{model}{stage}{dtype}.dump")}
+        for model in ("strided", "kinds")
+        for stage, dtype in FORMS
+    ]  # fmt: skip
+    launch(jobs, world_size=2, folder=tmp_path_factory.mktemp("load"), worker="tensors_worker.py")
+    for job in jobs:
+        run = written / f"{job['model']}_s{job['stage']}_{job['dtype']}"
+        for rank in (0, 1):
+            loaded = torch.load(f"{job['dump']}.rank{rank}")
+            for name, tensor in expected_buffers(run, rank if job["stage"] == 3 else 0).items():
+                assert same_bits(loaded["buffers"][name].contiguous(), tensor.contiguous()), (job["dump"], name)
+            for name, tensor in masters(run, job["stage"]).items():
+                assert torch.equal(loaded["module"][name], tensor.to(TORCH[job["dtype"]])), (job["dump"], name)

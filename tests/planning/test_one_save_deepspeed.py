@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import train
 from deepspeed_runs import DTYPES, STAGES, launch
 
 from wsm_ds.cli import main
@@ -24,7 +23,8 @@ RANK_1 = "*zero_pp_rank_1_mp_rank_00_optim_states.pt"
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`RUNS/s{stage}`: runs like those of the fixture `runs` in bf16, with another rate."""
     root = tmp_path_factory.mktemp("others")
-    jobs = [train(root / f"s{stage}", stage=stage, dtype="bf16", steps=4) | {"lr": 2e-3} for stage in STAGES]
+    job = {"do": "train", "dtype": "bf16", "steps": 4, "every": 2, "lr": 2e-3}
+    jobs = [job | {"stage": stage, "run": str(root / f"s{stage}")} for stage in STAGES]
     launch(jobs, world_size=2, folder=tmp_path_factory.mktemp("train"))
     return root
 

@@ -95,6 +95,33 @@ def test_what_an_opcode_announces_is_not_allocated(tmp_path: Path, name: str) ->
         tracemalloc.stop()
 
 
+LARGE = {
+    "marks": (b"(", 29_000_000),
+    "sets": (b"\x8f", 20_000_000),
+    "references": (b"\x94", 20_000_000),
+    "numbers": (b"M\x00\x10", 20_000_000),
+}
+"""Opcodes that take far more memory than bytes, after one that puts None on the stack."""
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_pickle_that_would_fill_the_memory_is_refused(tmp_path: Path, name: str) -> None:
+    opcode, count = LARGE[name]
+    path = file_with(tmp_path / "large.pt", b"\x80\x04N" + opcode * count + b".")
+    code = (
+        "import resource, sys; from pathlib import Path; from wsm_ds.torchfile import open_torch_file\n"
+        f"try: open_torch_file(Path({str(path)!r}))\n"
+        "except Exception as error: print(type(error).__name__, str(error).count('save client state'))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)"
+    )
+    command = [sys.executable, "-c", code]
+    said, peak_mib = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=300
+    ).stdout.splitlines()
+    assert said == "UnsupportedLayout 1"
+    assert int(peak_mib) < 1200
+
+
 def test_a_million_nested_lists_are_read_and_freed(tmp_path: Path) -> None:
     path = file_with(tmp_path / "deep.pt", b"\x80\x02" + b"]" * 1_000_000 + b"a" * 999_999 + b".")
     code = (
@@ -141,3 +168,58 @@ def test_zips_that_torch_does_not_write_are_refused(tmp_path: Path, kind: str) -
         path.write_bytes(data)
     with pytest.raises(WsmError, match=r"odd\.pt"):
         open_torch_file(path)
+
+
+RECORDS = {
+    "a TorchScript program": ({"constants.pkl": b"x"}, "TorchScript"),
+    "the other byte order": ({"byteorder": b"big"}, "byte order"),
+    "a version of the future": ({"version": b"77"}, "version"),
+    "no number for a version": ({"version": b"3x"}, "version"),
+    "an alignment of nothing": ({".storage_alignment": b"0"}, "storage_alignment"),
+    "a very long version": ({"version": b"3" * 10_000}, "bytes"),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_records_with_which_torch_would_not_load_the_file_are_refused(tmp_path: Path, name: str) -> None:
+    records, said = RECORDS[name]
+    with pytest.raises(WsmError, match=rf"marks\.pt.*{said}"):
+        open_torch_file(file_with(tmp_path / "marks.pt", b"\x80\x02N.", **records))
+
+
+DAMAGES = {
+    "bytes in front": lambda data: b"#!" + data,
+    "bytes behind": lambda data: data + b"\0",
+    "a comment": lambda data: data[:-2] + b"\x02\0hi",
+    "a second end": lambda data: data + data[-22:],
+    "another name in the directory": lambda data: data[::-1].replace(b"lkp.atad", b"lkq.atad", 1)[::-1],
+    "another letter in the pickle": lambda data: data.replace(b"weights", b"weighty", 1),
+    "another version, with the old CRC-32": lambda data: data.replace(b"little", b"lottle", 1),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_file_that_two_readers_could_read_differently_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "two.pt"
+    torch.save({"weights": torch.ones(3)}, path)
+    whole = path.read_bytes()
+    path.write_bytes(DAMAGES[name](whole))
+    assert path.read_bytes() != whole
+    with pytest.raises(WsmError, match=r"two\.pt"):
+        open_torch_file(path)
+
+
+def test_a_directory_larger_than_any_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "sparse.pt"
+    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 1, 1, (3 << 30) - 22, 0, 0)
+    with path.open("wb") as file:
+        file.truncate(3 << 30)
+        file.seek(-22, 2)
+        file.write(end)
+    tracemalloc.start()
+    try:
+        with pytest.raises(BrokenCheckpoint, match=r"its directory has 3"):
+            open_torch_file(path)
+        assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
+    finally:
+        tracemalloc.stop()

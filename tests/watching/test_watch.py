@@ -265,6 +265,17 @@ def test_a_nan_is_refused_and_the_windows_without_it_are_merged(run: PlayedRun, 
     assert named("done", events)[0].values == {"merged": 2, "refused": 3, "passed_over": 0}
 
 
+def test_a_rank_file_of_another_step_is_refused_and_the_windows_without_it_are_merged(
+    run: PlayedRun, tmp_path: Path
+) -> None:
+    run.save(2, 4, 6)
+    path = next(run.checkpoint(4).glob("*rank_1*optim_states.pt"))
+    path.write_bytes((run.checkpoint(2) / path.name).read_bytes())
+    events = once(spec_for(run, tmp_path / "out", last=[1, 2]))
+    assert [event.values["error"] for event in named("refused", events)] == ["ForeignFiles"] * 3
+    assert outputs(tmp_path / "out") == ["step2/last1-linear", "step6/last1-linear"]
+
+
 def test_a_window_waits_for_a_broken_checkpoint_until_it_is_mended(run: PlayedRun, tmp_path: Path) -> None:
     run.save(2, 4, 6)
     victim = next(run.checkpoint(4).glob("*rank_1*"))

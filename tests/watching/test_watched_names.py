@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from played_run import outputs
 from saved_names import SERIES, Series, saved
 from watches import named as events_named
 
-from wsm_ds.errors import BrokenCheckpoint, WindowError
+from wsm_ds.errors import BrokenCheckpoint, RecipeError, WindowError
 from wsm_ds.layouts.run import find_checkpoints
 from wsm_ds.layouts.saved_step import _step_in
 from wsm_ds.merging import merge
@@ -103,7 +104,8 @@ def test_what_is_no_plain_member_of_the_series_is_kept(named: Path, tmp_path: Pa
     lightning = Path(shutil.copytree(named / "lightning", tmp_path / "l"))
     shutil.copytree(lightning / "epoch=0-step=2.ckpt", lightning / "epoch=0-step=2-v1.ckpt")
     reasons = kept(lightning)
-    assert reasons["epoch=0-step=2-v1.ckpt/checkpoint"] == "epoch=0-step=2.ckpt/checkpoint is of the same step"
+    twins = ("epoch=0-step=2.ckpt/checkpoint", "epoch=0-step=2-v1.ckpt/checkpoint")
+    assert [reasons[tag] for tag in twins] == [f"{tag} is of the same step" for tag in reversed(twins)]
     assert reasons["last.ckpt/checkpoint"] == "its name has no number"
 
 
@@ -140,7 +142,26 @@ def test_a_watch_reads_the_step_of_a_checkpoint_once(named: Path, tmp_path: Path
 
 
 def test_a_run_with_two_models_in_a_save_is_refused(named: Path, tmp_path: Path) -> None:
-    with pytest.raises(WindowError, match="holds several models"):
+    with pytest.raises(WindowError, match="holds several checkpoints"):
         once(spec_of(named / "two", tmp_path / "out"))
-    with pytest.raises(WindowError, match="holds several models"):
+    with pytest.raises(WindowError, match="holds several checkpoints"):
         plan_prune(named / "two", NEWEST)
+
+
+def test_the_watch_of_a_run_that_was_moved_goes_on_when_its_new_place_is_written_down(
+    named: Path, tmp_path: Path
+) -> None:
+    run = copy_of(named, SERIES["accelerate"], tmp_path)
+    newest = (run / SERIES["accelerate"].tags[3]).parent
+    newest.rename(tmp_path / "later")
+    once(spec_of(run, tmp_path / "out"))
+    moved = run.rename(tmp_path / "moved")
+    spec = spec_of(moved, tmp_path / "out")
+    for refused in (partial(once, spec), partial(plan_prune, moved, Retention((spec_of(run, tmp_path / "out"),)))):
+        with pytest.raises(RecipeError, match="if it was moved, write its new place into `run` of"):
+            refused()
+    file = tmp_path / "out/watch.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"run": str(moved)}))
+    (tmp_path / "later").rename(moved / "checkpoints/checkpoint_11")
+    once(spec)
+    assert outputs(spec.out) == [f"step{end}/last2-linear" for end in (2, 3, 4)]

@@ -23,6 +23,7 @@ from wsm_ds.cli.options import (
     progress_style,
     recipe_option,
     recipe_values,
+    rename_sources_option,
     repeated_values,
     safetensors_options,
     signals_interrupt,
@@ -80,7 +81,12 @@ def add_commands(commands: Any) -> None:
     reshard.add_argument("run", type=Path, metavar="RUN", help=RUN)
     tag_option(reshard, "the checkpoint (default: the newest complete one)")
     form_options(reshard)
-    include_option(_output_options(reshard))
+    output = _output_options(reshard)
+    output.add_argument(
+        "--optimizer-states", choices=("carry", "drop"),
+        help="carry them (default), or drop them: needed where they cannot be cut for other ranks (8-bit moments)",
+    )  # fmt: skip
+    include_option(output)
     machine_options(reshard)
     allow_option(reshard)
 
@@ -100,6 +106,7 @@ def _add_merge(commands: Any) -> None:
         help="checkpoints by name, in any order",
     )  # fmt: skip
     allow_option(window)
+    rename_sources_option(window)
     coefficients_option(curve_options(merge))
     output = _output_options(merge)
     format_options(output)
@@ -194,7 +201,7 @@ def _reshard(options: argparse.Namespace) -> int:
     form = {key: getattr(options, key) for key in FORM}
     if all(value is None for value in form.values()):
         raise RecipeError("one of --world-size, --stage, --sub-group-size and --like must be given")
-    return _one_checkpoint(options, format="zero", **form)
+    return _one_checkpoint(options, format="zero", optimizer_states=options.optimizer_states, **form)
 
 
 def _one_checkpoint(options: argparse.Namespace, **values: Any) -> int:

@@ -5,7 +5,7 @@ import atexit
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 EXIT_CODES = """\
 exit codes: 0 done; 2 a wrong request; 3 a broken or unsupported checkpoint, a full disk or an I/O error;
 130 interrupted by SIGINT or SIGTERM (run the same command again to continue)"""
-RUN = "the run's folder: DeepSpeed's save_dir, or the output_dir of HF Trainer"
+RUN = "the run's folder: DeepSpeed's save_dir, or the folder in which HF Trainer, Accelerate or Lightning saves"
 FORM = ("world_size", "stage", "sub_group_size", "like")
 RECIPE = (
     "run", "out", "from_step", "oldest_interval", "dtype", "optimizer_states", *FORM, "memory_budget", "threads",
@@ -102,6 +102,16 @@ def allow_option(group: argparse._ActionsContainer) -> None:
         "--allow", action="append", default=[], choices=("warmup", "lr-change", "foreign-files"),
         help="go on although the window begins in the warmup, the learning rate changes in it, or files of a "
         "checkpoint are not of one save (default: refuse); may be given several times",
+    )  # fmt: skip
+
+
+def rename_sources_option(group: argparse._ActionsContainer) -> None:
+    """Adds --rename-sources."""
+    group.add_argument(
+        "--rename-sources", action="append", default=[], metavar="TAG:PATTERN=NEW",
+        help="replace a regular expression in tensor names of an older checkpoint, to match those of the newest; TAG "
+        "may have * and ?; may be given several times, in order (names with known wrappers, such as those of "
+        "torch.compile, match without it)",
     )  # fmt: skip
 
 
@@ -221,7 +231,9 @@ def recipe_values(options: argparse.Namespace) -> dict[str, Any]:
     values["curve"] = several(options.curve, separator=CURVE_SEPARATOR)
     values["coefficients"] = split(getattr(options, "coefficients", None))
     tags = [tag for text in getattr(options, "tags", []) for tag in split(text) or ()]
-    return values | {"tags": tuple(tags) or None} | repeated_values(options)
+    values["tags"] = tuple(tags) or None
+    values["rename_sources"] = _source_replacements(getattr(options, "rename_sources", ())) or None
+    return values | repeated_values(options)
 
 
 def require_last(values: dict[str, Any], options: argparse.Namespace) -> None:
@@ -239,16 +251,31 @@ def with_default_curve(values: dict[str, Any]) -> dict[str, Any]:
 
 def repeated_values(options: argparse.Namespace) -> dict[str, Any]:
     """The recipe values, by key, of flags that may be given several times."""
-    pairs = [text.rpartition("=") for text in getattr(options, "rename", ())]
-    for pattern, _, replacement in pairs:
-        if not pattern:
-            raise RecipeError(f"--rename must be PATTERN=NEW, with a pattern before the last '=', not {replacement!r}")
     return {
-        "rename": {pattern: replacement for pattern, _, replacement in pairs} or None,
+        "rename": dict(_replacement("--rename", text) for text in getattr(options, "rename", ())) or None,
         "allow": tuple(getattr(options, "allow", ())) or None,
         "include": tuple(getattr(options, "include", ())) or None,
         "allow_globals": tuple(options.allow_globals) or None,
     }
+
+
+def _replacement(flag: str, text: str) -> tuple[str, str]:
+    pattern, _, replacement = text.rpartition("=")
+    if not pattern:
+        raise RecipeError(f"{flag} must be PATTERN=NEW, with a pattern before the last '=', not {replacement!r}")
+    return pattern, replacement
+
+
+def _source_replacements(texts: Iterable[str]) -> dict[str, dict[str, str]]:
+    """What --rename-sources says, by tag."""
+    by_tag: dict[str, dict[str, str]] = {}
+    for text in texts:
+        tag, colon, rest = text.partition(":")
+        if not tag or not colon:
+            raise RecipeError(f"--rename-sources must be TAG:PATTERN=NEW, not {text!r}")
+        pattern, replacement = _replacement("--rename-sources TAG:", rest)
+        by_tag.setdefault(tag, {})[pattern] = replacement
+    return by_tag
 
 
 def several(text: str | None, separator: str = ",") -> Any:

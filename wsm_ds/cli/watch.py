@@ -23,6 +23,7 @@ from wsm_ds.cli.options import (
     progress_style,
     recipe_option,
     recipe_values,
+    rename_sources_option,
     require_last,
     safetensors_options,
     several,
@@ -45,7 +46,8 @@ examples:
   wsm-ds watch RUN --last 3 --out EVALUATED --once --exec 'ls {}'"""
 PRUNE = """\
 Show which checkpoints of a run are needed and which are not; with --delete, delete those that are not. Always kept: the
-newest complete checkpoint and newer ones, the one that `latest` names, and the sources of unfinished and future merges.
+newest complete checkpoint and newer ones, the one that `latest` names, what links name, and the sources of unfinished
+and future merges. In the folder that a framework writes for one save, the whole folder is deleted.
 Give --keep-window, or --out with the folder of a watch: they say which checkpoints windows need."""
 PRUNE_USAGE = "RUN (--keep-window N | --out DIR) [flags]"
 PRUNE_EXAMPLES = """\
@@ -81,6 +83,7 @@ def _add_watch(commands: Any) -> None:
     window = window_options(watch)
     end_point_options(window, "end when all windows up to STEP are merged (default: never)")
     allow_option(window)
+    rename_sources_option(window)
     coefficients_option(curve_options(watch))
     output = watch.add_argument_group("output (what is written)")
     output.add_argument("--out", type=Path, metavar="DIR", help="the folder of all merges of this watch")
@@ -94,7 +97,7 @@ def _add_watch(commands: Any) -> None:
 def _add_prune(commands: Any) -> None:
     prune = command(commands, "prune", _prune, "delete checkpoints that no window needs", PRUNE, PRUNE_EXAMPLES,
                     PRUNE_USAGE)  # fmt: skip
-    prune.add_argument("run", type=Path, metavar="RUN", help="the run's folder: DeepSpeed's save_dir")
+    prune.add_argument("run", type=Path, metavar="RUN", help=RUN)
     json_option(prune)
     prune.add_argument("--delete", action="store_true", help="delete (default: only show)")
     allow_global(prune)

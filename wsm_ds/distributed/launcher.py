@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from wsm_ds.distributed.meeting import Patience, connected_store, roll_call
-from wsm_ds.distributed.parent import Parent
+from wsm_ds.distributed.parent import STARTER
 from wsm_ds.distributed.ranks import Ranks, StoreRanks
 from wsm_ds.errors import RecipeError, brief
 
@@ -20,10 +20,9 @@ ALONE = "To run this process alone, set WORLD_SIZE=1 for it (`WORLD_SIZE=1 wsm-d
 HIGHEST_PORT = (1 << 16) - 1
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """Variables of launchers that are the parent of their ranks and live as long: torchrun (torch's
-`elastic/agent/server/local_elastic_agent.py`), deepspeed (`launcher/launch.py`), Open MPI, and MPICH. Slurm's step daemon
-is one, too. A shell that sets RANK by hand is none: it may end before its ranks do."""
+`elastic/agent/server/local_elastic_agent.py`), deepspeed (`launcher/launch.py`), Open MPI, and MPICH. Slurm's step
+daemon is one, too. A shell that sets RANK by hand is none: it may end before its ranks do."""
 _operations = itertools.count()
-_parent = Parent()
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def launched_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
     launch = read_launch(os.environ if environment is None else environment)
     if launch is None:
         return Ranks()
-    parent = _parent if launch.has_lasting_parent else None
+    parent = STARTER if launch.has_lasting_parent else None
     about = f"This process counts as one of several ranks because of {launch.variables}. {ALONE}"
     patience = Patience(f"rank {launch.rank} of {launch.world_size}", about, parent)
     store = connected_store(launch.host, launch.port, launch.rank == 0 and not launch.has_outer_store, patience)

@@ -23,8 +23,12 @@ log = logging.getLogger(__name__)
 
 JOIN_S = 120.0
 """Seconds that the ranks wait for each other at the start."""
-NOTICE_S, NOTICE_AGAIN_S = 3.0, 30.0
+NOTICE_S, NOTICE_AGAIN_S = 2.5, 30.0
 """Seconds after which a rank says for the first time for whom it waits, and how often it says so again."""
+SKEW_S = 1.0
+"""Seconds of waiting about which a rank says nothing: ranks import torch at different speeds."""
+TAKEN_S = 40.0
+"""Seconds that a rank waits for another call, when rank 0 has begun with another process in its place."""
 CONNECT_S = 1.5
 POLL_S = 0.05
 OPERATION_S = 120.0
@@ -45,6 +49,7 @@ class Patience:
         self.who, self.about, self.parent = who, about, parent
         self.began_s = time.monotonic()
         self.next_notice_s = NOTICE_S
+        self.looked_s: float | None = None
 
     def wait(self, lacking: str) -> None:
         """Waits a moment.
@@ -60,7 +65,8 @@ class Patience:
         waited_s = time.monotonic() - self.began_s
         if waited_s > JOIN_S:
             raise PeerFailed(f"{self.who} has waited {JOIN_S:g} s for {lacking}. {self.about}", 3)
-        if waited_s >= self.next_notice_s:
+        self.looked_s = waited_s if self.looked_s is None else self.looked_s
+        if waited_s >= max(self.next_notice_s, self.looked_s + SKEW_S):
             self.next_notice_s = waited_s + NOTICE_AGAIN_S
             log.warning("%s waits for %s, at most %g s. %s", self.who, lacking, JOIN_S, self.about)
         time.sleep(POLL_S)
@@ -165,6 +171,7 @@ def _call(store: Any, world_size: int, own: list[str], patience: Patience) -> st
 def _answer(store: Any, rank: int, world_size: int, own: list[str], patience: Patience) -> str:
     """A rank but rank 0: answers each call, until one has ended with a list of members. Returns its nonce."""
     answered: list[str] = []
+    begun_s: dict[str, float] = {}
     while True:
         call = json.loads(store.get(CALL)) if store.check([CALL]) else None
         if call and call["is_open"] and call["world_size"] == world_size and call["nonce"] not in answered:
@@ -176,6 +183,14 @@ def _answer(store: Any, rank: int, world_size: int, own: list[str], patience: Pa
                 if member != own:
                     raise _displaced(own, member, rank)
                 return nonce
+        # A closed call may be that of the command before this one. Then the next call comes soon.
+        is_taken = call is not None and not call["is_open"] and call["nonce"] not in answered
+        taken_s = time.monotonic() - begun_s.setdefault(call["nonce"], time.monotonic()) if call and is_taken else 0.0
+        if call and taken_s > TAKEN_S:
+            raise PeerFailed(
+                f"rank 0 ({call['by'][0]}) has begun with another process in place of {own[0]} as rank {rank}. One of "
+                "the two belongs to another start of the command: end it, and start the command again.", 3,
+            )  # fmt: skip
         patience.wait(_lacking(call, rank, world_size, answered))
 
 

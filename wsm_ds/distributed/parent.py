@@ -23,3 +23,7 @@ class Parent:
                 f"the launcher of this rank (process {self.pid} on {socket.gethostname()}) has ended, so this rank "
                 "ends, too. Start the same command again to continue.", 3,
             )  # fmt: skip
+
+
+STARTER = Parent()
+"""The parent when this module was imported. Import it early: a parent that had ended before is not noticed."""

@@ -14,11 +14,21 @@ from wsm_ds.doctor.config_checks import block, check_config
 from wsm_ds.doctor.deepspeed_facts import NEWEST_READ
 from wsm_ds.doctor.findings import Finding, Report, by_weight
 from wsm_ds.doctor.run_checks import Intent, RunFacts, Save, check_intent, check_run
-from wsm_ds.errors import BrokenCheckpoint, RecipeError, UnsafePickle, UnsupportedLayout, brief
+from wsm_ds.errors import (
+    BrokenCheckpoint,
+    ForeignFiles,
+    RecipeError,
+    UnsafePickle,
+    UnsupportedLayout,
+    WindowError,
+    brief,
+)
 from wsm_ds.filesystem.small_files import read_small
 from wsm_ds.layouts import Checkpoint, Layout, find_checkpoints, read_layout
 from wsm_ds.layouts.file_names import MODEL_FILE
+from wsm_ds.layouts.order import Dated, in_order, require_one_series, without_universal_copies
 from wsm_ds.layouts.schema import open_model
+from wsm_ds.planning.one_save import require_one_save
 from wsm_ds.planning.recipe_options import StrPath
 
 TIMEOUT = "DEEPSPEED_TIMEOUT"
@@ -117,36 +127,52 @@ def _first_window(config: Mapping[str, Any], intent: Intent) -> list[Finding]:
 
 
 def _examine_run(run: Path, intent: Intent, deepspeed: str | None, allowed: frozenset[str]) -> Report:
-    checkpoints = find_checkpoints(run)
-    saves, unreadable = [], []
-    for checkpoint in checkpoints:
-        try:
-            saves.append(_save(checkpoint, allowed))
-        except (BrokenCheckpoint, UnsupportedLayout, UnsafePickle) as error:
-            unreadable.append(_unreadable(checkpoint, error))
-    saves.sort(key=lambda save: save.step)
-    if not saves:
+    checkpoints = without_universal_copies(find_checkpoints(run))
+    mixed = _mixed_runs(run, checkpoints)
+    dated = in_order(checkpoints)
+    unreadable = [_unreadable(item.checkpoint, item.problem) for item in dated if item.problem is not None]
+    known = [item for item in dated if item.problem is None]
+    if not known:
         version, origin = judged_version(deepspeed, None)
-        return Report(str(run), str(version), origin, by_weight(unreadable))
-    by_tag = {checkpoint.tag: checkpoint for checkpoint in checkpoints}
+        return Report(str(run), str(version), origin, by_weight([*mixed, *unreadable]))
     window: list[Layout] = []
-    for save in saves[-(intent.last or LAST) :]:
+    for item in known[-(intent.last or LAST) :]:
         try:
-            window.append(read_layout(by_tag[save.tag], allowed))
-        except (BrokenCheckpoint, UnsupportedLayout, UnsafePickle) as error:
-            unreadable.append(_unreadable(by_tag[save.tag], error))
-    model = _model(by_tag[saves[-1].tag], allowed)
+            window.append(read_layout(item.checkpoint, allowed))
+            require_one_save(window[-1:], ())
+        except (BrokenCheckpoint, ForeignFiles, UnsupportedLayout, UnsafePickle) as error:
+            unreadable.append(_unreadable(item.checkpoint, error))
+    model = _model(known[-1].checkpoint, allowed)
     version, origin = judged_version(deepspeed, _text(model.get("ds_version")))
     status = os.statvfs(run)
-    facts = RunFacts(run, tuple(saves), tuple(window), status.f_bavail * status.f_frsize)
+    saves = tuple(_save(item) for item in known)
+    facts = RunFacts(run, saves, tuple(window), status.f_bavail * status.f_frsize)
     config = model.get("ds_config")
     findings = [
+        *mixed,
         *unreadable,
         *(check_config(config, version) if isinstance(config, dict) else ()),
         *check_run(facts, intent, version, _timeout_s()),
         *_update(_text(model.get("ds_version")), version),
     ]
     return Report(str(run), str(version), origin, by_weight(findings))
+
+
+def _mixed_runs(run: Path, checkpoints: list[Checkpoint]) -> list[Finding]:
+    try:
+        require_one_series(run, checkpoints)
+    except WindowError as error:
+        return [
+            Finding(
+                name="several-runs",
+                level="error",
+                found="the folder holds checkpoints of more than one run",
+                effect=str(error),
+                cure="give the folder of one run, or choose checkpoints by --tags",
+                source="the names of the folders",
+            )
+        ]
+    return []
 
 
 def _update(saved: str | None, version: Version) -> list[Finding]:
@@ -176,19 +202,20 @@ def _unreadable(checkpoint: Checkpoint, error: Exception) -> Finding:
 
 
 def _model(checkpoint: Checkpoint, allowed: frozenset[str]) -> dict[str, Any]:
-    """The object tree of one model file of a checkpoint."""
-    names = sorted(path.name for path in checkpoint.path.iterdir() if MODEL_FILE.match(path.name))
-    if not names:
-        raise BrokenCheckpoint(f"{checkpoint.path} has no *_model_states.pt: its save was cut off.")
-    tree = open_model(checkpoint.path / names[0], allowed).tree
-    return dict(tree)
+    """What a model file of a checkpoint, whose step is known, holds beside the weights; empty if it cannot be read."""
+    for path in sorted(path for path in checkpoint.path.iterdir() if MODEL_FILE.match(path.name)):
+        try:
+            return dict(open_model(path, allowed).tree)
+        except (BrokenCheckpoint, UnsupportedLayout, UnsafePickle):
+            continue
+    return {}
 
 
-def _save(checkpoint: Checkpoint, allowed: frozenset[str]) -> Save:
-    step = int(_model(checkpoint, allowed)["global_steps"])
-    statuses = [path.stat() for path in checkpoint.path.rglob("*") if path.is_file()]
+def _save(dated: Dated) -> Save:
+    statuses = [path.stat() for path in dated.checkpoint.path.rglob("*") if path.is_file()]
     times = [status.st_mtime for status in statuses]
-    return Save(checkpoint.tag, step, sum(status.st_size for status in statuses), min(times), max(times))
+    nbytes = sum(status.st_size for status in statuses)
+    return Save(dated.checkpoint.tag, dated.latest, nbytes, min(times), max(times))
 
 
 def _text(value: Any) -> str | None:

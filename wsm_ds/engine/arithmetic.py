@@ -37,6 +37,8 @@ def kernel() -> ctypes.CDLL | None:
         if path.is_file():
             # CDLL, not PyDLL: it releases the GIL during a call, so that threads sum at the same time.
             library = ctypes.CDLL(str(path))
+            if not hasattr(library, "wsm_crc_bits"):  # built for an older version of this file
+                return None
             pointer, size = ctypes.c_void_p, ctypes.c_size_t
             library.wsm_scratch_bytes.argtypes, library.wsm_scratch_bytes.restype = [size], size
             library.wsm_sums.argtypes = [pointer] * 6 + [size] * 3 + [pointer] * 3

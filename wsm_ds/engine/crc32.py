@@ -41,23 +41,16 @@ def _append_zeros(power: int) -> Matrix:
     return _square(_append_zeros(power - 1))
 
 
-@lru_cache(maxsize=64)
-def _append_zero_bytes(nbytes: int) -> Matrix:
-    """The map that appends `nbytes` zero bytes. Most parts have one of a few lengths, so it is kept."""
-    matrix: Matrix = tuple(1 << bit for bit in range(32))
-    power, remaining = 3, nbytes  # 2**3 bits are a byte
-    while remaining:
-        if remaining & 1:
-            matrix = tuple(_times(_append_zeros(power), row) for row in matrix)
-        remaining >>= 1
-        power += 1
-    return matrix
+def is_fast() -> bool:
+    """Whether the kernel computes CRC-32s by carry-less multiplication, which costs less than reading does."""
+    library = kernel()
+    return library is not None and bool(ctypes.c_int.in_dll(library, "wsm_crc_bits"))
 
 
 def crc_of(data: memoryview, before: int = 0) -> int:
-    """CRC-32 of bytes, from that of the bytes before them. Several times as fast as zlib on most processors."""
+    """CRC-32 of bytes, from that of the bytes before them. Several times as fast as zlib, if `is_fast`."""
     library = kernel()
-    if library is None or not ctypes.c_int.in_dll(library, "wsm_has_fast_crc"):
+    if library is None or not is_fast():
         return zlib.crc32(data, before)
     array = np.frombuffer(data, np.uint8)
     return int(library.wsm_crc32(before, array.ctypes.data, len(array)))
@@ -75,4 +68,10 @@ def combine(first: int, second: int, second_nbytes: int) -> int:
         second: CRC-32 of b.
         second_nbytes: length of b.
     """
-    return _times(_append_zero_bytes(second_nbytes), first) ^ second
+    power, remaining = 3, second_nbytes  # 2**3 bits are a byte
+    while remaining:
+        if remaining & 1:
+            first = _times(_append_zeros(power), first)
+        remaining >>= 1
+        power += 1
+    return first ^ second

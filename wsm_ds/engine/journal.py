@@ -19,6 +19,7 @@ from wsm_ds.engine.seals import Seal
 from wsm_ds.errors import OutputLocked
 from wsm_ds.filesystem.durable import replace_text
 from wsm_ds.filesystem.locks import try_lock
+from wsm_ds.filesystem.own_files import open_own
 from wsm_ds.filesystem.small_files import read_small
 
 CLAIMS = "claims"
@@ -43,7 +44,7 @@ class Journal:
 
     def __init__(self, folder: Path, rank: int) -> None:
         path = folder / f"journal.{rank}"
-        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self.descriptor = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         if not try_lock(self.descriptor, folder):
             os.close(self.descriptor)
             raise _still_written(path)
@@ -84,7 +85,7 @@ def require_no_writers(folder: Path) -> None:
     """
     deadline_s = time.monotonic() + ORPHANS_END_S
     for path in sorted(folder.glob("journal.*")):
-        descriptor = os.open(path, os.O_WRONLY)
+        descriptor = open_own(path, os.O_WRONLY)
         try:
             while not try_lock(descriptor, folder):
                 if time.monotonic() > deadline_s:

@@ -175,14 +175,16 @@ static uint32_t crc_anywhere(uint32_t crc, const unsigned char *data, size_t nby
     return ~crc;
 }
 
-int wsm_has_fast_crc = 0; /* whether the processor multiplies polynomials. Set when the library is loaded. */
+int wsm_crc_bits = 0; /* 512, 128 or 0: polynomials that the processor multiplies. Set when the library is loaded. */
 
 #ifdef __x86_64__
-__attribute__((constructor)) static void detect_fast_crc(void) {
-    wsm_has_fast_crc = __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1");
+__attribute__((constructor)) static void detect_crc_bits(void) {
+    if (__builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1")) wsm_crc_bits = 128;
+    if (wsm_crc_bits && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("vpclmulqdq")) wsm_crc_bits = 512;
 }
 
 #define PCLMUL __attribute__((target("pclmul,sse4.1")))
+#define VPCLMUL __attribute__((target("pclmul,sse4.1,avx512f,vpclmulqdq")))
 
 /* The remainder `x` times a power of x, plus the next 16 bytes. */
 PCLMUL INLINE __m128i folded(__m128i x, __m128i powers, __m128i next) {
@@ -192,19 +194,14 @@ PCLMUL INLINE __m128i folded(__m128i x, __m128i powers, __m128i next) {
 
 PCLMUL INLINE __m128i loaded(const unsigned char *data) { return _mm_loadu_si128((const __m128i *)(const void *)data); }
 
-/* Folds 64 bytes at a time by carry-less multiplication, then reduces after Barrett. Method, names of the constants and
- * their values: V. Gopal et al., Fast CRC Computation for Generic Polynomials Using PCLMULQDQ, Intel 2009. */
-PCLMUL static uint32_t crc_pclmul(uint32_t crc, const unsigned char *data, size_t nbytes) {
-    if (nbytes < 64) return crc_anywhere(crc, data, nbytes);
-    const __m128i k1k2 = _mm_set_epi64x(0x1c6e41596, 0x154442bd4), k3k4 = _mm_set_epi64x(0x0ccaa009e, 0x1751997d0);
-    const __m128i k5 = _mm_set_epi64x(0, 0x163cd6124), poly = _mm_set_epi64x(0x1f7011641, 0x1db710641);
-    const __m128i low_32 = _mm_setr_epi32(-1, 0, -1, 0);
-    __m128i x[4];
-    for (int i = 0; i < 4; i++) x[i] = loaded(data + 16 * i);
-    x[0] = _mm_xor_si128(x[0], _mm_cvtsi32_si128((int)~crc));
-    for (data += 64, nbytes -= 64; nbytes >= 64; data += 64, nbytes -= 64)
-        for (int i = 0; i < 4; i++) x[i] = folded(x[i], k1k2, loaded(data + 16 * i));
-    __m128i rest = folded(folded(folded(x[0], k3k4, x[1]), k3k4, x[2]), k3k4, x[3]);
+/* Method of the three functions, and the values of the constants: V. Gopal et al., Fast CRC Computation for Generic
+ * Polynomials Using PCLMULQDQ Instruction, Intel 2009. A constant is x^n modulo the polynomial, bits reversed; n is the
+ * distance in bits to the bytes that the remainder is added to. */
+
+/* Reduces a remainder of 128 bits after Barrett, with the bytes that follow it. */
+PCLMUL static uint32_t crc_reduced(__m128i rest, const unsigned char *data, size_t nbytes) {
+    const __m128i k3k4 = _mm_set_epi64x(0x0ccaa009e, 0x1751997d0), k5 = _mm_set_epi64x(0, 0x163cd6124);
+    const __m128i poly = _mm_set_epi64x(0x1f7011641, 0x1db710641), low_32 = _mm_setr_epi32(-1, 0, -1, 0);
     for (; nbytes >= 16; data += 16, nbytes -= 16) rest = folded(rest, k3k4, loaded(data));
     rest = _mm_xor_si128(_mm_srli_si128(rest, 8), _mm_clmulepi64_si128(rest, k3k4, 0x10));
     rest = _mm_xor_si128(_mm_srli_si128(rest, 4), _mm_clmulepi64_si128(_mm_and_si128(rest, low_32), k5, 0x00));
@@ -212,13 +209,50 @@ PCLMUL static uint32_t crc_pclmul(uint32_t crc, const unsigned char *data, size_
     rest = _mm_xor_si128(rest, _mm_clmulepi64_si128(_mm_and_si128(quotient, low_32), poly, 0x00));
     return crc_anywhere(~(uint32_t)_mm_extract_epi32(rest, 1), data, nbytes);
 }
+
+/* crc_anywhere, 64 bytes at a time. */
+PCLMUL static uint32_t crc_128(uint32_t crc, const unsigned char *data, size_t nbytes) {
+    if (nbytes < 64) return crc_anywhere(crc, data, nbytes);
+    const __m128i k1k2 = _mm_set_epi64x(0x1c6e41596, 0x154442bd4), k3k4 = _mm_set_epi64x(0x0ccaa009e, 0x1751997d0);
+    __m128i x[4];
+    for (int i = 0; i < 4; i++) x[i] = loaded(data + 16 * i);
+    x[0] = _mm_xor_si128(x[0], _mm_cvtsi32_si128((int)~crc));
+    for (data += 64, nbytes -= 64; nbytes >= 64; data += 64, nbytes -= 64)
+        for (int i = 0; i < 4; i++) x[i] = folded(x[i], k1k2, loaded(data + 16 * i));
+    return crc_reduced(folded(folded(folded(x[0], k3k4, x[1]), k3k4, x[2]), k3k4, x[3]), data, nbytes);
+}
+
+VPCLMUL INLINE __m512i folded_4(__m512i x, __m512i powers, __m512i next) {
+    __m512i low = _mm512_clmulepi64_epi128(x, powers, 0x00), high = _mm512_clmulepi64_epi128(x, powers, 0x11);
+    return _mm512_ternarylogic_epi64(low, high, next, 0x96); /* the exclusive or of the three */
+}
+
+/* crc_anywhere, 256 bytes at a time. */
+VPCLMUL static uint32_t crc_512(uint32_t crc, const unsigned char *data, size_t nbytes) {
+    if (nbytes < 256) return crc_128(crc, data, nbytes);
+    const __m512i by_256 = _mm512_broadcast_i32x4(_mm_set_epi64x(0x1322d1430, 0x11542778a));
+    const __m512i by_64 = _mm512_broadcast_i32x4(_mm_set_epi64x(0x1c6e41596, 0x154442bd4));
+    const __m128i by_16 = _mm_set_epi64x(0x0ccaa009e, 0x1751997d0);
+    __m512i x[4];
+    for (int i = 0; i < 4; i++) x[i] = _mm512_loadu_si512(data + 64 * i);
+    x[0] = _mm512_xor_si512(x[0], _mm512_inserti32x4(_mm512_setzero_si512(), _mm_cvtsi32_si128((int)~crc), 0));
+    for (data += 256, nbytes -= 256; nbytes >= 256; data += 256, nbytes -= 256)
+        for (int i = 0; i < 4; i++) x[i] = folded_4(x[i], by_256, _mm512_loadu_si512(data + 64 * i));
+    __m512i all = folded_4(folded_4(folded_4(x[0], by_64, x[1]), by_64, x[2]), by_64, x[3]);
+    __m128i rest = folded(_mm512_extracti32x4_epi32(all, 0), by_16, _mm512_extracti32x4_epi32(all, 1));
+    rest = folded(rest, by_16, _mm512_extracti32x4_epi32(all, 2));
+    return crc_reduced(folded(rest, by_16, _mm512_extracti32x4_epi32(all, 3)), data, nbytes);
+}
 #else
-#define crc_pclmul crc_anywhere
+#define crc_128 crc_anywhere
+#define crc_512 crc_anywhere
 #endif
 
-/* The CRC-32 of bytes, from that of the bytes before them. Slow unless wsm_has_fast_crc. */
+/* The CRC-32 of bytes, from that of the bytes before them. Slow if wsm_crc_bits is 0. */
 uint32_t wsm_crc32(uint32_t crc, const void *data, size_t nbytes) {
-    return wsm_has_fast_crc ? crc_pclmul(crc, data, nbytes) : crc_anywhere(crc, data, nbytes);
+    if (wsm_crc_bits == 512) return crc_512(crc, data, nbytes);
+    if (wsm_crc_bits == 128) return crc_128(crc, data, nbytes);
+    return crc_anywhere(crc, data, nbytes);
 }
 
 /* Elements of each source that are read and summed at a time; a multiple of BLOCK. */

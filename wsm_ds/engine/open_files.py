@@ -1,9 +1,15 @@
 """Descriptors of the files that one thread reads or writes again and again."""
 
 import os
+import resource
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+
+FEWEST_OPEN = 2
+KEPT_FREE = 16
+"""Descriptors that are left for journals, for blocks that are read again, and for what the process opens besides."""
 
 
 class OpenFiles:
@@ -52,3 +58,21 @@ class OpenFiles:
         """Closes all files."""
         for file in list(self._descriptors):
             self.close(file)
+
+
+def free_descriptors() -> int:
+    """Number of files that this process may still open (`ulimit -n`), without KEPT_FREE."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return sys.maxsize
+    return int(limit) - len(list(Path("/proc/self/fd").iterdir())) - KEPT_FREE
+
+
+def most_open(wanted: int, sharers: int) -> int:
+    """How many files an `OpenFiles` may keep open.
+
+    Args:
+        wanted: the most that it can use.
+        sharers: number of them that the process has at the same time.
+    """
+    return min(wanted, max(FEWEST_OPEN, free_descriptors() // sharers))

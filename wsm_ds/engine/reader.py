@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 
-from wsm_ds.engine.open_files import OpenFiles
+from wsm_ds.engine.open_files import OpenFiles, most_open
 from wsm_ds.errors import BrokenCheckpoint
 from wsm_ds.planning.plan import InputFile
 
@@ -24,11 +24,12 @@ class Reader:
 
     Args:
         inputs: the plan's inputs. A file is named by its number in them.
+        readers: number of readers that the process has at the same time.
     """
 
-    def __init__(self, inputs: Sequence[InputFile]) -> None:
+    def __init__(self, inputs: Sequence[InputFile], readers: int = 1) -> None:
         self.inputs = inputs
-        self.open_files = OpenFiles(lambda file: inputs[file].path, os.O_RDONLY, OPEN_FILES)
+        self.open_files = OpenFiles(lambda file: inputs[file].path, os.O_RDONLY, most_open(OPEN_FILES, 2 * readers))
 
     def __enter__(self) -> "Reader":
         return self
@@ -66,10 +67,15 @@ class Reader:
                 time.sleep(pause_s)
         raise AssertionError
 
+    @property
+    def most_open_files(self) -> int:
+        """Number of inputs that may be open at the same time."""
+        return self.open_files.limit
+
     def descriptor(self, file: int) -> int:
         """The open descriptor of an input, for the compiled kernel and for sharing blocks on the disk.
 
-        It stays valid until OPEN_FILES other inputs have been used.
+        It stays valid until `most_open_files` other inputs have been used.
 
         Raises:
             OSError: the file cannot be opened.
@@ -102,16 +108,16 @@ def check_unchanged(inputs: Sequence[InputFile]) -> None:
     """Checks that no input has changed since the plan was made.
 
     Raises:
-        BrokenCheckpoint: the size or the modification time of an input differs, or the input is gone; the message
-            names the file.
+        BrokenCheckpoint: the size or a time of an input differs, or the input is gone; the message names the file.
     """
     for source in inputs:
         try:
             status = source.path.stat()
         except FileNotFoundError as error:
             raise BrokenCheckpoint(f"{source.path} vanished while it was read; nothing was published.") from error
-        if (status.st_size, status.st_mtime_ns) != (source.nbytes, source.mtime_ns):
+        found = status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        if found != (source.nbytes, source.mtime_ns, source.ctime_ns):
             raise BrokenCheckpoint(
-                f"{source.path} changed while it was read; nothing was published. Merge again when no process writes "
-                "to it."
+                f"{source.path} changed while it was read; nothing was published. It was written to or replaced, or "
+                "its mode, owner or number of names changed. Merge again when no process changes it."
             )

@@ -164,6 +164,10 @@ class CrcRuns:
             run = self._runs[source] = _Run(file, offset, offset, 0, record_end)
         return run.crc
 
+    def are_wanted(self, sources: Sequence[int]) -> bool:
+        """Whether the kernel should compute CRC-32s: quickly, and for a record that has one."""
+        return crc32.is_fast() and any(self._runs[source].record_end for source in sources)
+
     def extend(self, source: int, nbytes: int, crc: int) -> None:
         """Adds bytes to the run of a source; `crc` is that of the whole run."""
         run = self._runs[source]

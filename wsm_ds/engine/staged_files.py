@@ -30,6 +30,7 @@ from wsm_ds.engine.timings import Timings
 from wsm_ds.errors import PeerFailed, few
 from wsm_ds.filesystem import checksum
 from wsm_ds.filesystem.durable import sync_file, write_all
+from wsm_ds.filesystem.own_files import open_own
 from wsm_ds.planning.intersect import Ints
 from wsm_ds.planning.plan import LiteralSegment, OutputFile, Plan, ZeroSegment
 
@@ -99,7 +100,7 @@ class StagedFiles:
         """
         for path, file in zip(self.paths, self.plan.files, strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
             try:
                 # The file is sparse: ranks can write anywhere, and zero segments take no time.
                 os.ftruncate(descriptor, file.nbytes)
@@ -301,8 +302,11 @@ class StagedFiles:
 
     def _read_seal(self, block: Block) -> Seal:
         number, index = block
-        with self.paths[number].open("rb", buffering=0) as file:
-            return read_seal(file.fileno(), self.crc_fields[number], index)
+        descriptor = open_own(self.paths[number], os.O_RDONLY)
+        try:
+            return read_seal(descriptor, self.crc_fields[number], index)
+        finally:
+            os.close(descriptor)
 
     def _finish(self, number: int, file: OutputFile, seals: dict[BlockName, Seal]) -> WrittenFile:
         unsealed = [block for block in range(block_count(file)) if (file.name, block) not in seals]
@@ -315,7 +319,7 @@ class StagedFiles:
         digests = [seal.digest for seal in seals_of_file]
         filled_bytes = self.crc_fields[number].filled_bytes
         if filled_bytes:
-            descriptor = os.open(self.paths[number], os.O_RDWR)
+            descriptor = open_own(self.paths[number], os.O_RDWR)
             try:
                 self._fill_in(descriptor, number, seals_of_file)
                 for block in sorted({block_of(offset) for offset in filled_bytes}):

@@ -8,7 +8,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from wsm_ds.planning.intersect import ITEMSIZES, NOWHERE, Ints, Places
+from wsm_ds.dtypes import ITEMSIZES
+from wsm_ds.planning.intersect import NOWHERE, Ints, Places
 from wsm_ds.planning.plan import Plan, Stream
 
 BLOCK_BYTES = 4 << 20

@@ -2,12 +2,11 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
-
-from wsm_ds.dtypes import ALL
+from wsm_ds.dtypes import IS_COMPLEX
 from wsm_ds.engine import arithmetic
+from wsm_ds.engine.open_files import FEWEST_OPEN, free_descriptors
 from wsm_ds.engine.reader import Reader
 from wsm_ds.engine.source_crcs import SourceCrcs
 from wsm_ds.engine.staged_files import StagedFiles
@@ -15,15 +14,13 @@ from wsm_ds.engine.tasks import Task
 from wsm_ds.engine.timings import Timings
 from wsm_ds.engine.worker import Worker
 from wsm_ds.engine.writer import Writer
-from wsm_ds.errors import BudgetTooSmall
+from wsm_ds.errors import BudgetTooSmall, InsufficientCapacity
 from wsm_ds.planning.plan import Plan
 
 MIN_SLICE_NUMEL, MAX_SLICE_NUMEL = 4096, 1 << 18
 WORKER_BYTES = 1 << 20
 """What a worker needs besides its slices: buffers for reading blocks again, open files."""
 CHECK_INTERVAL_S = 0.2
-IS_COMPLEX = np.array([dtype.is_complex for dtype in ALL], dtype=bool)
-"""Whether an element is two values, by the dtype code of a fragment table."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +88,18 @@ def run_tasks(
             the dtype of the output.
         LayoutMismatch: a frozen tensor differs between sources; the message names it.
         BrokenCheckpoint: a source is gone, ends too early, or has a wrong CRC-32; the message names it.
+        InsufficientCapacity: the system starts no more threads.
         OSError: the disk is full, or a file cannot be read or written.
     """
-    queue = _TaskQueue(plan, tasks, files, workers.slice_numel, on_bytes)
+    # A thread needs FEWEST_OPEN sources and outputs open at once, and one more to read a block again.
+    threads = min(workers.threads, max(1, free_descriptors() // (2 * FEWEST_OPEN + 1)))
+    workers = replace(workers, threads=threads)
+    queue = _TaskQueue(plan, tasks, files, workers, on_bytes)
     worker_threads = [threading.Thread(target=queue.work, name=f"merge-{number}") for number in range(workers.threads)]
     all_threads = [*worker_threads, threading.Thread(target=queue.sync, name="sync")]
-    for thread in all_threads:
-        thread.start()
     try:
+        for thread in all_threads:
+            _start(thread)
         for thread in worker_threads:
             while thread.is_alive():
                 # With a timeout: the main thread runs signal handlers only between its own bytecodes.
@@ -107,12 +108,23 @@ def run_tasks(
     finally:
         queue.stop.set()
         for thread in all_threads:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
     if queue.errors:
         raise queue.errors[0]
     with Reader(plan.inputs) as reader:
         queue.crcs.check_rest(reader.read)
     return queue.timings
+
+
+def _start(thread: threading.Thread) -> None:
+    try:
+        thread.start()
+    except RuntimeError as error:  # CPython's `_threadmodule.c`: the system call has failed
+        raise InsufficientCapacity(
+            "the system starts no more threads: a limit on processes (ulimit -u), on memory (ulimit -v) or of a "
+            "container is reached. Raise it, or take fewer threads (--threads 1)."
+        ) from error
 
 
 class _TaskQueue:
@@ -125,9 +137,9 @@ class _TaskQueue:
     """
 
     def __init__(
-        self, plan: Plan, tasks: Sequence[Task], files: StagedFiles, slice_numel: int, on_bytes: Callable[[int], None]
+        self, plan: Plan, tasks: Sequence[Task], files: StagedFiles, workers: Workers, on_bytes: Callable[[int], None]
     ) -> None:
-        self.plan, self.files, self.slice_numel, self.on_bytes = plan, files, slice_numel, on_bytes
+        self.plan, self.files, self.workers, self.on_bytes = plan, files, workers, on_bytes
         self.stop = threading.Event()
         self.errors: list[BaseException] = []
         self.timings = Timings()
@@ -155,8 +167,11 @@ class _TaskQueue:
             self._fail(error)
 
     def _run_tasks(self, timings: Timings) -> None:
-        with Reader(self.plan.inputs) as reader, Writer(self.files, timings) as writer:
-            worker = Worker(self.plan, reader, writer, self.slice_numel, self._already_reported, timings, self.crcs)
+        threads = self.workers.threads
+        with Reader(self.plan.inputs, threads) as reader, Writer(self.files, timings, threads) as writer:
+            worker = Worker(
+                self.plan, reader, writer, self.workers.slice_numel, self._already_reported, timings, self.crcs
+            )
             while not self.stop.is_set():
                 with self._lock:
                     task = next(self._tasks, None)

@@ -17,7 +17,7 @@ import numpy as np
 from wsm_ds.dtypes import DType, widen
 from wsm_ds.engine import arithmetic
 from wsm_ds.engine.arithmetic import Array, StoredElements
-from wsm_ds.engine.reader import OPEN_FILES, Reader
+from wsm_ds.engine.reader import Reader
 from wsm_ds.engine.slices import Slice, StoredKey, SumKey, slice_ranges
 from wsm_ds.engine.source_crcs import CrcRuns, SourceCrcs
 from wsm_ds.engine.tasks import Task
@@ -152,7 +152,7 @@ class Worker:
         """
         members = sorted({member for target in targets for member in target.members})
         # The descriptors of all members must be open at the same time.
-        is_plain = stream.combine == "merge" and len(members) <= OPEN_FILES
+        is_plain = stream.combine == "merge" and len(members) <= self.reader.most_open_files
         if not is_plain or any(target.places.dtype(begin).sums_in_fp64 for target in targets):
             return {}
         sources, records = [], []
@@ -168,10 +168,12 @@ class Worker:
         wanted_sums = [(tuple(members.index(member) for member in key.members), key.coefficients) for key in keys]
         began_s = time.perf_counter()
         before = [self.crc_runs.before(*record) for record in records]
+        if not self.crc_runs.are_wanted(members):
+            before = []
         fused = arithmetic.fused_sums(sources, wanted_sums, end - begin, self.scratch, before)
         if fused is None or not fused.is_finite:
             return {}
-        for (member, _, _, nbytes), crc in zip(records, fused.crcs, strict=True):
+        for (member, _, _, nbytes), crc in zip(records if before else [], fused.crcs, strict=True):
             self.crc_runs.extend(member, nbytes, crc)
         self.timings.read_s += fused.read_s
         self.timings.arithmetic_s += time.perf_counter() - began_s - fused.read_s

@@ -3,10 +3,11 @@
 import os
 import time
 
-from wsm_ds.engine.open_files import OpenFiles
+from wsm_ds.engine.open_files import OpenFiles, most_open
 from wsm_ds.engine.staged_files import StagedFiles
 from wsm_ds.engine.timings import Timings
 from wsm_ds.filesystem.durable import write_all
+from wsm_ds.filesystem.own_files import NO_LINKS
 from wsm_ds.filesystem.reflink import clone_range
 
 OPEN_FILES = 32
@@ -18,11 +19,13 @@ class Writer:
     Args:
         files: the staged files, which all threads share.
         timings: of this thread; the seconds of hashing and writing are added to them.
+        writers: number of writers that the process has at the same time.
     """
 
-    def __init__(self, files: StagedFiles, timings: Timings) -> None:
+    def __init__(self, files: StagedFiles, timings: Timings, writers: int = 1) -> None:
         self.files, self.timings = files, timings
-        self.open_files = OpenFiles(files.paths.__getitem__, os.O_RDWR, OPEN_FILES)
+        limit = most_open(OPEN_FILES, 2 * writers)
+        self.open_files = OpenFiles(files.paths.__getitem__, os.O_RDWR | NO_LINKS, limit)
 
     def __enter__(self) -> "Writer":
         return self

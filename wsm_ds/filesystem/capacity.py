@@ -1,6 +1,7 @@
 """Free disk and free memory, checked before a merge starts, so that it does not fail after an hour."""
 
 import os
+import resource
 from pathlib import Path
 
 from wsm_ds.errors import InsufficientCapacity
@@ -54,6 +55,20 @@ def require_memory(nbytes: int) -> None:
         raise InsufficientCapacity(
             f"{format_size(available)} of memory are available, the merge would use {format_size(nbytes)}. Give it "
             "a smaller --memory-budget."
+        )
+
+
+def require_address_space(nbytes: int) -> None:
+    """Checks that the limit of this process's address space (`ulimit -v`) is at least `nbytes`.
+
+    Raises:
+        InsufficientCapacity: it is less.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < nbytes:
+        raise InsufficientCapacity(
+            f"this process may use {format_size(limit)} of address space (ulimit -v), and needs at least "
+            f"{format_size(nbytes)}. Raise the limit."
         )
 
 

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 from wsm_ds.errors import OutputExists
+from wsm_ds.filesystem.own_files import create_anew, open_own
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:
@@ -51,7 +52,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes and syncs a small file. A reader may see a part of the text meanwhile.
+    """Makes a small file anew and syncs it. A reader may see no file, or a part of the text, meanwhile.
+
+    If a link is there, it is replaced, and its target is left alone.
 
     Args:
         path: the file; folders above it are made.
@@ -61,7 +64,7 @@ def write_text(path: Path, text: str) -> None:
         OSError: the disk is full, or fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    with os.fdopen(create_anew(path), "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -74,7 +77,7 @@ def append_line(path: Path, line: str) -> None:
         path: the file; it is made if it is missing.
         line: without a line break at its end.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    descriptor = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
         os.write(descriptor, f"{line}\n".encode())
         os.fsync(descriptor)
@@ -112,7 +115,8 @@ def replace_shared_text(path: Path, text: str) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.new")
-    new.write_text(text, encoding="utf-8")
+    with os.fdopen(create_anew(new), "w", encoding="utf-8") as file:
+        file.write(text)
     new.replace(path)
 
 

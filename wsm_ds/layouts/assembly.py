@@ -3,7 +3,7 @@
 from typing import Any
 
 from wsm_ds.layouts.coverage import require_whole
-from wsm_ds.layouts.hyperparameters import learning_rates, warmup_num_steps
+from wsm_ds.layouts.hyperparameters import is_train_mode, learning_rates, warmup_num_steps
 from wsm_ds.layouts.layout import Layout, TableBuilder
 from wsm_ds.layouts.metadata import module_dtype
 from wsm_ds.layouts.rank_files import RankFiles
@@ -60,6 +60,8 @@ def assemble(
         fragments=fragments,
         learning_rates=learning_rates(first.optims.get(0, first.models[0]), groups),
         warmup_num_steps=warmup_num_steps(first.models[0].tree),
+        is_train_mode=is_train_mode(groups),
+        indivisible_states=builder.indivisible_states,
         contradictions=contradictions,
         has_nameless_states=has_nameless_states,
         model_parallel_size=len(ranks),

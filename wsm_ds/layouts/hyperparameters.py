@@ -52,6 +52,19 @@ def _rate(file: TorchFile, value: Any) -> float | None:
     raise BrokenCheckpoint(f"{file.path}: a parameter group has the learning rate {brief(value)}, not a number.")
 
 
+def is_train_mode(groups: Any) -> bool | None:
+    """Which weights a schedule-free optimizer left in the model; None for other optimizers.
+
+    Args:
+        groups: `param_groups` of a torch optimizer.
+
+    Returns:
+        True for those of training (y), False after `optimizer.eval()`: the averaged ones (x).
+    """
+    modes = [group["train_mode"] for group in groups if isinstance(group, dict) and "train_mode" in group]
+    return bool(modes[0]) if modes else None
+
+
 def warmup_num_steps(model: dict[str, Any]) -> int | None:
     """Updates of the warmup, from the saved scheduler or else from the saved ds_config; None if neither has it.
 

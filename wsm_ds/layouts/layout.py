@@ -11,7 +11,7 @@ Fragments are kept as numpy tables (a 70B run at 512 ranks has a million of them
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,14 +33,19 @@ Table = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor of the model: its shape, its dtype in the module, and its role.
+    """A tensor of the model.
 
-    The role is "parameter" (the optimizer updates it), "frozen" or "buffer".
+    Attributes:
+        shape: its sizes.
+        dtype: its dtype in the module.
+        role: "parameter" (the optimizer updates it), "frozen" or "buffer".
+        axes: the order in which its elements are numbered, see `element_order`; None: row-major.
     """
 
     shape: tuple[int, ...]
     dtype: DType
     role: str
+    axes: tuple[int, ...] | None = None
 
     @property
     def numel(self) -> int:
@@ -66,6 +71,10 @@ class Layout:
         fragments: one table of `FRAGMENT` rows for each kind of element.
         learning_rates: of each parameter group; None for a group without one (an optimizer that computes its own).
         warmup_num_steps: updates of the run's warmup; None if the files do not hold it.
+        is_train_mode: which weights a schedule-free optimizer left in the model: those of training (True) or the
+            averaged ones (False); None for other optimizers.
+        indivisible_states: optimizer states that hold neither one value per element nor one value alone: by name, what
+            they hold. They can be copied with their files, but neither cut nor summed.
         contradictions: what the metadata of the files contradicts itself in, see `one_save`; sentences.
         has_nameless_states: whether the files hold optimizer states and do not say to which parameters they belong.
         extra_states: entries of the module's state dict that are neither parameters nor buffers (`get_extra_state`).
@@ -88,6 +97,8 @@ class Layout:
     fragments: dict[str, Table]
     learning_rates: tuple[float | None, ...]
     warmup_num_steps: int | None
+    is_train_mode: bool | None = None
+    indivisible_states: dict[str, str] = field(default_factory=dict)
     contradictions: tuple[str, ...] = ()
     has_nameless_states: bool = False
     model_parallel_size: int = 1
@@ -120,10 +131,24 @@ class Layout:
         return sum(info.numel for info in self.tensors.values() if info.role != "buffer")
 
 
+class NamedTensor(NamedTuple):
+    """A tensor's address in an opened file, and its name for messages."""
+
+    name: str
+    tensor: Tensor
+    file: TorchFile
+
+
 class TableBuilder:
-    """Collects the fragments of a checkpoint into one table for each kind."""
+    """Collects the fragments of a checkpoint into one table for each kind.
+
+    Attributes:
+        rows: fragments by kind.
+        indivisible_states: as in `Layout`.
+    """
 
     def __init__(self) -> None:
+        self.indivisible_states: dict[str, str] = {}
         self.rows: dict[str, list[tuple[int, ...]]] = {}
         self.runs: dict[str, list[Table]] = {}
 
@@ -155,33 +180,44 @@ class TableBuilder:
             self.rows.setdefault(kind, []).append((tensor, start, numel, file, offset, CODES[dtype.name], replica))
 
     def add_whole(
-        self, kind: str, tensor: int, name: str, stored: Tensor, *, source: TorchFile, file: int, replica: int = 0
+        self,
+        kind: str,
+        tensor: int,
+        stored: NamedTensor,
+        axes: tuple[int, ...] | None,
+        *,
+        file: int,
+        replica: int = 0,
     ) -> None:
-        """Adds a whole tensor, which may have any strides; its elements are numbered in row-major order.
+        """Adds a whole tensor, which may have any strides.
 
         Args:
             kind: what the elements are: "module", "buffer", …
             tensor: the tensor's number.
-            name: its name, for messages.
-            stored: its address in the file.
-            source: the file, opened.
+            stored: its address.
+            axes: the order in which its elements are numbered, as in its `TensorInfo`.
             file: the file's number.
             replica: the rank, if each rank keeps a copy of its own.
 
         Raises:
             BrokenCheckpoint, UnsupportedLayout: as `TorchFile.byte_runs`.
         """
-        dtype = stored.dtype
-        if stored.is_contiguous:
-            offset = source.byte_offset(stored)
-            self.add(kind, tensor, 0, stored.numel, file=file, offset=offset, dtype=dtype, replica=replica)
+        runs, dtype = stored.file.byte_runs(stored.name, stored.tensor, axes), stored.tensor.dtype
+        if stored.tensor.numel == 0:
             return
-        runs = source.byte_runs(name, stored)
+        if len(runs.positions) == 1:
+            offset = int(runs.positions[0])
+            self.add(kind, tensor, 0, runs.numel, file=file, offset=offset, dtype=dtype, replica=replica)
+            return
         table = np.zeros(len(runs.positions), dtype=FRAGMENT)
         table["tensor"], table["numel"], table["file"] = tensor, runs.numel, file
         table["start"] = np.arange(len(table), dtype=np.int64) * runs.numel
         table["offset"], table["dtype"], table["replica"] = runs.positions, CODES[dtype.name], replica
-        self.runs.setdefault(kind, []).append(table)
+        self.add_table(kind, table)
+
+    def add_table(self, kind: str, rows: Table) -> None:
+        """Adds fragments of `kind`."""
+        self.runs.setdefault(kind, []).append(rows)
 
     def tables(self) -> dict[str, Table]:
         """Returns the table of each kind that has fragments."""

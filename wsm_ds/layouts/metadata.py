@@ -13,6 +13,7 @@ from wsm_ds.layouts.layout import TensorInfo
 from wsm_ds.layouts.moe import NO_EXPERTS, Experts
 from wsm_ds.layouts.rank_files import WeightsFile
 from wsm_ds.torchfile import Tensor, TorchFile
+from wsm_ds.torchfile.strides import dense_axes
 
 
 def model_parallel_size(model: Any) -> int:
@@ -85,7 +86,8 @@ def tensors_of(
         is_buffer = name in buffers
         # Stage 3 saves an empty tensor in the module for a frozen parameter; frozen_param_shapes has the real shape.
         shape = value.shape if is_buffer else tuple(frozen_shapes.get(name, value.shape))
-        tensors[name] = TensorInfo(tuple(shape), value.dtype, "buffer" if is_buffer else "frozen")
+        axes = dense_axes(value.shape, value.stride) if value.shape == shape else None
+        tensors[name] = TensorInfo(tuple(shape), value.dtype, "buffer" if is_buffer else "frozen", axes)
     return ModelTensors(tensors, aliases, entries.extra_states, entries.opaque)
 
 

@@ -125,6 +125,6 @@ def require_one_series(run: Path, checkpoints: Sequence[Checkpoint]) -> None:
     for save, members in by_save.items():
         if len(members) > 1:
             raise WindowError(
-                f"{save} holds several models: {few(c.path.name for c in members)}. Choose checkpoints of one model "
-                f"by tags (--tags A,B,…), for example {members[0].tag}."
+                f"{save} holds several checkpoints: {few(c.path.name for c in members)}. Nothing says that they are of "
+                f"one model. Choose those of one model by tags (--tags A,B,…), for example {members[0].tag}."
             )

@@ -8,7 +8,7 @@ from typing import Any
 from wsm_ds.errors import BrokenCheckpoint
 from wsm_ds.layouts.layout import TensorInfo
 from wsm_ds.layouts.moe import NO_EXPERTS, Experts
-from wsm_ds.torchfile import Tensor, TorchFile
+from wsm_ds.torchfile import TorchFile
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,6 @@ class RankFiles:
     def files(self) -> tuple[TorchFile, ...]:
         """Every file, in the order of `indices`."""
         return (*self.models.values(), *self.optims.values(), *(weights.file for weights in self.extra_weights))
-
-
-def element_wise(states: dict[str, Any], *numels: int) -> dict[str, Tensor]:
-    """Returns the optimizer states that hold one value for each element of a flat tensor.
-
-    Args:
-        states: an optimizer's states of one flat tensor: moments, step counters.
-        numels: lengths that such a state may have, with and without padding.
-    """
-    tensors = {name: value for name, value in states.items() if isinstance(value, Tensor)}
-    return {name: value for name, value in tensors.items() if len(value.shape) == 1 and value.numel in numels}
 
 
 def require_numel(file: TorchFile, tensor: str, numel: int, expected: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from wsm_ds.errors import BrokenCheckpoint, CheckpointNotFound, UnsupportedLayout, did_you_mean, few
 from wsm_ds.filesystem.small_files import read_small
-from wsm_ds.layouts.frameworks import SAVE_FOLDER, UNIVERSAL, Framework, save_of
+from wsm_ds.layouts.frameworks import OUTPUT, SAVE_FOLDER, UNIVERSAL, Framework, save_of
 from wsm_ds.layouts.saved_step import saved_step
 
 JOB = "job"
@@ -22,8 +22,6 @@ DELETED = ".wsm-prune/deleted.jsonl"
 """The file in a run that lists the checkpoints which `wsm-ds prune` has deleted, one JSON object a line."""
 CHECKPOINTS = "checkpoints"
 """The folder in a run where Accelerate and Lightning save (`accelerate/accelerator.py:3664`)."""
-OUTPUT = "wsm_merge.json"
-"""A folder in a run that holds this file is a merge's output, and its checkpoint is not the run's."""
 
 RANK_FILE = re.compile(r"(model|optim)_states\.pt(-|$)")
 
@@ -100,6 +98,8 @@ def _is_second_name(item: tuple[Path, bool]) -> tuple[bool, bool, list[str | int
 
 def _hint(run: Path) -> str:
     """What to do about a run without checkpoints: names folders in it that hold some."""
+    if _is_checkpoint(run):
+        return f"It is itself a checkpoint: give {run.absolute().parent}, and its name {run.absolute().name} as tag."
     runs = [path for path, _ in _folders(run) if any(_checkpoint_folders(path))]
     if runs:
         return f"Give one of the runs in it: {few(sorted(runs))}."
@@ -224,11 +224,14 @@ def _step_or_none(checkpoint: Checkpoint) -> int | None:
 
 
 def checkpoint_at(path: Path) -> Checkpoint:
-    """Returns the checkpoint whose folder is `path`, RUN/TAG.
+    """Returns the checkpoint whose folder is `path`, RUN/TAG, or the only one in the save of a framework at `path`.
 
     Raises:
-        CheckpointNotFound: the folder holds no model file.
+        CheckpointNotFound: the folder holds no model file, or the save holds several checkpoints.
     """
-    if not _is_checkpoint(path):
-        raise CheckpointNotFound(f"{path} is not a checkpoint's folder: it holds no *_model_states.pt. Give RUN/TAG.")
-    return Checkpoint(path.name, path)
+    if _is_checkpoint(path):
+        return Checkpoint(path.name, path)
+    inner = [checkpoint for checkpoint, _ in _checkpoint_folders(path) if not checkpoint.name.endswith(UNIVERSAL)]
+    if len(inner) == 1 and save_of(inner[0]).folder == path:
+        return Checkpoint(inner[0].name, inner[0])
+    raise CheckpointNotFound(f"{path} is not a checkpoint's folder: it holds no *_model_states.pt. Give RUN/TAG.")

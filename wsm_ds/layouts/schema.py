@@ -12,6 +12,7 @@ from pydantic import AfterValidator, ConfigDict, Field, InstanceOf, TypeAdapter,
 from typing_extensions import NotRequired, TypedDict
 
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, brief, few
+from wsm_ds.layouts.saved_names import with_parameter_names
 from wsm_ds.torchfile import Tensor, TorchFile, open_torch_file
 
 MOST_ELEMENTS = 1 << 58
@@ -168,7 +169,7 @@ def open_model(path: Path, allowed_globals: frozenset[str]) -> TorchFile:
             "version does not read. Train with ZeRO stage 1, which writes the parameters' names."
         )
     check(file, file.tree, Model0 if is_stage0(file.tree) else Model)
-    return file
+    return with_parameter_names(file)
 
 
 def is_stage0(model: Any) -> bool:

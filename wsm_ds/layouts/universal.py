@@ -154,6 +154,8 @@ def add_fragments(builder: TableBuilder, files: RankFiles, parameters: dict[str,
                     f"{file.path} holds {tensor.numel} elements, but the model's {name} has {numel}: it was cut for "
                     "another degree of tensor parallelism, which this version does not read."
                 )
+            if kind != "fp32" and not tensor.dtype.is_floating:
+                builder.indivisible_states[kind] = f"{tensor.dtype.name} codes, which mean nothing without their scales"
             builder.add(
                 "master" if kind == "fp32" else kind,
                 numbers[name],

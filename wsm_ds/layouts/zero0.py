@@ -9,7 +9,7 @@ In fp32 the module's weights are the masters. In 16 bits the masters lie beside 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,11 +20,13 @@ from wsm_ds.errors import UnsupportedLayout, few
 from wsm_ds.layouts import schema
 from wsm_ds.layouts.assembly import assemble
 from wsm_ds.layouts.entries import entries_of
-from wsm_ds.layouts.layout import Layout, TableBuilder, TensorInfo
+from wsm_ds.layouts.layout import Layout, NamedTensor, TableBuilder, TensorInfo
 from wsm_ds.layouts.metadata import model_parallel_size
+from wsm_ds.layouts.optimizer_states import SCALARS, problems_of_shaped, unnested
 from wsm_ds.layouts.rank_files import RankFiles
 from wsm_ds.layouts.run import Checkpoint
 from wsm_ds.torchfile import Tensor, TorchFile
+from wsm_ds.torchfile.strides import dense_axes
 
 FIRST_BLOCK_NUMEL, LARGEST_BLOCK_NUMEL = 1 << 12, 1 << 20
 """Elements compared at a time: few at first, because most weights differ early; then many."""
@@ -39,12 +41,14 @@ class NamedPiece:
         position: its first element in each tensor of `kinds`.
         numel: its elements.
         kinds: the tensors that hold it, by kind.
+        indivisible_states: its other optimizer states, as in `Layout`.
     """
 
     name: str
     position: int
     numel: int
     kinds: dict[str, Tensor]
+    indivisible_states: dict[str, str]
 
 
 class View(NamedTuple):
@@ -142,9 +146,13 @@ def read_optimizer(file: TorchFile) -> Optimizer:
     # In fp32 DeepSpeed saves the torch optimizer itself; its 16-bit wrappers save it under `optimizer_state_dict`.
     module_is_master = base is state
     trained = set(weights) if module_is_master else {piece.name for piece in pieces}
-    tensors = {n: TensorInfo(t.shape, t.dtype, "parameter") for n, t in weights.items() if n in trained}
-    tensors |= {n: TensorInfo(t.shape, t.dtype, "frozen") for n, t in weights.items() if n not in trained}
-    tensors |= {n: TensorInfo(t.shape, t.dtype, "buffer") for n, t in buffers.items()}
+    # Elements are numbered as the masters store them. Those of the 16-bit wrappers are in row-major order.
+    axes = {
+        n: None if n in trained and not module_is_master else dense_axes(t.shape, t.stride) for n, t in weights.items()
+    }
+    tensors = {n: TensorInfo(t.shape, t.dtype, "parameter", axes[n]) for n, t in weights.items() if n in trained}
+    tensors |= {n: TensorInfo(t.shape, t.dtype, "frozen", axes[n]) for n, t in weights.items() if n not in trained}
+    tensors |= {n: TensorInfo(t.shape, t.dtype, "buffer", dense_axes(t.shape, t.stride)) for n, t in buffers.items()}
     return Optimizer(
         tensors,
         aliases,
@@ -163,11 +171,17 @@ def add_fragments(builder: TableBuilder, file: TorchFile, optimizer: Optimizer) 
     kind_of_role = {"parameter": "master" if optimizer.module_is_master else "module"}
     for name, info in optimizer.tensors.items():
         stored: Tensor = file.tree["module"][name]
-        builder.add_whole(kind_of_role.get(info.role, info.role), numbers[name], name, stored, source=file, file=0)
+        kind = kind_of_role.get(info.role, info.role)
+        builder.add_whole(kind, numbers[name], NamedTensor(name, stored, file), info.axes, file=0)
     for piece in optimizer.pieces:
+        builder.indivisible_states |= piece.indivisible_states
         for kind, tensor in piece.kinds.items():
             if tensor.numel == piece.numel:
-                builder.add_whole(kind, numbers[piece.name], f"{kind} of {piece.name}", tensor, source=file, file=0)
+                axes = (
+                    optimizer.tensors[piece.name].axes if tensor.shape == optimizer.tensors[piece.name].shape else None
+                )
+                named = NamedTensor(f"{kind} of {piece.name}", tensor, file)
+                builder.add_whole(kind, numbers[piece.name], named, axes, file=0)
                 continue
             offset = file.byte_offset(tensor) + piece.position * tensor.dtype.itemsize
             builder.add(kind, numbers[piece.name], 0, piece.numel, file=0, offset=offset, dtype=tensor.dtype)
@@ -184,12 +198,16 @@ def _owners(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     return {name: tensor for name, tensor in weights.items() if name not in aliases}, aliases
 
 
-def _states(base: dict[str, Any], number: int, parameter: Tensor) -> dict[str, Tensor]:
-    """The optimizer states of parameter `number` that hold one value for each of its elements."""
+def _piece(name: str, numel: int, base: dict[str, Any], number: int, tensor: Tensor, **master: Tensor) -> NamedPiece:
+    """A parameter that begins at element 0 of `tensor`, the optimizer's tensor of that number, and its states."""
     states = base["state"].get(number, {})
-    return {
-        kind: value for kind, value in states.items() if isinstance(value, Tensor) and value.shape == parameter.shape
+    problems = problems_of_shaped(states, tensor.shape)
+    element_wise = {
+        kind: value
+        for kind, value in unnested(states).items()
+        if isinstance(value, Tensor) and value.shape == tensor.shape and kind not in {*problems, *SCALARS}
     }
+    return NamedPiece(name, 0, numel, master | element_wise, problems)
 
 
 def _fused_pieces(
@@ -214,7 +232,7 @@ def _fused_pieces(
                 "writes names."
             )
         for start, name in pending.pop(candidates[0]):
-            yield NamedPiece(name, start, weights[name].numel, {"master": flat, **_states(base, number, flat)})
+            yield replace(_piece(name, weights[name].numel, base, number, flat, master=flat), position=start)
 
 
 def _has_no_gaps(views: list[View], weights: dict[str, Tensor]) -> bool:
@@ -244,7 +262,7 @@ def _unfused_pieces(
     group_of_master = [number for number, group in enumerate(groups) for _ in group]
     for number, name in enumerate(_one_name_each(file, candidates, group_of_master, list(weights))):
         master = masters[number]
-        yield NamedPiece(name, 0, master.numel, {"master": master, **_states(base, number, master)})
+        yield _piece(name, master.numel, base, number, master, master=master)
 
 
 def _one_name_each(
@@ -292,9 +310,9 @@ def _pieces_by_order(base: dict[str, Any], weights: dict[str, Tensor]) -> Iterat
     groups, names = base["param_groups"], list(weights)
     if len(groups) != 1 or len(groups[0]["params"]) != len(names):
         return
-    pieces = [NamedPiece(name, 0, weights[name].numel, _states(base, n, weights[name])) for n, name in enumerate(names)]
+    pieces = [_piece(name, weights[name].numel, base, n, weights[name]) for n, name in enumerate(names)]
     # Either all parameters have states or none has. Otherwise the order of the group is not that of the module.
-    if all(bool(piece.kinds) == bool(pieces[0].kinds) for piece in pieces):
+    if len({bool(piece.kinds or piece.indivisible_states) for piece in pieces}) == 1:
         yield from pieces
 
 

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from wsm_ds.errors import BrokenCheckpoint, few
-from wsm_ds.layouts.layout import TableBuilder, TensorInfo
-from wsm_ds.layouts.rank_files import RankFiles, element_wise, require_numel
+from wsm_ds.layouts.layout import NamedTensor, TableBuilder, TensorInfo
+from wsm_ds.layouts.optimizer_states import FlatStates, StateForms, forms_of
+from wsm_ds.layouts.rank_files import RankFiles, require_numel
 from wsm_ds.torchfile import Tensor, TorchFile
 
 MOMENTUM = "momentum_buffer"
@@ -35,9 +36,12 @@ def add_fragments(builder: TableBuilder, files: RankFiles) -> None:
     add_module(builder, files)
     groups = files.models[0].tree["param_shapes"]
     partition_numels: dict[int, int] = {}
+    for optim in files.optims.values():
+        _require_group_count(optim, optim.tree["optimizer_state_dict"], len(groups))
+    forms = forms_of(_flats(files))
+    builder.indivisible_states |= forms.indivisible
     for rank, optim in files.optims.items():
         state = optim.tree["optimizer_state_dict"]
-        _require_group_count(optim, state, len(groups))
         for group, shapes in enumerate(groups):
             numel = _partition_numel(state, group)
             if numel != partition_numels.setdefault(group, numel):
@@ -45,7 +49,21 @@ def add_fragments(builder: TableBuilder, files: RankFiles) -> None:
                     f"{optim.path}: partition {group} holds {numel} elements, that of rank 0 {partition_numels[group]}."
                 )
             rank_pieces = _rank_pieces(files, optim, group, shapes, rank)
-            _add_partition(builder, files, optim, group, rank_pieces)
+            _add_partition(builder, files, optim, group, rank_pieces, forms)
+
+
+def _flats(files: RankFiles) -> Iterator[FlatStates]:
+    """The optimizer's states of every partition, without Muon's momentum, which is that of whole parameters."""
+    for optim in files.optims.values():
+        state = optim.tree["optimizer_state_dict"]
+        base = state["base_optimizer_state"]
+        for group, master in enumerate(state["single_partition_of_fp32_groups"]):
+            states = _states(state, group)
+            if is_muon(base, group):
+                states = {name: value for name, value in states.items() if name != MOMENTUM}
+            # Elastic checkpoints trim the states as they trim the masters; others save them with the padding
+            # (`_get_state_without_padding`, runtime/zero/stage_1_and_2.py:3338).
+            yield FlatStates(states, master.numel if isinstance(base, list) else _partition_numel(state, group))
 
 
 def _partition_numel(state: dict[str, Any], group: int) -> int:
@@ -75,14 +93,12 @@ def _rank_pieces(files: RankFiles, optim: TorchFile, group: int, shapes: dict[st
 
 
 def _add_partition(
-    builder: TableBuilder, files: RankFiles, optim: TorchFile, group: int, rank_pieces: list[Piece]
+    builder: TableBuilder, files: RankFiles, optim: TorchFile, group: int, rank_pieces: list[Piece], forms: StateForms
 ) -> None:
     state, numbers, file = optim.tree["optimizer_state_dict"], files.tensor_numbers, files.indices[optim.path]
     masters = state["single_partition_of_fp32_groups"][group]
     states = _states(state, group)
-    # Elastic checkpoints trim the states as they trim the masters; others save them with the padding
-    # (`_get_state_without_padding`, runtime/zero/stage_1_and_2.py:3338).
-    flats = {"master": masters, **element_wise(states, masters.numel, _partition_numel(state, group))}
+    flats = {"master": masters, **forms.of(states)}
     pieces_by_kind = dict.fromkeys(flats, rank_pieces)
     if is_muon(state["base_optimizer_state"], group) and isinstance(states.get(MOMENTUM), Tensor):
         flats[MOMENTUM] = states[MOMENTUM]
@@ -200,7 +216,7 @@ def _add_weights(
         info = files.tensors[owner]
         if value.shape != info.shape:
             raise BrokenCheckpoint(f"{source.path}: {name} has shape {value.shape}, param_shapes says {info.shape}.")
-        builder.add_whole(kinds[info.role], numbers[owner], name, value, source=source, file=file)
+        builder.add_whole(kinds[info.role], numbers[owner], NamedTensor(name, value, source), info.axes, file=file)
 
 
 def further_copies(files: RankFiles, model: TorchFile) -> dict[str, Any]:

@@ -6,10 +6,14 @@ in place (`_aligned_size`, `runtime/zero/partition_parameters.py:1690`; `_rigid_
 buffers, and in `frozen_param_fragments` the rank's partition of each frozen parameter.
 """
 
+from collections.abc import Iterator
+
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, few
 from wsm_ds.layouts import zero12
-from wsm_ds.layouts.layout import TableBuilder
-from wsm_ds.layouts.rank_files import RankFiles, element_wise, require_numel
+from wsm_ds.layouts.element_order import reordered
+from wsm_ds.layouts.layout import NamedTensor, TableBuilder
+from wsm_ds.layouts.optimizer_states import FlatStates, StateForms, forms_of
+from wsm_ds.layouts.rank_files import RankFiles, require_numel
 from wsm_ds.torchfile import Tensor, TorchFile
 
 
@@ -22,8 +26,12 @@ def add_fragments(builder: TableBuilder, files: RankFiles) -> None:
     """
     for rank, model in files.models.items():
         add_model(builder, files, model, rank)
+    for optim in files.optims.values():
+        _require_subgroups(files, optim)
+    forms = forms_of(_flats(files))
+    builder.indivisible_states |= forms.indivisible
     for rank, optim in files.optims.items():
-        _add_optimizer(builder, files, optim, rank)
+        _add_optimizer(builder, files, optim, rank, forms)
 
 
 def add_model(builder: TableBuilder, files: RankFiles, model: TorchFile, rank: int) -> None:
@@ -52,7 +60,8 @@ def add_model(builder: TableBuilder, files: RankFiles, model: TorchFile, rank: i
                 f"{model.path}: {name} has shape {list(stored.shape)}, in rank 0's file {list(info.shape)}."
             )
         # These are not partitioned and may differ between ranks, so each rank's copy is kept.
-        builder.add_whole(info.role, numbers[name], name, stored, source=model, file=file, replica=rank)
+        whole = NamedTensor(name, stored, model)
+        builder.add_whole(info.role, numbers[name], whole, info.axes, file=file, replica=rank)
     for name, stored in zero12.further_copies(files, model).items():
         _add_partition(builder, files, model, "module", name, stored, rank)
 
@@ -63,8 +72,15 @@ def _add_partition(
     """Adds a rank's partition of a parameter that a model file holds."""
     start, numel = partition(files.tensors[name].numel, rank, files.world_size)
     require_numel(model, name, stored.numel, numel)
-    number, file = files.tensor_numbers[name], files.indices[model.path]
-    builder.add(kind, number, start, numel, file=file, offset=model.byte_offset(stored), dtype=stored.dtype)
+    number, file, info = files.tensor_numbers[name], files.indices[model.path], files.tensors[name]
+    if info.axes is None:
+        builder.add(kind, number, start, numel, file=file, offset=model.byte_offset(stored), dtype=stored.dtype)
+        return
+    # A partition is cut from the row-major order, also of a tensor that another stage stores in another order.
+    row_major = TableBuilder()
+    row_major.add(kind, number, start, numel, file=file, offset=model.byte_offset(stored), dtype=stored.dtype)
+    for table in row_major.tables().values():
+        builder.add_table(kind, reordered(table, name, info.shape, None, info.axes))
 
 
 def partition(numel: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -78,7 +94,7 @@ def partition(numel: int, rank: int, world_size: int) -> tuple[int, int]:
     return start, min(size, numel - start)
 
 
-def _add_optimizer(builder: TableBuilder, files: RankFiles, optim: TorchFile, rank: int) -> None:
+def _require_subgroups(files: RankFiles, optim: TorchFile) -> None:
     state = optim.tree["optimizer_state_dict"]
     flats, subgroups = state["fp32_flat_groups"], files.models[0].tree["param_shapes"]
     if len(flats) != len(subgroups) or state["partition_count"] != files.world_size:
@@ -86,11 +102,24 @@ def _add_optimizer(builder: TableBuilder, files: RankFiles, optim: TorchFile, ra
             f"{optim.path} holds {len(flats)} sub-groups cut for {state['partition_count']} ranks, but the model file "
             f"names {len(subgroups)} sub-groups and {files.world_size} ranks."
         )
+
+
+def _flats(files: RankFiles) -> Iterator[FlatStates]:
+    """The optimizer's states of every rank's partition of every sub-group."""
+    for optim in files.optims.values():
+        state = optim.tree["optimizer_state_dict"]
+        for number, master in enumerate(state["fp32_flat_groups"]):
+            yield FlatStates(state["optimizer_state_dict"]["state"].get(number, {}), master.numel)
+
+
+def _add_optimizer(builder: TableBuilder, files: RankFiles, optim: TorchFile, rank: int, forms: StateForms) -> None:
+    state = optim.tree["optimizer_state_dict"]
+    flats, subgroups = state["fp32_flat_groups"], files.models[0].tree["param_shapes"]
     # DeepSpeed sets one flat tensor per sub-group as the only parameter of its optimizer group while it saves, so the
     # states have the numbers of sub-groups (`_set_fp32_optimizer_param_groups`, runtime/zero/stage3.py:3442).
     for number, names in enumerate(subgroups):
         states = state["optimizer_state_dict"]["state"].get(number, {})
-        for kind, flat in {"master": flats[number], **element_wise(states, flats[number].numel)}.items():
+        for kind, flat in {"master": flats[number], **forms.of(states)}.items():
             _add_subgroup(builder, files, optim, kind, flat, list(names), rank)
 
 

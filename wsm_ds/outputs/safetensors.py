@@ -9,11 +9,15 @@ import logging
 import re
 from dataclasses import dataclass
 
+import numpy as np
+
 from wsm_ds.dtypes import CODES, DType
 from wsm_ds.errors import RecipeError, UnsupportedLayout, few
 from wsm_ds.layouts import Layout
 from wsm_ds.layouts.coverage import KIND_OF_ROLE
-from wsm_ds.layouts.layout import TensorInfo
+from wsm_ds.layouts.element_order import reordered
+from wsm_ds.layouts.layout import Table, TensorInfo
+from wsm_ds.layouts.saved_names import saved_name
 from wsm_ds.outputs.zero_checkpoint import OutputFiles, OutputWindow, output_files
 from wsm_ds.planning.plan import LiteralSegment, Template, ZeroSegment
 from wsm_ds.planning.streams import FragmentRow, SourceTables, fragment_table
@@ -76,7 +80,7 @@ def plan_safetensors(
             for number, (name, info) in enumerate(newest.tensors.items())
             if info.role == role and name in shard.offsets
         ]
-        table = fragment_table(rows)
+        table = _in_stored_order(fragment_table(rows), newest)
         if len(table):
             requests.append(window.request(kind, tables.renumbered(table, newest)))
     templates = []
@@ -85,6 +89,15 @@ def plan_safetensors(
         templates.append(Template(shard.name, shard.nbytes, [LiteralSegment(0, shard.header), elements], ()))
     files = output_files(window, templates, requests)
     return OutputFiles(files, tuple(requests)), _index(newest.tensors, dtypes, shards, names)
+
+
+def _in_stored_order(table: Table, newest: Layout) -> Table:
+    """Numbers the elements of a table of row-major tensors as the checkpoint does."""
+    for number, (name, info) in enumerate(newest.tensors.items()):
+        if info.axes is not None and (is_turned := table["tensor"] == number).any():
+            turned = reordered(table[is_turned], name, info.shape, None, info.axes)
+            table = np.concatenate([table[~is_turned], turned])
+    return table
 
 
 def _stored_dtype(info: TensorInfo, requested: DType | None) -> DType:
@@ -108,7 +121,7 @@ def _renamed(tensors: dict[str, TensorInfo], rename: dict[str, str]) -> dict[str
     """The name of each tensor in the output."""
     names = {}
     for fqn in tensors:
-        names[fqn] = fqn
+        names[fqn] = saved_name(fqn)
         for pattern, replacement in rename.items():
             names[fqn] = re.sub(pattern, replacement, names[fqn])
     used_names: dict[str, str] = {}

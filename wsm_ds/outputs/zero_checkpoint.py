@@ -2,21 +2,22 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from wsm_ds.dtypes import ALL
+from wsm_ds.dtypes import ALL, ITEMSIZES
 from wsm_ds.errors import BrokenCheckpoint, LayoutMismatch, UnsupportedLayout, few
 from wsm_ds.layouts import Layout
 from wsm_ds.layouts.coverage import require_whole
 from wsm_ds.layouts.layout import FRAGMENT, Table
 from wsm_ds.layouts.schema import is_stage0
+from wsm_ds.outputs.dropped_states import drop_states
+from wsm_ds.outputs.merged_states import require_carriable, require_mergeable
 from wsm_ds.outputs.resharding.form import RequestedForm, open_origin, target_form
+from wsm_ds.outputs.resharding.shared_states import require_divisible, warn_of_hyperparameters
 from wsm_ds.outputs.resharding.universal import universal_templates
 from wsm_ds.outputs.resharding.zero import zero_templates
 from wsm_ds.outputs.torch_template import Inputs, inputs_of, make_torch_template
-from wsm_ds.planning.intersect import ITEMSIZES
 from wsm_ds.planning.plan import (
     CopySegment,
     CrcField,
@@ -116,16 +117,16 @@ def plan_zero_checkpoint(
             does so, so that they are read once.
 
     Raises:
-        UnsupportedLayout, LayoutMismatch, RecipeError: see `open_origin` and `target_form`; or the states of a stage 0
-            checkpoint cannot be merged, because their parameters are unknown.
+        UnsupportedLayout, LayoutMismatch, RecipeError: see `open_origin`, `target_form`, `require_mergeable`,
+            `require_carriable` and `require_divisible`.
         BrokenCheckpoint: rank 0's files lack optimizer states that other ranks have.
     """
     newest, drops_states = window.newest(tables), optimizer_states == "drop"
-    if optimizer_states == "merge" and any(tables.layouts[number].has_nameless_states for number in window.members):
-        raise UnsupportedLayout(
-            f"{newest.path}: a stage 0 checkpoint in fp32 does not say which optimizer state belongs to which "
-            "parameter, if there are several parameter groups. Carry or drop the states (--optimizer-states)."
-        )
+    members = [tables.layouts[number] for number in window.members]
+    if optimizer_states == "merge":
+        require_mergeable(members)
+    if optimizer_states == "carry":
+        require_carriable(members)
     first_input = tables.first_input[window.members[-1]]
     if newest.opaque and len(window.members) > 1:
         described = [f"{name} ({what})" for name, what in newest.opaque.items()]
@@ -157,6 +158,7 @@ def _templates(
     target = target_form(origin, form, allowed_globals)
     if target == origin.form and not newest.is_universal:
         return _same_form(newest, first_input, drops_states, allowed_globals)
+    (warn_of_hyperparameters if drops_states else require_divisible)(origin)
     if target is None:
         files, tables = universal_templates(origin, first_input, allowed_globals)
     else:
@@ -265,7 +267,7 @@ def _file_template(
     tree = open_torch_file(archive.path, allowed_globals).tree if drops_states else {}
     is_optimizer = archive.path.name.endswith("optim_states.pt")
     if drops_states and (is_optimizer or is_stage0(tree)):
-        _drop_states(tree["optimizer_state_dict" if is_optimizer else "optimizer"])
+        drop_states(tree["optimizer_state_dict" if is_optimizer else "optimizer"])
         rewritten = make_torch_template(archive.path.name, tree, archive, inputs, allowed_globals)
         return rewritten.template, rewritten.new_offsets
     whole = CopySegment(0, archive.nbytes, inputs.numbers[str(archive.path)], 0)
@@ -289,19 +291,3 @@ def _moved(table: Table, new_offsets: list[dict[int, int]]) -> Table:
         record = np.searchsorted(old, table["offset"][rows], "right") - 1
         table["offset"][rows] += shift[record]
     return table
-
-
-def _drop_states(state: dict[str, Any]) -> None:
-    """Empties the base optimizer's state, and removes step counters that are kept in parameter groups."""
-    base: Any = state.get("base_optimizer_state", state.get("optimizer_state_dict", state))
-    if isinstance(base, list):
-        # An elastic checkpoint has a list with an entry per group, and the step beside it
-        # (`runtime/zero/stage_1_and_2.py:3382`); a new optimizer state starts from step 0.
-        for entry in base:
-            entry.clear()
-        if "base_optimizer_state_step" in state:
-            state["base_optimizer_state_step"] = 0
-        return
-    base["state"].clear()
-    for group in base["param_groups"]:
-        group.pop("step", None)

@@ -46,7 +46,7 @@ def recipes_of(recipes: Recipe | Sequence[MergeRecipe] | None, options: Mapping[
         recipes = [recipe_of(recipes, options)]
     elif options:
         raise _both_given(options)
-    if len({recipe.out.absolute() for recipe in recipes}) < len(recipes):
+    if len({recipe.out.resolve() for recipe in recipes}) < len(recipes):
         raise RecipeError("two outputs have the same folder.")
     _require_folders_above(recipes)
     return list(recipes)

@@ -17,12 +17,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from wsm_ds.dtypes import ALL, DType
+from wsm_ds.dtypes import ALL, ITEMSIZES, DType
 from wsm_ds.errors import LayoutMismatch
 from wsm_ds.layouts.layout import Table
 
-ITEMSIZES = np.array([dtype.itemsize for dtype in ALL], dtype=np.int64)
-"""Bytes per element, by the dtype code of a fragment table."""
 NOWHERE = -1
 """The file number of elements that a checkpoint or an output does not have."""
 Ints = NDArray[np.int64]

@@ -115,8 +115,9 @@ def _sample(
         last = min(first + RUN_NUMEL, int(row["start"] + row["numel"]), int(module["start"] + module["numel"]))
         name, dtype = layout.files[int(module["file"])], ALL[module["dtype"]]
         weights = module_file.elements(layout.path / name, module, first, last)
-        rounded = widen(narrow(master_file.elements(path, row, first, last), dtype), dtype)
-        same = (rounded == weights) | (np.isnan(rounded) & np.isnan(weights))
+        values = master_file.elements(path, row, first, last)
+        # A master that is not finite is the merge's to refuse: it names the tensor.
+        same = (widen(narrow(values, dtype), dtype) == weights) | ~np.isfinite(values)
         compared, equal = compared + len(same), equal + int(same.sum())
         module_names[name] = None
     return Sample(path.name, tuple(module_names), compared, equal)

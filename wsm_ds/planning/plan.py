@@ -32,15 +32,22 @@ Combine = Literal["merge", "equal", "newest", "carry"]
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """A file to read. Size and modification time are those at planning: the engine refuses a file that changed.
+    """A file to read. Size and times are those at planning: the engine refuses a file that changed since.
 
     Attributes:
+        path: the file.
+        nbytes: its size.
+        mtime_ns: when its content changed. `rsync -t` and `cp -p` set it to the time of the original.
+        ctime_ns: when the file changed in any way. Nobody can set it. So it tells that another file of the same size
+            and `mtime_ns` is in its place. The inode's number would add nothing: a new file has a new `ctime_ns`, and
+            on FUSE a file may get another number while nobody has it open.
         records: of a torch file, by name, with their CRC-32s; empty for any other file.
     """
 
     path: Path
     nbytes: int
     mtime_ns: int
+    ctime_ns: int
     records: Mapping[str, Record] = field(default_factory=dict, compare=False, repr=False)
 
 
@@ -198,6 +205,7 @@ class Output:
         lag_steps: mean age of the weights against the newest checkpoint, in steps.
         texts: small files of the output's root, by name.
         recipe: the recipe as plain data.
+        matched_names: what was renamed in older sources, as plain data.
     """
 
     out: Path
@@ -207,6 +215,7 @@ class Output:
     lag_steps: float
     texts: dict[str, str]
     recipe: dict[str, Any]
+    matched_names: tuple[dict[str, Any], ...] = ()
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -275,7 +284,7 @@ def describe_output(output: Output) -> dict[str, Any]:
         "curve": output.curve,
         "effective_sample_size": output.ess,
         "lag_steps": output.lag_steps,
-    }
+    } | ({"matched_names": list(output.matched_names)} if output.matched_names else {})
 
 
 def segments_outside(segments: Sequence[Segment], begins: Ints, ends: Ints) -> tuple[Segment, ...]:

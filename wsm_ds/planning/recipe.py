@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from wsm_ds.distributed.launcher import local_world_size
 from wsm_ds.errors import RecipeError, brief, few
 from wsm_ds.filesystem.small_files import read_small
-from wsm_ds.planning.recipe_errors import unknown_key, validation_sentences
+from wsm_ds.planning.recipe_errors import check_replacements, unknown_key, validation_sentences
 from wsm_ds.planning.recipe_options import CheckpointOptions, RecipeOptions, StrPath, SweepOptions
 from wsm_ds.sizes import parse_size
 
@@ -56,6 +56,9 @@ class MergeRecipe(BaseModel):
         threads: workers of each process; if not set, all cores, shared with the other ranks of the machine.
         max_shard_size: bytes of a safetensors file, or text as "5GB".
         rename: for safetensors: regular expressions and their replacements, applied to every name, in order.
+        rename_sources: for older checkpoints of the window whose names differ from those of the newest: by tag (or a
+            pattern of tags, with * and ?), regular expressions and their replacements, in order. Names that differ
+            only by known wrappers (`torch.compile` and others) are matched without it.
         include: files to copy into the output's root (config.json, tokenizer files). The files that HF Trainer keeps
             beside the newest checkpoint are always copied, except weights.
         allow: checks to skip: "warmup" (the window lies inside the warmup), "lr-change" (the rate changes in it),
@@ -86,6 +89,7 @@ class MergeRecipe(BaseModel):
     threads: int = Field(default_factory=lambda: max(1, len(os.sched_getaffinity(0)) // local_world_size()), ge=1)
     max_shard_size: int | str = "5GB"
     rename: dict[str, str] = Field(default_factory=dict)
+    rename_sources: dict[str, dict[str, str]] = Field(default_factory=dict)
     include: tuple[Path, ...] = ()
     allow: tuple[Allowance, ...] = ()
     allow_globals: tuple[str, ...] = ()
@@ -100,15 +104,15 @@ class MergeRecipe(BaseModel):
 
     @field_validator("rename")
     @classmethod
-    def _patterns(cls, value: dict[str, str]) -> dict[str, str]:
-        for pattern, replacement in value.items():
-            if not pattern:
-                raise ValueError(f"the pattern of {replacement!r} is empty, and would match between all characters")
-            try:
-                re.compile(pattern)
-                re.sub(pattern, replacement, "")
-            except re.error as error:
-                raise ValueError(f"{pattern!r} → {replacement!r} is not a regular expression: {error}") from error
+    def _rename_patterns(cls, value: dict[str, str]) -> dict[str, str]:
+        check_replacements(value)
+        return value
+
+    @field_validator("rename_sources")
+    @classmethod
+    def _source_patterns(cls, value: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+        for patterns in value.values():
+            check_replacements(patterns)
         return value
 
     @model_validator(mode="before")

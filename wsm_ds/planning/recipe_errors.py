@@ -3,7 +3,8 @@
 Names of recipe keys stand in backticks, so that the command line can show its flags in their place.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -69,3 +70,19 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     """
     suggestion = did_you_mean(key, known)
     return f"{brief(key)} is not a key of a recipe" + (suggestion or f" (the keys are {', '.join(sorted(known))})")
+
+
+def check_replacements(replacements: Mapping[str, str]) -> None:
+    """Checks regular expressions and what replaces them.
+
+    Raises:
+        ValueError: a pattern is empty or not a regular expression, or its replacement does not fit it.
+    """
+    for pattern, replacement in replacements.items():
+        if not pattern:
+            raise ValueError(f"the pattern of {replacement!r} is empty, and would match between all characters")
+        try:
+            re.compile(pattern)
+            re.sub(pattern, replacement, "")
+        except (re.error, IndexError) as error:
+            raise ValueError(f"{pattern!r} → {replacement!r} is not a regular expression: {error}") from error

@@ -57,6 +57,7 @@ class _MergeOptions(ExportOptions, _FormOptions, total=False):
     tags: Sequence[str] | None
     coefficients: Sequence[float] | None
     oldest_interval: int | None
+    rename_sources: Mapping[str, Mapping[str, str]] | None
 
 
 class RecipeOptions(_MergeOptions, total=False):

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from wsm_ds.dtypes import ITEMSIZES
 from wsm_ds.errors import UnsupportedLayout
 from wsm_ds.layouts.layout import Table
-from wsm_ds.planning.intersect import ITEMSIZES, Ints
+from wsm_ds.planning.intersect import Ints
 
 
 class SharedElements(NamedTuple):

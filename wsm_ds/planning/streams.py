@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from wsm_ds.dtypes import ALL, CODES
+from wsm_ds.dtypes import CODES, IS_SUMMABLE
 from wsm_ds.errors import LayoutMismatch
 from wsm_ds.layouts import Layout
+from wsm_ds.layouts.element_order import reordered
 from wsm_ds.layouts.layout import FRAGMENT, Table
 from wsm_ds.planning.intersect import (
     NOWHERE,
@@ -22,9 +22,6 @@ from wsm_ds.planning.intersect import (
     without_repeats,
 )
 from wsm_ds.planning.plan import Combine, CopySegment, InputFile, InputNumber, OutputFile, OutputNumber, Stream, Target
-
-IS_SUMMABLE = np.array([dtype.is_summable for dtype in ALL], dtype=bool)
-"""Whether elements can be summed, by the dtype code of a fragment table."""
 
 
 class FragmentRow(NamedTuple):
@@ -89,12 +86,27 @@ class SourceTables:
         return table
 
     def renumbered(self, table: Table, layout: Layout) -> Table:
-        """Returns a copy of a table that numbers tensors as `layout` does, with the plan's tensor numbers."""
-        table = table.copy()
+        """Returns a copy of a table that numbers tensors and elements as `layout` does, with the plan's numbers.
+
+        Raises:
+            UnsupportedLayout: a large tensor is stored in another order than in the newest layout; it is named.
+        """
+        table = self._in_plan_order(table, layout)
         if layout.names != self.names:
             numbers = {name: index for index, name in enumerate(self.names)}
             table["tensor"] = np.array([numbers[name] for name in layout.names], dtype="i4")[table["tensor"]]
         return table
+
+    def _in_plan_order(self, table: Table, layout: Layout) -> Table:
+        """A copy whose elements are numbered in the order of the newest layout."""
+        newest = self.layouts[-1].tensors
+        rows: Table = table.copy()
+        for number, (name, info) in enumerate(layout.tensors.items()):
+            if info.axes != newest[name].axes:
+                is_turned = rows["tensor"] == number
+                turned = reordered(rows[is_turned], name, info.shape, info.axes, newest[name].axes)
+                rows = np.concatenate([rows[~is_turned], turned])
+        return rows
 
 
 def source_tables(layouts: Sequence[Layout]) -> SourceTables:
@@ -108,8 +120,8 @@ def source_tables(layouts: Sequence[Layout]) -> SourceTables:
     for layout in layouts:
         first_inputs.append(InputNumber(len(inputs)))
         for archive in layout.archives:
-            mtime_ns = archive.path.stat().st_mtime_ns
-            inputs.append(InputFile(Path(archive.path), archive.nbytes, mtime_ns, archive.records))
+            times = archive.mtime_ns, archive.ctime_ns
+            inputs.append(InputFile(archive.path, archive.nbytes, *times, archive.records))
     newest = layouts[-1]
     numels = np.array([info.numel for info in newest.tensors.values()], dtype=np.int64)
     return SourceTables(tuple(layouts), tuple(inputs), tuple(first_inputs), numels, newest.names)

@@ -16,6 +16,7 @@ from wsm_ds.layouts.layout import are_copies
 from wsm_ds.layouts.order import Dated, in_order, require_one_series, without_universal_copies
 from wsm_ds.layouts.run import deleted_steps, find_tag
 from wsm_ds.planning.constant_rate import check_constant_rate
+from wsm_ds.planning.names import MatchedNames, with_names_of_newest
 from wsm_ds.planning.one_save import require_one_save
 from wsm_ds.planning.recipe import MergeRecipe
 from wsm_ds.schedules.coefficients import check_coefficients, merge_coefficients
@@ -32,12 +33,14 @@ class Window:
     """The checkpoints that are merged into one output.
 
     Attributes:
-        layouts: by rising step.
+        layouts: by rising step, with the names of the newest.
         coefficients: one per layout, float64, with sum 1.
+        matched_names: what was renamed in older layouts.
     """
 
     layouts: tuple[Layout, ...]
     coefficients: NDArray[np.float64]
+    matched_names: tuple[MatchedNames, ...] = ()
 
 
 def select_window(
@@ -66,11 +69,20 @@ def select_window(
             f"step {few(repeated)} is in the window more than once: {few(tags)}. "
             "Choose the checkpoints by tags (--tags A,B,…)."
         )
-    for layout in layouts[:-1]:
-        check_same_model(layout, layouts[-1])
+    named, matched_names = with_names_of_newest(layouts, recipe.rename_sources)
+    if matched_names:
+        warn("tensors have the names of %s, and were renamed in %s", layouts[-1].tag, few(matched_names, 2))
+    for layout in named[:-1]:
+        check_same_model(layout, named[-1])
     check_constant_rate(layouts, recipe.allow, warn)
     require_one_save(layouts, recipe.allow)
-    return Window(tuple(layouts), _coefficients(recipe, steps))
+    if layouts[-1].is_train_mode and recipe.format == "safetensors":
+        warn(
+            "%s was saved in the training mode of a schedule-free optimizer: its weights are not the averaged ones, "
+            "which one evaluates. Call optimizer.eval() before saving to get those.",
+            layouts[-1].path,
+        )
+    return Window(named, _coefficients(recipe, steps), matched_names)
 
 
 def _coefficients(recipe: MergeRecipe, steps: list[int]) -> NDArray[np.float64]:
@@ -94,28 +106,48 @@ def recorded_window(
 
     Args:
         sources: `step`, `tag`, `path` and `coefficient` of each checkpoint, as in the manifest.
-        recipe: gives `allow_globals`.
+        recipe: gives `allow_globals` and `rename_sources`.
         read: see `select_window`.
 
     Raises:
         CheckpointNotFound, BrokenCheckpoint, UnsupportedLayout, UnsafePickle: see `read_layout`.
+        LayoutMismatch: see `with_names_of_newest`.
     """
     allowed = frozenset(recipe.allow_globals)
     layouts = tuple(read(Checkpoint(source["tag"], Path(source["path"])), allowed) for source in sources)
-    return Window(layouts, np.array([source["coefficient"] for source in sources]))
+    named, matched_names = with_names_of_newest(layouts, recipe.rename_sources)
+    return Window(named, np.array([source["coefficient"] for source in sources]), matched_names)
 
 
 def union_of(windows: Sequence[Window]) -> tuple[Layout, ...]:
     """Returns all checkpoints of several windows, each once, by rising step.
 
     Raises:
-        LayoutMismatch: they do not hold the same model; the message names the differences.
+        LayoutMismatch: they do not hold the same model, or the newest checkpoints of the windows have different names;
+            the message names the differences.
     """
-    layouts = {layout.path: layout for window in windows for layout in window.layouts}
+    layouts: dict[Path, Layout] = {}
+    for window in windows:
+        for layout in window.layouts:
+            # A plan has one list of names, and an output has the names of its own newest checkpoint.
+            _require_same_names(layouts.setdefault(layout.path, layout), layout)
+    for window in windows[1:]:
+        _require_same_names(windows[0].layouts[-1], window.layouts[-1])
     ordered = sorted(layouts.values(), key=lambda layout: (layout.step, str(layout.path)))
     for layout in ordered[:-1] if len(windows) > 1 else ():
         check_same_model(layout, ordered[-1])
     return tuple(ordered)
+
+
+def _require_same_names(one: Layout, other: Layout) -> None:
+    is_same = one.names == other.names if one.path == other.path else set(one.names) == set(other.names)
+    if not is_same:
+        only = few(name for name in one.names if name not in other.tensors)
+        raise LayoutMismatch(
+            f"windows of one call need {one.path} and {other.path} with one list of tensor names, but only the former "
+            f"has {only or 'this order'}. If they hold the same model, make the outputs of the windows in separate "
+            "calls."
+        )
 
 
 def _read_window(recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None]) -> list[Layout]:
@@ -257,6 +289,23 @@ def check_same_model(older: Layout, newest: Layout) -> None:
             f"{newest.model_parallel_size}; the files do not say how a tensor is split between the ranks, so only "
             "checkpoints of equal degrees can be merged."
         )
+    if older.is_train_mode != newest.is_train_mode:
+        modes = {True: "in training mode", False: "in evaluation mode", None: "with another optimizer"}
+        raise LayoutMismatch(
+            f"{older.path} was saved {modes[older.is_train_mode]}, {newest.path} {modes[newest.is_train_mode]}: the "
+            "weights of a schedule-free optimizer mean different things in its two modes. Choose checkpoints of one "
+            "mode."
+        )
+    differences = _differences(older, newest)
+    if differences:
+        raise LayoutMismatch(
+            f"{older.path} and {newest.path} do not hold the same model: {few(differences)}. Choose a window of one "
+            "model. If only names differ, say which by --rename-sources TAG:PATTERN=NEW."
+        )
+
+
+def _differences(older: Layout, newest: Layout) -> list[str]:
+    """In words, what differs in the tensors of two checkpoints."""
     differences = [
         f"{name}: {_tensor_words(older, name)} against {_tensor_words(newest, name)}"
         for name in {**older.tensors, **newest.tensors}
@@ -264,11 +313,7 @@ def check_same_model(older: Layout, newest: Layout) -> None:
     ]
     if set(older.aliases.items()) != set(newest.aliases.items()):
         differences.append(f"tied names {older.aliases} against {newest.aliases}")
-    if differences:
-        raise LayoutMismatch(
-            f"{older.path} and {newest.path} do not hold the same model: {few(differences)}. "
-            "Choose a window of one model."
-        )
+    return differences
 
 
 def _tensor_words(layout: Layout, name: str) -> str:

@@ -18,13 +18,12 @@ from wsm_ds.filesystem import checksum
 from wsm_ds.filesystem.small_files import read_small
 from wsm_ds.planning.intersect import NOWHERE
 from wsm_ds.planning.plan import Plan, describe_output
+from wsm_ds.publishing.identity import identity_of, stated
 from wsm_ds.publishing.staging_folder import MANIFEST, RecordedSource
 
 FORMAT = 2
 MOST_BLOCK_BYTES = 1 << 26
 """A larger value in a manifest is refused: `verify` reads whole blocks."""
-NOT_OF_THE_RESULT = ("out", "memory_budget", "threads")
-"""Fields of a recipe that do not change the output's bytes."""
 
 
 class _File(TypedDict):
@@ -49,7 +48,8 @@ def description(plan: Plan, number: int) -> dict[str, Any]:
         number: of the output in the plan.
 
     Returns:
-        Plain data with an `identity`: a hash that two outputs share exactly if their bytes must be equal.
+        Plain data with an `identity`: a hash that two outputs share exactly if their bytes must be equal. `run` and
+        `source_times` are not part of it. `source_times` tells whether a source was replaced since a merge was killed.
     """
     output = plan.outputs[number]
     streams = [stream for stream in plan.streams if any(target.output == number for target in stream.targets)]
@@ -57,14 +57,17 @@ def description(plan: Plan, number: int) -> dict[str, Any]:
     inputs_read = sorted(input_numbers - {NOWHERE})
     inputs = [plan.inputs[file] for file in inputs_read if _is_input_of(plan, number, plan.inputs[file].path)]
     content = {
-        "recipe": {name: value for name, value in output.recipe.items() if name not in NOT_OF_THE_RESULT},
+        "recipe": stated(output.recipe),
         "sources": describe_output(output)["sources"],
         # Paths, sizes and times stand for the content: hashing all sources would cost as much as the merge.
         "inputs": [[str(source.path.resolve()), source.nbytes, source.mtime_ns] for source in inputs],
         "files": [[file.name, file.nbytes] for _, file in plan.files_of(number)],
         "block_bytes": BLOCK_BYTES,
     }
-    return {"identity": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()} | content
+    # Not in the identity: a copy of a run, or one whose owner changed, gives the same bytes.
+    times = hashlib.sha256(json.dumps([source.ctime_ns for source in inputs]).encode()).hexdigest()
+    run = str(Path(output.recipe["run"]).resolve())
+    return {"identity": identity_of(content), "run": run, "source_times": times} | content
 
 
 def _is_input_of(plan: Plan, number: int, path: Path) -> bool:

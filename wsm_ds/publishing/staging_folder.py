@@ -1,6 +1,6 @@
 """An output is written into a staging folder, synced, and appears by one rename: whole, or not at all.
 
-While OUT is being made, the folder `.OUT.wsm-staging` lies next to it:
+While OUT is being made, the folder `.OUT.wsm-staging` lies next to it. Only its owner can enter it:
 
     output/       will be renamed to OUT; the manifest is the last file that is written into it
     plan.json     the merge: after a kill the same merge continues here, and any other merge is refused
@@ -13,20 +13,23 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from wsm_ds.engine.journal import journals_to_claims, require_no_writers
-from wsm_ds.errors import OutputExists, WsmError, few
+from wsm_ds.errors import OutputExists, UnsafePath, WsmError, few
 from wsm_ds.filesystem.durable import move_into_place, replace_text, require_absent, write_text
 from wsm_ds.filesystem.locks import hold_lock
+from wsm_ds.filesystem.own_files import make_private
 from wsm_ds.filesystem.small_files import read_small
+from wsm_ds.publishing.identity import NOT_OF_THE_IDENTITY, is_same_merge, is_same_recipe
 
 log = logging.getLogger(__name__)
 
@@ -86,13 +89,22 @@ def unfinished_merge(out: Path) -> dict[str, Any] | None:
 
 
 def unfinished_merges(folder: Path) -> Iterator[dict[str, Any]]:
-    """The descriptions of all unfinished merges to folders at any depth below `folder`."""
+    """The descriptions of all unfinished merges to folders at any depth below `folder`.
+
+    Raises:
+        UnsafePath: one of them cannot be read.
+    """
     for root, folders, files in os.walk(folder):
         if MANIFEST in files:
             folders.clear()  # a finished output: nothing is staged inside
         for name in [name for name in folders if name.endswith(STAGING)]:
             folders.remove(name)
             out = Path(root) / name.removeprefix(".").removesuffix(STAGING)
+            if not os.access(Path(root, name), os.R_OK | os.X_OK):
+                raise UnsafePath(
+                    f"{Path(root, name)} is the unfinished merge of another user, whose sources cannot be told. Let "
+                    "that user finish or remove it."
+                )
             recorded = unfinished_merge(out)
             if recorded is not None and not (out / MANIFEST).is_file():
                 yield recorded
@@ -113,14 +125,24 @@ def staged(out: Path, described: dict[str, Any], *, restart: bool = False) -> It
     Raises:
         OutputExists: `out` exists, or an unfinished merge of another identity has its staging folder there.
         OutputLocked: another process is making `out` now, or a rank of an earlier attempt still writes there.
+        UnsafePath: the staging folder is a link, another user's, or on another file system.
     """
     require_absent(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Staging(out)
-    staging.folder.mkdir(exist_ok=True)
-    with hold_lock(staging.folder / LOCK, f"another merge is writing {out}"):
-        _take_over(staging, described, restart)
+    make_private(staging.folder)
+    with ExitStack() as stack:
         try:
+            stack.enter_context(hold_lock(staging.folder / LOCK, f"another merge is writing {out}"))
+        except OSError:  # a full disk
+            with suppress(OSError):
+                staging.folder.rmdir()  # not if anything is in it
+            raise
+        require_no_writers(staging.folder)
+        continues = not restart and _continues(staging, described)
+        try:
+            if not continues:
+                _begin(staging, described)
             yield staging
         except BaseException as error:
             if not _may_succeed_later(error):
@@ -128,20 +150,44 @@ def staged(out: Path, described: dict[str, Any], *, restart: bool = False) -> It
             raise
 
 
-def _take_over(staging: Staging, described: dict[str, Any], restart: bool) -> None:
-    """Continues what the same merge has left, or empties the staging folder for a new merge."""
-    require_no_writers(staging.folder)
+def _continues(staging: Staging, described: dict[str, Any]) -> bool:
+    """Whether the same merge was begun before. Its finished blocks are then ready to be used.
+
+    Raises:
+        OutputExists: another merge was begun.
+    """
     recorded = unfinished_merge(staging.out)
-    if recorded is not None and not restart:
-        if recorded.get("identity") == described["identity"]:
-            journals_to_claims(staging.folder)
-            log.warning("%s: continuing the merge that was begun there", staging.out)
-            return
-        differing = [key for key in described if key != "identity" and recorded.get(key) != described[key]]
+    if recorded is None:
+        return False
+    if not is_same_merge(recorded, described):
         raise OutputExists(
-            f"{staging.folder} holds a merge that was begun with other arguments or sources ({few(differing)} differ). "
+            f"{staging.folder} holds a merge that was begun with other arguments or sources "
+            f"({few(_differing(recorded, described))} differ). "
             "Run that one again to finish it, or pass --restart to throw it away."
         )
+    # 0.1.0 did not record the times.
+    if recorded.get("source_times", described["source_times"]) != described["source_times"]:
+        log.warning(
+            "%s: begun anew, because a source was replaced, or its mode or owner was changed, since the merge was "
+            "interrupted", staging.out,
+        )  # fmt: skip
+        return False
+    if not staging.content.is_dir() or staging.content.is_symlink():
+        return False
+    journals_to_claims(staging.folder)
+    log.warning("%s: continuing the merge that was begun there", staging.out)
+    return True
+
+
+def _differing(recorded: dict[str, Any], described: dict[str, Any]) -> list[str]:
+    """The parts in which two merges differ."""
+    names = [name for name in described if name not in (*NOT_OF_THE_IDENTITY, "recipe")]
+    recipe = [] if is_same_recipe(recorded["recipe"], described["recipe"]) else ["recipe"]
+    return recipe + [name for name in names if recorded.get(name) != described[name]]
+
+
+def _begin(staging: Staging, described: dict[str, Any]) -> None:
+    """Empties the staging folder for a new merge."""
     # The lock file stays: a process that had opened a removed one would hold a lock that nobody else sees.
     for path in staging.folder.iterdir():
         if path.name != LOCK:
@@ -164,14 +210,32 @@ def commit(staging: Staging, manifest: dict[str, Any]) -> None:
 
     Args:
         staging: of a finished output; all its files are synced.
-        manifest: the output's manifest, plain data.
+        manifest: the output's manifest, plain data; its `files` are all that the output may hold.
 
     Raises:
         OutputExists: something has appeared at `staging.out`.
+        UnsafePath: the content is not exactly those files.
     """
+    _require_only(staging.content, {name: entry["bytes"] for name, entry in manifest["files"].items()})
     write_text(staging.content / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     move_into_place(staging.content, staging.out)
     discard(staging.out)
+
+
+def _require_only(content: Path, sizes: Mapping[str, int]) -> None:
+    """Raises UnsafePath unless a folder holds exactly the files of `sizes` (bytes by name), and folders for them."""
+    folders = {parent.as_posix() for name in sizes for parent in PurePath(name).parents}
+    found: dict[str, int] = {}
+    for path in content.rglob("*"):
+        name, status = path.relative_to(content).as_posix(), path.lstat()
+        if not (stat.S_ISDIR(status.st_mode) and name in folders) and name != MANIFEST:
+            found[name] = status.st_size if stat.S_ISREG(status.st_mode) else -1
+    faults = sorted(name for name in found.keys() | sizes.keys() if found.get(name) != sizes.get(name))
+    if faults:
+        raise UnsafePath(
+            f"{content} holds what this merge did not write, or lacks what it wrote: {few(faults)}. Nothing was "
+            "published. Find out who changes it and remove what is foreign; then run the same command again."
+        )
 
 
 def discard(out: Path) -> None:

@@ -80,8 +80,7 @@ def peak_rates(value: Any, own_rates: Sequence[float]) -> list[float]:
     raise ScheduleError(
         f"warmup_max_lr is the number {peaks[0]:g}, but the optimizer gave its {len(own_rates)} parameter groups "
         f"different rates, {list(own_rates)}, and none of them is {peaks[0]:g}. Leave warmup_max_lr out, and each "
-        "group "
-        f"warms up to its own rate; or give a list, one rate for each group: [{peaks[0]:g}, …]."
+        f"group warms up to its own rate; or give a list, one rate for each group: [{peaks[0]:g}, …]."
     )
 
 

@@ -54,11 +54,16 @@ class Record:
 
 @dataclass(frozen=True)
 class Archive:
-    """All records of one torch file of `nbytes` bytes, by name without the root folder (`data.pkl`, `data/0`, …)."""
+    """All records of one torch file of `nbytes` bytes, by name without the root folder (`data.pkl`, `data/0`, …).
+
+    `mtime_ns` and `ctime_ns` are the file's times before anything was read from it; 0 if it is yet to be written.
+    """
 
     path: Path
     nbytes: int
     records: dict[str, Record]
+    mtime_ns: int = 0
+    ctime_ns: int = 0
 
 
 def read_archive(path: Path) -> Archive:
@@ -93,7 +98,7 @@ def read_archive(path: Path) -> Archive:
         raise BrokenCheckpoint(f"{path} is a zip without data.pkl, not a torch file.")
     if "constants.pkl" in by_name:  # torch.load runs it, `torch/serialization.py`, `_is_torchscript_zip`
         raise UnsupportedLayout(f"{path} is a TorchScript program, not a checkpoint.")
-    return Archive(path, status.st_size, by_name)
+    return Archive(path, status.st_size, by_name, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def checked_crc(path: Path, record: Record, data: bytes) -> bytes:

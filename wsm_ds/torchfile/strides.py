@@ -50,6 +50,29 @@ def runs_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> Runs:
     return Runs(math.prod(shape[outer:]), positions.reshape(-1))
 
 
+def dense_axes(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Returns the dimensions of a tensor whose elements fill its storage, the slowest first.
+
+    None if that is row-major order, or if elements lie apart or share bytes.
+
+    >>> dense_axes((2, 3), (1, 2)), dense_axes((2, 3), (3, 1)), dense_axes((2, 3), (0, 1))
+    ((1, 0), None, None)
+    """
+    axes = tuple(sorted(range(len(shape)), key=lambda axis: (shape[axis] != 1, -stride[axis], axis)))
+    is_dense = run_count(*permuted(shape, stride, axes)) == 1
+    is_row_major = 0 in shape or run_count(shape, stride) == 1
+    return axes if is_dense and not is_row_major else None
+
+
+def permuted(
+    shape: tuple[int, ...], stride: tuple[int, ...], axes: tuple[int, ...] | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns shape and stride with the dimensions in the order `axes`; unchanged if that is None."""
+    if axes is None:
+        return shape, stride
+    return tuple(shape[axis] for axis in axes), tuple(stride[axis] for axis in axes)
+
+
 def last_position(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """Returns the position of the last stored element, relative to the tensor's first; -1 if the tensor is empty."""
     if 0 in shape:

@@ -7,11 +7,11 @@ from typing import Any
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, VerificationFailed, WsmError
 from wsm_ds.sizes import format_size
 from wsm_ds.torchfile.archive import Archive, Record, checked_crc, read_archive
-from wsm_ds.torchfile.strides import Runs, last_position, run_count, runs_of
+from wsm_ds.torchfile.strides import Runs, last_position, permuted, run_count, runs_of
 from wsm_ds.torchfile.unpickle import Tensor, record_of, unpickle
 
-MOST_RUNS = 1 << 22
-"""Most runs of one tensor that is not contiguous. A fragment table has a row for each of them, of 37 bytes."""
+MOST_RUNS = 1 << 20
+"""Most runs of one tensor that is not contiguous. A plan has a row for each of them: some 20 seconds for so many."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,13 @@ class TorchFile:
             )
         return self._first_byte(tensor)
 
-    def byte_runs(self, name: str, tensor: Tensor) -> Runs:
-        """Returns where the elements of a tensor lie in the file, in row-major order. It may have any strides.
+    def byte_runs(self, name: str, tensor: Tensor, axes: tuple[int, ...] | None = None) -> Runs:
+        """Returns where the elements of a tensor lie in the file. It may have any strides.
 
         Args:
             name: of the tensor, for messages.
             tensor: the tensor.
+            axes: the order of the dimensions, the slowest first; None: row-major order.
 
         Returns:
             Runs; their positions are offsets in the file, in bytes.
@@ -56,14 +57,15 @@ class TorchFile:
             BrokenCheckpoint: the tensor reaches beyond its storage.
             UnsupportedLayout: it lies in more than `MOST_RUNS` runs.
         """
-        first_byte, count = self._first_byte(tensor), run_count(tensor.shape, tensor.stride)
+        shape, stride = permuted(tensor.shape, tensor.stride, axes)
+        first_byte, count = self._first_byte(tensor), run_count(shape, stride)
         if count > MOST_RUNS:
             raise UnsupportedLayout(
                 f"{self.path}: {name} of shape {list(tensor.shape)} and stride {list(tensor.stride)} is stored in "
                 f"{count} pieces, and this version reads at most {MOST_RUNS} of a tensor. Make it contiguous in the "
                 "training program (.contiguous())."
             )
-        runs = runs_of(tensor.shape, tensor.stride)
+        runs = runs_of(shape, stride)
         return Runs(runs.numel, first_byte + runs.positions * tensor.dtype.itemsize)
 
     def _first_byte(self, tensor: Tensor) -> int:

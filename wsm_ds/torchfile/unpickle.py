@@ -164,9 +164,10 @@ class _InertUnpickler(InertMachine):
             raise pickle.UnpicklingError("it takes an attribute of something that is no class")
         owner, name = args[0].global_, args[1]
         full = f"{owner}.{name}"
-        if full in CALLED | self.allowed and name.isidentifier():
+        if (full in CALLED or full in self.allowed) and name.isidentifier():
             return self._inert(owner.module, f"{owner.name}.{name}")
-        if str(owner) not in ENUMS | self.allowed or name.startswith("_") or not name.isidentifier():
+        is_enum = str(owner) in ENUMS or str(owner) in self.allowed
+        if not is_enum or name.startswith("_") or not name.isidentifier():
             self.unknown[full] = None
         return call
 
@@ -193,6 +194,11 @@ class _InertUnpickler(InertMachine):
             raise pickle.UnpicklingError("it passes a function to another one")
         if isinstance(callee, InertMeta):
             return self._made(callee.global_, args, is_new=is_new)
+        if isinstance(callee, Stub) and str(callee.callee) in GETATTR and len(callee.args) == 2:
+            name = f"{as_global(callee.args[0])}.{callee.args[1]}"
+            if name not in self.allowed:  # not a member of an enum, but a class in a class, or a method
+                self.unknown[name] = None
+            return Stub(callee.callee, args)
         if as_global(callee) is None or (is_new and not isinstance(callee, type)):
             raise pickle.UnpicklingError("it calls an object that is not a global")
         # `torch.save` makes an empty one and fills it by SETITEMS. Arguments could hold keys that nobody has checked.
@@ -202,10 +208,10 @@ class _InertUnpickler(InertMachine):
 
     def _made(self, name: Global, args: tuple[Any, ...], *, is_new: bool) -> Any:
         full, made = str(name), Stub(name, args, is_new=is_new)
+        if full in GETATTR and full not in self.unknown:
+            return self._attribute(args, made)
         if full in self.allowed or full in self.unknown:
             return made
-        if full in GETATTR:
-            return self._attribute(args, made)
         is_plain = full in CALLED or (is_new and full in MADE)
         if not (CHECKED[full](args) if full in CHECKED else is_plain):
             raise pickle.UnpicklingError(f"it calls {full} in a way in which no checkpoint does")

@@ -18,7 +18,8 @@ from typing import Any
 
 from wsm_ds.errors import RecipeError, UnsupportedLayout, few
 from wsm_ds.filesystem.durable import append_line
-from wsm_ds.filesystem.locks import hold_lock
+from wsm_ds.filesystem.locks import hold_lock, is_held
+from wsm_ds.filesystem.small_files import read_small
 from wsm_ds.layouts import Checkpoint, find_checkpoints
 from wsm_ds.layouts.frameworks import TRAINER_STATE
 from wsm_ds.layouts.order import Dated
@@ -27,7 +28,7 @@ from wsm_ds.publishing.staging_folder import MANIFEST, unfinished_merges
 from wsm_ds.reporting.tables import table
 from wsm_ds.sizes import format_size
 from wsm_ds.watching.completeness import Checkpoints
-from wsm_ds.watching.spec import WatchSpec, merged_outputs, source_steps
+from wsm_ds.watching.spec import WatchSpec, merged_outputs, require_run, source_steps
 from wsm_ds.watching.windows import needed_steps
 
 NEVER_SETTLES_S = float("inf")
@@ -87,8 +88,8 @@ def plan_prune(run: Path, retention: Retention, allowed_globals: frozenset[str] 
     """Decides which checkpoints of a run can be deleted, oldest first. Deletes nothing.
 
     Always kept: the newest complete checkpoint and all newer ones, the one that `latest` names, the best model of HF
-    Trainer, universal copies, links and what they name, checkpoints of unknown step, a second checkpoint of a step,
-    and checkpoints whose names have no number.
+    Trainer, universal copies, links and what they name, checkpoints of unknown step, several checkpoints of one
+    step, and checkpoints whose names have no number.
 
     Args:
         run: the run's folder.
@@ -117,8 +118,7 @@ def _require_prunable(run: Path, retention: Retention) -> None:
             "nothing says which checkpoints windows need: give --keep-window N, or the --out DIR of a watch."
         )
     for spec in retention.specs:
-        if spec.run.resolve() != run.resolve():
-            raise RecipeError(f"{spec.out} has the merges of {spec.run}, not of {run}.")
+        require_run(spec, run)
     if (run / MANIFEST).is_file():
         raise UnsupportedLayout(f"{run} is a merge's output, not a run.")
     find_checkpoints(run)  # raises CheckpointNotFound
@@ -155,16 +155,16 @@ def _reasons(checkpoints: Checkpoints, retention: Retention, complete: set[int])
 
 
 def _best_of_trainer(checkpoints: Checkpoints) -> set[int]:
-    """The steps of the checkpoints that HF Trainer loads at the end as the best ones, as their states say."""
-    by_name = {checkpoint.save_folder.name: step for step, checkpoint in checkpoints.by_step.items()}
-    best = set()
-    for checkpoint in checkpoints.by_step.values():
+    """The step of the checkpoint that HF Trainer loads at the end as the best one, as its newest state says."""
+    steps = {checkpoint.save_folder.name: step for step, checkpoint in checkpoints.by_step.items()}
+    for _, checkpoint in sorted(checkpoints.by_step.items(), reverse=True):
         try:
-            state = json.loads((checkpoint.save_folder / TRAINER_STATE).read_text(encoding="utf-8"))
-            best.add(by_name.get(Path(state["best_model_checkpoint"]).name))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return {step for step in best if step is not None}
+            state = json.loads(read_small(checkpoint.save_folder / TRAINER_STATE))
+            best = steps.get(Path(state["best_model_checkpoint"]).name)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue  # not HF Trainer's, not written to its end yet, or without a best model
+        return set() if best is None else {best}
+    return set()
 
 
 def _from(complete: Sequence[int], count: int, steps: set[int]) -> set[int]:
@@ -196,8 +196,14 @@ def _verdict(dated: Dated, checkpoints: Checkpoints, complete: set[int], reasons
     folder = _deleted_folder(checkpoints.run, checkpoint)
     nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     is_chosen = step is not None and checkpoints.by_step[step] is checkpoint
-    reason = _kept_for_itself(folder, dated, checkpoints, is_chosen) or ("" if step is None else reasons.get(step, ""))
+    reason = _kept_for_itself(folder, dated, checkpoints) or ("" if step is None else reasons.get(step, ""))
+    reason = reason or ("a merge reads it now" if _is_read(folder) else "")
     return Verdict(checkpoint, step, folder, nbytes, is_chosen and step in complete, reason)
+
+
+def _is_read(folder: Path) -> bool:
+    """Whether a merge on this machine, or on another one if the file system's locks are seen there, reads a file."""
+    return any(is_held(path) for path in folder.rglob("*.pt") if path.is_file())
 
 
 def _deleted_folder(run: Path, checkpoint: Checkpoint) -> Path:
@@ -205,7 +211,7 @@ def _deleted_folder(run: Path, checkpoint: Checkpoint) -> Path:
     return checkpoint.path if checkpoint.save_folder == run else checkpoint.save_folder
 
 
-def _kept_for_itself(folder: Path, dated: Dated, checkpoints: Checkpoints, is_chosen: bool) -> str:
+def _kept_for_itself(folder: Path, dated: Dated, checkpoints: Checkpoints) -> str:
     """Why a checkpoint is kept whatever its step is; empty if it is not."""
     checkpoint = dated.checkpoint
     beside = [d for d in checkpoints.dated if d is not dated and d.checkpoint.path.is_relative_to(folder)]
@@ -217,11 +223,20 @@ def _kept_for_itself(folder: Path, dated: Dated, checkpoints: Checkpoints, is_ch
         return "a link"
     if checkpoint.links:
         return f"{checkpoint.links[0]} is a link to it"
-    if not any(map(str.isdigit, folder.name)):
+    if not _has_number(folder.name):
         return "its name has no number"
-    if not is_chosen:
-        return f"{checkpoints.by_step[dated.step].tag} is of the same step"
+    # A copy whose name has no number stays itself, so the other one need not.
+    twins = [d.checkpoint for d in checkpoints.dated if d.step == dated.step and d is not dated]
+    twins = [
+        twin for twin in twins if not twin.is_universal and _has_number(_deleted_folder(checkpoints.run, twin).name)
+    ]
+    if twins:
+        return f"{twins[0].tag} is of the same step"
     return f"{beside[0].checkpoint.tag} lies in its folder" if beside else ""
+
+
+def _has_number(name: str) -> bool:
+    return any(map(str.isdigit, name))
 
 
 def trash_of(run: Path) -> Path:

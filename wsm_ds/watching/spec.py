@@ -143,7 +143,10 @@ def require_own_folder(spec: WatchSpec) -> None:
     if earlier.run.resolve() != spec.run.resolve():
         if not merged_outputs(earlier):
             return  # as after a misspelt run
-        raise RecipeError(f"`out` ({out}) has the merges of {earlier.run}, not of {spec.run}. Choose another folder.")
+        raise RecipeError(
+            f"`out` ({out}) has the merges of {earlier.run}, not of {spec.run}. Choose another folder."
+            f"{_if_moved(earlier)}"
+        )
     dropped = sorted(earlier.recipes.keys() - spec.recipes.keys())
     if dropped:
         raise RecipeError(
@@ -151,6 +154,19 @@ def require_own_folder(spec: WatchSpec) -> None:
             f"would no longer keep the checkpoints that they need. Add these windows, choose another folder, or, if "
             f"that watch has ended for good, remove {out / SPEC}."
         )
+
+
+def require_run(spec: WatchSpec, run: Path) -> None:
+    """Raises RecipeError if a watch is of another run than `run`."""
+    if spec.run.resolve() != run.resolve():
+        raise RecipeError(f"{spec.out} has the merges of {spec.run}, not of {run}.{_if_moved(spec)}")
+
+
+def _if_moved(spec: WatchSpec) -> str:
+    """What to do if the run of a watch was moved: nothing in the folders tells whether it was."""
+    if spec.run.is_dir():
+        return ""
+    return f" {spec.run} does not exist any more: if it was moved, write its new place into `run` of {spec.out / SPEC}."
 
 
 def read_spec(out: Path) -> WatchSpec | None:

@@ -15,6 +15,7 @@ from typing import Any
 from wsm_ds.errors import (
     BrokenCheckpoint,
     CheckpointNotFound,
+    ForeignFiles,
     Interrupted,
     LayoutMismatch,
     NonFiniteValue,
@@ -42,7 +43,7 @@ from wsm_ds.watching.windows import OpenWindow, open_windows
 
 log = logging.getLogger(__name__)
 
-REFUSALS = (WindowError, LayoutMismatch, NonFiniteValue)
+REFUSALS = (WindowError, LayoutMismatch, ForeignFiles, NonFiniteValue)
 """Errors that repeat each time a window is tried. The window is recorded as refused."""
 TICK_S = 0.5
 LONGEST_PAUSE_S = 3600.0

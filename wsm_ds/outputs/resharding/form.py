@@ -8,6 +8,7 @@ from typing import Any
 from wsm_ds.errors import LayoutMismatch, RecipeError, UnsupportedLayout
 from wsm_ds.layouts import Layout, read_layout
 from wsm_ds.layouts.run import checkpoint_at
+from wsm_ds.layouts.saved_names import with_parameter_names
 from wsm_ds.outputs.resharding.groups import (
     ParameterGroup,
     in_partition_order,
@@ -15,6 +16,7 @@ from wsm_ds.outputs.resharding.groups import (
     read_universal_groups,
     subgroups,
 )
+from wsm_ds.planning.names import without_wrappers
 from wsm_ds.torchfile import TorchFile, open_torch_file
 
 RANK = re.compile(r"zero_pp_rank_(\d+)_")
@@ -56,6 +58,7 @@ class Origin:
         form: its form.
         groups: the optimizer's parameter groups.
         models: model files, by data-parallel rank.
+        optimizers: every rank's optimizer file; none of a universal checkpoint.
         optimizer: rank 0's optimizer file, or a universal checkpoint's `optimizer_state.pt`.
         state: the state of the optimizer wrapper in it: loss scale, base optimizer and the like.
         slice_names: for each rank and group, the names in `param_slice_mappings`; empty where there are none (stage 3,
@@ -66,6 +69,7 @@ class Origin:
     form: Form
     groups: tuple[ParameterGroup, ...]
     models: dict[int, TorchFile]
+    optimizers: tuple[TorchFile, ...]
     optimizer: TorchFile
     state: dict[str, Any]
     slice_names: tuple[list[list[str]], ...]
@@ -97,13 +101,15 @@ def open_origin(layout: Layout, allowed_globals: frozenset[str]) -> Origin:
         reason = f"it holds {other_files[0]}" if other_files else "it is stage 0"
         raise UnsupportedLayout(f"{layout.path} is not written in another form: {reason}. {KEEP_FORM}")
     files = [open_torch_file(archive.path, allowed_globals) for archive in layout.archives]
-    models = {_rank(file): file for file in files if file.path.name.endswith("model_states.pt")}
+    model_files = [file for file in files if file.path.name.endswith("model_states.pt")]
+    models = {_rank(file): with_parameter_names(file) for file in model_files}
     optims = {_rank(file): file for file in files if file.path.name.endswith("optim_states.pt")}
     states = [optims[rank].tree["optimizer_state_dict"] for rank in sorted(optims)]
     if isinstance(states[0].get("base_optimizer_state"), list):
         raise UnsupportedLayout(f"{layout.path} is not written in another form: it is elastic. {KEEP_FORM}")
     form = _form_of(layout, models[0], is_bf16_optimizer="zero_stage" not in states[0])
-    groups = read_groups(models[0], states[0], form.world_size if form.round_robin else 1)
+    ranks = form.world_size if form.round_robin else 1
+    groups = read_groups(models[0], states[0], ranks, frozenset(layout.state_names))
     mappings = [state.get("param_slice_mappings") for state in states if layout.stage < 3]
     if any(mapping is None or len(mapping) != len(groups) for mapping in mappings):
         raise UnsupportedLayout(
@@ -111,7 +117,9 @@ def open_origin(layout: Layout, allowed_globals: frozenset[str]) -> Origin:
             f"of the {len(groups)} parameter groups. {KEEP_FORM}"
         )
     slice_names = tuple([list(slices) for slices in mapping] for mapping in mappings if mapping is not None)
-    origin = Origin(layout, form, groups, models, optims[0], states[0], slice_names)
+    origin = Origin(
+        layout, form, groups, models, tuple(optims[rank] for rank in sorted(optims)), optims[0], states[0], slice_names
+    )
     _require_known_order(origin)
     return origin
 
@@ -119,14 +127,15 @@ def open_origin(layout: Layout, allowed_globals: frozenset[str]) -> Origin:
 def _open_universal(layout: Layout, allowed_globals: frozenset[str]) -> Origin:
     """Opens a universal checkpoint. Its form is that of the run that it was converted from."""
     files = {path.name: open_torch_file(path, allowed_globals) for path in _metadata_files(layout)}
-    models = {_rank(file): file for name, file in files.items() if name.endswith("model_states.pt")}
+    model_files = [file for name, file in files.items() if name.endswith("model_states.pt")]
+    models = {_rank(file): with_parameter_names(file) for file in model_files}
     optimizer_state = files["optimizer_state.pt"]
     config = models[0].tree.get("ds_config") or {}
     accumulates_in_fp32 = (config.get("data_types") or {}).get("grad_accum_dtype") == "fp32"
     is_bf16_optimizer = accumulates_in_fp32 and layout.dtype.name == "bf16" and layout.stage == 1
     form = _form_of(layout, models[0], is_bf16_optimizer)
     groups = read_universal_groups(layout.path, models[0], optimizer_state, allowed_globals)
-    return Origin(layout, form, groups, models, optimizer_state, optimizer_state.tree, ())
+    return Origin(layout, form, groups, models, (), optimizer_state, optimizer_state.tree, ())
 
 
 def _metadata_files(layout: Layout) -> list[Path]:
@@ -253,11 +262,16 @@ def target_form(origin: Origin, requested: RequestedForm, allowed_globals: froze
     return replace(form, is_bf16_optimizer=form.is_bf16_optimizer and form.stage == 1)
 
 
+def _group_names(checkpoint: Origin) -> list[list[str]]:
+    """The parameters of each group. Only the form is taken, so it does not matter whether the models are wrapped."""
+    return [[without_wrappers(name) for name in group.names] for group in checkpoint.groups]
+
+
 def _require_same_groups(origin: Origin, pattern: Origin) -> None:
     """Checks that the checkpoint whose form is taken has the same parameter groups and dtype."""
     comparisons = [
         ("dtypes", origin.layout.dtype.name, pattern.layout.dtype.name),
-        ("parameter groups", *([group.names for group in checkpoint.groups] for checkpoint in (origin, pattern))),
+        ("parameter groups", *map(_group_names, (origin, pattern))),
     ]
     for name, origin_value, pattern_value in comparisons:
         if origin_value != pattern_value:

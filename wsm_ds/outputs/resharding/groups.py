@@ -6,8 +6,7 @@ from typing import Any
 
 from wsm_ds.dtypes import DType
 from wsm_ds.errors import BrokenCheckpoint, few
-from wsm_ds.layouts import zero12
-from wsm_ds.layouts.rank_files import element_wise
+from wsm_ds.layouts.optimizer_states import unnested
 from wsm_ds.layouts.universal import open_parameters, whole
 from wsm_ds.torchfile import Tensor, TorchFile
 
@@ -36,13 +35,16 @@ class ParameterGroup:
         return bool(self.hyperparameters.get("use_muon"))
 
 
-def read_groups(model: TorchFile, state: dict[str, Any], round_robin_ranks: int) -> tuple[ParameterGroup, ...]:
+def read_groups(
+    model: TorchFile, state: dict[str, Any], round_robin_ranks: int, state_names: frozenset[str]
+) -> tuple[ParameterGroup, ...]:
     """Reads the groups of a checkpoint.
 
     Args:
         model: rank 0's model file.
         state: rank 0's optimizer state.
         round_robin_ranks: number of ranks to which `round_robin_gradients` distributed the parameters; 1 without it.
+        state_names: optimizer states that hold one value per element.
 
     Raises:
         BrokenCheckpoint: the model file and the optimizer do not agree about the groups.
@@ -64,11 +66,9 @@ def read_groups(model: TorchFile, state: dict[str, Any], round_robin_ranks: int)
         names = [name for index in indices for name in shapes[index]]
         states = base["state"].get(entry["params"][0], {}) if entry["params"] else {}
         flat = flats[indices[0]] if indices else flats[0]
-        padding = 0 if is_stage3 or "zero_stage" not in state else int(state["group_paddings"][number])
-        element_values = element_wise(states, flat.numel, flat.numel + padding)
-        if entry.get("use_muon") and isinstance(states.get(zero12.MOMENTUM), Tensor):
-            # Its length is that of whole parameters, so `element_wise` does not recognize it.
-            element_values[zero12.MOMENTUM] = states[zero12.MOMENTUM]
+        element_values = {
+            name: value for name, value in unnested(states).items() if name in state_names and isinstance(value, Tensor)
+        }
         groups.append(
             ParameterGroup(
                 names=tuple(_in_optimizer_order(names, round_robin_ranks)),

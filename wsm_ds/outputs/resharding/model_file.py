@@ -5,6 +5,7 @@ from typing import Any
 
 from wsm_ds.errors import UnsupportedLayout, few
 from wsm_ds.layouts.layout import TensorInfo
+from wsm_ds.layouts.saved_names import saved_name
 from wsm_ds.outputs.resharding.form import Form, Origin, cuts
 from wsm_ds.outputs.resharding.placeholders import placeholder
 from wsm_ds.torchfile import Tensor
@@ -40,6 +41,7 @@ def model_tree(origin: Origin, form: Form, rank: int) -> dict[str, Any]:
             (name, _fragment(form, frozen[name], tree["module"][name]) if name in frozen else tree["module"][name])
             for name in shapes
         )
+    tree["module"] = OrderedDict((saved_name(name), value) for name, value in tree["module"].items())
     tree["dp_world_size"] = form.world_size
     tree["ds_config"] = with_form(tree.get("ds_config"), form)
     return tree

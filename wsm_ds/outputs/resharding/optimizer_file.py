@@ -10,6 +10,8 @@ from typing import Any
 
 from wsm_ds.layouts import zero12
 from wsm_ds.layouts.layout import TensorInfo
+from wsm_ds.layouts.optimizer_states import NESTED
+from wsm_ds.outputs.dropped_states import fresh_group
 from wsm_ds.outputs.resharding.form import Form, Origin, cuts
 from wsm_ds.outputs.resharding.groups import ParameterGroup
 from wsm_ds.outputs.resharding.model_file import with_form
@@ -185,12 +187,17 @@ def loss_scaling(old: dict[str, Any]) -> dict[str, Any]:
 
 def _states(group: ParameterGroup, size: int, sizes: dict[str, int]) -> dict[str, Any]:
     """A group's states: placeholders of `size` elements (of `sizes[name]`, if it is there), and copies of counters."""
-    return {
-        name: placeholder(group.element_wise[name], (sizes.get(name, size),))
-        if name in group.element_wise
-        else with_own_storage(value)
-        for name, value in group.states.items()
-    }
+
+    def of(states: dict[str, Any]) -> dict[str, Any]:
+        new: dict[str, Any] = {}
+        for name, value in states.items():
+            if name in group.element_wise:
+                new[name] = placeholder(group.element_wise[name], (sizes.get(name, size),))
+            else:
+                new[name] = of(value) if name == NESTED and isinstance(value, dict) else with_own_storage(value)
+        return new
+
+    return of(group.states)
 
 
 def _nonempty(states: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
@@ -204,7 +211,7 @@ def param_group(group: ParameterGroup, numbers: list[int], keeps_states: bool) -
     Args:
         group: the group.
         numbers: its `params`: the numbers of its flat tensors.
-        keeps_states: whether states are kept; a step counter in the entry is one of them.
+        keeps_states: whether states are kept; counters in the entry belong to them.
     """
-    kept = {name: value for name, value in group.hyperparameters.items() if keeps_states or name != "step"}
-    return {**kept, "params": numbers}
+    entry = group.hyperparameters
+    return {**(entry if keeps_states else fresh_group(entry)), "params": numbers}

@@ -13,12 +13,15 @@ from typing import Any
 from wsm_ds.errors import UnsupportedLayout, brief, few
 from wsm_ds.layouts import zero12
 from wsm_ds.layouts.layout import Table, TableBuilder
+from wsm_ds.layouts.optimizer_states import unnested
 from wsm_ds.layouts.rank_files import RankFiles
+from wsm_ds.layouts.saved_names import with_parameter_names
 from wsm_ds.outputs.resharding.form import Origin
 from wsm_ds.outputs.resharding.groups import ParameterGroup
 from wsm_ds.outputs.resharding.model_file import model_tree
 from wsm_ds.outputs.resharding.optimizer_file import loss_scaling, param_group
 from wsm_ds.outputs.resharding.placeholders import placeholder
+from wsm_ds.outputs.resharding.shared_states import require_loadable_scalars
 from wsm_ds.outputs.torch_template import Inputs, TorchTemplate, inputs_of, make_torch_template
 from wsm_ds.planning.plan import InputNumber, Template
 from wsm_ds.torchfile import TorchFile
@@ -47,6 +50,7 @@ def universal_templates(
             name cannot be the name of a folder.
     """
     _require_loadable(origin)
+    require_loadable_scalars(origin)
     inputs = inputs_of(origin.layout, first_input)
     builder = TableBuilder()
     templates = _model_templates(origin, inputs, allowed_globals)
@@ -118,7 +122,8 @@ def _parameter_templates(
 def _add_module(builder: TableBuilder, origin: Origin, model: TorchFile) -> None:
     """Adds where the module's weights belong in the first template."""
     layout = origin.layout
-    zero12.add_module(builder, RankFiles({0: model}, {}, {model.path: 0}, layout.tensors, layout.aliases, 1))
+    named = with_parameter_names(model)
+    zero12.add_module(builder, RankFiles({0: named}, {}, {model.path: 0}, layout.tensors, layout.aliases, 1))
 
 
 def _optimizer_state(origin: Origin) -> dict[str, Any]:
@@ -135,4 +140,4 @@ def _optimizer_state(origin: Origin) -> dict[str, Any]:
 
 
 def _counters(group: ParameterGroup) -> dict[str, Any]:
-    return {name: value for name, value in group.states.items() if name not in group.element_wise}
+    return {name: value for name, value in unnested(group.states).items() if name not in group.element_wise}

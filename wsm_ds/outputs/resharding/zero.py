@@ -3,6 +3,7 @@
 from wsm_ds.layouts import zero3, zero12
 from wsm_ds.layouts.layout import Table, TableBuilder
 from wsm_ds.layouts.rank_files import RankFiles
+from wsm_ds.layouts.saved_names import with_parameter_names
 from wsm_ds.outputs.resharding.form import Form, Origin
 from wsm_ds.outputs.resharding.model_file import model_tree, require_places
 from wsm_ds.outputs.resharding.optimizer_file import optimizer_tree
@@ -45,7 +46,7 @@ def zero_templates(
     templates = [*models.values(), *optims.values()]
     layout = origin.layout
     files = RankFiles(
-        {rank: template.file for rank, template in models.items()},
+        {rank: with_parameter_names(template.file) for rank, template in models.items()},
         {rank: template.file for rank, template in optims.items()},
         {template.file.path: index for index, template in enumerate(templates)},
         layout.tensors,
