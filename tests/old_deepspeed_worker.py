@@ -29,7 +29,7 @@ if deepspeed.__version__.startswith("0.18."):
     DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned = lambda *args, **rest: flatten(*args, **rest).detach()
 
 if deepspeed.__version__.startswith(("0.14.", "0.15.")):
-    # They call torch.load without weights_only (runtime/checkpoint_engine/torch_checkpoint_engine.py:28), and since torch
+    # They call torch.load without weights_only (checkpoint_engine/torch_checkpoint_engine.py:28), and since torch
     # 2.6 that refuses the classes in DeepSpeed's optimizer files: fragment_address, LossScaler, ZeroStageEnum.
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
 
