@@ -3,8 +3,11 @@
     torch      the file imports torch, or a module that does
     deepspeed  the test trains with DeepSpeed, or reads what such a training wrote
     cluster    the test runs on the Slurm cluster
+    old_deepspeed  the test installs older versions of DeepSpeed
 
 Where a mark is deselected (`-m "not torch"`), files that need torch as soon as they are imported are not collected.
+What is marked old_deepspeed takes minutes and needs PyPI. It is collected only if `-m old_deepspeed` or the file's name
+asks for it.
 """
 
 import ast
@@ -32,10 +35,13 @@ TORCH = {
 """Modules that import torch."""
 LAZY = {"lazy", "recording_optimizer", "reference"}
 """Modules that import torch when a test uses them."""
+OLD_DEEPSPEED = "test_old_deepspeed"
+"""The file that installs older versions of DeepSpeed."""
 MARKS = {
     "torch": "the test needs torch",
     "deepspeed": "the test trains with DeepSpeed, or reads what such a training wrote",
     "cluster": "the test runs on the Slurm cluster",
+    "old_deepspeed": "the test installs older versions of DeepSpeed",
 }
 
 
@@ -49,6 +55,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if not is_test:
         return None
     expression = config.getoption("markexpr", "")
+    if collection_path.stem == OLD_DEEPSPEED and "old_deepspeed" not in expression.replace("not old_deepspeed", ""):
+        return True
     if "not torch" in expression and imports_torch(collection_path, at_top=True):
         return True
     if "not deepspeed" in expression and collection_path.stem.endswith("_deepspeed"):
@@ -64,6 +72,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("cluster")
         if fixtures & TRAINED or item.path.stem.endswith("_deepspeed"):
             item.add_marker("deepspeed")
+        if item.path.stem == OLD_DEEPSPEED:
+            item.add_marker("old_deepspeed")
         if item.path.suffix == ".py" and imports_torch(item.path, at_top=False):
             item.add_marker("torch")
 

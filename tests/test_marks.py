@@ -1,4 +1,4 @@
-"""Collecting the fast tests imports neither torch nor DeepSpeed."""
+"""What is collected: the fast tests without torch and DeepSpeed, those of older DeepSpeed only on request."""
 
 import subprocess
 import sys
@@ -31,3 +31,10 @@ def test_collecting_the_fast_tests_imports_no_torch() -> None:
     number, modules = collected("-m", "not deepspeed and not cluster")
     assert modules == "[]"
     assert number > 400
+
+
+def test_older_deepspeed_is_collected_only_on_request() -> None:
+    named = ("--ignore-glob=*/test_[!o]*", "-k", "test_old_deepspeed")
+    for mark in ("", "deepspeed", "not old_deepspeed"):
+        assert collected(*named, "-m", mark)[0] == 0, mark
+    assert collected(*named, "-m", "old_deepspeed")[0] == 31

@@ -52,6 +52,23 @@ def test_clipping_is_reported_with_the_version_that_turned_it_on() -> None:
     assert found({"gradient_clipping": "auto"}) == {}
 
 
+@pytest.mark.parametrize(
+    ("version", "level"),
+    [
+        ("0.17.5", {}),
+        ("0.17.6", {"optimizer-not-saved": "error"}),
+        ("0.18.4", {"optimizer-not-saved": "error"}),
+        ("0.18.5", {}),
+    ],
+)
+def test_versions_that_save_no_optimizer_of_bf16_at_stage_1_are_named(version: str, level: dict[str, str]) -> None:
+    stage1 = {"fp16": {}, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+    fp32 = {"data_types": {"grad_accum_dtype": "fp32"}}
+    assert found(stage1 | fp32, version) == level
+    assert found(stage1, version) == {}
+    assert found(stage1 | fp32 | {"zero_optimization": {"stage": 2}}, version) == {}
+
+
 def test_the_overflow_check_of_bf16_is_reported_since_it_is_on() -> None:
     bf16 = {"fp16": {}, "bf16": {"enabled": True}}
     assert found(bf16) == {"bf16-overflow-check": "note"}

@@ -11,6 +11,7 @@ from packaging.version import Version
 from wsm_ds.doctor.deepspeed_facts import (
     CHECKS_BF16_OVERFLOW,
     CLIPS_BY_DEFAULT,
+    LOSES_BF16_OPTIMIZER,
     REMOVED_KEYS,
     REMOVED_OPTIMIZERS,
     timeout_minutes,
@@ -37,7 +38,18 @@ def check_config(config: Config, version: Version) -> list[Finding]:
         config: the content of the JSON file.
         version: of the DeepSpeed that runs it.
     """
-    checks = (_scheduler, _clipping, _overflow, _timeout, _removed, _writer, _unreadable, _storage, _universal)
+    checks = (
+        _scheduler,
+        _clipping,
+        _overflow,
+        _timeout,
+        _removed,
+        _writer,
+        _unsaved,
+        _unreadable,
+        _storage,
+        _universal,
+    )
     return [finding for check in checks for finding in check(config, version)]
 
 
@@ -197,6 +209,24 @@ def _writer(config: Config, version: Version) -> Iterator[Finding]:
             effect="an external package writes the checkpoints; wsm_ds does not read its files",
             cure="remove datastates_ckpt, or convert what it wrote before merging",
             source="deepspeed/runtime/checkpoint_engine/utils.py, create_checkpoint_engine",
+        )
+
+
+def _unsaved(config: Config, version: Version) -> Iterator[Finding]:
+    first, end = LOSES_BF16_OPTIMIZER
+    bf16, zero = block(config, "bf16") or block(config, "bfloat16"), block(config, "zero_optimization")
+    accumulates_in_fp32 = block(config, "data_types").get("grad_accum_dtype") == "fp32"
+    is_bf16_stage1 = bf16.get("enabled") is True and zero.get("stage") == 1
+    offloads = block(zero, "offload_optimizer").get("device") == "cpu"
+    if first <= version < end and is_bf16_stage1 and accumulates_in_fp32 and not offloads:
+        yield Finding(
+            name="optimizer-not-saved",
+            level="error",
+            found="bf16 at stage 1 with data_types.grad_accum_dtype fp32",
+            effect=f"DeepSpeed {version} makes the optimizer of stage 0 and saves none of it: no masters, no moments; "
+            "its own load_checkpoint ends with an AttributeError, and wsm_ds refuses the checkpoint",
+            cure=f"use stage 2, DeepSpeed {end} or newer, or one before {first}",
+            source="deepspeed/runtime/constants.py, DDP_BFLOAT16; tests/test_old_deepspeed.py runs it",
         )
 
 

@@ -19,6 +19,10 @@ SHORT_TIMEOUT = Version("0.19.6")
 KEEPS_FROZEN_GATHERED = Version("0.19.3")
 """Since this version, ZeRO-3 keeps a frozen parameter gathered while a checkpointed block is computed again
 (`runtime/zero/partitioned_param_coordinator.py`, `ds_recompute_parameters`)."""
+LOSES_BF16_OPTIMIZER = (Version("0.17.6"), Version("0.18.5"))
+"""Since the first version and before the second, `BFLOAT16` and `DDP_BFLOAT16` are equal (`runtime/constants.py`; read
+in 0.17.0 to 0.17.6 and 0.18.0 to 0.18.9). A bf16 run at stage 1 that accumulates its gradients in fp32 gets an
+optimizer for stage 0 then (`runtime/engine.py`, `_configure_optimizer`), and no checkpoint holds it."""
 
 REMOVED_KEYS: dict[str, Version] = {
     key: Version(version)

@@ -36,4 +36,7 @@ def read_layout(checkpoint: Checkpoint, allowed_globals: frozenset[str] = frozen
         return zero.read(checkpoint, entries, first_model, allowed_globals)
     if is_stage0(first_model.tree):
         return zero0.read(checkpoint, first_model)
-    raise BrokenCheckpoint(f"{path} has no optimizer files: its save was cut off, or they lie elsewhere.")
+    raise BrokenCheckpoint(
+        f"{path} has no optimizer files: its save was cut off, they lie elsewhere, or DeepSpeed saved none: 0.17.6 to "
+        "0.18.4 do so in bf16 at stage 1 with data_types.grad_accum_dtype fp32."
+    )
