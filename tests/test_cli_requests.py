@@ -120,4 +120,4 @@ def test_a_wrong_tag_is_corrected(tag: str, runs: Path, tmp_path: Path, capsys: 
     run = shutil.copytree(runs / "w2_s2_bf16", tmp_path / "run")
     (run / "latest").write_text("global_step4")
     line = error_of(capsys, "inspect", run, "--tag", tag)
-    assert "(did you mean 'global_step4'?); it holds, the newest first, global_step6, global_step4" in line
+    assert "(did you mean 'global_step4'?); it holds global_step6, global_step4" in line

@@ -269,7 +269,7 @@ def run_plan(
         require_memory(plan.memory_bytes)
         files = StagedFiles(plan, [s.content for s in stagings], [s.folder for s in stagings], ranks.rank)
         if ranks.rank == 0:
-            stack.enter_context(hold_shared(_marks(plan)))
+            stack.enter_context(hold_shared(plan.marks()))
             for output, described in zip(plan.outputs, descriptions, strict=True):
                 stack.enter_context(staged(output.out, described, restart=restart))
             _require_disk(plan, stagings)
@@ -281,13 +281,6 @@ def run_plan(
         manifests = _publish(plan, files, stagings) if ranks.rank == 0 else ()
         ranks.barrier("published")
     return MergeOutcome(manifests, timings)
-
-
-def _marks(plan: Plan) -> list[Path]:
-    """One file of each source, by whose lock `prune` knows that a merge reads the checkpoint."""
-    sources = sorted({source.path for output in plan.outputs for source in output.sources})
-    paths = sorted(input_file.path.resolve() for input_file in plan.inputs)
-    return [next(path for path in paths if path.is_relative_to(source)) for source in sources]
 
 
 def _write(plan: Plan, files: StagedFiles, ranks: Ranks, on_bytes: Progress) -> Timings:

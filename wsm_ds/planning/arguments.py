@@ -7,6 +7,7 @@ from typing import Any
 
 from wsm_ds.errors import RecipeError, few
 from wsm_ds.layouts.file_names import MODEL_FILE
+from wsm_ds.layouts.frameworks import OUTPUT
 from wsm_ds.planning.recipe import MergeRecipe, make_recipe
 from wsm_ds.planning.recipe_options import StrPath
 
@@ -61,13 +62,18 @@ def _both_given(options: Mapping[str, Any]) -> RecipeError:
 
 
 def _require_folders_above(recipes: Sequence[MergeRecipe]) -> None:
-    """Raises RecipeError if a folder above an output is a file, or is a checkpoint of the run."""
+    """Raises RecipeError if a folder above an output is a file, a checkpoint of the run, or another output."""
     for recipe in recipes:
         above = next(path for path in recipe.out.absolute().parents if path.exists())
         if not above.is_dir():
             raise RecipeError(f"`out` ({recipe.out}): {above} is not a folder.")
         run = recipe.run.resolve()
         for folder in recipe.out.resolve().parents:
+            if (folder / OUTPUT).is_file():
+                raise RecipeError(
+                    f"`out` ({recipe.out}) lies in {folder}, which is another merge's output and would no longer be what "
+                    "its manifest says. Choose a folder outside it."
+                )
             if folder.is_relative_to(run) and _is_checkpoint(folder):
                 raise RecipeError(
                     f"`out` ({recipe.out}) lies in the checkpoint {folder}, and sources are only read. Choose a folder "

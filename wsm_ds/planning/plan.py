@@ -259,6 +259,12 @@ class Plan:
         """Returns an output's files, each with its index in `files`."""
         return [(number, file) for number, file in enumerate(self.files) if file.output == output]
 
+    def marks(self) -> list[Path]:
+        """Returns one file of each source, by whose lock `prune` knows that a merge reads the checkpoint."""
+        sources = sorted({source.path for output in self.outputs for source in output.sources})
+        paths = sorted(input_file.path.resolve() for input_file in self.inputs)
+        return [next(path for path in paths if path.is_relative_to(source)) for source in sources]
+
     def to_json(self) -> dict[str, Any]:
         """Returns the plan's figures as plain data, for `--dry-run --json`."""
         return {
