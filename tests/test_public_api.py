@@ -76,3 +76,11 @@ def test_an_output_inside_a_source_is_refused_however_it_is_spelled(tmp_path: Pa
         with pytest.raises(RecipeError, match=r"lies in the checkpoint .*run/global_step2, and sources are only read"):
             wsm_ds.merge(run, last=2, out=out)
     assert len(list((run / "global_step2").iterdir())) == 3
+
+
+def test_an_output_inside_another_output_is_refused(tmp_path: Path) -> None:
+    run = Path(shutil.copytree(Path(__file__).with_name("golden") / "zero2_bf16", tmp_path / "run"))
+    wsm_ds.merge(run, last=2, allow=["warmup"], out=tmp_path / "first")
+    with pytest.raises(RecipeError, match=r"lies in .*/first, another merge's output"):
+        wsm_ds.merge(run, last=2, allow=["warmup"], out=tmp_path / "first/second")
+    assert wsm_ds.verify(tmp_path / "first").files > 0

@@ -21,10 +21,10 @@ from wsm_ds.errors import OutputExists, RecipeError, VerificationFailed
 from wsm_ds.filesystem.capacity import disk_usage_bytes, require_disk, require_memory
 from wsm_ds.filesystem.durable import require_absent, write_text
 from wsm_ds.filesystem.locks import hold_shared
-from wsm_ds.layouts import Layout, read_layout
+from wsm_ds.layouts import read_layout
 from wsm_ds.outputs.resharding.form import RequestedForm
 from wsm_ds.outputs.safetensors import plan_safetensors
-from wsm_ds.outputs.save_folder import output_tag, sidecar_files
+from wsm_ds.outputs.save_folder import copied_files, output_tag
 from wsm_ds.outputs.zero_checkpoint import OutputFiles, OutputWindow, plan_zero_checkpoint
 from wsm_ds.planning.arguments import Recipe, recipe_of, recipes_of
 from wsm_ds.planning.plan import CopySegment, InputFile, InputNumber, Output, OutputFile, OutputNumber, Plan, Source
@@ -123,7 +123,7 @@ def plan_windows(
         output_window = OutputWindow(OutputNumber(number), members, tuple(window.coefficients.tolist()), len(files))
         planned, texts = _files(tables, output_window, recipe, reads_states)
         names = {file.name for file in planned.files} | set(texts)
-        paths = _copied_paths(recipe, window.layouts[-1], sidecar_names)
+        paths = copied_files(recipe, window.layouts[-1], sidecar_names)
         copies, copied_inputs = _copies(OutputNumber(number), paths, len(inputs), names)
         files += [*planned.files, *copies]
         inputs += copied_inputs
@@ -173,17 +173,6 @@ def _output(recipe: MergeRecipe, window: Window, texts: dict[str, str]) -> Outpu
         recipe=recipe.model_dump(mode="json"),
         matched_names=tuple(match.to_json() for match in window.matched_names),
     )
-
-
-def _copied_paths(recipe: MergeRecipe, newest: Layout, sidecar_names: frozenset[str] | None) -> tuple[Path, ...]:
-    """Files to copy into the output's folder: the recipe's `include`, and what a framework keeps beside `newest`."""
-    included_names = {path.name for path in recipe.include}
-    beside = tuple(
-        path
-        for path in sidecar_files(newest, recipe.format)
-        if path.name not in included_names and (sidecar_names is None or path.name in sidecar_names)
-    )
-    return recipe.include + beside
 
 
 def _copies(

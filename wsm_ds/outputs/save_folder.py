@@ -18,6 +18,7 @@ from pathlib import Path
 
 from wsm_ds.layouts import Layout
 from wsm_ds.layouts.frameworks import UNIVERSAL, save_of
+from wsm_ds.planning.recipe import MergeRecipe
 
 LOADS_BY_NAME = ("Accelerate", "Lightning", "Composer")
 """Frameworks that load a checkpoint of a fixed name. The others take the name from `latest`, or look for global_step*
@@ -73,3 +74,16 @@ def sidecar_files(newest: Layout, output_format: str) -> tuple[Path, ...]:
         return tuple(path for path in files if any(fnmatch(path.name, pattern) for pattern in MODEL_FILES))
     # Random states and the scheduler are carried, too: a framework reads them when it resumes.
     return tuple(path for path in files if not any(fnmatch(path.name, pattern) for pattern in NOT_CARRIED))
+
+
+def copied_files(recipe: MergeRecipe, newest: Layout, names: frozenset[str] | None = None) -> tuple[Path, ...]:
+    """Returns the files to copy into an output's folder: the recipe's `include`, and what lies beside `newest`.
+
+    Args:
+        recipe: of the output.
+        newest: the newest checkpoint of the window.
+        names: those of the files beside `newest` to copy; None: all.
+    """
+    included = {path.name for path in recipe.include}
+    beside = sidecar_files(newest, recipe.format)
+    return recipe.include + tuple(p for p in beside if p.name not in included and (names is None or p.name in names))

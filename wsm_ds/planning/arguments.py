@@ -71,8 +71,8 @@ def _require_folders_above(recipes: Sequence[MergeRecipe]) -> None:
         for folder in recipe.out.resolve().parents:
             if (folder / OUTPUT).is_file():
                 raise RecipeError(
-                    f"`out` ({recipe.out}) lies in {folder}, which is another merge's output and would no longer be what "
-                    "its manifest says. Choose a folder outside it."
+                    f"`out` ({recipe.out}) lies in {folder}, another merge's output, which would no longer be what its "
+                    "manifest says. Choose a folder outside it."
                 )
             if folder.is_relative_to(run) and _is_checkpoint(folder):
                 raise RecipeError(
