@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import ProjectConfiguration
 from ds_worker import master_partitions, module_weights, run_jobs  # prepares DeepSpeed for CPU
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -71,6 +71,8 @@ def do_accelerate(job: dict[str, Any]) -> dict[str, Any]:
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config(job["stage"]) | {"gradient_accumulation_steps": 1}),
         project_config=ProjectConfiguration(project_dir=job["run"], automatic_checkpoint_naming=True),
     )
+    # Without GPUs Accelerate takes each rank for the only one (state.py), and all would write `random_states_0.pkl`.
+    PartialState._shared_state.update(process_index=dist.get_rank(), num_processes=dist.get_world_size())
     model = network()
     counter = Counter()
     model, optimizer, data = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2), batches())
