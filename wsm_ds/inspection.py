@@ -105,6 +105,10 @@ def _inspect(checkpoint: Checkpoint, allow_globals: frozenset[str]) -> Inspected
     try:
         layout = read_layout(checkpoint, allow_globals)
         signs = signs_of_another_save(layout)
-        return Inspected(checkpoint, layout, f"its files are not of one save: {few(signs)}" if signs else None)
+        return Inspected(
+            checkpoint,
+            layout,
+            f"its files are not of one save, or one of them is damaged: {few(signs)}" if signs else None,
+        )
     except WsmError as error:
         return Inspected(checkpoint, None, str(error))
