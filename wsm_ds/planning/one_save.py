@@ -66,8 +66,8 @@ def require_one_save(layouts: Sequence[Layout], allow: Sequence[str]) -> None:
         signs = signs_of_another_save(layout)
         if signs:
             raise ForeignFiles(
-                f"{layout.path}: its files are not of one save, or one of them is damaged: {few(signs, 3)}. Restore the "
-                "right files, choose a window without this checkpoint, or pass --allow foreign-files."
+                f"{layout.path}: its files are not of one save, or one of them is damaged: {few(signs, 3)}. Restore "
+                "the right files, choose a window without this checkpoint, or pass --allow foreign-files."
             )
 
 
