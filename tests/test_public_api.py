@@ -84,3 +84,4 @@ def test_an_output_inside_another_output_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"lies in .*/first, another merge's output"):
         wsm_ds.merge(run, last=2, allow=["warmup"], out=tmp_path / "first/second")
     assert wsm_ds.verify(tmp_path / "first").files > 0
+    wsm_ds.export(tmp_path / "first", out=tmp_path / "first/job/weights")  # a run that goes on in this folder

@@ -69,7 +69,8 @@ def _require_folders_above(recipes: Sequence[MergeRecipe]) -> None:
             raise RecipeError(f"`out` ({recipe.out}): {above} is not a folder.")
         run = recipe.run.resolve()
         for folder in recipe.out.resolve().parents:
-            if (folder / OUTPUT).is_file():
+            # A training may go on in the folder of a merge; its own files lie there then.
+            if (folder / OUTPUT).is_file() and not run.is_relative_to(folder):
                 raise RecipeError(
                     f"`out` ({recipe.out}) lies in {folder}, another merge's output, which would no longer be what its "
                     "manifest says. Choose a folder outside it."
