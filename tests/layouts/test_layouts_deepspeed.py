@@ -116,8 +116,8 @@ def test_every_layout_goes_on_with_another_number_of_ranks(
         out = tmp_path / str(number)
         reshard(written / name, out=out, world_size=4)
         for run, folder in ((written / name, "before"), (out, "after")):
-            export(run, out=out / folder, dtype="fp32")
-        before, after = (load_file(out / folder / "model.safetensors") for folder in ("before", "after"))
+            export(run, out=tmp_path / f"{number}-{folder}", dtype="fp32")
+        before, after = (load_file(tmp_path / f"{number}-{when}/model.safetensors") for when in ("before", "after"))
         assert all(torch.equal(after[fqn], value) for fqn, value in before.items()), name
         jobs.append(layout | {"do": "load", "root": str(out), "dump": str(out / "dump"), "steps": 2})
     reports = launch(jobs, world_size=4, folder=tmp_path_factory.mktemp("load"))
