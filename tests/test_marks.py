@@ -39,6 +39,5 @@ def test_collecting_the_fast_tests_imports_no_torch() -> None:
 @pytest.mark.skipif(find_spec("torch") is None, reason="the file that is collected imports torch")
 def test_older_deepspeed_is_collected_only_on_request() -> None:
     named = ("--ignore-glob=*/test_[!o]*", "-k", "test_old_deepspeed")
-    for mark in ("", "deepspeed", "not old_deepspeed"):
-        assert collected(*named, "-m", mark)[0] == 0, mark
+    assert collected(*named)[0] == 0
     assert collected(*named, "-m", "old_deepspeed")[0] == 31
