@@ -2,7 +2,7 @@
 # make test           the test suite, against checkpoints that DeepSpeed writes; and, once tests/cluster/install.sh has run,
 #                     launch/ on a Slurm cluster of several hosts and over ssh, on this machine.
 #                     make test K=word: only the tests with this word in their names (pytest -k)
-# make test-fast      the tests that need neither a run of DeepSpeed nor the cluster: under a minute
+# make test-fast      the tests that need neither a run of DeepSpeed nor the cluster: two minutes
 # make test-pythons   the tests that need no torch, on each Python from 3.10 on that this machine has, and with the oldest dependencies
 # make check          ruff, mypy --strict, import directions
 # make docs           the documentation as a site, in site/; links are checked
