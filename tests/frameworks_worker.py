@@ -1,7 +1,8 @@
 """Ranks that train through Accelerate and through Lightning, save as a user's script does, and resume from a folder.
 
 Jobs and reports: `ds_worker.py`. A job has "run" (where to save), "stage" and "steps". If it resumes, it has "resume"
-(a folder), and writes what the engine holds after loading to "dump".rank{r}.
+(a folder), and writes what the engine holds after loading to "dump".rank{r}. "universal": that folder holds a universal
+checkpoint.
 """
 
 import os
@@ -21,12 +22,16 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
 WIDTH, EVERY = 8, 2
+RATE = 1e-2
+DIP = 5
+"""Accelerate's schedule halves the rate for one update, after so many: a schedule that begins anew does not."""
 
 
-def ds_config(stage: int) -> dict[str, Any]:
+def ds_config(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 4,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": job["stage"], "stage3_param_persistence_threshold": 0},
+        "checkpoint": {"load_universal": job.get("universal", False)},
         "bf16": {"enabled": True},
         "zero_allow_untested_optimizer": True,
     }
@@ -68,24 +73,31 @@ def do_accelerate(job: dict[str, Any]) -> dict[str, Any]:
     AcceleratorState._reset_state(reset_partial_state=True)  # a script has one Accelerator; this one has several jobs
     accelerator = Accelerator(
         mixed_precision="bf16",
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config(job["stage"]) | {"gradient_accumulation_steps": 1}),
+        step_scheduler_with_optimizer=False,  # one step of the schedule an update, whatever the number of ranks
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config(job) | {"gradient_accumulation_steps": 1}),
         project_config=ProjectConfiguration(project_dir=job["run"], automatic_checkpoint_naming=True),
     )
     # Without GPUs Accelerate takes each rank for the only one (state.py), and all would write `random_states_0.pkl`.
     PartialState._shared_state.update(process_index=dist.get_rank(), num_processes=dist.get_world_size())
     model = network()
     counter = Counter()
-    model, optimizer, data = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2), batches())
+    plain = torch.optim.AdamW(model.parameters(), lr=RATE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(plain, lambda count: 0.5 if count == DIP else 1.0)
+    model, optimizer, data = accelerator.prepare(model, plain, batches())
+    schedule = accelerator.prepare_scheduler(schedule)
     accelerator.register_for_checkpointing(counter)
     seen = list(data)  # before the random states are loaded: a loader draws a seed
     if "resume" in job:
         accelerator.load_state(job["resume"])
         dump(model, job)
-    report: dict[str, Any] = {"first_count": counter.count, "losses": [], "generators": []}
+    report: dict[str, Any] = {"first_count": counter.count, "losses": [], "batches": [], "generators": [], "rates": []}
     for inputs, targets in seen[counter.count : counter.count + job["steps"]]:
         loss = loss_of(model, inputs, targets)
+        report["rates"].append(optimizer.param_groups[0]["lr"])
+        report["batches"].append([inputs.tolist(), targets.tolist()])
         accelerator.backward(loss)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
         counter.count += 1
         report["losses"].append(loss.item())
@@ -117,10 +129,10 @@ class Module(LightningModule):
     def __init__(self, job: dict[str, Any]) -> None:
         super().__init__()
         self.network, self.job = network(), job
-        self.report: dict[str, Any] = {"first_step": None, "losses": []}
+        self.report: dict[str, Any] = {"first_step": None, "losses": [], "batches": []}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+        return torch.optim.AdamW(self.parameters(), lr=RATE)
 
     def on_train_start(self) -> None:
         strategy: Any = self.trainer.strategy
@@ -132,6 +144,7 @@ class Module(LightningModule):
     def training_step(self, batch: Any, number: int) -> torch.Tensor:
         loss = loss_of(self.network, *batch)
         self.report["losses"].append(loss.item())
+        self.report["batches"].append([part.tolist() for part in batch])
         return loss
 
 
@@ -142,7 +155,7 @@ def do_lightning(job: dict[str, Any]) -> dict[str, Any]:
     trainer = Trainer(
         accelerator=OnGloo(),
         devices=dist.get_world_size(),
-        strategy=DeepSpeedOnCpu(config=ds_config(job["stage"]), process_group_backend="gloo"),
+        strategy=DeepSpeedOnCpu(config=ds_config(job), process_group_backend="gloo"),
         plugins=[TorchElasticEnvironment()],
         precision="bf16-true",
         max_steps=job["steps"],

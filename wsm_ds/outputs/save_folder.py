@@ -21,8 +21,10 @@ from wsm_ds.layouts.frameworks import UNIVERSAL, save_of
 from wsm_ds.planning.recipe import MergeRecipe
 
 LOADS_BY_NAME = ("Accelerate", "Lightning", "Composer")
-"""Frameworks that load a checkpoint of a fixed name. The others take the name from `latest`, or look for global_step*
-(HF Trainer, `transformers/integrations/deepspeed.py`, `deepspeed_load_checkpoint`)."""
+"""Frameworks that load a checkpoint of a fixed name, whatever its format. Accelerate passes the name to DeepSpeed
+(`accelerate/accelerator.py:3853`, `load_state`). Lightning refuses a folder without it
+(`lightning/fabric/strategies/deepspeed.py:888`, `_is_deepspeed_checkpoint`). The others take the name from `latest`, or
+look for global_step* (HF Trainer, `transformers/integrations/deepspeed.py`, `deepspeed_load_checkpoint`)."""
 NOT_CARRIED = (
     "*.safetensors*", "*model*.bin*", "pytorch_model*", "*.index.json", "*.h5", "*.msgpack", "latest*",
     "wsm_merge.json", ".*", "model.pt", "optimizer*.bin", "*.distcp",
@@ -48,12 +50,12 @@ def output_tag(newest: Layout, output_format: str) -> str:
 
     Args:
         newest: the newest checkpoint of the window.
-        output_format: "zero" or "universal"; the latter ends with `_universal`.
+        output_format: "zero" or "universal". The name of the latter ends with `_universal`, unless the framework loads
+            a fixed name.
     """
-    name = newest.path.name.removesuffix(UNIVERSAL)
-    if save_of(newest.path).framework not in LOADS_BY_NAME:
-        name = f"global_step{newest.step}"
-    return name + (UNIVERSAL if output_format == "universal" else "")
+    if save_of(newest.path).framework in LOADS_BY_NAME:
+        return newest.path.name.removesuffix(UNIVERSAL)
+    return f"global_step{newest.step}" + (UNIVERSAL if output_format == "universal" else "")
 
 
 def sidecar_files(newest: Layout, output_format: str) -> tuple[Path, ...]:
