@@ -3,7 +3,8 @@
 import shutil
 from pathlib import Path
 
-from wsm_ds.publishing.staging_folder import MANIFEST, STAGING
+from wsm_ds.layouts.frameworks import MANIFEST
+from wsm_ds.publishing.staging_folder import STAGING
 from wsm_ds.watching.completeness import Fingerprint, fingerprint
 
 

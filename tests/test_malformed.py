@@ -13,10 +13,11 @@ from wsm_ds.engine import seals, tasks
 from wsm_ds.engine.staged_files import StagedFiles
 from wsm_ds.errors import CurveError, RecipeError, VerificationFailed
 from wsm_ds.filesystem import small_files
+from wsm_ds.layouts.frameworks import MANIFEST
 from wsm_ds.merging import merge, merge_all
 from wsm_ds.planning.recipe import load_recipes, make_recipes
 from wsm_ds.publishing import manifest
-from wsm_ds.publishing.staging_folder import MANIFEST, PLAN, Staging
+from wsm_ds.publishing.staging_folder import PLAN, Staging
 from wsm_ds.torchfile import open_torch_file
 from wsm_ds.verification import verify
 from wsm_ds.watching.spec import SPEC, read_spec

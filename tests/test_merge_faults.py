@@ -28,9 +28,10 @@ from wsm_ds.errors import (
     WindowError,
 )
 from wsm_ds.inspection import inspect_run
+from wsm_ds.layouts.frameworks import MANIFEST
 from wsm_ds.merging import merge, plan_merge, run_plan
 from wsm_ds.planning.recipe import make_recipe
-from wsm_ds.publishing.staging_folder import MANIFEST, staged
+from wsm_ds.publishing.staging_folder import staged
 from wsm_ds.verification import verify
 
 

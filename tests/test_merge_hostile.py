@@ -21,10 +21,11 @@ from wsm_ds.cli import main
 from wsm_ds.engine import seals, tasks
 from wsm_ds.engine.worker import Worker
 from wsm_ds.errors import BrokenCheckpoint, OutputExists, UnsafePath
+from wsm_ds.layouts.frameworks import MANIFEST
 from wsm_ds.merging import merge, merge_all, plan_merge, run_plan
 from wsm_ds.planning.recipe import make_recipe, make_recipes
 from wsm_ds.publishing import manifest
-from wsm_ds.publishing.staging_folder import MANIFEST, PLAN, Staging
+from wsm_ds.publishing.staging_folder import PLAN, Staging
 from wsm_ds.watching.prune import Retention, plan_prune, prune
 
 GOLDEN = Path(__file__).with_name("golden") / "zero2_bf16"

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.errors import WsmError, few
+from wsm_ds.errors import Interrupted, WsmError
 from wsm_ds.layouts import Checkpoint, Layout, find_checkpoints, read_layout
 from wsm_ds.layouts.order import in_order
 from wsm_ds.layouts.run import find_tag
-from wsm_ds.planning.one_save import signs_of_another_save
+from wsm_ds.planning.one_save import problem_of
 from wsm_ds.planning.recipe_options import StrPath
 
 
@@ -98,17 +98,20 @@ def inspect_run(run: StrPath, tag: str | None = None, allow_globals: frozenset[s
     """
     folder = Path(run)
     checkpoints = [find_tag(folder, tag)] if tag else find_checkpoints(folder)
-    return [_inspect(dated.checkpoint, allow_globals) for dated in in_order(checkpoints)]
+    return [inspect_checkpoint(dated.checkpoint, allow_globals) for dated in in_order(checkpoints)]
 
 
-def _inspect(checkpoint: Checkpoint, allow_globals: frozenset[str]) -> Inspected:
+def inspect_checkpoint(checkpoint: Checkpoint, allow_globals: frozenset[str]) -> Inspected:
+    """Reads the metadata of one checkpoint, and samples of its weights. That it cannot be read is not an error.
+
+    Args:
+        checkpoint: its folder.
+        allow_globals: as in `inspect_run`.
+    """
     try:
         layout = read_layout(checkpoint, allow_globals)
-        signs = signs_of_another_save(layout)
-        return Inspected(
-            checkpoint,
-            layout,
-            f"its files are not of one save, or one of them is damaged: {few(signs)}" if signs else None,
-        )
+        return Inspected(checkpoint, layout, problem_of(layout))
+    except Interrupted:
+        raise
     except WsmError as error:
         return Inspected(checkpoint, None, str(error))

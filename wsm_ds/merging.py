@@ -22,6 +22,7 @@ from wsm_ds.filesystem.capacity import disk_usage_bytes, require_disk, require_m
 from wsm_ds.filesystem.durable import require_absent, write_text
 from wsm_ds.filesystem.locks import hold_shared
 from wsm_ds.layouts import read_layout
+from wsm_ds.layouts.frameworks import MANIFEST
 from wsm_ds.outputs.resharding.form import RequestedForm
 from wsm_ds.outputs.safetensors import plan_safetensors
 from wsm_ds.outputs.save_folder import copied_files, output_tag
@@ -34,7 +35,7 @@ from wsm_ds.planning.streams import ElementRequest, SourceTables, carry_streams,
 from wsm_ds.planning.window import ReadLayout, Window, recorded_window, select_window, union_of
 from wsm_ds.publishing.identity import is_of_run, is_same_merge, is_same_recipe
 from wsm_ds.publishing.manifest import description, make_manifest, read_manifest
-from wsm_ds.publishing.staging_folder import MANIFEST, Staging, commit, discard, staged, unfinished_merge
+from wsm_ds.publishing.staging_folder import Staging, commit, discard, staged, unfinished_merge
 from wsm_ds.schedules.coefficients import effective_sample_size, lag
 from wsm_ds.torchfile import require_readable
 

@@ -17,6 +17,7 @@ from wsm_ds.engine.timings import Timings
 from wsm_ds.engine.worker import Worker
 from wsm_ds.errors import CheckpointNotFound, ForeignFiles, VerificationFailed, WsmError, few
 from wsm_ds.filesystem import checksum
+from wsm_ds.layouts.frameworks import MANIFEST
 from wsm_ds.merging import plan_windows
 from wsm_ds.planning.one_save import require_one_save
 from wsm_ds.planning.plan import LiteralSegment, Plan
@@ -24,7 +25,6 @@ from wsm_ds.planning.recipe import MergeRecipe, make_recipe
 from wsm_ds.planning.recipe_options import StrPath
 from wsm_ds.planning.window import Window, recorded_window
 from wsm_ds.publishing.manifest import read_manifest
-from wsm_ds.publishing.staging_folder import MANIFEST
 
 SAMPLED_TASKS_PER_FILE = 2
 """Tasks of each stream that `verify` recomputes without `full`, times the number of output files."""

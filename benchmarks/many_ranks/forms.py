@@ -1,5 +1,6 @@
 """The form of DeepSpeed's files: object trees of a run of two ranks, whose tensors are replaced to make larger runs."""
 
+import io
 import os
 import subprocess
 import sys
@@ -46,8 +47,6 @@ class Form:
 
 
 def _load(data: bytes) -> dict[str, Any]:
-    import io
-
     import torch
 
     return dict(torch.load(io.BytesIO(data), weights_only=False, map_location="cpu"))

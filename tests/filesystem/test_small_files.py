@@ -9,9 +9,9 @@ import pytest
 from wsm_ds.cli import main
 from wsm_ds.errors import BrokenCheckpoint, VerificationFailed
 from wsm_ds.filesystem.small_files import read_small
+from wsm_ds.layouts.frameworks import MANIFEST
 from wsm_ds.layouts.run import DELETED, deleted_steps, find_checkpoints, find_tag, latest_tag
 from wsm_ds.publishing.manifest import read_manifest
-from wsm_ds.publishing.staging_folder import MANIFEST
 
 KINDS = ("pipe", "socket", "device", "folder", "sparse")
 SPARSE_BYTES = 64 << 30

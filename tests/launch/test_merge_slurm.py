@@ -6,8 +6,8 @@ from cluster.cluster import Cluster
 from pretraining import Run
 from readme import do_as_readme
 
+from wsm_ds.layouts.frameworks import MANIFEST
 from wsm_ds.merging import merge
-from wsm_ds.publishing.staging_folder import MANIFEST
 
 
 def contents(out: Path) -> dict[str, bytes]:

@@ -10,9 +10,9 @@ from deepspeed_runs import launch
 from lazy import load_file, torch
 
 from wsm_ds.errors import LayoutMismatch, RecipeError
+from wsm_ds.layouts.frameworks import MANIFEST
 from wsm_ds.merging import export, merge, merge_all, plan_merge, reshard, run_plan
 from wsm_ds.planning.recipe import load_recipe, make_recipe
-from wsm_ds.publishing.staging_folder import MANIFEST
 from wsm_ds.verification import verify
 
 KINDS = {0: "compile", 1: "module", 2: "peft", 3: "fsdp and checkpoint"}

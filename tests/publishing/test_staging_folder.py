@@ -11,7 +11,8 @@ import pytest
 
 from wsm_ds.errors import OutputExists, UnsafePath
 from wsm_ds.filesystem.durable import write_text
-from wsm_ds.publishing.staging_folder import MANIFEST, Staging, commit, staged, unfinished_merges
+from wsm_ds.layouts.frameworks import MANIFEST
+from wsm_ds.publishing.staging_folder import Staging, commit, staged, unfinished_merges
 
 MERGE = {"identity": "a merge", "recipe": {}, "source_times": "then"}
 

@@ -23,7 +23,7 @@ TRAINER_FOLDER = re.compile(r"checkpoint-\d+")  # `transformers/trainer_utils.py
 TRAINER_STATE = "trainer_state.json"
 LIGHTNING_TAG = "checkpoint"  # `DeepSpeedStrategy.save_checkpoint`, lightning/pytorch/strategies/deepspeed.py
 LIGHTNING_SUFFIX = ".ckpt"  # `ModelCheckpoint.FILE_EXTENSION`
-OUTPUT = "wsm_merge.json"
+MANIFEST = "wsm_merge.json"
 """The manifest of a merge: a merge of Lightning's checkpoints keeps the tag, in a folder of any name."""
 COMPOSER_TAG, COMPOSER_STATES = "deepspeed", "composer_states.pt"  # composer/utils/checkpoint.py
 NEOX_CONFIGS = "configs"  # `save_ds_checkpoint`, megatron/checkpointing.py
@@ -58,7 +58,7 @@ def save_of(path: Path) -> Save:
         return Save("HF Trainer", parent)
     if ACCELERATE_TAG.fullmatch(tag):
         return Save("Accelerate", parent)
-    if tag == LIGHTNING_TAG and (parent.suffix == LIGHTNING_SUFFIX or (parent / OUTPUT).is_file()):
+    if tag == LIGHTNING_TAG and (parent.suffix == LIGHTNING_SUFFIX or (parent / MANIFEST).is_file()):
         return Save("Lightning", parent)
     if tag == COMPOSER_TAG and (parent / COMPOSER_STATES).is_file():
         return Save("Composer", parent)

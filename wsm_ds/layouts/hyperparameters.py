@@ -3,9 +3,6 @@
 import sys
 from typing import Any
 
-import numpy as np
-
-from wsm_ds.dtypes import widen
 from wsm_ds.errors import BrokenCheckpoint, brief
 from wsm_ds.torchfile import Tensor, TorchFile
 
@@ -45,8 +42,7 @@ def _rate(file: TorchFile, value: Any) -> float | None:
         return None
     if isinstance(value, Tensor) and value.numel == 1 and value.dtype.is_floating:
         # `capturable=True` keeps the rate on the device, so torch saves it as a tensor.
-        stored = np.fromfile(file.path, value.dtype.storage, 1, offset=file.byte_offset(value))
-        return float(widen(stored, value.dtype)[0])
+        return file.number(value)
     if isinstance(value, float) or (isinstance(value, int) and abs(value) <= sys.float_info.max):
         return float(value)
     raise BrokenCheckpoint(f"{file.path}: a parameter group has the learning rate {brief(value)}, not a number.")

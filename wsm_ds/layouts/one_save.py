@@ -10,9 +10,6 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from wsm_ds.dtypes import widen
 from wsm_ds.errors import few
 from wsm_ds.layouts.file_names import Rank
 from wsm_ds.layouts.hyperparameters import parameter_groups
@@ -90,7 +87,7 @@ def _steps(file: TorchFile, state: Mapping[str, Any]) -> tuple[tuple[str, float]
     base = state.get("base_optimizer_state") or state.get("optimizer_state_dict")
     states = base.get("state") if isinstance(base, dict) else None
     kept = [(str(number), value["step"]) for number, value in states.items() if _has_step(value)] if states else []
-    return tuple((number, _value(file, step)) for number, step in kept)
+    return tuple((number, file.number(step) if isinstance(step, Tensor) else float(step)) for number, step in kept)
 
 
 def _has_step(value: Any) -> bool:
@@ -98,20 +95,12 @@ def _has_step(value: Any) -> bool:
     return isinstance(step, int | float) or (isinstance(step, Tensor) and step.numel == 1 and step.dtype.is_floating)
 
 
-def _value(file: TorchFile, number: Any) -> float:
-    """A number, or the only element of a tensor."""
-    if not isinstance(number, Tensor):
-        return float(number)
-    stored = np.fromfile(file.path, number.dtype.storage, 1, offset=file.byte_offset(number))
-    return float(widen(stored, number.dtype)[0])
-
-
 def _plain(file: TorchFile, value: Any) -> Hashable:
     """A value that can be compared: texts, numbers and tuples. A tensor of one element becomes its value."""
     if isinstance(value, Tensor):
         if value.numel != 1 or not value.dtype.is_floating:
             return ("tensor", value.dtype.name, value.shape)
-        return _value(file, value)
+        return repr(file.number(value))  # a text: a NaN is not equal to itself
     if isinstance(value, Mapping):
         return tuple(sorted(((repr(key), _plain(file, item)) for key, item in value.items()), key=lambda pair: pair[0]))
     if isinstance(value, list | tuple | set | frozenset):

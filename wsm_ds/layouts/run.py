@@ -9,7 +9,7 @@ from pathlib import Path
 
 from wsm_ds.errors import BrokenCheckpoint, CheckpointNotFound, UnsupportedLayout, did_you_mean, few
 from wsm_ds.filesystem.small_files import read_small
-from wsm_ds.layouts.frameworks import OUTPUT, SAVE_FOLDER, UNIVERSAL, Framework, save_of
+from wsm_ds.layouts.frameworks import MANIFEST, SAVE_FOLDER, UNIVERSAL, Framework, save_of
 from wsm_ds.layouts.saved_step import saved_step
 
 JOB = "job"
@@ -98,7 +98,7 @@ def _is_second_name(item: tuple[Path, bool]) -> tuple[bool, bool, list[str | int
 
 def _hint(run: Path) -> str:
     """What to do about a run without checkpoints: names folders in it that hold some."""
-    if _is_checkpoint(run):
+    if is_checkpoint_folder(run):
         return f"It is itself a checkpoint: give {run.absolute().parent}, and its name {run.absolute().name} as tag."
     runs = [path for path, _ in _folders(run) if any(_checkpoint_folders(path))]
     if runs:
@@ -112,12 +112,12 @@ def _hint(run: Path) -> str:
 def _checkpoint_folders(folder: Path) -> Iterator[tuple[Path, bool]]:
     """The checkpoints in a folder, and in saves of a framework in it; and whether each is reached by a link."""
     for path, is_link in _folders(folder):
-        if _is_checkpoint(path):
+        if is_checkpoint_folder(path):
             yield path, is_link
-        elif path.name != CHECKPOINTS and not (path / OUTPUT).exists():
+        elif path.name != CHECKPOINTS and not (path / MANIFEST).exists():
             save = path.resolve() if is_link else path  # the name of a link tells nothing of a framework
             for inner, is_inner_link in _folders(path):
-                if save_of(save / inner.name).folder == save and _is_checkpoint(inner):
+                if save_of(save / inner.name).folder == save and is_checkpoint_folder(inner):
                     yield inner, is_link or is_inner_link
 
 
@@ -135,7 +135,7 @@ def _folders(folder: Path) -> Iterator[tuple[Path, bool]]:
         return
 
 
-def _is_checkpoint(path: Path) -> bool:
+def is_checkpoint_folder(path: Path) -> bool:
     """Whether a folder holds model or optimizer files, or the pieces of them that DeepSpeed's fast writer writes."""
     try:
         with os.scandir(path) as entries:
@@ -232,7 +232,7 @@ def checkpoint_at(path: Path) -> Checkpoint:
     Raises:
         CheckpointNotFound: the folder holds no model file, or the save holds several checkpoints.
     """
-    if _is_checkpoint(path):
+    if is_checkpoint_folder(path):
         return Checkpoint(path.name, path)
     inner = [checkpoint for checkpoint, _ in _checkpoint_folders(path) if not checkpoint.name.endswith(UNIVERSAL)]
     if len(inner) == 1 and save_of(inner[0]).folder == path:

@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from wsm_ds.layouts import Layout
-from wsm_ds.layouts.frameworks import UNIVERSAL, save_of
+from wsm_ds.layouts.frameworks import MANIFEST, UNIVERSAL, save_of
 from wsm_ds.planning.recipe import MergeRecipe
 
 LOADS_BY_NAME = ("Accelerate", "Lightning", "Composer")
@@ -27,7 +27,7 @@ LOADS_BY_NAME = ("Accelerate", "Lightning", "Composer")
 look for global_step* (HF Trainer, `transformers/integrations/deepspeed.py`, `deepspeed_load_checkpoint`)."""
 NOT_CARRIED = (
     "*.safetensors*", "*model*.bin*", "pytorch_model*", "*.index.json", "*.h5", "*.msgpack", "latest*",
-    "wsm_merge.json", ".*", "model.pt", "optimizer*.bin", "*.distcp",
+    MANIFEST, ".*", "model.pt", "optimizer*.bin", "*.distcp",
 )  # fmt: skip
 """Weights in any format, and files that a merge or DeepSpeed writes itself."""
 MODEL_FILES = (

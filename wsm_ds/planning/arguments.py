@@ -2,12 +2,11 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from wsm_ds.errors import RecipeError, few
-from wsm_ds.layouts.file_names import MODEL_FILE
-from wsm_ds.layouts.frameworks import OUTPUT
+from wsm_ds.layouts.frameworks import MANIFEST
+from wsm_ds.layouts.run import is_checkpoint_folder
 from wsm_ds.planning.recipe import MergeRecipe, make_recipe
 from wsm_ds.planning.recipe_options import StrPath
 
@@ -70,17 +69,13 @@ def _require_folders_above(recipes: Sequence[MergeRecipe]) -> None:
         run = recipe.run.resolve()
         for folder in recipe.out.resolve().parents:
             # A training may go on in the folder of a merge; its own files lie there then.
-            if (folder / OUTPUT).is_file() and not run.is_relative_to(folder):
+            if (folder / MANIFEST).is_file() and not run.is_relative_to(folder):
                 raise RecipeError(
                     f"`out` ({recipe.out}) lies in {folder}, another merge's output, which would no longer be what its "
                     "manifest says. Choose a folder outside it."
                 )
-            if folder.is_relative_to(run) and _is_checkpoint(folder):
+            if folder.is_relative_to(run) and is_checkpoint_folder(folder):
                 raise RecipeError(
                     f"`out` ({recipe.out}) lies in the checkpoint {folder}, and sources are only read. Choose a folder "
                     "outside it."
                 )
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    return folder.is_dir() and any(MODEL_FILE.match(path.name) for path in folder.iterdir())

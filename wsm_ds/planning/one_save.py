@@ -63,12 +63,22 @@ def require_one_save(layouts: Sequence[Layout], allow: Sequence[str]) -> None:
     if "foreign-files" in allow:
         return
     for layout in layouts:
-        signs = signs_of_another_save(layout)
-        if signs:
+        problem = problem_of(layout)
+        if problem is not None:
             raise ForeignFiles(
-                f"{layout.path}: its files are not of one save, or one of them is damaged: {few(signs, 3)}. Restore "
-                "the right files, choose a window without this checkpoint, or pass --allow foreign-files."
+                f"{layout.path}: {problem}. Restore the right files, choose a window without this checkpoint, or pass "
+                "--allow foreign-files."
             )
+
+
+def problem_of(layout: Layout) -> str | None:
+    """Returns in words what shows that the files of a checkpoint are not of one save; None if nothing does.
+
+    Args:
+        layout: the checkpoint.
+    """
+    signs = signs_of_another_save(layout)
+    return f"its files are not of one save, or one of them is damaged: {few(signs)}" if signs else None
 
 
 def signs_of_another_save(layout: Layout) -> tuple[str, ...]:

@@ -16,10 +16,11 @@ from wsm_ds.engine.tasks import BLOCK_BYTES
 from wsm_ds.errors import VerificationFailed, few
 from wsm_ds.filesystem import checksum
 from wsm_ds.filesystem.small_files import read_small
+from wsm_ds.layouts.frameworks import MANIFEST
 from wsm_ds.planning.intersect import NOWHERE
 from wsm_ds.planning.plan import Plan, describe_output
 from wsm_ds.publishing.identity import identity_of, stated
-from wsm_ds.publishing.staging_folder import MANIFEST, RecordedSource
+from wsm_ds.publishing.staging_folder import RecordedSource
 
 FORMAT = 2
 MOST_BLOCK_BYTES = 1 << 26

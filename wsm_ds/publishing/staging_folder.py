@@ -29,11 +29,11 @@ from wsm_ds.filesystem.durable import move_into_place, replace_text, require_abs
 from wsm_ds.filesystem.locks import hold_lock
 from wsm_ds.filesystem.own_files import make_private
 from wsm_ds.filesystem.small_files import read_small
+from wsm_ds.layouts.frameworks import MANIFEST
 from wsm_ds.publishing.identity import NOT_OF_THE_IDENTITY, is_same_merge, is_same_recipe
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "wsm_merge.json"
 PLAN = "plan.json"
 LOCK = "lock"
 STAGING = ".wsm-staging"

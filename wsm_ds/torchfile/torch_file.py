@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from wsm_ds.dtypes import Array, widen
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, VerificationFailed, WsmError
 from wsm_ds.sizes import format_size
 from wsm_ds.torchfile.archive import Archive, Record, checked_crc, read_archive
@@ -41,6 +44,22 @@ class TorchFile:
                 f"{self.path}: a tensor of shape {tensor.shape} and stride {tensor.stride} is not contiguous."
             )
         return self._first_byte(tensor)
+
+    def elements(self, tensor: Tensor) -> Array:
+        """Reads the elements of a small tensor, as they are stored: an array of `tensor.dtype.storage`, [numel].
+
+        Raises:
+            BrokenCheckpoint: as `byte_offset`.
+        """
+        return np.fromfile(self.path, tensor.dtype.storage, tensor.numel, offset=self.byte_offset(tensor))
+
+    def number(self, tensor: Tensor) -> float:
+        """Reads the only element of a floating-point tensor: a rate, or a count of updates.
+
+        Raises:
+            BrokenCheckpoint: as `byte_offset`.
+        """
+        return float(widen(self.elements(tensor), tensor.dtype)[0])
 
     def byte_runs(self, name: str, tensor: Tensor, axes: tuple[int, ...] | None = None) -> Runs:
         """Returns where the elements of a tensor lie in the file. It may have any strides.

@@ -21,10 +21,10 @@ from wsm_ds.filesystem.durable import append_line
 from wsm_ds.filesystem.locks import hold_lock, is_held
 from wsm_ds.filesystem.small_files import read_small
 from wsm_ds.layouts import Checkpoint, find_checkpoints
-from wsm_ds.layouts.frameworks import TRAINER_STATE
+from wsm_ds.layouts.frameworks import MANIFEST, TRAINER_STATE
 from wsm_ds.layouts.order import Dated
 from wsm_ds.layouts.run import DELETED, deleted_steps
-from wsm_ds.publishing.staging_folder import MANIFEST, unfinished_merges
+from wsm_ds.publishing.staging_folder import unfinished_merges
 from wsm_ds.reporting.tables import table
 from wsm_ds.sizes import format_size
 from wsm_ds.watching.completeness import Checkpoints

@@ -10,9 +10,9 @@ from typing import Any
 from wsm_ds.errors import RecipeError, brief, few
 from wsm_ds.filesystem.durable import replace_text
 from wsm_ds.filesystem.small_files import read_small
+from wsm_ds.layouts.frameworks import MANIFEST
 from wsm_ds.planning.recipe import MergeRecipe, make_recipe, make_recipes
 from wsm_ds.publishing.manifest import read_manifest
-from wsm_ds.publishing.staging_folder import MANIFEST
 from wsm_ds.watching.windows import EndPoints
 
 NAMED_BY = ("last", "curve")

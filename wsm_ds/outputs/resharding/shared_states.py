@@ -8,8 +8,6 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from wsm_ds.errors import UnsupportedLayout, brief, few
 from wsm_ds.layouts.hyperparameters import parameter_groups
 from wsm_ds.layouts.optimizer_states import RECOMPUTED, is_plain, unnested
@@ -116,8 +114,7 @@ def _shared_values(origin: Origin, file: TorchFile) -> Iterator[tuple[int, str, 
 def _text(file: TorchFile, value: Any) -> str:
     """A text that is equal for equal values; a tensor's has its elements."""
     if isinstance(value, Tensor) and value.numel == 1:
-        stored = np.fromfile(file.path, value.dtype.storage, 1, offset=file.byte_offset(value))
-        return f"{value.dtype.name} {stored[0]}"
+        return f"{value.dtype.name} {file.elements(value)[0]}"
     if isinstance(value, Tensor):
         return f"a {value.dtype.name} tensor of shape {list(value.shape)}"
     if isinstance(value, list | tuple) and len(value) <= MOST_LISTED:
