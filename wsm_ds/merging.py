@@ -28,6 +28,7 @@ from wsm_ds.outputs.safetensors import plan_safetensors
 from wsm_ds.outputs.save_folder import copied_files, output_tag
 from wsm_ds.outputs.zero_checkpoint import OutputFiles, OutputWindow, plan_zero_checkpoint
 from wsm_ds.planning.arguments import Recipe, recipe_of, recipes_of
+from wsm_ds.planning.one_save import FindProblem, problem_of
 from wsm_ds.planning.plan import CopySegment, InputFile, InputNumber, Output, OutputFile, OutputNumber, Plan, Source
 from wsm_ds.planning.recipe import MergeRecipe, one_recipe
 from wsm_ds.planning.recipe_options import ExportOptions, RecipeOptions, ReshardOptions, StrPath
@@ -47,7 +48,14 @@ Progress = Callable[[int], None]
 """Called with the bytes that were read and written since the last call."""
 
 
-def plan_merge(recipes: Recipe | Sequence[MergeRecipe] | None = None, /, **options: Unpack[RecipeOptions]) -> Plan:
+def plan_merge(
+    recipes: Recipe | Sequence[MergeRecipe] | None = None,
+    /,
+    *,
+    read: ReadLayout = read_layout,
+    find_problem: FindProblem = problem_of,
+    **options: Unpack[RecipeOptions],
+) -> Plan:
     """Plans what `merge` would do. Reads metadata only, and writes nothing.
 
     An output that the same merge has already made is left out. If all are, the plan has no outputs. A killed merge
@@ -55,6 +63,8 @@ def plan_merge(recipes: Recipe | Sequence[MergeRecipe] | None = None, /, **optio
 
     Args:
         recipes: one or several; several are made in one pass, and every source is read once. Or the run's folder.
+        read: reads a checkpoint's metadata; a caller that plans again and again passes a function that keeps them.
+        find_problem: says why a checkpoint's files are not of one save; the same holds.
         options: the fields of one `MergeRecipe`, instead of `recipes`.
 
     Raises:
@@ -65,17 +75,16 @@ def plan_merge(recipes: Recipe | Sequence[MergeRecipe] | None = None, /, **optio
         OutputExists: the recipe's `out` exists and is not an output of this merge.
     """
     all_recipes = recipes_of(recipes, options)
-    read = cache(read_layout)
-    warn = cache(log.warning)  # several windows may skip the same checkpoint
-    windows = [_window(recipe, read, warn) for recipe in all_recipes]
+    read_once, warn = cache(read), cache(log.warning)  # several windows may skip the same checkpoint
+    windows = [_window(recipe, read_once, warn, find_problem) for recipe in all_recipes]
     plan = plan_windows(all_recipes, windows)
     remaining = [number for number, recipe in enumerate(all_recipes) if not _is_made(plan, number, recipe.out)]
-    if len(remaining) < len(all_recipes):
-        return plan_windows([all_recipes[number] for number in remaining], [windows[number] for number in remaining])
-    return plan
+    if len(remaining) == len(all_recipes):
+        return plan
+    return plan_windows([all_recipes[number] for number in remaining], [windows[number] for number in remaining])
 
 
-def _window(recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None]) -> Window:
+def _window(recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None], find_problem: FindProblem) -> Window:
     """The window with which a killed merge of this recipe began, or else the one that the recipe chooses now."""
     unfinished = unfinished_merge(recipe.out)
     if unfinished is not None:
@@ -84,7 +93,7 @@ def _window(recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None]) ->
             return recorded_window(unfinished["sources"], recipe, read)
     elif not (recipe.out / MANIFEST).is_file():
         require_absent(recipe.out)
-    return select_window(recipe, read, warn)
+    return select_window(recipe, read, warn, find_problem)
 
 
 def _is_made(plan: Plan, number: int, out: Path) -> bool:
@@ -227,8 +236,7 @@ def run_plan(
 ) -> MergeOutcome:
     """Writes and publishes a plan's outputs.
 
-    Every output appears whole, or not at all. Sources are opened read-only. After a kill, the same call continues the
-    merge.
+    Every output appears whole, or not at all. Sources are opened read-only. After a kill, the same call goes on.
 
     Ranks: all, inside `ranks.together()`; each runs its share of the plan, rank 0 publishes.
 
@@ -242,8 +250,7 @@ def run_plan(
         OutputExists: an output exists, or another, unfinished merge has its staging folder there.
         OutputLocked: another process writes the output now.
         UnsafePath: another user's folder, a link, or a file of somebody else is where the output is staged.
-        NonFiniteValue, LayoutMismatch, BrokenCheckpoint: a source holds a NaN, its frozen tensors differ, or it has
-            changed.
+        NonFiniteValue, LayoutMismatch, BrokenCheckpoint: a source holds a NaN, has other frozen tensors, or changed.
         InsufficientCapacity: the disk or the memory is too small.
         PeerFailed: another rank failed.
         OSError: the disk is full or fails.
