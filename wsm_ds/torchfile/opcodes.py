@@ -278,9 +278,10 @@ class InertMachine:
 
     def _additems(self, position: int) -> int:
         items = self.pop_mark()
+        add = self.stack[-1].add
         self.require_keys(items)
         for item in items:
-            self.stack[-1].add(item)
+            add(item)
         return position
 
     def _frozenset(self, position: int) -> int:
