@@ -260,7 +260,7 @@ def row_of(line: Line) -> str:
         f"{name} {value:.4g} of {most:.4g}{'' if value <= most else ' **missed**'}"
         for name, (value, most) in line.must.items()
     )
-    limit = "" if line.limit_s is None else f"{line.limit_s:.1f}"
+    limit = "" if line.limit_s is None else f"{line.limit_s:.2f}"
     counts = (used.peak_bytes / MIB, used.opens, used.reads, used.stats, used.read_bytes / 1e6, used.open_at_once)
     figures = (f"{used.cpu_s:.1f}", limit, *(f"{count:.0f}" for count in counts), f"{used.wall_s:.1f}")
     return f"| {line.what} | {' | '.join(figures)} | {must} |"

@@ -44,22 +44,24 @@ class Run:
         """Number of parameters, of a model without experts."""
         return 9 * self.layers + 3
 
-    def make(self, folder: Path, forms: Path) -> Path:
+    def make(self, folder: Path, forms: Path, *, all_real: bool = False) -> Path:
         """Makes the run, or the checkpoints that are missing.
 
         Args:
             folder: of all runs.
             forms: where DeepSpeed's runs of two ranks are kept.
+            all_real: whether no file is a hard link to that of another rank.
 
         Returns:
             The run's folder.
         """
         words = (self.kind, self.ranks, self.layers, self.hidden, self.experts)
-        run = folder / "-".join(map(str, words))
+        run = folder / "-".join(map(str, (*words, "real") if all_real else words))
         if not (run / f"global_step{INTERVAL * self.checkpoints}").exists():
             command = [sys.executable, "-m", "benchmarks.many_ranks", str(run), "--kind", self.kind]
             for name in ("ranks", "layers", "hidden", "experts", "ep", "checkpoints"):
                 command += [f"--{name}", str(getattr(self, name))]
+            command += ["--all-real"] if all_real else []
             # In a process of its own: a command that this process starts counts its peak of memory as its own.
             subprocess.run([*command, "--forms", str(forms)], check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
         return run
