@@ -42,7 +42,8 @@ WRITTEN = 2
 
 from wsm_ds.engine.tasks import Task, tasks_of  # noqa: E402
 from wsm_ds.planning.plan import Plan  # noqa: E402
-from wsm_ds.torchfile import read_archive  # noqa: E402
+from wsm_ds.torchfile.raw_file import read_raw  # noqa: E402
+from wsm_ds.torchfile.zip_entries import read_entries  # noqa: E402
 
 
 def make_run(folder: Path, stage: int, width: int, checkpoints: int) -> Path:
@@ -90,7 +91,7 @@ def set_step(path: Path, step: int) -> None:
         at += {b"q": 2, b"r": 5}[data[at : at + 1]]
         assert data[at : at + 1] == b"K", f"{path}: no byte at {at}"
         data[at + 1] = step
-        pickled = read_archive(path).records["data.pkl"]
+        pickled = next(entry.record for entry in read_entries(read_raw(path)) if entry.record.name == "data.pkl")
         crc = zlib.crc32(data[pickled.offset : pickled.offset + pickled.nbytes])
         for offset in pickled.crc_offsets:
             data[offset : offset + 4] = crc.to_bytes(4, "little")

@@ -23,7 +23,7 @@ def rows(*pieces: tuple[int, int, int], kind: str = "buffer", replica: int = 0) 
     builder = TableBuilder()
     for start, numel, offset in pieces:
         builder.add(kind, 0, start, numel, file=0, offset=offset, dtype=FP32, replica=replica)
-    return builder.tables()
+    return dict(builder.tables())
 
 
 def values(table: Table, numel: int) -> list[int]:

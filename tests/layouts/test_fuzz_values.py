@@ -13,7 +13,7 @@ import pytest
 from wsm_ds.errors import WsmError
 from wsm_ds.merging import plan_merge
 from wsm_ds.planning.recipe import make_recipe
-from wsm_ds.torchfile import Stub, Tensor, open_torch_file
+from wsm_ds.torchfile import Stub, Tensor, open_own_tree, open_torch_file
 from wsm_ds.torchfile.repickle import repickle
 
 ABSENT = object()
@@ -67,7 +67,7 @@ def test_a_wrong_value_anywhere_is_read_or_refused(runs: Path, tmp_path: Path, s
     ]
     refused = 0
     for path, value in product(first_of_kind.values(), VALUES):
-        tree = open_torch_file(source).tree
+        tree = open_own_tree(source).tree
         replace(tree, path, value)
         write(source, target, tree)
         for recipe in recipes:

@@ -12,13 +12,13 @@ from reference import same_tree
 
 from wsm_ds.outputs.torch_template import Inputs, make_torch_template
 from wsm_ds.planning.plan import CopySegment, InputNumber, LiteralSegment
-from wsm_ds.torchfile import open_torch_file
+from wsm_ds.torchfile import open_own_tree, open_torch_file
 from wsm_ds.torchfile.repickle import repickle
 
 
 def rewritten_file(source: Path, target: Path) -> Path:
     """`source`, its pickle written anew by us and its zip framed anew by us."""
-    file = open_torch_file(source)
+    file = open_own_tree(source)
     data = source.read_bytes()
     contents = {name: data[r.offset : r.offset + r.nbytes] for name, r in file.archive.records.items()}
     inputs = Inputs({str(source): file.archive}, {str(source): InputNumber(0)})

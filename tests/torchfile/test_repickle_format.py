@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wsm_ds.errors import UnsupportedLayout
-from wsm_ds.torchfile import Global, Stub, Tensor, TorchFile, open_torch_file, repickle
+from wsm_ds.torchfile import Global, Stub, Tensor, TorchFile, archive_of, open_torch_file, repickle
 from wsm_ds.torchfile.unpickle import unpickle
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -121,8 +121,8 @@ def test_a_file_that_deepspeed_wrote_is_the_same_when_it_is_read_again(path: Pat
     file = open_torch_file(path)
     data, storages = repickle.repickle(file.tree)
     records = file.archive.records
-    renamed = {f"data/{key}": records[f"data/{storage.key}"] for key, storage in storages.items()}
-    again = TorchFile(type(file.archive)(path, file.archive.nbytes, renamed), unpickle(file.archive, data))
+    renamed = [records[f"data/{storage.key}"]._replace(name=f"data/{key}") for key, storage in storages.items()]
+    again = TorchFile(archive_of(path, file.archive.nbytes, renamed), unpickle(file.archive, data))
     assert described(again.tree, again) == described(file.tree, file)
 
 

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wsm_ds.engine.journal import BlockName, Journal, read_claims, read_journals
@@ -37,6 +37,7 @@ from wsm_ds.planning.plan import LiteralSegment, OutputFile, Plan, ZeroSegment
 VISIBLE_WITHIN_S = 120.0
 SYNC_BYTES, SYNC_POLL_S = 1 << 27, 0.02
 MAX_FILES_PER_EARLY_SYNC = 32
+NEAR_NUMEL = 1 << 14
 Block = tuple[int, int]
 """(number of the output file in the plan, number of the block in the file)."""
 
@@ -130,8 +131,8 @@ class StagedFiles:
             journal.close()
         self.journals = []
 
-    def is_done(self, task: Task) -> bool:
-        """Whether an earlier attempt has finished all blocks that a task writes to.
+    def unfinished(self, task: Task) -> list[Task]:
+        """The parts of a task whose blocks no earlier attempt has finished.
 
         The blocks are read again: their bytes must be those of the earlier attempt's seals.
 
@@ -139,14 +140,21 @@ class StagedFiles:
             OSError: a staged file cannot be read.
         """
         if not self.claims:
-            return False
+            return [task]
+        ranges = []
         for target in self.plan.streams[task.stream].targets:
             places = target.places
             for element, numel, file, offset in places.within(task.begin, task.end):
-                last = offset + numel * places.dtype(element).itemsize - 1
-                if not all(self._is_sealed((file, block)) for block in range(block_of(offset), block_of(last) + 1)):
-                    return False
-        return True
+                itemsize = places.dtype(element).itemsize
+                for block in range(block_of(offset), block_of(offset + numel * itemsize - 1) + 1):
+                    if not self._is_sealed((file, block)):
+                        begin, end = block_range(self.plan.files[file], block)
+                        first = max(0, (begin - offset) // itemsize)
+                        ranges.append((element + first, element + min(numel, -(-(end - offset) // itemsize))))
+        return [
+            replace(task, begin=begin, end=end, nbytes=max(1, task.nbytes * (end - begin) // (task.end - task.begin)))
+            for begin, end in _joined(ranges)
+        ]
 
     def hash_data(self, number: int, offset: int, data: memoryview, timings: Timings) -> list[tuple[int, int]]:
         """Hashes bytes that are about to be written, where they continue a block's earlier bytes.
@@ -345,6 +353,17 @@ class StagedFiles:
             for output, folder in enumerate(self.journal_folders)
             for name, block in read_journals(folder)
         }
+
+
+def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges of elements in order, with those joined that lie near each other: one longer read is the faster one."""
+    joined: list[tuple[int, int]] = []
+    for begin, end in sorted(ranges):
+        if joined and begin <= joined[-1][1] + NEAR_NUMEL:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
+        else:
+            joined.append((begin, end))
+    return joined
 
 
 def _wait_until_visible(folder: Path) -> None:

@@ -75,10 +75,10 @@ def _cuts(stream: Stream) -> Ints:
     """Elements at which tasks begin, and the end of the stream.
 
     They are the borders of the first target's blocks, and further elements where blocks alone would make too large a
-    task.
+    task. A stream in the order of a source is cut where that goes on in another file.
     """
-    places = stream.targets[0].places
-    borders = _block_borders(places)
+    places = stream.sources[-1] if stream.follows_source else stream.targets[0].places
+    borders = _file_borders(places) if stream.follows_source else _block_borders(places)
     inner = borders[(borders > 0) & (borders < stream.numel)]
     cuts = np.concatenate([[0], inner, [stream.numel]]).astype(np.int64)
     max_numel = max(1, BLOCK_BYTES // int(ITEMSIZES[places.dtypes].max()))
@@ -87,6 +87,12 @@ def _cuts(stream: Stream) -> Ints:
         for at in np.flatnonzero(np.diff(cuts) > max_numel)
     ]
     return np.unique(np.concatenate([cuts, *extra]))
+
+
+def _file_borders(places: Places) -> Ints:
+    """The first element in each file."""
+    borders: Ints = places.starts[1:-1][np.diff(places.files) != 0]
+    return borders
 
 
 def _block_borders(places: Places) -> Ints:

@@ -177,8 +177,8 @@ class _TaskQueue:
                     task = next(self._tasks, None)
                 if task is None:
                     return
-                if not self.files.is_done(task):
-                    worker.run(task, self.stop.is_set)
+                for part in self.files.unfinished(task):
+                    worker.run(part, self.stop.is_set)
                 with self._lock:
                     self.on_bytes(task.nbytes)
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from wsm_ds.layouts.coverage import require_whole
+from wsm_ds.layouts.fragments import shared
 from wsm_ds.layouts.hyperparameters import is_train_mode, learning_rates, warmup_num_steps
 from wsm_ds.layouts.layout import Layout, TableBuilder
 from wsm_ds.layouts.metadata import module_dtype
@@ -43,7 +44,7 @@ def assemble(
     prefixes = [f"mp_rank_{mp:02d}/" if len(ranks) > 1 else "" for mp in range(len(ranks))]
     named_ranks = list(zip(prefixes, ranks, strict=True))
     tensors = {prefix + name: info for prefix, rank in named_ranks for name, info in rank.tensors.items()}
-    fragments = builder.tables()
+    fragments = shared(builder.tables())
     require_whole(tensors, fragments, str(checkpoint.path))
     return Layout(
         path=checkpoint.path,

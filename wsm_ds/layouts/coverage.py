@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsm_ds.errors import BrokenCheckpoint
-from wsm_ds.layouts.layout import Table, TensorInfo
+from wsm_ds.layouts.fragments import Fragments, Table
+from wsm_ds.layouts.layout import TensorInfo
 
 KIND_OF_ROLE = {"parameter": "master", "frozen": "frozen", "buffer": "buffer"}
 """The kind of elements that a tensor of each role is made of."""
@@ -31,8 +32,11 @@ def require_whole(tensors: Mapping[str, TensorInfo], fragments: Mapping[str, Tab
     numels = np.array([info.numel for info in infos], dtype=np.int64)
     for role, kind in KIND_OF_ROLE.items():
         expected = np.array([info.role == role and info.numel > 0 for info in infos], dtype=bool)
-        table = fragments.get(kind)
-        if table is not None and len(table):
+        ruled = _tensors_of_rules(fragments, kind)
+        table = fragments.get(kind) if ruled is None else None
+        if ruled is not None:
+            expected[ruled] = False
+        elif table is not None and len(table):
             _require_contiguous(table, numels, kind, place, names)
             expected[np.unique(table["tensor"])] = False
         missing = np.flatnonzero(expected)
@@ -41,6 +45,16 @@ def require_whole(tensors: Mapping[str, TensorInfo], fragments: Mapping[str, Tab
                 f"{place}: {names[missing[0]]} has no weights in any file ({kind}, {numels[missing[0]]} elements "
                 "expected). Leave the checkpoint out."
             )
+
+
+def _tensors_of_rules(fragments: Mapping[str, Table], kind: str) -> Ints | None:
+    """The tensors of a kind whose fragments rules give, whole and each once; None if the rows have to tell."""
+    if not isinstance(fragments, Fragments) or kind in fragments.rows or kind not in fragments.rules:
+        return None
+    rules = fragments.rules[kind]
+    tensors = np.concatenate([rule.tensors for rule in rules])
+    is_whole = all(rule.is_whole for rule in rules) and len(np.unique(tensors)) == len(tensors)
+    return tensors if is_whole else None
 
 
 def _require_contiguous(table: Table, numels: Ints, kind: str, place: str, names: list[str]) -> None:

@@ -1,5 +1,8 @@
 """Which format a checkpoint's folder has. Each format has a reader: `zero`, `zero0`, `universal`."""
 
+from collections.abc import Callable
+from itertools import count
+
 from wsm_ds.errors import BrokenCheckpoint
 from wsm_ds.layouts import universal, zero, zero0
 from wsm_ds.layouts.file_names import MODEL_FILE, OPTIM_FILE, files_by_rank, refuse_unsupported
@@ -7,8 +10,13 @@ from wsm_ds.layouts.layout import Layout
 from wsm_ds.layouts.run import Checkpoint
 from wsm_ds.layouts.schema import is_stage0, open_model
 
+OnFiles = Callable[[int, int], None]
+"""Called with a number of files that were read, and the number of all."""
 
-def read_layout(checkpoint: Checkpoint, allowed_globals: frozenset[str] = frozenset()) -> Layout:
+
+def read_layout(
+    checkpoint: Checkpoint, allowed_globals: frozenset[str] = frozenset(), on_files: OnFiles = lambda done, total: None
+) -> Layout:
     """Reads where every element of a checkpoint lies.
 
     Opens every file and reads its zip directory and its pickle, but no tensor. Stage 0 in 16 bits is the exception:
@@ -17,6 +25,7 @@ def read_layout(checkpoint: Checkpoint, allowed_globals: frozenset[str] = frozen
     Args:
         checkpoint: the folder to read.
         allowed_globals: names of the user's own classes that the files may mention; they are not imported.
+        on_files: called again and again with the number of files that were read, and the number of all.
 
     Raises:
         BrokenCheckpoint: a rank's file is missing or truncated, or contradicts the others. The message names it.
@@ -33,7 +42,9 @@ def read_layout(checkpoint: Checkpoint, allowed_globals: frozenset[str] = frozen
     models, optims = (files_by_rank(path, entries, pattern) for pattern in (MODEL_FILE, OPTIM_FILE))
     first_model = open_model(path / next(iter(models.values())), allowed_globals)
     if optims:
-        return zero.read(checkpoint, entries, first_model, allowed_globals)
+        files = [name for name in entries if name.endswith(".pt")]
+        numbers = count(1)
+        return zero.read(checkpoint, entries, first_model, allowed_globals, lambda: on_files(next(numbers), len(files)))
     if is_stage0(first_model.tree):
         return zero0.read(checkpoint, first_model)
     raise BrokenCheckpoint(

@@ -11,24 +11,15 @@ Fragments are kept as numpy tables (a 70B run at 512 ranks has a million of them
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from wsm_ds.dtypes import CODES, DType
+from wsm_ds.layouts.fragments import FRAGMENT as FRAGMENT
+from wsm_ds.layouts.fragments import EvenPartitions, Fragments
+from wsm_ds.layouts.fragments import Table as Table
 from wsm_ds.torchfile import Archive, Tensor, TorchFile
-
-FRAGMENT = np.dtype(
-    [("tensor", "i4"), ("start", "i8"), ("numel", "i8"), ("file", "i4"), ("offset", "i8"), ("dtype", "i1"),
-     ("replica", "i4")]
-)  # fmt: skip
-"""One fragment: elements [start, start + numel) of a tensor at a byte offset of a file.
-
-`tensor` and `file` index the layout's `names` and `files`, `dtype` is an index in `dtypes.ALL`. `replica` is the rank
-if every rank keeps a copy of its own (stage 3's buffers), and 0 for a single copy.
-"""
-Table = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +85,7 @@ class Layout:
     archives: tuple[Archive, ...]
     tensors: dict[str, TensorInfo]
     aliases: dict[str, str]
-    fragments: dict[str, Table]
+    fragments: Fragments
     learning_rates: tuple[float | None, ...]
     warmup_num_steps: int | None
     is_train_mode: bool | None = None
@@ -144,6 +135,8 @@ class TableBuilder:
 
     Attributes:
         rows: fragments by kind.
+        runs: tables of fragments by kind.
+        rules: rules by kind.
         indivisible_states: as in `Layout`.
     """
 
@@ -151,6 +144,7 @@ class TableBuilder:
         self.indivisible_states: dict[str, str] = {}
         self.rows: dict[str, list[tuple[int, ...]]] = {}
         self.runs: dict[str, list[Table]] = {}
+        self.rules: dict[str, list[EvenPartitions]] = {}
 
     def add(
         self,
@@ -202,8 +196,13 @@ class TableBuilder:
         Raises:
             BrokenCheckpoint, UnsupportedLayout: as `TorchFile.byte_runs`.
         """
-        runs, dtype = stored.file.byte_runs(stored.name, stored.tensor, axes), stored.tensor.dtype
-        if stored.tensor.numel == 0:
+        address, dtype = stored.tensor, stored.tensor.dtype
+        if axes is None and address.is_contiguous:
+            offset = stored.file.byte_offset(address)
+            self.add(kind, tensor, 0, address.numel, file=file, offset=offset, dtype=dtype, replica=replica)
+            return
+        runs = stored.file.byte_runs(stored.name, address, axes)
+        if address.numel == 0:
             return
         if len(runs.positions) == 1:
             offset = int(runs.positions[0])
@@ -219,12 +218,16 @@ class TableBuilder:
         """Adds fragments of `kind`."""
         self.runs.setdefault(kind, []).append(rows)
 
-    def tables(self) -> dict[str, Table]:
-        """Returns the table of each kind that has fragments."""
+    def add_rule(self, kind: str, rule: EvenPartitions) -> None:
+        """Adds the fragments of `kind` that a rule gives."""
+        self.rules.setdefault(kind, []).append(rule)
+
+    def tables(self) -> Fragments:
+        """Returns the fragments of each kind that has any."""
         tables = {kind: np.array(rows, dtype=FRAGMENT) for kind, rows in self.rows.items()}
         for kind, runs in self.runs.items():
             tables[kind] = np.concatenate([*([tables[kind]] if kind in tables else []), *runs])
-        return tables
+        return Fragments(tables, {kind: tuple(rules) for kind, rules in self.rules.items()})
 
 
 def are_copies(layout: Layout, other: Layout) -> bool:
@@ -248,8 +251,10 @@ def are_copies(layout: Layout, other: Layout) -> bool:
 def _checksums(layout: Layout) -> dict[tuple[str, str], tuple[int, int]]:
     """Size in bytes and CRC-32 of every tensor's record, by file and record."""
     return {
-        (name, record.name): (record.nbytes, record.crc)
+        (name, record): (nbytes, crc)
         for name, archive in zip(layout.files, layout.archives, strict=True)
-        for record in archive.records.values()
-        if record.name.startswith("data/") and record.nbytes
+        for record, nbytes, crc in zip(
+            archive.directory.names, archive.directory.nbytes.tolist(), archive.crcs.tolist(), strict=True
+        )
+        if record.startswith("data/") and nbytes
     }

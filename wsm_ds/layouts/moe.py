@@ -7,7 +7,7 @@ the ranks with the same expert-parallel rank only (`_create_expert_and_data_para
 
 import re
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,16 @@ class Experts:
 
     counts: dict[str, int]
     is_data_first: bool
+    _names: dict[tuple[tuple[str, ...], int, int], tuple[str, ...]] = field(default_factory=dict, compare=False)
 
     def global_names(self, names: Iterable[str], ep_rank: int, ep_size: int) -> tuple[str, ...]:
         """Replaces the local numbers of experts in a rank's parameter names by global ones."""
+        key = (tuple(names), ep_rank, ep_size)
+        if key not in self._names:
+            self._names[key] = self._global_names(*key)
+        return self._names[key]
+
+    def _global_names(self, names: tuple[str, ...], ep_rank: int, ep_size: int) -> tuple[str, ...]:
         global_names = []
         for name in names:
             match = EXPERT_NAME.match(name)
@@ -87,8 +94,7 @@ class Experts:
         """
         state = optim.tree["optimizer_state_dict"]
         count = int(state["partition_count"][group])
-        has_experts = any((match := EXPERT_NAME.match(name)) and match["layer"] in self.counts for name in names)
-        if count != world_size and (not has_experts or count < 1 or world_size % count):
+        if count != world_size and (not self._are_experts(names) or count < 1 or world_size % count):
             raise BrokenCheckpoint(
                 f"{optim.path}: parameter group {group} is cut into {count} partitions, but was saved by {world_size} "
                 "ranks."
@@ -96,6 +102,9 @@ class Experts:
         ep_size = world_size // count
         ep_rank, index = divmod(rank, count) if self.is_data_first else (rank % ep_size, rank // ep_size)
         return ExpertShare(self.global_names(names, ep_rank, ep_size), index, count)
+
+    def _are_experts(self, names: Iterable[str]) -> bool:
+        return any((match := EXPERT_NAME.match(name)) and match["layer"] in self.counts for name in names)
 
 
 NO_EXPERTS = Experts({}, is_data_first=False)

@@ -1,5 +1,6 @@
 """The opened files of one model-parallel rank, and the tensors that its model file describes."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -53,10 +54,20 @@ class RankFiles:
         """The number of each tensor in the fragment tables."""
         return {name: number for number, name in enumerate(self.tensors, self.first_tensor)}
 
+    @cached_property
+    def untrained(self) -> tuple[tuple[str, TensorInfo], ...]:
+        """The tensors that have elements and are not updated by the optimizer: frozen parameters and buffers."""
+        return tuple((n, info) for n, info in self.tensors.items() if info.role != "parameter" and info.numel)
+
     @property
     def files(self) -> tuple[TorchFile, ...]:
         """Every file, in the order of `indices`."""
         return (*self.models.values(), *self.optims.values(), *(weights.file for weights in self.extra_weights))
+
+
+def distinct(files: Iterable[TorchFile]) -> list[TorchFile]:
+    """Returns one file of each form: files that are alike say the same."""
+    return list({id(file.memo): file for file in files}.values())
 
 
 def require_numel(file: TorchFile, tensor: str, numel: int, expected: int) -> None:

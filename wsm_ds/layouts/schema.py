@@ -5,6 +5,7 @@ anything.
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, brief, few
 from wsm_ds.layouts.saved_names import with_parameter_names
-from wsm_ds.torchfile import Tensor, TorchFile, open_torch_file
+from wsm_ds.torchfile import Tensor, TorchFile, once_per_form, open_torch_file
 
 MOST_ELEMENTS = 1 << 58
 Whole = Annotated[int, Field(strict=True, ge=0, le=MOST_ELEMENTS)]
@@ -162,14 +163,24 @@ def open_model(path: Path, allowed_globals: frozenset[str]) -> TorchFile:
     Raises:
         BrokenCheckpoint, UnsafePickle, UnsupportedLayout: the file cannot be read, or is not what DeepSpeed writes.
     """
-    file = open_torch_file(path, allowed_globals)
+    return checked_model(open_torch_file(path, allowed_globals))
+
+
+def checked_model(file: TorchFile) -> TorchFile:
+    """Returns a model file whose keys are checked, with the names of `named_parameters()`; raises as `open_model`."""
+    tree = _model_tree(file)
+    return file if tree is file.tree else replace(file, tree=tree)
+
+
+@once_per_form
+def _model_tree(file: TorchFile) -> Any:
     if is_stage0(file.tree) and file.tree.get("module") is None:
         raise UnsupportedLayout(
-            f"{path} is of a PipelineModule at ZeRO stage 0 (its weights are in layer_*-model_states.pt), which this "
-            "version does not read. Train with ZeRO stage 1, which writes the parameters' names."
+            f"{file.path} is of a PipelineModule at ZeRO stage 0 (its weights are in layer_*-model_states.pt), which "
+            "this version does not read. Train with ZeRO stage 1, which writes the parameters' names."
         )
     check(file, file.tree, Model0 if is_stage0(file.tree) else Model)
-    return with_parameter_names(file)
+    return with_parameter_names(file).tree
 
 
 def is_stage0(model: Any) -> bool:
@@ -177,24 +188,27 @@ def is_stage0(model: Any) -> bool:
     return isinstance(model, dict) and isinstance(model.get("optimizer"), dict) and model.get("param_shapes") is None
 
 
-def open_optimizer(path: Path, allowed_globals: frozenset[str]) -> TorchFile:
-    """Opens a rank's optimizer file and check its keys.
+def checked_optimizer(file: TorchFile) -> TorchFile:
+    """Returns a rank's optimizer file whose keys are checked.
 
     Args:
-        path: the file.
-        allowed_globals: names of the user's own classes that the file may mention.
+        file: the file, opened.
 
     Raises:
-        BrokenCheckpoint, UnsafePickle, UnsupportedLayout: the file cannot be read, or is not what DeepSpeed writes.
+        BrokenCheckpoint, UnsupportedLayout: it is not what DeepSpeed writes.
     """
-    file = open_torch_file(path, allowed_globals)
+    _check_optimizer(file)
+    return file
+
+
+@once_per_form
+def _check_optimizer(file: TorchFile) -> None:
     state = file.tree.get("optimizer_state_dict") if isinstance(file.tree, dict) else None
     if not isinstance(state, dict):
         raise BrokenCheckpoint(f"{file.path} holds no optimizer_state_dict; DeepSpeed writes one.")
     if "fp32_flat_groups" not in state and "single_partition_of_fp32_groups" not in state:
         raise UnsupportedLayout(f"{file.path} holds neither ZeRO partitions nor sub-groups: {few(map(brief, state))}.")
     check(file, state, SubGroups if "fp32_flat_groups" in state else Partitions, "optimizer_state_dict")
-    return file
 
 
 def open_universal_state(path: Path, allowed_globals: frozenset[str]) -> TorchFile:
@@ -204,8 +218,19 @@ def open_universal_state(path: Path, allowed_globals: frozenset[str]) -> TorchFi
     return file
 
 
-def open_weights(path: Path, allowed_globals: frozenset[str]) -> TorchFile:
-    """Opens a file of named weights alone (an expert's, a pipeline layer's); arguments and errors as `open_model`."""
-    file = open_torch_file(path, allowed_globals)
-    check(file, file.tree, NamedValues)
+def checked_weights(file: TorchFile) -> TorchFile:
+    """Returns a file of named weights alone (an expert's, a pipeline layer's); its keys are checked.
+
+    Args:
+        file: the file, opened.
+
+    Raises:
+        BrokenCheckpoint: it is not what DeepSpeed writes.
+    """
+    _check_weights(file)
     return file
+
+
+@once_per_form
+def _check_weights(file: TorchFile) -> None:
+    check(file, file.tree, NamedValues)

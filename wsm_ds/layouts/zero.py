@@ -4,9 +4,10 @@
 and which weights lie outside the model files (native MoE's experts, a pipeline's layers).
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, brief, few
 from wsm_ds.layouts import moe, pipeline, zero3, zero12
@@ -18,11 +19,19 @@ from wsm_ds.layouts.metadata import model_parallel_size, module_of, tensors_of
 from wsm_ds.layouts.one_save import contradictions
 from wsm_ds.layouts.rank_files import RankFiles, WeightsFile
 from wsm_ds.layouts.run import Checkpoint
-from wsm_ds.layouts.schema import is_stage0, open_model, open_optimizer, open_weights
-from wsm_ds.torchfile import Stub, TorchFile
+from wsm_ds.layouts.schema import checked_model, checked_optimizer, checked_weights, is_stage0
+from wsm_ds.torchfile import Stub, TorchFile, once_per_form, open_torch_files
+
+Key = TypeVar("Key")
 
 
-def read(checkpoint: Checkpoint, entries: list[str], first_model: TorchFile, allowed_globals: frozenset[str]) -> Layout:
+def read(
+    checkpoint: Checkpoint,
+    entries: list[str],
+    first_model: TorchFile,
+    allowed_globals: frozenset[str],
+    on_file: Callable[[], None] = lambda: None,
+) -> Layout:
     """Reads a checkpoint of ZeRO stage 1, 2 or 3.
 
     Args:
@@ -30,6 +39,7 @@ def read(checkpoint: Checkpoint, entries: list[str], first_model: TorchFile, all
         entries: names of the files and folders in it, sorted.
         first_model: a model file of it, opened: it holds the numbers of ranks.
         allowed_globals: names of the user's own classes that the files may mention.
+        on_file: called for each file that was read.
 
     Raises:
         BrokenCheckpoint, UnsupportedLayout, UnsafePickle: as `detection.read_layout`.
@@ -38,14 +48,14 @@ def read(checkpoint: Checkpoint, entries: list[str], first_model: TorchFile, all
     counts = _rank_counts(first_model)
     optim_names = files_by_rank(path, entries, OPTIM_FILE)
     require_files(path, "optimizer file", optim_names, counts)
-    optims = {rank: open_optimizer(path / name, allowed_globals) for rank, name in optim_names.items()}
+    optims = _open_all(path, optim_names, allowed_globals, checked_optimizer, on_file)
     stage = _stage(optims)
     model_names = files_by_rank(path, entries, MODEL_FILE)
     require_files(path, "model file", model_names, counts if stage == 3 else RankCounts(counts.mp, 1))
-    models = {rank: open_model(path / name, allowed_globals) for rank, name in model_names.items()}
+    models = _open_all(path, model_names, allowed_globals, checked_model, on_file)
     _require_one_save(models, first_model, counts)
     trees = [models[Rank(mp, 0)].tree for mp in range(counts.mp)]
-    extra_weights = _open_extra_weights(path, entries, stage, trees, allowed_globals)
+    extra_weights = _open_extra_weights(path, entries, stage, trees, allowed_globals, on_file)
     ranks: list[RankFiles] = []
     # A layer that borrows a tied module has no file of its own: the weights are in the file of another stage.
     for mp in range(counts.mp):
@@ -67,12 +77,25 @@ def read(checkpoint: Checkpoint, entries: list[str], first_model: TorchFile, all
     return replace(layout, learning_rates=_rates(ranks))
 
 
+def _open_all(
+    path: Path,
+    names: dict[Key, str],
+    allowed_globals: frozenset[str],
+    checked: Callable[[TorchFile], TorchFile],
+    on_file: Callable[[], None],
+) -> dict[Key, TorchFile]:
+    """Opens files of a checkpoint, many at a time, and checks their keys."""
+    opened = open_torch_files((path / name for name in names.values()), allowed_globals, on_file)
+    return {key: checked(file) for key, file in zip(names, opened, strict=True)}
+
+
 def _rates(ranks: list[RankFiles]) -> tuple[float | None, ...]:
     """The rates of the parameter groups. Those of another pipeline stage follow if they differ from the first one's."""
     of_ranks = (learning_rates(files.optims[0], parameter_groups(files.optims[0])) for files in ranks)
     return tuple(rate for rates in dict.fromkeys(of_ranks) for rate in rates)
 
 
+@once_per_form
 def _rank_counts(model: TorchFile) -> RankCounts:
     return RankCounts(model_parallel_size(model.tree), int(model.tree["dp_world_size"]))
 
@@ -139,11 +162,16 @@ def _rank_files(
 
 
 def _open_extra_weights(
-    path: Path, entries: list[str], stage: int, models: list[Any], allowed_globals: frozenset[str]
+    path: Path,
+    entries: list[str],
+    stage: int,
+    models: list[Any],
+    allowed_globals: frozenset[str],
+    on_file: Callable[[], None],
 ) -> list[tuple[WeightsFile, ...]]:
     """Opens the weights outside the model files, for each model-parallel rank: experts, or a pipeline's layers."""
     layers = [name for name in entries if pipeline.LAYER_FILE.match(name)]
-    experts = _open_experts(path, entries, stage, models[0], allowed_globals)
+    experts = _open_experts(path, entries, stage, models[0], allowed_globals, on_file)
     if not layers:
         return [experts] * len(models)
     if experts:
@@ -153,11 +181,17 @@ def _open_extra_weights(
             f"{path} holds pipeline layers' files ({few(layers, 2)}), but its model files hold the weights: files of "
             "another save remain. Remove them."
         )
-    return pipeline.weights_by_rank(path, [open_weights(path / name, allowed_globals) for name in layers], models)
+    files = _open_all(path, {name: name for name in layers}, allowed_globals, checked_weights, on_file)
+    return pipeline.weights_by_rank(path, files.values(), models)
 
 
 def _open_experts(
-    path: Path, entries: list[str], stage: int, model: Any, allowed_globals: frozenset[str]
+    path: Path,
+    entries: list[str],
+    stage: int,
+    model: Any,
+    allowed_globals: frozenset[str],
+    on_file: Callable[[], None],
 ) -> tuple[WeightsFile, ...]:
     names = [name for name in entries if moe.EXPERT_FILE.match(name)]
     if names and stage == 3:
@@ -167,8 +201,8 @@ def _open_experts(
     if names and model_parallel_size(model) > 1:
         raise UnsupportedLayout(f"{path} holds experts of a model-parallel run, which this version does not read.")
     moe.require_expert_files(path, names, model)
-    files = [open_weights(path / name, allowed_globals) for name in names]
-    return tuple(WeightsFile(file, file.tree) for file in files)
+    files = _open_all(path, {name: name for name in names}, allowed_globals, checked_weights, on_file)
+    return tuple(WeightsFile(file, file.tree) for file in files.values())
 
 
 def _stage(optims: dict[Rank, TorchFile]) -> int:
@@ -184,6 +218,7 @@ def _stage(optims: dict[Rank, TorchFile]) -> int:
     return first
 
 
+@once_per_form
 def _stage_of(optim: TorchFile) -> int:
     state = optim.tree["optimizer_state_dict"]
     if "fp32_flat_groups" in state:

@@ -6,13 +6,18 @@ another order than the partitions (`_link_all_hp_params`, `runtime/zero/stage_1_
 follows the partitions' (`_get_zero_param_shapes`, `runtime/engine.py:5448`).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from wsm_ds.dtypes import CODES, ITEMSIZES
 from wsm_ds.errors import BrokenCheckpoint, few
+from wsm_ds.layouts.fragments import FRAGMENT, Ints
 from wsm_ds.layouts.layout import NamedTensor, TableBuilder, TensorInfo
 from wsm_ds.layouts.optimizer_states import FlatStates, StateForms, forms_of
-from wsm_ds.layouts.rank_files import RankFiles, require_numel
+from wsm_ds.layouts.rank_files import RankFiles, distinct, require_numel
 from wsm_ds.torchfile import Tensor, TorchFile
 
 MOMENTUM = "momentum_buffer"
@@ -35,26 +40,19 @@ def add_fragments(builder: TableBuilder, files: RankFiles) -> None:
     """
     add_module(builder, files)
     groups = files.models[0].tree["param_shapes"]
-    partition_numels: dict[int, int] = {}
-    for optim in files.optims.values():
+    optims = distinct(files.optims.values())
+    for optim in optims:
         _require_group_count(optim, optim.tree["optimizer_state_dict"], len(groups))
-    forms = forms_of(_flats(files))
+    forms = forms_of(_flats(optims))
     builder.indivisible_states |= forms.indivisible
-    for rank, optim in files.optims.items():
-        state = optim.tree["optimizer_state_dict"]
-        for group, shapes in enumerate(groups):
-            numel = _partition_numel(state, group)
-            if numel != partition_numels.setdefault(group, numel):
-                raise BrokenCheckpoint(
-                    f"{optim.path}: partition {group} holds {numel} elements, that of rank 0 {partition_numels[group]}."
-                )
-            rank_pieces = _rank_pieces(files, optim, group, shapes, rank)
-            _add_partition(builder, files, optim, group, rank_pieces, forms)
+    for group, shapes in enumerate(groups):
+        for flat_group in _flat_groups(files, group, shapes):
+            flat_group.add_partitions(builder, files, forms)
 
 
-def _flats(files: RankFiles) -> Iterator[FlatStates]:
+def _flats(optims: Iterable[TorchFile]) -> Iterator[FlatStates]:
     """The optimizer's states of every partition, without Muon's momentum, which is that of whole parameters."""
-    for optim in files.optims.values():
+    for optim in optims:
         state = optim.tree["optimizer_state_dict"]
         base = state["base_optimizer_state"]
         for group, master in enumerate(state["single_partition_of_fp32_groups"]):
@@ -77,38 +75,143 @@ def _partition_numel(state: dict[str, Any], group: int) -> int:
     return stored + int(state["group_paddings"][group]) if "zero_stage" in state else stored
 
 
-def _rank_pieces(files: RankFiles, optim: TorchFile, group: int, shapes: dict[str, Any], rank: int) -> list[Piece]:
-    """The pieces in a rank's partition of a parameter group."""
-    state = optim.tree["optimizer_state_dict"]
-    partition_numel = _partition_numel(state, group)
-    share = files.experts.share(optim, group, shapes, rank, files.world_size)
-    unknown = [name for name in share.names if name not in files.tensors]
+@dataclass(frozen=True)
+class _FlatGroup:
+    """The flat tensor of a parameter group, cut into equal partitions. Experts have one for each expert-parallel rank.
+
+    Attributes:
+        group: number of the group.
+        names: its parameters in the order of the flat tensor.
+        alignment: elements of padding after each parameter; missing ones are 0.
+        size: elements of a partition.
+        members: the optimizer file of each rank, by the number of its partition.
+    """
+
+    group: int
+    names: tuple[str, ...]
+    alignment: tuple[int, ...]
+    size: int
+    members: dict[int, TorchFile]
+
+    def add_partitions(self, builder: TableBuilder, files: RankFiles, forms: StateForms) -> None:
+        """Adds the masters and the optimizer's states of all members to `builder`."""
+        numels = np.array([files.tensors[name].numel for name in self.names], dtype=np.int64)
+        cuts = _Cuts.of(numels, self.alignment, self.size)
+        tensors = np.array([files.tensor_numbers[name] for name in self.names], dtype=np.int64)[cuts.parameter]
+        places: dict[str, list[tuple[int, int, int, int, int]]] = {}
+        for index, optim in self.members.items():
+            file = files.indices[optim.path]
+            for kind, flat in self._flats(builder, files, optim, index, forms).items():
+                place = index, file, optim.address(flat), CODES[flat.dtype.name], flat.numel
+                places.setdefault(kind, []).append(place)
+        for kind, rows in places.items():
+            self._add_kind(builder, kind, cuts, tensors, np.array(rows, dtype=np.int64))
+
+    def _add_kind(self, builder: TableBuilder, kind: str, cuts: "_Cuts", tensors: Ints, places: Ints) -> None:
+        """Adds the pieces of one kind; a row of `places` is (partition, file, byte offset, dtype, elements)."""
+        of_partition = np.full(max(self.members) + 1, -1, dtype=np.int64)
+        of_partition[places[:, 0]] = np.arange(len(places))
+        is_held = cuts.partition < len(of_partition)
+        place = np.where(is_held, of_partition[np.minimum(cuts.partition, len(of_partition) - 1)], -1)
+        held = np.flatnonzero(place >= 0)
+        _, file, offset, dtype, numel = places[place[held]].T
+        ends = cuts.position[held] + cuts.numel[held]
+        short = np.flatnonzero(numel < ends)
+        if len(short):
+            optim = self.members[int(cuts.partition[held[short[0]]])]
+            name = f"{kind} of partition {self.group}"
+            require_numel(optim, name, int(numel[short[0]]), int(ends[short[0]]))
+        rows = np.zeros(len(held), dtype=FRAGMENT)
+        rows["tensor"], rows["start"], rows["numel"] = tensors[held], cuts.start[held], cuts.numel[held]
+        rows["file"], rows["dtype"] = file, dtype
+        rows["offset"] = offset + cuts.position[held] * ITEMSIZES[dtype]
+        builder.add_table(kind, rows)
+
+    def _flats(
+        self, builder: TableBuilder, files: RankFiles, optim: TorchFile, index: int, forms: StateForms
+    ) -> dict[str, Tensor]:
+        """A rank's flat tensors by kind. Muon's momentum, which is that of whole parameters, is added at once."""
+        state = optim.tree["optimizer_state_dict"]
+        states = _states(state, self.group)
+        flats = {"master": state["single_partition_of_fp32_groups"][self.group], **forms.of(states)}
+        if not is_muon(state["base_optimizer_state"], self.group) or not isinstance(states.get(MOMENTUM), Tensor):
+            return flats
+        flats.pop(MOMENTUM, None)
+        momentum, numbers, file = states[MOMENTUM], files.tensor_numbers, files.indices[optim.path]
+        held = pieces(self.names, list(self.alignment), files.tensors, index * self.size, self.size)
+        for name, start, numel, position in whole_parameters(held, files.tensors):
+            require_numel(optim, f"{MOMENTUM} of partition {self.group}", momentum.numel, position + numel)
+            offset = optim.byte_offset(momentum) + position * momentum.dtype.itemsize
+            builder.add(MOMENTUM, numbers[name], start, numel, file=file, offset=offset, dtype=momentum.dtype)
+        return flats
+
+
+@dataclass(frozen=True)
+class _Cuts:
+    """The pieces into which a flat tensor's partitions cut its parameters; all arrays have the shape [pieces].
+
+    Attributes:
+        parameter: index of the parameter in the group.
+        partition: number of the partition.
+        start: first element in the parameter.
+        numel: elements.
+        position: element in the partition.
+    """
+
+    parameter: Ints
+    partition: Ints
+    start: Ints
+    numel: Ints
+    position: Ints
+
+    @classmethod
+    def of(cls, numels: Ints, alignment: Sequence[int], size: int) -> "_Cuts":
+        """Cuts parameters of `numels` elements, with padding after them, into partitions of `size` elements."""
+        lengths, size = numels.copy(), max(size, 1)
+        lengths[: len(alignment)] += np.array(alignment, dtype=np.int64)[: len(lengths)]
+        begins = np.cumsum(lengths) - lengths
+        first, last = begins // size, (begins + numels - 1) // size
+        counts = np.where(numels > 0, last - first + 1, 0)
+        parameter = np.repeat(np.arange(len(numels)), counts)
+        within = np.arange(len(parameter)) - np.repeat(np.cumsum(counts) - counts, counts)
+        partition = first[parameter] + within
+        begin = np.maximum(begins[parameter], partition * size)
+        end = np.minimum(begins[parameter] + numels[parameter], (partition + 1) * size)
+        return cls(parameter, partition, begin - begins[parameter], end - begin, begin - partition * size)
+
+
+def _flat_groups(files: RankFiles, group: int, shapes: Mapping[str, Any]) -> list[_FlatGroup]:
+    """The flat tensors of a parameter group, and the partitions that the ranks have of them.
+
+    Raises:
+        BrokenCheckpoint: a rank's partition has another size than rank 0's, or names a parameter that no model file
+            has, or is too small for the group. File and group are named.
+    """
+    found: dict[tuple[tuple[str, ...], tuple[int, ...]], _FlatGroup] = {}
+    size = -1
+    for rank, optim in files.optims.items():
+        state = optim.tree["optimizer_state_dict"]
+        numel = _partition_numel(state, group)
+        size = numel if size < 0 else size
+        if numel != size:
+            raise BrokenCheckpoint(f"{optim.path}: partition {group} holds {numel} elements, that of rank 0 {size}.")
+        share = files.experts.share(optim, group, shapes, rank, files.world_size)
+        alignments = state.get("param_alignment_paddings")
+        alignment = tuple(map(int, alignments[group])) if alignments else ()
+        flat_group = found.get((share.names, alignment))
+        if flat_group is None:
+            _require_names(files, optim, group, share.names)
+            flat_group = found[share.names, alignment] = _FlatGroup(group, share.names, alignment, size, {})
+            expected = sum(files.tensors[name].numel for name in share.names) + sum(alignment)
+            require_numel(optim, f"parameter group {group}", size * share.count, expected)
+        flat_group.members[share.index] = optim
+    return list(found.values())
+
+
+def _require_names(files: RankFiles, optim: TorchFile, group: int, names: Iterable[str]) -> None:
+    unknown = [name for name in names if name not in files.tensors]
     if unknown:
         raise BrokenCheckpoint(f"{optim.path}: group {group} holds {few(unknown)}, which no model file has.")
-    alignments = state.get("param_alignment_paddings")
-    alignment = alignments[group] if alignments else []
-    expected = sum(files.tensors[name].numel for name in share.names) + sum(int(padding) for padding in alignment)
-    require_numel(optim, f"parameter group {group}", partition_numel * share.count, expected)
-    return list(pieces(share.names, alignment, files.tensors, share.index * partition_numel, partition_numel))
-
-
-def _add_partition(
-    builder: TableBuilder, files: RankFiles, optim: TorchFile, group: int, rank_pieces: list[Piece], forms: StateForms
-) -> None:
-    state, numbers, file = optim.tree["optimizer_state_dict"], files.tensor_numbers, files.indices[optim.path]
-    masters = state["single_partition_of_fp32_groups"][group]
-    states = _states(state, group)
-    flats = {"master": masters, **forms.of(states)}
-    pieces_by_kind = dict.fromkeys(flats, rank_pieces)
-    if is_muon(state["base_optimizer_state"], group) and isinstance(states.get(MOMENTUM), Tensor):
-        flats[MOMENTUM] = states[MOMENTUM]
-        pieces_by_kind[MOMENTUM] = whole_parameters(rank_pieces, files.tensors)
-    for kind, flat in flats.items():
-        base = optim.byte_offset(flat)
-        for name, start, numel, position in pieces_by_kind[kind]:
-            require_numel(optim, f"{kind} of partition {group}", flat.numel, position + numel)
-            offset = base + position * flat.dtype.itemsize
-            builder.add(kind, numbers[name], start, numel, file=file, offset=offset, dtype=flat.dtype)
 
 
 def is_muon(base: Any, group: int) -> bool:

@@ -6,14 +6,19 @@ in place (`_aligned_size`, `runtime/zero/partition_parameters.py:1690`; `_rigid_
 buffers, and in `frozen_param_fragments` the rank's partition of each frozen parameter.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
+import numpy as np
+
+from wsm_ds.dtypes import CODES
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, few
 from wsm_ds.layouts import zero12
 from wsm_ds.layouts.element_order import reordered
+from wsm_ds.layouts.fragments import EvenPartitions
 from wsm_ds.layouts.layout import NamedTensor, TableBuilder
 from wsm_ds.layouts.optimizer_states import FlatStates, StateForms, forms_of
-from wsm_ds.layouts.rank_files import RankFiles, require_numel
+from wsm_ds.layouts.rank_files import RankFiles, distinct, require_numel
 from wsm_ds.torchfile import Tensor, TorchFile
 
 
@@ -26,12 +31,12 @@ def add_fragments(builder: TableBuilder, files: RankFiles) -> None:
     """
     for rank, model in files.models.items():
         add_model(builder, files, model, rank)
-    for optim in files.optims.values():
+    optims = distinct(files.optims.values())
+    for optim in optims:
         _require_subgroups(files, optim)
-    forms = forms_of(_flats(files))
+    forms = forms_of(_flats(optims))
     builder.indivisible_states |= forms.indivisible
-    for rank, optim in files.optims.items():
-        _add_optimizer(builder, files, optim, rank, forms)
+    _add_partitions(builder, files, forms)
 
 
 def add_model(builder: TableBuilder, files: RankFiles, model: TorchFile, rank: int) -> None:
@@ -45,9 +50,7 @@ def add_model(builder: TableBuilder, files: RankFiles, model: TorchFile, rank: i
     """
     numbers, file = files.tensor_numbers, files.indices[model.path]
     fragments, module = model.tree.get("frozen_param_fragments") or {}, model.tree["module"] or {}
-    for name, info in files.tensors.items():
-        if info.role == "parameter" or info.numel == 0:
-            continue
+    for name, info in files.untrained:
         is_whole = info.role == "buffer" or name not in (files.models[0].tree.get("frozen_param_shapes") or {})
         stored = (module if is_whole else fragments).get(name)
         if not isinstance(stored, Tensor):
@@ -104,42 +107,61 @@ def _require_subgroups(files: RankFiles, optim: TorchFile) -> None:
         )
 
 
-def _flats(files: RankFiles) -> Iterator[FlatStates]:
-    """The optimizer's states of every rank's partition of every sub-group."""
-    for optim in files.optims.values():
+def _flats(optims: Iterable[TorchFile]) -> Iterator[FlatStates]:
+    """The optimizer's states of every partition of every sub-group."""
+    for optim in optims:
         state = optim.tree["optimizer_state_dict"]
         for number, master in enumerate(state["fp32_flat_groups"]):
             yield FlatStates(state["optimizer_state_dict"]["state"].get(number, {}), master.numel)
 
 
-def _add_optimizer(builder: TableBuilder, files: RankFiles, optim: TorchFile, rank: int, forms: StateForms) -> None:
-    state = optim.tree["optimizer_state_dict"]
-    flats, subgroups = state["fp32_flat_groups"], files.models[0].tree["param_shapes"]
+class _Flat(NamedTuple):
+    """A flat tensor of a rank: its kind, the number of its sub-group, its dtype's code and its byte offset."""
+
+    kind: str
+    number: int
+    dtype: int
+    offset: int
+
+
+def _add_partitions(builder: TableBuilder, files: RankFiles, forms: StateForms) -> None:
+    """Adds the masters and the optimizer's states of all ranks: a rule for each kind and sub-group."""
+    flats_by_form: dict[int, list[_Flat]] = {}
+    members: dict[tuple[str, int, int], list[tuple[int, int, int]]] = {}
+    for rank, optim in files.optims.items():
+        if id(optim.memo) not in flats_by_form:
+            flats_by_form[id(optim.memo)] = _flats_of(files, optim, forms)
+        for kind, number, dtype, offset in flats_by_form[id(optim.memo)]:
+            members.setdefault((kind, number, dtype), []).append((rank, files.indices[optim.path], offset))
+    for (kind, number, dtype), rows in members.items():
+        names = list(files.models[0].tree["param_shapes"][number])
+        tensors = np.array([files.tensor_numbers[name] for name in names], dtype=np.int64)
+        numels = np.array([files.tensors[name].numel for name in names], dtype=np.int64)
+        ranks, numbers, offsets = np.array(rows, dtype=np.int64).T
+        builder.add_rule(kind, EvenPartitions(tensors, numels, ranks, numbers, offsets, dtype, files.world_size))
+
+
+def _flats_of(files: RankFiles, optim: TorchFile, forms: StateForms) -> list[_Flat]:
+    """The flat tensors in a rank's optimizer file.
+
+    Raises:
+        BrokenCheckpoint: one of them is too short; file and sub-group are named.
+        UnsupportedLayout: one of them is empty, because it is on NVMe.
+    """
+    state, flats = optim.tree["optimizer_state_dict"], []
     # DeepSpeed sets one flat tensor per sub-group as the only parameter of its optimizer group while it saves, so the
     # states have the numbers of sub-groups (`_set_fp32_optimizer_param_groups`, runtime/zero/stage3.py:3442).
-    for number, names in enumerate(subgroups):
+    for number, names in enumerate(files.models[0].tree["param_shapes"]):
         states = state["optimizer_state_dict"]["state"].get(number, {})
-        for kind, flat in {"master": flats[number], **forms.of(states)}.items():
-            _add_subgroup(builder, files, optim, kind, flat, list(names), rank)
-
-
-def _add_subgroup(
-    builder: TableBuilder, files: RankFiles, optim: TorchFile, kind: str, flat: Tensor, names: list[str], rank: int
-) -> None:
-    numbers, file, flat_name = (
-        files.tensor_numbers,
-        files.indices[optim.path],
-        f"{kind} of the sub-group of {few(names, 1)}",
-    )
-    # Every rank saves the full partition size, also the last ranks, whose partitions are partly padding.
-    partition_numels = [-(-files.tensors[name].numel // files.world_size) for name in names]
-    if flat.numel == 0 and any(partition_numels):
-        raise UnsupportedLayout(
-            f"{optim.path}: {flat_name} is empty: it was offloaded to NVMe, which this version does not read."
-        )
-    require_numel(optim, flat_name, flat.numel, sum(partition_numels))
-    offset = optim.byte_offset(flat)
-    for name, partition_numel in zip(names, partition_numels, strict=True):
-        start, numel = partition(files.tensors[name].numel, rank, files.world_size)
-        builder.add(kind, numbers[name], start, numel, file=file, offset=offset, dtype=flat.dtype)
-        offset += partition_numel * flat.dtype.itemsize
+        # Every rank saves the full partition size, also the last ranks, whose partitions are partly padding.
+        needed = sum(-(-files.tensors[name].numel // files.world_size) for name in names)
+        for kind, flat in {"master": state["fp32_flat_groups"][number], **forms.of(states)}.items():
+            flat_name = f"{kind} of the sub-group of {few(list(names), 1)}"
+            if flat.numel == 0 and needed:
+                raise UnsupportedLayout(
+                    f"{optim.path}: {flat_name} is empty: it was offloaded to NVMe, which this version does not read."
+                )
+            require_numel(optim, flat_name, flat.numel, needed)
+            if needed:
+                flats.append(_Flat(kind, number, CODES[flat.dtype.name], optim.byte_offset(flat)))
+    return flats

@@ -7,7 +7,7 @@ from typing import Any
 
 from wsm_ds.layouts import Layout
 from wsm_ds.planning.plan import CopySegment, CrcField, InputNumber, LiteralSegment, Segment, Template, ZeroSegment
-from wsm_ds.torchfile import Archive, Record, TorchFile, record_of
+from wsm_ds.torchfile import Archive, Record, TorchFile, archive_of, record_of
 from wsm_ds.torchfile.repickle import repickle
 from wsm_ds.torchfile.unpickle import Storage, unpickle
 from wsm_ds.torchfile.zip_format import ZipFrame, frame
@@ -66,11 +66,8 @@ def make_torch_template(
     data, storages = repickle(tree)
     contents = _record_contents(data, storages, original, inputs)
     zip_frame = frame(Path(name).stem, {record: segment.nbytes for record, segment in contents.items()})
-    records = {
-        record.name: Record(record.name, record.offset, record.nbytes, 0, record.crc_offsets)
-        for record in zip_frame.records
-    }
-    archive = Archive(Path(name), zip_frame.nbytes, records)
+    records = [Record(r.name, r.offset, r.nbytes, 0, r.crc_offsets) for r in zip_frame.records]
+    archive = archive_of(Path(name), zip_frame.nbytes, records)
     # Unpickled from the new bytes, so that the layouts read what DeepSpeed will read.
     file = TorchFile(archive, unpickle(archive, data, allowed_globals))
     crc_fields = tuple(CrcField(record.offset, record.nbytes, record.crc_offsets) for record in zip_frame.records)

@@ -1,6 +1,7 @@
 """An output as a ZeRO checkpoint: the newest source's rank files, or resharded ones, with some byte ranges replaced."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +31,7 @@ from wsm_ds.planning.plan import (
 )
 from wsm_ds.planning.shared_bytes import trim_shared_bytes
 from wsm_ds.planning.streams import ElementRequest, SourceTables
-from wsm_ds.torchfile import Archive, open_torch_file
+from wsm_ds.torchfile import Archive, open_own_tree
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class _Templates:
     """
 
     files: list[Template]
-    tables: dict[str, Table]
+    tables: Mapping[str, Table]
     is_resharded: bool
 
 
@@ -111,7 +112,7 @@ def plan_zero_checkpoint(
         window: the window of the output.
         tag: name of the checkpoint's folder in the output.
         optimizer_states: "carry" (those of the newest), "merge" (same coefficients) or "drop" (left out).
-        allowed_globals: see `open_torch_file`.
+        allowed_globals: see `open_own_tree`.
         form: the form of the output; the newest checkpoint's, where nothing is requested.
         reads_states: whether to read carried optimizer states element by element. Set if another output of the plan
             does so, so that they are read once.
@@ -264,7 +265,7 @@ def _file_template(
     archive: Archive, inputs: Inputs, drops_states: bool, allowed_globals: frozenset[str]
 ) -> tuple[Template, dict[int, int]]:
     """The template of a file, and the new offsets of its records by their old ones (empty: no record has moved)."""
-    tree = open_torch_file(archive.path, allowed_globals).tree if drops_states else {}
+    tree = open_own_tree(archive.path, allowed_globals).tree if drops_states else {}
     is_optimizer = archive.path.name.endswith("optim_states.pt")
     if drops_states and (is_optimizer or is_stage0(tree)):
         drop_states(tree["optimizer_state_dict" if is_optimizer else "optimizer"])

@@ -70,15 +70,17 @@ class Places:
 
     Attributes:
         starts: shape [n + 1]; the last entry is the number of elements of the stream.
-        files: file numbers, shape [n]; NOWHERE where the elements have no place.
+        files: file numbers, counted from `first_file`, shape [n]; NOWHERE where the elements have no place.
         offsets: byte offsets, shape [n].
         dtypes: codes of `wsm_ds.dtypes.ALL`, shape [n].
+        first_file: checkpoints that are alike share the arrays, and differ in this number.
     """
 
     starts: Ints
     files: Ints
     offsets: Ints
     dtypes: Ints
+    first_file: int = 0
 
     def within(self, begin: int, end: int) -> Iterator[Place]:
         """Yields the places of the stream elements [begin, end), in order; elements that lie NOWHERE are left out."""
@@ -87,12 +89,19 @@ class Places:
             stop = min(end, int(self.starts[index + 1]))
             if self.files[index] != NOWHERE:
                 skipped_bytes = (begin - int(self.starts[index])) * int(ITEMSIZES[self.dtypes[index]])
-                yield Place(begin, stop - begin, int(self.files[index]), int(self.offsets[index]) + skipped_bytes)
+                file = int(self.files[index]) + self.first_file
+                yield Place(begin, stop - begin, file, int(self.offsets[index]) + skipped_bytes)
             begin, index = stop, index + 1
 
     def dtype(self, element: int) -> DType:
         """The dtype in which a stream element is stored here."""
         return ALL[self.dtypes[int(np.searchsorted(self.starts, element, "right")) - 1]]
+
+    @property
+    def used_files(self) -> Ints:
+        """Numbers of the files that hold elements, rising."""
+        used: Ints = np.unique(self.files[self.files != NOWHERE]) + self.first_file
+        return used
 
     @property
     def nbytes(self) -> int:
@@ -162,6 +171,23 @@ def order_of(tables: Sequence[Table], line: Ints) -> Order:
     kept = np.flatnonzero(owner < len(tables))
     kept = kept[np.lexsort((offset[kept], file[kept], owner[kept]))]
     return Order(begin[kept], end[kept])
+
+
+def order_along(order: Order, table: Table, line: Ints) -> Order:
+    """Returns the elements of `order` in the order in which they lie in the files of `table`.
+
+    Args:
+        order: the elements. Those that the table does not have come last.
+        table: fragments of one kind. No element occurs twice.
+        line: see the module.
+    """
+    rows, begins, ends = _sorted_line(table, line)
+    _, begin, end = _cut(order, np.unique(np.concatenate([begins, ends])))
+    row = np.searchsorted(begins, begin, "right") - 1
+    has_place = (row >= 0) & (ends[np.maximum(row, 0)] >= end)
+    file, offset, _ = _address(table, rows[np.maximum(row, 0)], begin, line)
+    by_place = np.lexsort((offset, file, ~has_place))
+    return Order(begin[by_place], end[by_place])
 
 
 def locate(order: Order, table: Table, line: Ints) -> Places:

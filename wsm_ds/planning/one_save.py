@@ -8,20 +8,24 @@ thousand elements of each file are compared. Stage 3 saves no module weights; th
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wsm_ds.dtypes import ALL, Array, DType, narrow, widen
+from wsm_ds.dtypes import ALL, ITEMSIZES, Array, DType, narrow, widen
 from wsm_ds.errors import BrokenCheckpoint, ForeignFiles, few
 from wsm_ds.layouts import Layout
-from wsm_ds.layouts.layout import Table
+from wsm_ds.layouts.fragments import Ints, Table
+from wsm_ds.torchfile.read_ahead import read_ahead
 
 NAMED = 2
 """Files that a message names on the other side of a comparison."""
-RUNS, RUN_NUMEL = 8, 256
+RUNS, RUN_NUMEL = 4, 512
 """Runs of elements that are compared for each file, and elements of a run. They lie evenly in the file."""
+FILES_AT_ONCE = 64
+"""Files whose samples are compared in one step of numpy."""
+MOST_KEPT_OPEN = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +106,15 @@ def samples(layout: Layout) -> Iterator[Sample]:
     Args:
         layout: the checkpoint.
     """
-    masters, modules = layout.fragments.get("master"), layout.fragments.get("module")
-    if masters is None or modules is None:
+    if "master" not in layout.fragments or "module" not in layout.fragments:
         return
-    masters, modules = _by_element(masters), _by_element(modules)
-    with _OpenFile() as sampled_file, _OpenFile() as other_file:
+    masters, modules = (_by_element(layout.fragments[kind]) for kind in ("master", "module"))
+    with _Files(layout) as files:
         for holds, sampled, others in (("masters", masters, modules), ("weights", modules, masters)):
-            order = np.argsort(sampled["file"], kind="stable")
-            bounds = np.flatnonzero(np.diff(sampled["file"][order])) + 1
-            for rows in np.split(sampled[order], bounds):
-                sample = _sample(layout, holds, rows, others, sampled_file, other_file)
-                if sample.numel:
-                    yield sample
+            runs = _runs(sampled, others)
+            for codes in np.unique(runs[["dtype", "other_dtype"]]):
+                is_alike = runs[["dtype", "other_dtype"]] == codes
+                yield from _compared(files, holds, runs[is_alike], ALL[codes["dtype"]], ALL[codes["other_dtype"]])
 
 
 def _by_element(table: Table) -> Table:
@@ -123,33 +124,54 @@ def _by_element(table: Table) -> Table:
     return in_order
 
 
-def _sample(
-    layout: Layout, holds: str, rows: Table, others: Table, sampled_file: "_OpenFile", other_file: "_OpenFile"
-) -> Sample:
-    """Compares runs of elements of one file with the same elements in the other form."""
-    path = layout.path / layout.files[int(rows["file"][0])]
-    ends = np.cumsum(rows["numel"])
-    positions = np.arange(RUNS) * int(ends[-1]) // RUNS
+_RUN = np.dtype([("file", "i8"), ("offset", "i8"), ("dtype", "i1"), ("other_file", "i8"), ("other_offset", "i8"),
+                 ("other_dtype", "i1"), ("numel", "i8")])  # fmt: skip
+"""Elements that one file has in one form, and another file in the other form."""
+
+
+def _runs(sampled: Table, others: Table) -> Table:
+    """Picks RUNS runs of elements of each file, evenly, and finds the same elements in the other table."""
+    by_file = sampled[np.argsort(sampled["file"], kind="stable")]
+    ends = np.cumsum(by_file["numel"])
+    firsts_of_file = np.flatnonzero(np.diff(by_file["file"], prepend=-1))
+    before = np.concatenate([[0], ends])[firsts_of_file]
+    totals = np.diff(before, append=ends[-1] if len(ends) else 0)
+    positions = (before[:, None] + np.arange(RUNS) * totals[:, None] // RUNS).ravel()
     numbers = np.searchsorted(ends, positions, side="right")
-    picked = rows[numbers]
-    firsts = picked["start"] + positions - (ends[numbers] - picked["numel"])
-    compared = equal = 0
-    other_names: dict[str, None] = {}
-    for row, first in zip(picked, firsts.tolist(), strict=True):
-        other = _covering(others, int(row["tensor"]), first)
-        if other is None:
-            continue
-        last = min(first + RUN_NUMEL, int(row["start"] + row["numel"]), int(other["start"] + other["numel"]))
-        name = layout.files[int(other["file"])]
-        values = sampled_file.elements(path, row, first, last)
-        other_values = other_file.elements(layout.path / name, other, first, last)
-        if holds == "masters":
-            same = _is_rounded(values, other_values, ALL[other["dtype"]])
-        else:
-            same = _is_rounded(other_values, values, ALL[row["dtype"]])
-        compared, equal = compared + len(same), equal + int(same.sum())
-        other_names[name] = None
-    return Sample(path.name, tuple(other_names), holds, compared, equal)
+    rows = by_file[numbers]
+    first = rows["start"] + positions - (ends[numbers] - rows["numel"])
+    # The tensors laid end to end: a position on this line tells tensor and element.
+    longest = int((others["start"] + others["numel"]).max(initial=0)) + 1
+    line = others["tensor"].astype(np.int64) * longest + others["start"]
+    index = np.searchsorted(line, rows["tensor"].astype(np.int64) * longest + first, "right") - 1
+    other = others[np.maximum(index, 0)]
+    other_end = other["start"] + other["numel"]
+    is_held = (index >= 0) & (other["tensor"] == rows["tensor"]) & (first < other_end)
+    runs = np.zeros(len(rows), dtype=_RUN)
+    runs["file"], runs["dtype"], runs["other_file"], runs["other_dtype"] = (
+        *(rows["file"], rows["dtype"], other["file"], other["dtype"]),
+    )
+    runs["offset"] = rows["offset"] + (first - rows["start"]) * ITEMSIZES[rows["dtype"].astype(np.int64)]
+    runs["other_offset"] = other["offset"] + (first - other["start"]) * ITEMSIZES[other["dtype"].astype(np.int64)]
+    runs["numel"] = np.minimum(np.minimum(first + RUN_NUMEL, rows["start"] + rows["numel"]), other_end) - first
+    kept: Table = runs[is_held]
+    return kept
+
+
+def _compared(files: "_Files", holds: str, runs: Table, dtype: DType, other_dtype: DType) -> Iterator[Sample]:
+    """Reads and compares runs, all of one pair of dtypes. Many files are compared at once."""
+    of_file = np.split(runs, np.flatnonzero(np.diff(runs["file"])) + 1) if len(runs) else []
+    read = read_ahead(lambda rows: files.read(rows, dtype, other_dtype), of_file)
+    remaining = zip(of_file, read, strict=True)
+    while batch := list(islice(remaining, FILES_AT_ONCE)):
+        values = widen(np.frombuffer(b"".join(data for _, (data, _) in batch), dtype.storage), dtype)
+        others = widen(np.frombuffer(b"".join(data for _, (_, data) in batch), other_dtype.storage), other_dtype)
+        same = _is_rounded(values, others, other_dtype) if holds == "masters" else _is_rounded(others, values, dtype)
+        lengths = [int(rows["numel"].sum()) for rows, _ in batch]
+        equal = np.add.reduceat(same, np.cumsum([0, *lengths[:-1]]))
+        for (rows, _), numel, count in zip(batch, lengths, equal.tolist(), strict=True):
+            names = tuple(files.names[file] for file in dict.fromkeys(rows["other_file"].tolist()))
+            yield Sample(files.names[int(rows["file"][0])], names, holds, numel, count)
 
 
 def _is_rounded(masters: Array, weights: Array, dtype: DType) -> NDArray[np.bool_]:
@@ -158,40 +180,50 @@ def _is_rounded(masters: Array, weights: Array, dtype: DType) -> NDArray[np.bool
     return same
 
 
-def _covering(table: Table, tensor: int, element: int) -> Table | None:
-    """The fragment that holds an element of a tensor; None if there is none. The table is in order of elements."""
-    begin, end = np.searchsorted(table["tensor"], [tensor, tensor + 1])
-    index = int(begin + np.searchsorted(table["start"][begin:end], element, side="right")) - 1
-    if index < begin or element >= table["start"][index] + table["numel"][index]:
-        return None
-    row: Table = table[index]
-    return row
+class _Files:
+    """The files of a checkpoint. Those that hold many of the samples stay open. A context manager that closes them.
 
+    Args:
+        layout: the checkpoint.
+    """
 
-class _OpenFile:
-    """The file that was read last, kept open: most samples of a checkpoint are of one model file."""
+    def __init__(self, layout: Layout) -> None:
+        self.folder, self.names = layout.path, layout.files
+        weights = layout.fragments["module"]["file"]
+        self.kept = np.unique(weights).tolist() if len(np.unique(weights)) <= MOST_KEPT_OPEN else []
+        self.descriptors: dict[int, int] = {}
 
-    def __init__(self) -> None:
-        self.path: Path | None = None
-        self.descriptor = -1
-
-    def __enter__(self) -> "_OpenFile":
+    def __enter__(self) -> "_Files":
+        self.descriptors = {file: self._open(file) for file in self.kept}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-        self.path, self.descriptor = None, -1
+        for descriptor in self.descriptors.values():
+            os.close(descriptor)
 
-    def elements(self, path: Path, row: Table, first: int, last: int) -> Array:
-        """Elements [first, last) of a tensor, from the fragment that holds them, as floats."""
-        if path != self.path:
-            self.__exit__()
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self.path = path
-        dtype = ALL[row["dtype"]]
-        offset = int(row["offset"]) + (first - int(row["start"])) * dtype.itemsize
-        data = os.pread(self.descriptor, (last - first) * dtype.itemsize, offset)
-        if len(data) < (last - first) * dtype.itemsize:
-            raise BrokenCheckpoint(f"{path} ends before byte {offset + (last - first) * dtype.itemsize}.")
-        return widen(np.frombuffer(data, dtype.storage), dtype)
+    def read(self, runs: Table, dtype: DType, other_dtype: DType) -> tuple[bytes, bytes]:
+        """The bytes of runs, and those of the same elements in the other form. Several threads call it."""
+        numels = runs["numel"]
+        data = self._read(runs["file"], runs["offset"], numels * dtype.itemsize)
+        return data, self._read(runs["other_file"], runs["other_offset"], numels * other_dtype.itemsize)
+
+    def _read(self, files: Ints, offsets: Ints, sizes: Ints) -> bytes:
+        parts, opened = [], dict[int, int]()
+        try:
+            for file, offset, nbytes in zip(files.tolist(), offsets.tolist(), sizes.tolist(), strict=True):
+                descriptor = self.descriptors.get(file)
+                if descriptor is None:
+                    if file not in opened:
+                        opened[file] = self._open(file)
+                    descriptor = opened[file]
+                data = os.pread(descriptor, nbytes, offset)
+                if len(data) < nbytes:
+                    raise BrokenCheckpoint(f"{self.folder / self.names[file]} ends before byte {offset + nbytes}.")
+                parts.append(data)
+        finally:
+            for descriptor in opened.values():
+                os.close(descriptor)
+        return b"".join(parts)
+
+    def _open(self, file: int) -> int:
+        return os.open(self.folder / self.names[file], os.O_RDONLY | os.O_CLOEXEC)

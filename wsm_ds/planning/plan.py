@@ -156,7 +156,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Stream:
-    """Elements of one kind that are read once for all outputs, in the order of the first target's files.
+    """Elements of one kind that are read once for all outputs, in the order of the files of one of them or of a source.
 
     Attributes:
         combine: how the values of a window's members become one value.
@@ -167,6 +167,7 @@ class Stream:
         breaks: stream elements at which the dtype of a source or a target changes; a slice never crosses one.
         order: which elements of the line the stream goes over.
         line: the positions at which tensors begin on the line, see `intersect`.
+        follows_source: whether the elements are in the order of the newest source's files, not of the first target's.
     """
 
     combine: Combine
@@ -177,6 +178,7 @@ class Stream:
     breaks: Ints
     order: Order
     line: Ints
+    follows_source: bool = False
 
     def name(self, element: int, names: Sequence[str]) -> str:
         """Returns which of `names` is the tensor that a stream element belongs to."""

@@ -1,7 +1,7 @@
 """Makes streams: for the elements that the outputs of a plan request, where they lie in all sources."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,14 +14,21 @@ from wsm_ds.layouts.layout import FRAGMENT, Table
 from wsm_ds.planning.intersect import (
     NOWHERE,
     Ints,
+    Order,
     Places,
     line_of,
     locate,
+    order_along,
     order_of,
     require_all,
     without_repeats,
 )
 from wsm_ds.planning.plan import Combine, CopySegment, InputFile, InputNumber, OutputFile, OutputNumber, Stream, Target
+
+SHORT_RUN_BYTES = 1 << 20
+"""A read of fewer bytes costs a network file system as much as one of so many."""
+MANY_FILES = 256
+"""More files than this cannot all stay open while a stream goes over them in turn."""
 
 
 class FragmentRow(NamedTuple):
@@ -68,6 +75,9 @@ class SourceTables:
     first_input: tuple[InputNumber, ...]
     numels: Ints
     names: tuple[str, ...]
+    _tables: dict[tuple[str, int], Table] = field(default_factory=dict, compare=False, repr=False)
+    _likeness: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
+    _first_alike: dict[tuple[int, bool], int] = field(default_factory=dict, compare=False, repr=False)
 
     def table(self, number: int, kind: str) -> Table:
         """Returns the fragments of `kind` in layout `number`, with the plan's numbers of tensors and inputs.
@@ -75,15 +85,33 @@ class SourceTables:
         Raises:
             LayoutMismatch: the layout has no elements of this kind.
         """
+        table: Table = self.own_table(number, kind).copy()
+        table["file"] += self.first_input[number]
+        return table
+
+    def own_table(self, number: int, kind: str) -> Table:
+        """Returns the fragments of `kind` in layout `number`, with the plan's numbers of tensors and its own of files.
+
+        Layouts that are alike have one table. Raises as `table`.
+        """
         layout = self.layouts[number]
         if kind not in layout.fragments:
             raise LayoutMismatch(
                 f"{layout.path} holds no {kind}, but {self.layouts[-1].path} does. Merge checkpoints of one optimizer, "
                 "or carry the optimizer states of the newest (--optimizer-states carry)."
             )
-        table = self.renumbered(layout.fragments[kind], layout)
-        table["file"] += self.first_input[number]
-        return table
+        key = (kind, self.likeness(number))
+        if key not in self._tables:
+            self._tables[key] = self.renumbered(layout.fragments[kind], layout)
+        return self._tables[key]
+
+    def likeness(self, number: int) -> int:
+        """Returns the number of the first layout that has the same fragments and numbers tensors in the same way."""
+        if number not in self._likeness:
+            layout, newest = self.layouts[number], self.layouts[-1]
+            key = (id(layout.fragments), layout.tensors == newest.tensors and layout.names == self.names)
+            self._likeness[number] = self._first_alike.setdefault(key if key[1] else (number, False), number)
+        return self._likeness[number]
 
     def renumbered(self, table: Table, layout: Layout) -> Table:
         """Returns a copy of a table that numbers tensors and elements as `layout` does, with the plan's numbers.
@@ -187,7 +215,9 @@ def element_streams(tables: SourceTables, requests: Sequence[ElementRequest]) ->
 
 def _with_known_replicas(tables: SourceTables, request: ElementRequest) -> ElementRequest:
     """Takes replica 0 for ranks that no source has. Replicas are the buffers of stage 3, which every rank saves."""
-    known = np.unique(np.concatenate([tables.table(number, request.kind)["replica"] for number in request.members]))
+    alike = {tables.likeness(number): number for number in request.members}.values()
+    replicas = [np.unique(tables.own_table(number, request.kind)["replica"]) for number in alike]
+    known = np.unique(np.concatenate(replicas))
     table = request.table.copy()
     table["replica"][~np.isin(table["replica"], known)] = 0
     return replace(request, table=table)
@@ -215,20 +245,23 @@ def _element_stream(
     line: Ints,
 ) -> Stream:
     """The stream of one kind and replica. A source must have all elements of the windows of which it is a member."""
-    order = order_of([requested.table for requested in requests], line)
     checkpoints = tuple(sorted({number for requested in requests for number in requested.request.members}))
+    order, follows_source = _order(tables, kind, replica, checkpoints, requests, line)
+    located: dict[int, Places] = {}
+    checked: set[tuple[int, tuple[int, ...]]] = set()
     sources = []
     for number in checkpoints:
-        table = tables.table(number, kind)
-        of_replica = table[table["replica"] == replica]
-        # A source of fewer ranks lacks the replicas of further ranks; replica 0 stands for them.
-        table = of_replica if len(of_replica) else table[table["replica"] == 0]
-        places = locate(order, table, line)
-        needed = [requested.table for requested in requests if number in requested.request.members]
-        needed_order = order if len(needed) == len(requests) else order_of(needed, line)
-        needed_places = places if needed_order is order else locate(needed_order, table, line)
-        require_all(needed_places, needed_order, str(tables.layouts[number].path), line, tables.names)
-        sources.append(places)
+        alike, table = tables.likeness(number), _of_replica(tables.own_table(number, kind), replica)
+        if alike not in located:
+            located[alike] = locate(order, table, line)
+        members = tuple(n for n, requested in enumerate(requests) if number in requested.request.members)
+        if (alike, members) not in checked:
+            checked.add((alike, members))
+            is_all = len(members) == len(requests)
+            needed_order = order if is_all else order_of([requests[n].table for n in members], line)
+            places = located[alike] if is_all else locate(needed_order, table, line)
+            require_all(places, needed_order, str(tables.layouts[number].path), line, tables.names)
+        sources.append(replace(located[alike], first_file=tables.first_input[number]))
     # DeepSpeed casts module weights from the masters of the same output, so a cast target refers to that target.
     stored_target = {
         requested.request.output: index for index, requested in enumerate(requests) if not requested.request.is_cast
@@ -243,13 +276,50 @@ def _element_stream(
         )
         for requested in requests
     )
-    return Stream(combine, order.numel, tuple(sources), checkpoints, targets, _breaks(sources, targets), order, line)
+    breaks = _breaks([*located.values(), *(target.places for target in targets)])
+    return Stream(combine, order.numel, tuple(sources), checkpoints, targets, breaks, order, line, follows_source)
 
 
-def _breaks(sources: Sequence[Places], targets: Sequence[Target]) -> Ints:
+def _of_replica(table: Table, replica: int) -> Table:
+    """The rows of a replica. A source of fewer ranks lacks those of further ranks; replica 0 stands for them."""
+    of_replica: Table = table[table["replica"] == replica]
+    if not len(of_replica):
+        of_replica = table[table["replica"] == 0]
+    return of_replica
+
+
+def _order(
+    tables: SourceTables,
+    kind: str,
+    replica: int,
+    checkpoints: Sequence[int],
+    requests: Sequence[_RequestedTable],
+    line: Ints,
+) -> tuple[Order, bool]:
+    """The order of a stream's elements, and whether it is that of the newest source's files.
+
+    In the order of the outputs, an output of whole tensors needs a read for each fragment of each source: ranks x
+    tensors x checkpoints of them. In the order of a source, every source is read in long runs, and only the writes are
+    short. But then the bytes of an output's block do not come in order, and it is read again for its checksum.
+    """
+    order = order_of([requested.table for requested in requests], line)
+    table = _of_replica(tables.own_table(checkpoints[-1], kind), replica)
+    newest = locate(order, table, line)
+    runs, files = len(newest.files), len(newest.used_files)
+    if runs <= files or (newest.nbytes > runs * SHORT_RUN_BYTES and files <= MANY_FILES):
+        return order, False
+    along = order_along(order, table, line)
+    targets = [requested.table for requested in requests]
+    places = len(checkpoints) * runs + sum(len(locate(order, target, line).files) for target in targets)
+    along_places = len(checkpoints) * len(locate(along, table, line).files)
+    along_places += sum(len(locate(along, target, line).files) for target in targets)
+    return (along, True) if along_places < places else (order, False)
+
+
+def _breaks(all_places: Sequence[Places]) -> Ints:
     """Stream elements at which a dtype changes. Elements without a place count as a dtype of their own."""
     breaks = []
-    for places in [*sources, *(target.places for target in targets)]:
+    for places in all_places:
         dtypes = np.where(places.files == NOWHERE, -1, places.dtypes)
         breaks.append(places.starts[1:-1][dtypes[1:] != dtypes[:-1]])
     return np.unique(np.concatenate(breaks)).astype(np.int64)

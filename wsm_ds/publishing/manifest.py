@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
@@ -17,7 +18,6 @@ from wsm_ds.errors import VerificationFailed, few
 from wsm_ds.filesystem import checksum
 from wsm_ds.filesystem.small_files import read_small
 from wsm_ds.layouts.frameworks import MANIFEST
-from wsm_ds.planning.intersect import NOWHERE
 from wsm_ds.planning.plan import Plan, describe_output
 from wsm_ds.publishing.identity import identity_of, stated
 from wsm_ds.publishing.staging_folder import RecordedSource
@@ -54,8 +54,8 @@ def description(plan: Plan, number: int) -> dict[str, Any]:
     """
     output = plan.outputs[number]
     streams = [stream for stream in plan.streams if any(target.output == number for target in stream.targets)]
-    input_numbers = {int(file) for stream in streams for source in stream.sources for file in source.files}
-    inputs_read = sorted(input_numbers - {NOWHERE})
+    used = [source.used_files for stream in streams for source in stream.sources]
+    inputs_read = np.unique(np.concatenate([np.zeros(0, np.int64), *used])).tolist()
     inputs = [plan.inputs[file] for file in inputs_read if _is_input_of(plan, number, plan.inputs[file].path)]
     content = {
         "recipe": stated(output.recipe),

@@ -4,9 +4,16 @@
 output's metadata must change, `zip_format` lays out a new zip. Neither torch nor deepspeed is imported.
 """
 
-from wsm_ds.torchfile.archive import Archive, Record, read_archive
+from wsm_ds.torchfile.archive import Archive, Record, archive_of
 from wsm_ds.torchfile.stand_ins import Global, Stub
-from wsm_ds.torchfile.torch_file import TorchFile, open_torch_file, require_readable
+from wsm_ds.torchfile.torch_file import (
+    TorchFile,
+    once_per_form,
+    open_own_tree,
+    open_torch_file,
+    open_torch_files,
+    require_readable,
+)
 from wsm_ds.torchfile.unpickle import Tensor, record_of
 
 __all__ = [
@@ -16,8 +23,11 @@ __all__ = [
     "Stub",
     "Tensor",
     "TorchFile",
+    "archive_of",
+    "once_per_form",
+    "open_own_tree",
     "open_torch_file",
-    "read_archive",
+    "open_torch_files",
     "record_of",
     "require_readable",
 ]

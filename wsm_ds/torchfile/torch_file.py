@@ -1,28 +1,41 @@
 """One torch file, opened: its archive, its object tree, and where each tensor's bytes lie."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from wsm_ds.dtypes import Array, widen
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, VerificationFailed, WsmError
-from wsm_ds.sizes import format_size
-from wsm_ds.torchfile.archive import Archive, Record, checked_crc, read_archive
+from wsm_ds.torchfile.archive import Archive, Record
+from wsm_ds.torchfile.known_files import understand
+from wsm_ds.torchfile.raw_file import read_raw
+from wsm_ds.torchfile.read_ahead import read_ahead
 from wsm_ds.torchfile.strides import Runs, last_position, permuted, run_count, runs_of
 from wsm_ds.torchfile.unpickle import Tensor, record_of, unpickle
 
+Result = TypeVar("Result")
 MOST_RUNS = 1 << 20
 """Most runs of one tensor that is not contiguous. A plan has a row for each of them: some 20 seconds for so many."""
 
 
 @dataclass(frozen=True)
 class TorchFile:
-    """An opened torch file. `tree` is what `torch.load` would return, with `Tensor` addresses in place of tensors."""
+    """An opened torch file.
+
+    Attributes:
+        archive: its records.
+        tree: what `torch.load` would return, with `Tensor` addresses in place of tensors. Files that are alike share
+            it, so nobody may change it.
+        memo: see `once_per_form`.
+    """
 
     archive: Archive
     tree: Any
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def path(self) -> Path:
@@ -44,6 +57,14 @@ class TorchFile:
                 f"{self.path}: a tensor of shape {tensor.shape} and stride {tensor.stride} is not contiguous."
             )
         return self._first_byte(tensor)
+
+    def address(self, tensor: Tensor) -> int:
+        """Returns `byte_offset`, which is found once for all files that are alike."""
+        key = ("address", id(tensor))
+        if key not in self.memo:
+            self.memo[key] = self.byte_offset(tensor)
+        offset: int = self.memo[key]
+        return offset
 
     def elements(self, tensor: Tensor) -> Array:
         """Reads the elements of a small tensor, as they are stored: an array of `tensor.dtype.storage`, [numel].
@@ -98,9 +119,6 @@ class TorchFile:
         return record.offset + tensor.offset * itemsize
 
 
-MOST_PICKLE_BYTES = 1 << 27
-
-
 def open_torch_file(path: Path, allowed_globals: frozenset[str] = frozenset()) -> TorchFile:
     """Opens a torch file without executing its pickle. Reads the zip directory and `data.pkl`, but no tensor.
 
@@ -109,20 +127,62 @@ def open_torch_file(path: Path, allowed_globals: frozenset[str] = frozenset()) -
         allowed_globals: names of the user's own classes that the pickle may mention; they are not imported.
 
     Raises:
-        BrokenCheckpoint, UnsafePickle, UnsupportedLayout: as `read_archive` and `unpickle`.
-        UnsupportedLayout: the pickle is larger than `MOST_PICKLE_BYTES`.
+        BrokenCheckpoint: it is not a file that torch writes; the message says what is wrong.
+        UnsafePickle: it names a global that is not among the known ones; the message names it.
+        UnsupportedLayout: it is in torch's legacy format, or its pickle is larger than that of any checkpoint.
+        OSError: it cannot be read.
     """
-    archive = read_archive(path)
-    pickled = archive.records["data.pkl"]
-    if pickled.nbytes > MOST_PICKLE_BYTES:
-        raise UnsupportedLayout(
-            f"{path}: data.pkl has {format_size(pickled.nbytes)}, more than {format_size(MOST_PICKLE_BYTES)}: save "
-            "client state of that size as tensors."
-        )
-    with path.open("rb") as file:
-        file.seek(pickled.offset)
-        data = checked_crc(path, pickled, file.read(pickled.nbytes))
-    return TorchFile(archive, unpickle(archive, data, allowed_globals))
+    archive, form = understand(read_raw(path), allowed_globals)
+    return TorchFile(archive, form.tree, form.memo)
+
+
+def open_own_tree(path: Path, allowed_globals: frozenset[str] = frozenset()) -> TorchFile:
+    """Opens a torch file whose tree no other file shares: it may be changed, and its storages know their file.
+
+    Args:
+        path: the file.
+        allowed_globals: see `open_torch_file`.
+
+    Raises:
+        WsmError, OSError: as `open_torch_file`.
+    """
+    raw = read_raw(path)
+    archive, form = understand(raw, allowed_globals)
+    return TorchFile(archive, unpickle(archive, form.pickled, allowed_globals))
+
+
+def open_torch_files(
+    paths: Iterable[Path], allowed_globals: frozenset[str] = frozenset(), on_file: Callable[[], None] = lambda: None
+) -> Iterator[TorchFile]:
+    """Opens torch files, in their order, and reads the next ones meanwhile. See `open_torch_file`.
+
+    Args:
+        paths: the files.
+        allowed_globals: see `open_torch_file`.
+        on_file: called for each file that was read.
+    """
+    for raw in read_ahead(read_raw, paths):
+        archive, form = understand(raw, allowed_globals)
+        on_file()
+        yield TorchFile(archive, form.tree, form.memo)
+
+
+def once_per_form(function: Callable[[TorchFile], Result]) -> Callable[[TorchFile], Result]:
+    """Makes a function of a torch file remember its result for all files that are alike.
+
+    Args:
+        function: its result depends on the tree and on where records lie, and not on the path, the size, the times or
+            the CRC-32s.
+    """
+
+    @wraps(function)
+    def remembered(file: TorchFile) -> Result:
+        if function not in file.memo:
+            file.memo[function] = function(file)
+        result: Result = file.memo[function]
+        return result
+
+    return remembered
 
 
 def require_readable(path: Path, allowed_globals: frozenset[str] = frozenset()) -> None:

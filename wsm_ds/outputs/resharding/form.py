@@ -17,7 +17,7 @@ from wsm_ds.outputs.resharding.groups import (
     subgroups,
 )
 from wsm_ds.planning.names import without_wrappers
-from wsm_ds.torchfile import TorchFile, open_torch_file
+from wsm_ds.torchfile import TorchFile, open_own_tree
 
 RANK = re.compile(r"zero_pp_rank_(\d+)_")
 KEEP_FORM = "Merge it without --stage, --world-size, --sub-group-size, --like and --format universal."
@@ -88,7 +88,7 @@ def open_origin(layout: Layout, allowed_globals: frozenset[str]) -> Origin:
 
     Args:
         layout: the checkpoint.
-        allowed_globals: see `open_torch_file`.
+        allowed_globals: see `open_own_tree`.
 
     Raises:
         UnsupportedLayout: it cannot be resharded: stage 0, model-parallel, expert, elastic or old files, or parameters
@@ -100,7 +100,7 @@ def open_origin(layout: Layout, allowed_globals: frozenset[str]) -> Origin:
     if layout.stage == 0 or other_files:
         reason = f"it holds {other_files[0]}" if other_files else "it is stage 0"
         raise UnsupportedLayout(f"{layout.path} is not written in another form: {reason}. {KEEP_FORM}")
-    files = [open_torch_file(archive.path, allowed_globals) for archive in layout.archives]
+    files = [open_own_tree(archive.path, allowed_globals) for archive in layout.archives]
     model_files = [file for file in files if file.path.name.endswith("model_states.pt")]
     models = {_rank(file): with_parameter_names(file) for file in model_files}
     optims = {_rank(file): file for file in files if file.path.name.endswith("optim_states.pt")}
@@ -126,7 +126,7 @@ def open_origin(layout: Layout, allowed_globals: frozenset[str]) -> Origin:
 
 def _open_universal(layout: Layout, allowed_globals: frozenset[str]) -> Origin:
     """Opens a universal checkpoint. Its form is that of the run that it was converted from."""
-    files = {path.name: open_torch_file(path, allowed_globals) for path in _metadata_files(layout)}
+    files = {path.name: open_own_tree(path, allowed_globals) for path in _metadata_files(layout)}
     model_files = [file for name, file in files.items() if name.endswith("model_states.pt")]
     models = {_rank(file): with_parameter_names(file) for file in model_files}
     optimizer_state = files["optimizer_state.pt"]
@@ -233,7 +233,7 @@ def target_form(origin: Origin, requested: RequestedForm, allowed_globals: froze
     Args:
         origin: the newest checkpoint; its form is used for what is not requested.
         requested: what the recipe asks for.
-        allowed_globals: see `open_torch_file`.
+        allowed_globals: see `open_own_tree`.
 
     Raises:
         LayoutMismatch: the checkpoint `like` has other parameter groups or another training precision.

@@ -7,6 +7,7 @@ Form: `checkpoint/ds_to_universal.py` writes it; `runtime/base_optimizer.py:332`
 
 import logging
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +35,7 @@ MODEL_FILES = {2: "mp_rank_00_model_states.pt", 3: "zero_pp_rank_0_mp_rank_00_mo
 
 def universal_templates(
     origin: Origin, first_input: InputNumber, allowed_globals: frozenset[str]
-) -> tuple[list[Template], dict[str, Table]]:
+) -> tuple[list[Template], Mapping[str, Table]]:
     """Makes all files of a universal checkpoint.
 
     Args:

@@ -1,5 +1,7 @@
 """All files of a ZeRO checkpoint in another form, as templates."""
 
+from collections.abc import Mapping
+
 from wsm_ds.layouts import zero3, zero12
 from wsm_ds.layouts.layout import Table, TableBuilder
 from wsm_ds.layouts.rank_files import RankFiles
@@ -13,7 +15,7 @@ from wsm_ds.planning.plan import InputNumber, Template
 
 def zero_templates(
     origin: Origin, form: Form, first_input: InputNumber, keeps_states: bool, allowed_globals: frozenset[str]
-) -> tuple[list[Template], dict[str, Table]]:
+) -> tuple[list[Template], Mapping[str, Table]]:
     """Makes every rank's files.
 
     Args:
