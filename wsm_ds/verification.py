@@ -3,12 +3,14 @@
 import random
 from bisect import bisect_left
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from wsm_ds.engine.reader import Reader
+from wsm_ds.engine.open_files import OpenFiles, most_open, raise_limit
+from wsm_ds.engine.reader import Reader, open_input
 from wsm_ds.engine.seals import CRC_BYTES
 from wsm_ds.engine.source_crcs import SourceCrcs
 from wsm_ds.engine.tasks import Task, tasks_of
@@ -153,8 +155,11 @@ def _recompute(plan: Plan, out: Path, full: bool) -> int:
                 comparison.write(number, segment.offset, memoryview(segment.data))
     workers = workers_for(plan, plan.memory_bytes, 1)
     crcs = SourceCrcs(plan.inputs)
-    with Reader(plan.inputs) as reader:
-        worker = Worker(plan, reader, comparison, workers.slice_numel, set(plan.names), Timings(), crcs)
+    raise_limit()
+    with OpenFiles(partial(open_input, plan.inputs), most_open(1)) as files:
+        worker = Worker(
+            plan, Reader(plan.inputs, files), comparison, workers.slice_numel, set(plan.names), Timings(), crcs
+        )
         for task in tasks_of(plan) if full else _sampled(plan):
             worker.run(task)
     return comparison.nbytes

@@ -71,7 +71,7 @@ def require_refused_everywhere(run: Path, words: str) -> None:
 def test_a_rank_file_of_another_step_is_noticed(run: Path, stage: int) -> None:
     replace(run, RANK_1, by=run / "global_step2")
     said = signs(run)
-    assert "the optimizer's step: (('0', 4.0), ('1', 4.0)) in " in said
+    assert "the optimizer's step: ((0, 4.0), (1, 4.0)) in " in said
     assert ("compared elements differ" in said) is (stage < 3)
     require_refused_everywhere(run, "the optimizer's step")
 

@@ -5,14 +5,14 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
 
-from wsm_ds.engine.open_files import OpenFiles, most_open
+from wsm_ds.engine.open_files import File, OpenFiles
 from wsm_ds.errors import BrokenCheckpoint
 from wsm_ds.planning.plan import InputFile
 
 log = logging.getLogger(__name__)
 
-OPEN_FILES = 64
 TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
 """Errors that NFS, Lustre and GPFS give while a server fails over."""
 PAUSES_S = (0.1, 0.5, 2.0, 8.0)
@@ -20,22 +20,15 @@ PAUSES_S = (0.1, 0.5, 2.0, 8.0)
 
 
 class Reader:
-    """Reads the inputs of a plan for one thread. A context manager that closes the files.
+    """Reads the inputs of a plan. Several threads share it.
 
     Args:
         inputs: the plan's inputs. A file is named by its number in them.
-        readers: number of readers that the process has at the same time.
+        files: the pool of open files, which opens inputs by `open_input`.
     """
 
-    def __init__(self, inputs: Sequence[InputFile], readers: int = 1) -> None:
-        self.inputs = inputs
-        self.open_files = OpenFiles(lambda file: inputs[file].path, os.O_RDONLY, most_open(OPEN_FILES, 2 * readers))
-
-    def __enter__(self) -> "Reader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.open_files.close_all()
+    def __init__(self, inputs: Sequence[InputFile], files: OpenFiles) -> None:
+        self.inputs, self.files = inputs, files
 
     def read(self, file: int, offset: int, into: memoryview) -> None:
         """Fills `into` with the bytes at `offset` of an input.
@@ -62,25 +55,24 @@ class Reader:
                 if error.errno not in TRANSIENT or pause_s is None:
                     raise
                 log.warning("%s: %s; reading it again in %g s", self.inputs[file].path, error.strerror, pause_s)
-                # A new descriptor: after ESTALE the old one never works again.
-                self.open_files.close(file)
                 time.sleep(pause_s)
+                self._renew(file)
         raise AssertionError
 
     @property
     def most_open_files(self) -> int:
         """Number of inputs that may be open at the same time."""
-        return self.open_files.limit
+        return self.files.limit
 
-    def descriptor(self, file: int) -> int:
-        """The open descriptor of an input, for the compiled kernel and for sharing blocks on the disk.
+    def descriptors(self, files: Sequence[int]) -> AbstractContextManager[list[int]]:
+        """The open descriptors of inputs, for the compiled kernel and for sharing blocks on the disk.
 
-        It stays valid until `most_open_files` other inputs have been used.
+        They stay valid while the context runs. It raises OSError if a file cannot be opened.
 
-        Raises:
-            OSError: the file cannot be opened.
+        Args:
+            files: numbers of at most `most_open_files` inputs.
         """
-        return self.open_files.descriptor(file)
+        return self.files.use(*(File("input", file) for file in files))
 
     def will_read(self, file: int, offset: int, nbytes: int) -> None:
         """Tells the operating system to fetch a range of an input into the page cache in the background.
@@ -88,20 +80,32 @@ class Reader:
         Raises:
             OSError: the file cannot be opened.
         """
-        os.posix_fadvise(self.open_files.descriptor(file), offset, nbytes, os.POSIX_FADV_WILLNEED)
+        with self.descriptors([file]) as (descriptor,):
+            os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
+
+    def _renew(self, file: int) -> None:
+        """Opens an input again: after ESTALE the old descriptor never works again."""
+        # If that fails, the next attempt to read says why.
+        with suppress(OSError), self.descriptors([file]):
+            self.files.renew(File("input", file))
 
     def _read(self, file: int, offset: int, into: memoryview) -> None:
-        descriptor = self.open_files.descriptor(file)
-        done = 0
-        while done < len(into):
-            # One call returns at most 2 GiB (man 2 read), and less on some network file systems.
-            count = os.preadv(descriptor, [into[done:]], offset + done)
-            if count == 0:
-                raise BrokenCheckpoint(
-                    f"{self.inputs[file].path} ends at byte {offset + done}, expected {offset + len(into)} bytes or "
-                    "more: it was truncated while it was read."
-                )
-            done += count
+        with self.descriptors([file]) as (descriptor,):
+            done = 0
+            while done < len(into):
+                # One call returns at most 2 GiB (man 2 read), and less on some network file systems.
+                count = os.preadv(descriptor, [into[done:]], offset + done)
+                if count == 0:
+                    raise BrokenCheckpoint(
+                        f"{self.inputs[file].path} ends at byte {offset + done}, expected {offset + len(into)} bytes "
+                        "or more: it was truncated while it was read."
+                    )
+                done += count
+
+
+def open_input(inputs: Sequence[InputFile], file: File) -> int:
+    """Opens an input of a plan to read it, and returns its descriptor."""
+    return os.open(inputs[file.number].path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def check_unchanged(inputs: Sequence[InputFile]) -> None:

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 
 from wsm_ds.dtypes import IS_COMPLEX
 from wsm_ds.engine import arithmetic
-from wsm_ds.engine.open_files import FEWEST_OPEN, free_descriptors
-from wsm_ds.engine.reader import Reader
+from wsm_ds.engine.open_files import FEWEST_OPEN, File, OpenFiles, free_descriptors, most_open, raise_limit
+from wsm_ds.engine.reader import Reader, open_input
 from wsm_ds.engine.source_crcs import SourceCrcs
 from wsm_ds.engine.staged_files import StagedFiles
 from wsm_ds.engine.tasks import Task
 from wsm_ds.engine.timings import Timings
 from wsm_ds.engine.worker import Worker
-from wsm_ds.engine.writer import Writer
+from wsm_ds.engine.writer import Writer, open_output
 from wsm_ds.errors import BudgetTooSmall, InsufficientCapacity
 from wsm_ds.planning.plan import Plan
 
@@ -91,11 +91,24 @@ def run_tasks(
         InsufficientCapacity: the system starts no more threads.
         OSError: the disk is full, or a file cannot be read or written.
     """
-    # A thread needs FEWEST_OPEN sources and outputs open at once, and one more to read a block again.
-    threads = min(workers.threads, max(1, free_descriptors() // (2 * FEWEST_OPEN + 1)))
-    workers = replace(workers, threads=threads)
-    queue = _TaskQueue(plan, tasks, files, workers, on_bytes)
-    worker_threads = [threading.Thread(target=queue.work, name=f"merge-{number}") for number in range(workers.threads)]
+    raise_limit()
+    workers = replace(workers, threads=min(workers.threads, max(1, free_descriptors() // FEWEST_OPEN)))
+
+    def open_file(file: File) -> int:
+        return open_input(plan.inputs, file) if file.use == "input" else open_output(files, file)
+
+    with OpenFiles(open_file, most_open(workers.threads)) as open_files:
+        queue = _TaskQueue(plan, tasks, files, workers, on_bytes, open_files)
+        _run_threads(queue, workers.threads, check)
+        if queue.errors:
+            raise queue.errors[0]
+        queue.crcs.check_rest(queue.reader.read)
+    return queue.timings
+
+
+def _run_threads(queue: "_TaskQueue", count: int, check: Callable[[], None]) -> None:
+    """Runs the threads of a queue until all tasks are done, or an error ends them."""
+    worker_threads = [threading.Thread(target=queue.work, name=f"merge-{number}") for number in range(count)]
     all_threads = [*worker_threads, threading.Thread(target=queue.sync, name="sync")]
     try:
         for thread in all_threads:
@@ -110,11 +123,6 @@ def run_tasks(
         for thread in all_threads:
             if thread.ident is not None:
                 thread.join()
-    if queue.errors:
-        raise queue.errors[0]
-    with Reader(plan.inputs) as reader:
-        queue.crcs.check_rest(reader.read)
-    return queue.timings
 
 
 def _start(thread: threading.Thread) -> None:
@@ -137,9 +145,16 @@ class _TaskQueue:
     """
 
     def __init__(
-        self, plan: Plan, tasks: Sequence[Task], files: StagedFiles, workers: Workers, on_bytes: Callable[[int], None]
+        self,
+        plan: Plan,
+        tasks: Sequence[Task],
+        files: StagedFiles,
+        workers: Workers,
+        on_bytes: Callable[[int], None],
+        open_files: OpenFiles,
     ) -> None:
         self.plan, self.files, self.workers, self.on_bytes = plan, files, workers, on_bytes
+        self.open_files, self.reader = open_files, Reader(plan.inputs, open_files)
         self.stop = threading.Event()
         self.errors: list[BaseException] = []
         self.timings = Timings()
@@ -167,20 +182,18 @@ class _TaskQueue:
             self._fail(error)
 
     def _run_tasks(self, timings: Timings) -> None:
-        threads = self.workers.threads
-        with Reader(self.plan.inputs, threads) as reader, Writer(self.files, timings, threads) as writer:
-            worker = Worker(
-                self.plan, reader, writer, self.workers.slice_numel, self._already_reported, timings, self.crcs
-            )
-            while not self.stop.is_set():
-                with self._lock:
-                    task = next(self._tasks, None)
-                if task is None:
-                    return
-                for part in self.files.unfinished(task):
-                    worker.run(part, self.stop.is_set)
-                with self._lock:
-                    self.on_bytes(task.nbytes)
+        writer = Writer(self.files, self.open_files, timings)
+        slice_numel = self.workers.slice_numel
+        worker = Worker(self.plan, self.reader, writer, slice_numel, self._already_reported, timings, self.crcs)
+        while not self.stop.is_set():
+            with self._lock:
+                task = next(self._tasks, None)
+            if task is None:
+                return
+            for part in self.files.unfinished(task):
+                worker.run(part, self.stop.is_set)
+            with self._lock:
+                self.on_bytes(task.nbytes)
 
     def _fail(self, error: BaseException) -> None:
         self.errors.append(error)

@@ -60,7 +60,7 @@ class Worker:
 
     Args:
         plan: the whole plan.
-        reader: of this thread.
+        reader: of the process.
         sink: takes the bytes.
         slice_numel: most elements of a slice, see `threads.workers_for`.
         already_reported: names of tensors that a warning has named. Workers share the set and add to it.
@@ -139,9 +139,9 @@ class Worker:
     def _carry(self, stream: Stream, target: Place, data: memoryview) -> None:
         for source in stream.sources[0].within(target.element, target.element + len(data)):
             begin = source.element - target.element
-            descriptor = self.reader.descriptor(source.file)
             end = begin + source.numel
-            self.sink.carry(target.file, target.offset + begin, data[begin:end], descriptor, source.offset)
+            with self.reader.descriptors([source.file]) as (descriptor,):
+                self.sink.carry(target.file, target.offset + begin, data[begin:end], descriptor, source.offset)
 
     def _read_and_sum(self, stream: Stream, targets: Sequence[Target], begin: int, end: int) -> dict[SumKey, Array]:
         """All weighted sums of a slice, read and summed by the compiled kernel. Empty if it cannot do it.
@@ -151,18 +151,17 @@ class Worker:
         name the tensor.
         """
         members = sorted({member for target in targets for member in target.members})
-        # The descriptors of all members must be open at the same time.
         is_plain = stream.combine == "merge" and len(members) <= self.reader.most_open_files
         if not is_plain or any(target.places.dtype(begin).sums_in_fp64 for target in targets):
             return {}
-        sources, records = [], []
+        dtypes, records = [], []
         for member in members:
             source = stream.sources[member]
             places = list(islice(source.within(begin, end), 2))
             if len(places) != 1 or places[0].numel < end - begin:
                 return {}
             file, offset, nbytes = places[0].file, places[0].offset, (end - begin) * source.dtype(begin).itemsize
-            sources.append(StoredElements(self.reader.descriptor(file), offset, source.dtype(begin)))
+            dtypes.append(source.dtype(begin))
             records.append((member, file, offset, nbytes))
         keys = [*dict.fromkeys(SumKey(target.members, target.coefficients, False) for target in targets)]
         wanted_sums = [(tuple(members.index(member) for member in key.members), key.coefficients) for key in keys]
@@ -170,7 +169,12 @@ class Worker:
         before = [self.crc_runs.before(*record) for record in records]
         if not self.crc_runs.are_wanted(members):
             before = []
-        fused = arithmetic.fused_sums(sources, wanted_sums, end - begin, self.scratch, before)
+        with self.reader.descriptors([file for _, file, _, _ in records]) as descriptors:
+            sources = [
+                StoredElements(descriptor, offset, dtype)
+                for descriptor, (_, _, offset, _), dtype in zip(descriptors, records, dtypes, strict=True)
+            ]
+            fused = arithmetic.fused_sums(sources, wanted_sums, end - begin, self.scratch, before)
         if fused is None or not fused.is_finite:
             return {}
         for (member, _, _, nbytes), crc in zip(records if before else [], fused.crcs, strict=True):

@@ -3,35 +3,25 @@
 import os
 import time
 
-from wsm_ds.engine.open_files import OpenFiles, most_open
+from wsm_ds.engine.open_files import File, OpenFiles
 from wsm_ds.engine.staged_files import StagedFiles
 from wsm_ds.engine.timings import Timings
 from wsm_ds.filesystem.durable import write_all
 from wsm_ds.filesystem.own_files import NO_LINKS
 from wsm_ds.filesystem.reflink import clone_range
 
-OPEN_FILES = 32
-
 
 class Writer:
-    """The sink of a worker of a merge: writes to staged files for one thread. A context manager that closes them.
+    """The sink of a worker of a merge: writes to staged files for one thread.
 
     Args:
         files: the staged files, which all threads share.
+        open_files: the pool of open files, which opens outputs by `open_output`.
         timings: of this thread; the seconds of hashing and writing are added to them.
-        writers: number of writers that the process has at the same time.
     """
 
-    def __init__(self, files: StagedFiles, timings: Timings, writers: int = 1) -> None:
-        self.files, self.timings = files, timings
-        limit = most_open(OPEN_FILES, 2 * writers)
-        self.open_files = OpenFiles(files.paths.__getitem__, os.O_RDWR | NO_LINKS, limit)
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.open_files.close_all()
+    def __init__(self, files: StagedFiles, open_files: OpenFiles, timings: Timings) -> None:
+        self.files, self.open_files, self.timings = files, open_files, timings
 
     def write(self, number: int, offset: int, data: memoryview) -> None:
         """Writes bytes of an output file, and seals the blocks that they complete.
@@ -60,17 +50,23 @@ class Writer:
             OSError: the disk is full, or the file cannot be written.
         """
         began_s = time.perf_counter()
-        shared = clone_range(source, source_offset, self.open_files.descriptor(number), offset, len(data))
+        with self.open_files.use(File("output", number)) as (descriptor,):
+            shared = clone_range(source, source_offset, descriptor, offset, len(data))
         self.timings.write_s += time.perf_counter() - began_s
         self._write(number, offset, data, shared or (offset, offset))
 
     def _write(self, number: int, offset: int, data: memoryview, shared: tuple[int, int]) -> None:
         """Hashes all of `data`, and writes it except for the range `shared`, whose bytes the file already has."""
-        descriptor = self.open_files.descriptor(number)
         blocks = list(self.files.hash_data(number, offset, data, self.timings))
         began_s = time.perf_counter()
-        write_all(descriptor, data[: shared[0] - offset], offset)
-        write_all(descriptor, data[shared[1] - offset :], shared[1])
+        with self.open_files.use(File("output", number)) as (descriptor,):
+            write_all(descriptor, data[: shared[0] - offset], offset)
+            write_all(descriptor, data[shared[1] - offset :], shared[1])
         self.timings.write_s += time.perf_counter() - began_s
         for block, nbytes in blocks:
             self.files.mark_written(number, block, nbytes, self.timings)
+
+
+def open_output(files: StagedFiles, file: File) -> int:
+    """Opens an output of a plan to write it, and returns its descriptor."""
+    return os.open(files.paths[file.number], os.O_RDWR | os.O_CLOEXEC | NO_LINKS)

@@ -206,6 +206,6 @@ def _with_values(file: TorchFile, found: _FormFacts) -> dict[str, Hashable]:
 
 
 def _shown(value: Hashable) -> str:
-    text = str(value)
+    text = str(value).replace("'", "").replace('"', "")
     # Long values may differ behind their beginning: a checksum shows that they do.
     return text if len(text) <= 60 else f"{text[:57]}… (CRC-32 {zlib.crc32(text.encode()):08x})"
