@@ -5,7 +5,7 @@ from pathlib import Path
 
 from wsm_ds.layouts.frameworks import MANIFEST
 from wsm_ds.publishing.staging_folder import STAGING
-from wsm_ds.watching.completeness import Fingerprint, fingerprint
+from wsm_ds.watching.kept_layouts import Fingerprint, fingerprint
 
 
 class PlayedRun:

@@ -1,6 +1,7 @@
 """Reads the metadata of a run's checkpoints, and whether each of them is complete."""
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ def inspect_run(run: StrPath, tag: str | None = None, allow_globals: frozenset[s
 
     A checkpoint that is incomplete or cannot be read is not an error: its `problem` says why.
 
+    Memory: the layouts of all checkpoints together. `inspect_checkpoints` gives one after the other.
+
     Args:
         run: the run's folder, which was passed to `save_checkpoint`.
         tag: the tag of one checkpoint; default: all checkpoints.
@@ -96,9 +99,38 @@ def inspect_run(run: StrPath, tag: str | None = None, allow_globals: frozenset[s
     Raises:
         CheckpointNotFound: the run does not exist, or holds no such checkpoint; names the checkpoints that exist.
     """
+    return list(inspect_checkpoints(checkpoints_of(run, tag), allow_globals))
+
+
+def checkpoints_of(run: StrPath, tag: str | None = None) -> list[Checkpoint]:
+    """Lists the checkpoints of a run in the order of their steps, the oldest first. Reads one file of each.
+
+    Args:
+        run: as in `inspect_run`.
+        tag: as in `inspect_run`.
+
+    Raises:
+        CheckpointNotFound: see `inspect_run`.
+    """
     folder = Path(run)
     checkpoints = [find_tag(folder, tag)] if tag else find_checkpoints(folder)
-    return [inspect_checkpoint(dated.checkpoint, allow_globals) for dated in in_order(checkpoints)]
+    return [dated.checkpoint for dated in in_order(checkpoints)]
+
+
+def inspect_checkpoints(checkpoints: Iterable[Checkpoint], allow_globals: frozenset[str]) -> Iterator[Inspected]:
+    """Reads the metadata of one checkpoint after the other.
+
+    Memory: the layout of one checkpoint, if the caller keeps none. Checkpoints that are alike share their tables.
+
+    Args:
+        checkpoints: their folders.
+        allow_globals: as in `inspect_run`.
+
+    Yields:
+        One object for each checkpoint, as soon as it is read.
+    """
+    for checkpoint in checkpoints:
+        yield inspect_checkpoint(checkpoint, allow_globals)
 
 
 def inspect_checkpoint(checkpoint: Checkpoint, allow_globals: frozenset[str]) -> Inspected:

@@ -7,12 +7,15 @@ is replaced. `tests/benchmarks` compares the files for two ranks with DeepSpeed'
 import math
 import os
 import shutil
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from benchmarks.many_ranks.forms import Form
-from benchmarks.many_ranks.values import EXPERT, Shapes, Values, groups_of
+from benchmarks.many_ranks.values import EXPERT, Values, groups_of
 
 ALIGNMENT = 2
 """Elements to which DeepSpeed aligns a rank's partition (`nccl_start_alignment_factor`)."""
@@ -122,6 +125,35 @@ def _part(flat: Any, rank: int, world_size: int) -> Any:
     return part
 
 
+@dataclass(frozen=True)
+class _Line:
+    """The parameters of a group, one after the other, as ZeRO-2 cuts them into slices.
+
+    Attributes:
+        names: of the parameters.
+        begins: first element of each, and the end of the last.
+        states: by kind, the elements; padded, so that `count` ranks get equal, aligned slices.
+        count: number of slices.
+    """
+
+    names: list[str]
+    begins: list[int]
+    states: dict[str, Any]
+    count: int
+
+
+def _line(values: Values, names: list[str], sources: list[str], count: int) -> _Line:
+    """Lays parameters on a line; `names` are those in the files, and `sources` those in `values`."""
+    import torch
+
+    begins = [0, *accumulate(math.prod(values.shapes[source]) for source in sources)]
+    states = {}
+    for kind in STATES:
+        states[kind] = torch.zeros(-(-begins[-1] // (ALIGNMENT * count)) * ALIGNMENT * count)
+        states[kind][: begins[-1]] = torch.cat([values.states[kind][source] for source in sources])
+    return _Line(names, begins, states, count)
+
+
 def write_zero2(folder: Path, form: Form, values: Values, world_size: int) -> None:
     """Writes a checkpoint of ZeRO-2: each rank has a slice of each group's line of parameters.
 
@@ -135,14 +167,12 @@ def write_zero2(folder: Path, form: Form, values: Values, world_size: int) -> No
 
     folder.mkdir(parents=True)
     groups = groups_of(values.shapes)
-    lines = [{kind: _line(values, kind, group, group, world_size) for kind in STATES} for group in groups]
+    lines = [_line(values, group, group, world_size) for group in groups]
     module: Any = OrderedDict.fromkeys(values.shapes)
-    for group, line in zip(groups, lines, strict=True):
-        weights, begin = line["master"].bfloat16(), 0
-        for name in group:  # all are views of one storage
-            numel = math.prod(values.shapes[name])
-            module[name] = weights[begin : begin + numel].view(values.shapes[name])
-            begin += numel
+    for line in lines:
+        weights = line.states["master"].bfloat16()
+        for name, begin, end in zip(line.names, line.begins, line.begins[1:], strict=False):
+            module[name] = weights[begin:end].view(values.shapes[name])  # all are views of one storage
     model = _model_tree(form, module, values, world_size)
     model["param_shapes"] = [
         OrderedDict((_own(name), torch.Size(values.shapes[name])) for name in group) for group in groups
@@ -153,64 +183,39 @@ def write_zero2(folder: Path, form: Form, values: Values, world_size: int) -> No
     state["partition_count"] = [world_size] * len(groups)
     state["param_alignment_paddings"] = [[0] * len(group) for group in groups]
     for rank in range(world_size):
-        slices = [(rank, world_size, group, line) for group, line in zip(groups, lines, strict=True)]
-        _fill_zero2(state, values, slices)
+        _fill_zero2(state, values.step, [(rank, line) for line in lines])
         torch.save(optimizer, folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
 
 
-def _line(values: Values, kind: str, names: list[str], sources: list[str], count: int) -> Any:
-    """The line of a group's parameters, padded so that `count` ranks get equal, aligned slices."""
-    import torch
-
-    line = torch.cat([values.states[kind][source] for source in sources])
-    padded = torch.zeros(-(-len(line) // (ALIGNMENT * count)) * ALIGNMENT * count)
-    padded[: len(line)] = line
-    return padded
-
-
-def _fill_zero2(
-    state: dict[str, Any], values: Values, slices: list[tuple[int, int, list[str], dict[str, Any]]]
-) -> None:
+def _fill_zero2(state: dict[str, Any], step: int, slices: list[tuple[int, _Line]]) -> None:
     """Puts a rank's slices into an optimizer file's tree.
 
     Args:
         state: the tree's `optimizer_state_dict`.
-        values: for shapes and step.
-        slices: for each group, which of how many slices; the names on the line, and the line of each kind.
+        step: number of updates.
+        slices: for each group, which slice of which line.
     """
     import torch
     from deepspeed.utils.tensor_fragment import fragment_address
 
     state["group_paddings"], state["param_slice_mappings"] = [], []
-    for number, (part, count, names, line) in enumerate(slices):
-        length = len(line["master"]) // count
+    for number, (part, line) in enumerate(slices):
+        length = len(line.states["master"]) // line.count
         begin, end = part * length, (part + 1) * length
-        bounds, total = _bounds(values.shapes, names)
-        padding = max(0, min(length, end - total))
+        padding = max(0, min(length, end - line.begins[-1]))
         state["group_paddings"].append(padding)
         # DeepSpeed saves a view without the padding; the storage has it.
-        own = line["master"][begin:end].clone()[: length - padding]
+        own = line.states["master"][begin:end].clone()[: length - padding]
         state["single_partition_of_fp32_groups"][number] = own.requires_grad_(True)
         moments = state["base_optimizer_state"]["state"][number]
-        moments["step"] = torch.tensor(float(values.step))
-        moments |= {kind: line[kind][begin:end].clone() for kind in STATES[1:]}
-        state["param_slice_mappings"].append(
-            OrderedDict(
-                (name, fragment_address(numel=min(last, end) - max(first, begin), start=max(first, begin) - begin))
-                for name, (first, last) in bounds.items()
-                if max(first, begin) < min(last, end)
-            )
-        )
-
-
-def _bounds(shapes: Shapes, names: list[str]) -> tuple[dict[str, tuple[int, int]], int]:
-    """First element and end of each parameter on a group's line, and the line's length without padding."""
-    bounds, begin = {}, 0
-    for name in names:
-        numel = math.prod(shapes[name])
-        bounds[name] = (begin, begin + numel)
-        begin += numel
-    return bounds, begin
+        moments["step"] = torch.tensor(float(step))
+        moments |= {kind: line.states[kind][begin:end].clone() for kind in STATES[1:]}
+        addresses = OrderedDict()
+        for index in range(bisect_right(line.begins, begin) - 1, min(bisect_left(line.begins, end), len(line.names))):
+            first, last = max(line.begins[index], begin), min(line.begins[index + 1], end)
+            if first < last:
+                addresses[line.names[index]] = fragment_address(numel=last - first, start=first - begin)
+        state["param_slice_mappings"].append(addresses)
 
 
 def write_moe(folder: Path, form: Form, values: Values, world_size: int, ep: int, experts_from: Path | None) -> None:
@@ -250,13 +255,11 @@ def write_moe(folder: Path, form: Form, values: Values, world_size: int, ep: int
     state = optimizer["optimizer_state_dict"]
     state["partition_count"] = [world_size, world_size // ep]
     state["param_alignment_paddings"] = [[0] * len(dense), [0] * len(local_names)]
-    dense_line = {kind: _line(values, kind, dense, dense, world_size) for kind in STATES}
+    dense_line = _line(values, dense, dense, world_size)
     sources = [list(_local_names(expert, first, local).values()) for first in range(0, local * ep, local)]
-    lines = [{kind: _line(values, kind, own, own, world_size // ep) for kind in STATES} for own in sources]
-    with_shapes = Values(values.step, shapes, values.states)
+    lines = [_line(values, list(local_names), own, world_size // ep) for own in sources]
     for rank in range(world_size):
-        own = (rank // ep, world_size // ep, list(local_names), lines[rank % ep])
-        _fill_zero2(state, with_shapes, [(rank, world_size, dense, dense_line), own])
+        _fill_zero2(state, values.step, [(rank, dense_line), (rank // ep, lines[rank % ep])])
         torch.save(optimizer, folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
 
 

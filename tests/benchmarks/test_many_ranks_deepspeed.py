@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.many_ranks.forms import ARGUMENTS, STEP, Form, form
+from benchmarks.many_ranks.forms import ARGUMENTS, STEP, Form
 from benchmarks.many_ranks.rank_files import write_moe, write_zero2, write_zero3
 from benchmarks.many_ranks.run import make_run
 from benchmarks.many_ranks.values import EXPERT, Shapes, Values, groups_of
@@ -17,13 +17,6 @@ from wsm_ds.merging import merge
 from wsm_ds.verification import verify
 
 KINDS = {"master": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Form]:
-    """By kind, a checkpoint of two ranks that DeepSpeed wrote."""
-    folder = tmp_path_factory.mktemp("forms")
-    return {kind: form(kind, folder) for kind in ARGUMENTS}
 
 
 def records(path: Path) -> dict[str, tuple[bytes, int]]:

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wsm_ds.cli.options import (
     RUN,
@@ -15,6 +17,10 @@ from wsm_ds.cli.options import (
     tag_option,
 )
 from wsm_ds.errors import RecipeError
+
+if TYPE_CHECKING:
+    from wsm_ds.inspection import Inspected
+    from wsm_ds.layouts import Checkpoint
 
 INSPECT = """\
 Show every checkpoint of a run: its step, ZeRO stage, dtype, ranks and size, and whether it is complete. Ends with code
@@ -68,16 +74,35 @@ def add_verify(commands: Any) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from wsm_ds.inspection import inspect_run
+    from wsm_ds.inspection import checkpoints_of, inspect_checkpoints
     from wsm_ds.reporting.tables import inspection_report
 
-    checkpoints = inspect_run(options.run, options.tag, frozenset(options.allow_globals))
+    broken: list[str] = []
+
+    def watched(items: "Iterable[Inspected]") -> "Iterator[Inspected]":
+        for item in items:
+            broken.extend([] if item.is_complete else [item.checkpoint.tag])
+            yield item
+
+    # One layout at a time is in the memory: those of a large run take gigabytes together.
+    checkpoints = _with_progress(checkpoints_of(options.run, options.tag))
+    items = watched(inspect_checkpoints(checkpoints, frozenset(options.allow_globals)))
     if options.json:
-        items = [item.details() if options.tag else item.to_json() for item in checkpoints]
-        print(json.dumps(items, indent=2))
+        values = [item.details() if options.tag else item.to_json() for item in items]
+        print(json.dumps(values, indent=2))
     else:
-        print(inspection_report(checkpoints))
-    return 0 if all(item.is_complete for item in checkpoints) else 3
+        print(inspection_report(items))
+    return 3 if broken else 0
+
+
+def _with_progress(checkpoints: "list[Checkpoint]") -> "Iterable[Checkpoint]":
+    """The checkpoints; on a terminal, a bar shows how many of them were taken."""
+    if len(checkpoints) < 2 or not sys.stderr.isatty():
+        return checkpoints
+    from tqdm import tqdm
+
+    bar: Iterable[Checkpoint] = tqdm(checkpoints, unit="checkpoint", leave=False)
+    return bar
 
 
 def _coefficients(options: argparse.Namespace) -> int:

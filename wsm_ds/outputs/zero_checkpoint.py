@@ -239,11 +239,16 @@ def output_files(
     """
     rows = np.concatenate([request.table for request in requests]) if requests else np.zeros(0, FRAGMENT)
     rows = rows[np.lexsort((rows["offset"], rows["file"]))]
-    begins = rows["offset"]
+    in_file, begins = rows["file"].astype(np.int64), rows["offset"].astype(np.int64)
     ends = begins + rows["numel"] * ITEMSIZES[rows["dtype"].astype(np.int64)]
+    # Rows that follow each other are one range.
+    heads = np.flatnonzero(
+        np.concatenate([[True], (in_file[1:] != in_file[:-1]) | (begins[1:] != ends[:-1])])[: len(rows)]
+    )
+    in_file, begins, ends = in_file[heads], begins[heads], ends[np.append(heads[1:], len(rows))[: len(heads)] - 1]
+    bounds = np.searchsorted(in_file, window.first_file + np.arange(len(templates) + 1)).tolist()
     files = []
-    for index, template in enumerate(templates):
-        low, high = np.searchsorted(rows["file"], [window.first_file + index, window.first_file + index + 1])
+    for template, low, high in zip(templates, bounds[:-1], bounds[1:], strict=True):
         begin, end = begins[low:high], ends[low:high]
         if np.any(begin[1:] < end[:-1]):
             raise UnsupportedLayout(
@@ -272,7 +277,10 @@ def _file_template(
         rewritten = make_torch_template(archive.path.name, tree, archive, inputs, allowed_globals)
         return rewritten.template, rewritten.new_offsets
     whole = CopySegment(0, archive.nbytes, inputs.numbers[str(archive.path)], 0)
-    crc_fields = tuple(CrcField(r.offset, r.nbytes, r.crc_offsets) for r in archive.records.values() if r.crc)
+    directory, checked = archive.directory, np.flatnonzero(archive.crcs)
+    columns = (directory.offsets[checked], directory.nbytes[checked], directory.crc_offsets[checked])
+    fields = zip(*(column.tolist() for column in columns), strict=True)
+    crc_fields = tuple(CrcField(offset, nbytes, tuple(crc_offsets)) for offset, nbytes, crc_offsets in fields)
     return Template(archive.path.name, archive.nbytes, [whole], crc_fields), {}
 
 

@@ -159,7 +159,7 @@ def order_of(tables: Sequence[Table], line: Ints) -> Order:
         line: see the module.
     """
     sorted_lines = [_sorted_line(table, line) for table in tables]
-    bounds = np.unique(np.concatenate([np.concatenate([begins, ends]) for _, begins, ends in sorted_lines]))
+    bounds = _distinct(np.concatenate([np.concatenate([begins, ends]) for _, begins, ends in sorted_lines]))
     begin, end = bounds[:-1], bounds[1:]
     owner = np.full(len(begin), len(tables))  # the first table that has the range
     file, offset = np.zeros(len(begin), np.int64), np.zeros(len(begin), np.int64)
@@ -182,7 +182,7 @@ def order_along(order: Order, table: Table, line: Ints) -> Order:
         line: see the module.
     """
     rows, begins, ends = _sorted_line(table, line)
-    _, begin, end = _cut(order, np.unique(np.concatenate([begins, ends])))
+    _, begin, end = _cut(order, _distinct(np.concatenate([begins, ends])))
     row = np.searchsorted(begins, begin, "right") - 1
     has_place = (row >= 0) & (ends[np.maximum(row, 0)] >= end)
     file, offset, _ = _address(table, rows[np.maximum(row, 0)], begin, line)
@@ -199,7 +199,7 @@ def locate(order: Order, table: Table, line: Ints) -> Places:
         line: see the module.
     """
     rows, begins, ends = _sorted_line(table, line)
-    range_number, begin, end = _cut(order, np.unique(np.concatenate([begins, ends])))
+    range_number, begin, end = _cut(order, _distinct(np.concatenate([begins, ends])))
     row = np.searchsorted(begins, begin, "right") - 1
     has_place = (row >= 0) & (ends[np.maximum(row, 0)] >= end)
     file, offset, dtype = _address(table, rows[np.maximum(row, 0)], begin, line)
@@ -243,6 +243,13 @@ def element_of(order: Order, line: Ints, element: int) -> tuple[int, int]:
     position = int(order.begin[range_number]) + element - int(order.starts[range_number])
     tensor = int(np.searchsorted(line, position, "right")) - 1
     return tensor, position - int(line[tensor])
+
+
+def _distinct(values: Ints) -> Ints:
+    """The distinct values, rising. The begins and ends of rows are nearly sorted; numpy's own `unique` hashes them."""
+    in_order = np.sort(values, kind="stable")
+    distinct: Ints = in_order[np.concatenate([[True], in_order[1:] != in_order[:-1]])[: len(in_order)]]
+    return distinct
 
 
 def _line_range(table: Table, line: Ints) -> tuple[Ints, Ints]:

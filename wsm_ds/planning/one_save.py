@@ -6,7 +6,7 @@ thousand elements of each file are compared. Stage 3 saves no module weights; th
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -26,6 +26,8 @@ RUNS, RUN_NUMEL = 4, 512
 FILES_AT_ONCE = 64
 """Files whose samples are compared in one step of numpy."""
 MOST_KEPT_OPEN = 16
+FindProblem = Callable[[Layout], str | None]
+"""`problem_of`, or a function that keeps its results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,27 +56,6 @@ class Sample:
         )
 
 
-def require_one_save(layouts: Sequence[Layout], allow: Sequence[str]) -> None:
-    """Checks that the files of each checkpoint are of one save. Reads a few thousand elements of each file.
-
-    Args:
-        layouts: the checkpoints.
-        allow: checks to skip: "foreign-files".
-
-    Raises:
-        ForeignFiles: a checkpoint has files of another step, of another rank or of another run; names them.
-    """
-    if "foreign-files" in allow:
-        return
-    for layout in layouts:
-        problem = problem_of(layout)
-        if problem is not None:
-            raise ForeignFiles(
-                f"{layout.path}: {problem}. Restore the right files, choose a window without this checkpoint, or pass "
-                "--allow foreign-files."
-            )
-
-
 def problem_of(layout: Layout) -> str | None:
     """Returns in words what shows that the files of a checkpoint are not of one save; None if nothing does.
 
@@ -83,6 +64,28 @@ def problem_of(layout: Layout) -> str | None:
     """
     signs = signs_of_another_save(layout)
     return f"its files are not of one save, or one of them is damaged: {few(signs)}" if signs else None
+
+
+def require_one_save(layouts: Sequence[Layout], allow: Sequence[str], find_problem: FindProblem = problem_of) -> None:
+    """Checks that the files of each checkpoint are of one save. Reads a few thousand elements of each file.
+
+    Args:
+        layouts: the checkpoints.
+        allow: checks to skip: "foreign-files".
+        find_problem: `problem_of`, or a function that keeps its results.
+
+    Raises:
+        ForeignFiles: a checkpoint has files of another step, of another rank or of another run; names them.
+    """
+    if "foreign-files" in allow:
+        return
+    for layout in layouts:
+        problem = find_problem(layout)
+        if problem is not None:
+            raise ForeignFiles(
+                f"{layout.path}: {problem}. Restore the right files, choose a window without this checkpoint, or pass "
+                "--allow foreign-files."
+            )
 
 
 def signs_of_another_save(layout: Layout) -> tuple[str, ...]:

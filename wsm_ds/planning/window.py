@@ -18,7 +18,7 @@ from wsm_ds.layouts.order import NUMBER, Dated, abandoned, in_order, require_one
 from wsm_ds.layouts.run import deleted_steps, find_tag
 from wsm_ds.planning.constant_rate import check_constant_rate
 from wsm_ds.planning.names import MatchedNames, unused_rules, with_names_of_newest
-from wsm_ds.planning.one_save import require_one_save
+from wsm_ds.planning.one_save import FindProblem, problem_of, require_one_save
 from wsm_ds.planning.recipe import MergeRecipe
 from wsm_ds.schedules.coefficients import check_coefficients, merge_coefficients
 from wsm_ds.schedules.curves import parse_curve
@@ -45,7 +45,10 @@ class Window:
 
 
 def select_window(
-    recipe: MergeRecipe, read: ReadLayout = read_layout, warn: Callable[..., None] = log.warning
+    recipe: MergeRecipe,
+    read: ReadLayout = read_layout,
+    warn: Callable[..., None] = log.warning,
+    find_problem: FindProblem = problem_of,
 ) -> Window:
     """Finds, reads and checks the checkpoints of a recipe. Reads metadata, and samples of the weights.
 
@@ -53,6 +56,7 @@ def select_window(
         recipe: what the user asks for.
         read: reads a layout; a caller with several recipes passes a function that reads each checkpoint once.
         warn: logs that a checkpoint is skipped; a caller with several recipes passes a function that logs it once.
+        find_problem: see `require_one_save`.
 
     Raises:
         CheckpointNotFound, BrokenCheckpoint, UnsupportedLayout, UnsafePickle: see `read_layout`.
@@ -86,7 +90,7 @@ def select_window(
     for layout in named[:-1]:
         check_same_model(layout, named[-1])
     check_constant_rate(layouts, recipe.allow, warn)
-    require_one_save(layouts, recipe.allow)
+    require_one_save(layouts, recipe.allow, find_problem)
     if layouts[-1].is_train_mode and recipe.format == "safetensors":
         warn(
             "%s was saved in the training mode of a schedule-free optimizer: its weights are not the averaged ones, "

@@ -1,6 +1,6 @@
 """Tables for people: plans, coefficients, inspections. The functions return text and print nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from wsm_ds.engine.timings import Timings
 from wsm_ds.errors import one_line
@@ -64,7 +64,8 @@ def plan_report(plan: Plan) -> str:
         ]
     lines.append(
         f"read {format_size(plan.bytes_to_read)}  write {format_size(plan.bytes_to_write)} in "
-        f"{counted(len(plan.files), 'file')}   memory {format_size(plan.memory_bytes)}   threads {plan.threads}"
+        f"{counted(len(plan.files), 'file')}   memory {format_size(plan.memory_bytes)} (planning "
+        f"{format_size(plan.planning_bytes)})   threads {plan.threads}"
     )
     return "\n".join(lines)
 
@@ -88,15 +89,16 @@ def summary_report(plan: Plan, timings: Timings, wall_s: float, world_size: int)
     )
 
 
-def inspection_report(checkpoints: Sequence[Inspected]) -> str:
+def inspection_report(checkpoints: Iterable[Inspected]) -> str:
     """Returns a table with one line for each checkpoint, and below it links and the problems of the broken ones.
 
     Args:
-        checkpoints: the inspected checkpoints, oldest first.
+        checkpoints: the inspected checkpoints, oldest first. Only their cells are kept.
     """
-    rows, problems = [], []
+    rows, links, problems = [], [], []
     for item in checkpoints:
         layout = item.layout
+        links += [one_line(f"{link}: a link to {item.checkpoint.tag}") for link in item.checkpoint.links]
         if item.problem is not None:
             problems.append(one_line(f"{item.checkpoint.tag}: {item.problem}"))
         if layout is None:
@@ -112,9 +114,6 @@ def inspection_report(checkpoints: Sequence[Inspected]) -> str:
              "yes" if item.is_complete else "no", item.checkpoint.saved_by]
         )  # fmt: skip
     header = ["checkpoint", "step", "zero", "dtype", "ranks", "parameters", "size", "lr", "complete", "framework"]
-    links = [
-        one_line(f"{link}: a link to {item.checkpoint.tag}") for item in checkpoints for link in item.checkpoint.links
-    ]
     return "\n".join([table(header, rows), *links, *problems])
 
 

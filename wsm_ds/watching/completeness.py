@@ -16,15 +16,8 @@ from wsm_ds.errors import BrokenCheckpoint, CheckpointNotFound, Interrupted
 from wsm_ds.layouts import Checkpoint, find_checkpoints, read_layout
 from wsm_ds.layouts.order import Dated, in_order, require_one_series
 from wsm_ds.layouts.run import latest_tag
-
-Fingerprint = tuple[tuple[str, int, int], ...]
-
-
-def fingerprint(folder: Path) -> Fingerprint:
-    """Name, size in bytes and time of change (ns) of every file of a checkpoint."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    states = [(path, path.stat()) for path in files]
-    return tuple((str(path), status.st_size, status.st_mtime_ns) for path, status in states)
+from wsm_ds.planning.window import ReadLayout
+from wsm_ds.watching.kept_layouts import Fingerprint, fingerprint
 
 
 class Checkpoints:
@@ -34,6 +27,7 @@ class Checkpoints:
         run: the run's folder; it may be empty, or missing.
         allowed_globals: see `read_layout`.
         settle_s: seconds for which files must not have changed.
+        read: `read_layout`, or a function that keeps its results.
 
     Attributes:
         dated: checkpoints of the last look, complete or not, in the order of their steps.
@@ -44,8 +38,10 @@ class Checkpoints:
         problems: by step, why a checkpoint is broken.
     """
 
-    def __init__(self, run: Path, allowed_globals: frozenset[str], settle_s: float) -> None:
-        self.run, self.allowed_globals, self.settle_s = run, allowed_globals, settle_s
+    def __init__(
+        self, run: Path, allowed_globals: frozenset[str], settle_s: float, read: ReadLayout = read_layout
+    ) -> None:
+        self.run, self.allowed_globals, self.settle_s, self.read = run, allowed_globals, settle_s, read
         self.dated: tuple[Dated, ...] = ()
         self.by_step: dict[int, Checkpoint] = {}
         self.undated: tuple[Dated, ...] = ()
@@ -117,7 +113,7 @@ class Checkpoints:
 
     def _problem(self, checkpoint: Checkpoint, step: int) -> str:
         try:
-            layout = read_layout(checkpoint, self.allowed_globals)
+            layout = self.read(checkpoint, self.allowed_globals)
         except BrokenCheckpoint as error:
             return str(error)
         if layout.step != step:

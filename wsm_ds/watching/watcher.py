@@ -29,7 +29,8 @@ from wsm_ds.filesystem.durable import replace_text
 from wsm_ds.filesystem.locks import hold_lock
 from wsm_ds.layouts.order import Dated
 from wsm_ds.layouts.run import deleted_steps
-from wsm_ds.merging import plan_merge, run_plan
+from wsm_ds.merge_planning import plan_merge
+from wsm_ds.merging import run_plan
 from wsm_ds.planning.plan import Plan
 from wsm_ds.planning.recipe import MergeRecipe
 from wsm_ds.publishing.staging_folder import discard
@@ -38,8 +39,9 @@ from wsm_ds.sizes import format_size
 from wsm_ds.watching.commands import Commands, FinishedMerge
 from wsm_ds.watching.completeness import Checkpoints
 from wsm_ds.watching.events import Event
+from wsm_ds.watching.kept_layouts import KEPT, KeptLayouts
 from wsm_ds.watching.spec import LOCK, WatchSpec, merged_outputs, require_own_folder, source_steps, write_spec
-from wsm_ds.watching.windows import OpenWindow, open_windows
+from wsm_ds.watching.windows import OpenWindow, needed_steps, open_windows
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +147,8 @@ class _Watcher:
     def __init__(self, spec: WatchSpec, options: WatchOptions, commands: Commands) -> None:
         self.spec, self.options, self.commands = spec, options, commands
         allowed = frozenset(name for recipe in spec.recipes.values() for name in recipe.allow_globals)
-        self.checkpoints = Checkpoints(spec.run, allowed, options.poll_s)
+        self.layouts = KeptLayouts(spec.out / KEPT)
+        self.checkpoints = Checkpoints(spec.run, allowed, options.poll_s, self.layouts.read)
         self.resolved: set[tuple[int, str]] = set()
         self.merged_steps: set[int] = set()
         self.already_reported: set[str] = set()
@@ -168,6 +171,7 @@ class _Watcher:
             check()
             yield from self._look_at(end, windows_of_end)
             yield from self.commands.step()
+        self._forget()
 
     def is_at_end(self) -> bool:
         """Whether no more windows will come: with `is_once`, or when the run has passed the last end point."""
@@ -202,9 +206,18 @@ class _Watcher:
             raise BrokenCheckpoint(f"windows were not merged: {few(sorted(self.blocked), 2)}")
 
     def _open_windows(self) -> list[OpenWindow]:
+        steps, gone = self.checkpoints.by_step, self._gone()
+        return list(open_windows(steps, gone, self.spec.counts, self.spec.ends, self._is_resolved))
+
+    def _gone(self) -> set[int]:
+        gone = self.merged_steps | self.checkpoints.seen | deleted_steps(self.spec.run)
+        return gone - set(self.checkpoints.by_step)
+
+    def _forget(self) -> None:
+        """Forgets the layouts that no open or future window needs."""
         by_step = self.checkpoints.by_step
-        gone = (self.merged_steps | self.checkpoints.seen | deleted_steps(self.spec.run)) - set(by_step)
-        return list(open_windows(by_step, gone, self.spec.counts, self.spec.ends, self._is_resolved))
+        needed = needed_steps(by_step, self._gone(), self.spec.counts, self.spec.ends, self._is_resolved)
+        self.layouts.forget_all_but([by_step[step].path for step in needed])
 
     def _is_resolved(self, end: int, name: str) -> bool:
         if (end, name) not in self.resolved and self.spec.is_resolved(end, name):
@@ -244,7 +257,7 @@ class _Watcher:
         recipes = [self.spec.recipe_at(window.end, window.name) for window in windows]
         began_s = time.monotonic()
         try:
-            plan = plan_merge(recipes)
+            plan = plan_merge(recipes, read=self.layouts.read, find_problem=self.layouts.problem_of)
             self._require_steps(plan, windows)
             self._run(plan)
         except REFUSALS as error:
