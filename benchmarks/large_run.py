@@ -90,14 +90,15 @@ def measure(run: Path, options: argparse.Namespace) -> dict[str, Usage]:
         RuntimeError: a command failed, or the killed merge ended in other bytes.
     """
     files, folder, limit = f"{run}/*", options.folder, options.open_files
-    whole, again = folder / "whole", folder / "again"
+    whole, again = folder / "whole/out", folder / "again/out"
+    for out in (whole, again):
+        out.parent.mkdir()
     used = {"modules": counted([sys.executable, "-c", MODULES], files, folder=folder)}
     used["merge"] = counted(merge_command(run, whole, options), files, folder=folder, open_files=limit)
-    command = merge_command(run, again / "out", options)
-    again.mkdir()
-    kill_while_it_writes(command, run, again / "out", options)
+    command = merge_command(run, again, options)
+    kill_while_it_writes(command, run, again, options)
     used["resumed"] = counted(command, files, folder=folder, open_files=limit)
-    if different := differences(whole, again / "out"):
+    if different := differences(whole, again):
         raise RuntimeError(f"{len(different)} files of the killed merge differ, {different[0]} first")
     for path in sorted(whole.rglob(MANIFEST)):
         verify = [sys.executable, "-m", "wsm_ds", "verify", str(path.parent)]

@@ -130,7 +130,7 @@ def plan_of(run: Path, out: Path, count: int) -> Plan:
         out: the output's folder.
         count: number of checkpoints.
     """
-    from wsm_ds.merging import plan_merge
+    from wsm_ds.merge_planning import plan_merge
     from wsm_ds.planning.recipe import make_recipe
 
     return plan_merge(make_recipe(run=run, last=count, curve="linear", out=out, format="safetensors", dtype="fp32"))

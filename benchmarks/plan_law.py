@@ -15,7 +15,7 @@ TERMS: dict[str, Callable[[int, int, int], int]] = {
     "a tensor of a rank of a checkpoint": lambda k, w, t: k * w * t,
 }
 """What costs time, and how often a plan of `k` checkpoints of `w` ranks and `t` tensors has it."""
-GRID = [Run("", ranks, count, layers) for ranks in (32, 64, 128) for layers in (2, 20, 80) for count in (1, 4)]
+GRID = [Run("", ranks, count, layers) for ranks in (32, 128, 512) for layers in (2, 20, 80) for count in (1, 4)]
 """The runs that the law is fitted to; their kind is to be filled in."""
 
 

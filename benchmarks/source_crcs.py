@@ -24,7 +24,8 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from merge import make_run  # type: ignore[import-not-found] # noqa: E402
 
-from wsm_ds.merging import plan_merge, run_plan  # noqa: E402
+from wsm_ds.merge_planning import plan_merge  # noqa: E402
+from wsm_ds.merging import run_plan  # noqa: E402
 from wsm_ds.planning.plan import Plan  # noqa: E402
 from wsm_ds.planning.recipe_options import Format  # noqa: E402
 

@@ -16,8 +16,8 @@ from wsm_ds.planning.recipe_options import RecipeOptions, SweepOptions
 PACKAGE = Path(wsm_ds.__file__).parent
 ORDER = (
     "errors", "sizes", "dtypes", "filesystem", "distributed", "schedules", "torchfile", "layouts", "planning",
-    "outputs", "engine", "publishing", "merging", "verification", "inspection", "reporting", "watching", "estimate",
-    "doctor", "training", "cli", "__main__",
+    "outputs", "engine", "publishing", "merge_planning", "merging", "verification", "inspection", "reporting",
+    "watching", "estimate", "doctor", "training", "cli", "__main__",
 )  # fmt: skip
 """The packages and top-level modules; each may import those before it."""
 MAY_IMPORT = {"deepspeed": {"schedules", "training"}, "torch": {"schedules", "distributed", "training"}}

@@ -10,7 +10,7 @@ from wsm_ds.cli import main
 from wsm_ds.estimate import CheckpointSize, Pace, checkpoint_size, estimate, size_of
 from wsm_ds.inspection import inspect_run
 from wsm_ds.layouts import Layout
-from wsm_ds.merging import plan_merge
+from wsm_ds.merge_planning import plan_merge
 from wsm_ds.planning.recipe import make_recipe
 
 WIDE = [(2, "bf16"), (2, "fp32"), (3, "bf16")]

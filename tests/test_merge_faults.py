@@ -29,7 +29,8 @@ from wsm_ds.errors import (
 )
 from wsm_ds.inspection import inspect_run
 from wsm_ds.layouts.frameworks import MANIFEST
-from wsm_ds.merging import merge, plan_merge, run_plan
+from wsm_ds.merge_planning import plan_merge
+from wsm_ds.merging import merge, run_plan
 from wsm_ds.planning.recipe import make_recipe
 from wsm_ds.publishing.staging_folder import staged
 from wsm_ds.verification import verify

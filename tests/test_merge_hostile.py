@@ -22,7 +22,8 @@ from wsm_ds.engine import seals, tasks
 from wsm_ds.engine.worker import Worker
 from wsm_ds.errors import BrokenCheckpoint, OutputExists, UnsafePath
 from wsm_ds.layouts.frameworks import MANIFEST
-from wsm_ds.merging import merge, merge_all, plan_merge, run_plan
+from wsm_ds.merge_planning import plan_merge
+from wsm_ds.merging import merge, merge_all, run_plan
 from wsm_ds.planning.recipe import make_recipe, make_recipes
 from wsm_ds.publishing import manifest
 from wsm_ds.publishing.staging_folder import PLAN, Staging

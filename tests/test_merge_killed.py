@@ -19,7 +19,8 @@ from wsm_ds.cli import main
 from wsm_ds.engine import reader, seals, staged_files, tasks
 from wsm_ds.errors import BrokenCheckpoint, InsufficientCapacity, OutputExists
 from wsm_ds.layouts.frameworks import MANIFEST
-from wsm_ds.merging import merge, merge_all, plan_merge
+from wsm_ds.merge_planning import plan_merge
+from wsm_ds.merging import merge, merge_all
 from wsm_ds.planning.recipe import make_recipe, make_recipes
 from wsm_ds.publishing import manifest
 from wsm_ds.publishing.staging_folder import Staging

@@ -13,7 +13,8 @@ from wsm_ds.cli import main
 from wsm_ds.engine import source_crcs
 from wsm_ds.errors import LayoutMismatch, OutputExists, RecipeError, WindowError
 from wsm_ds.layouts.frameworks import MANIFEST
-from wsm_ds.merging import merge, merge_all, plan_merge
+from wsm_ds.merge_planning import plan_merge
+from wsm_ds.merging import merge, merge_all
 from wsm_ds.planning.recipe import MergeRecipe, load_recipes, make_recipe, make_recipes
 from wsm_ds.verification import verify
 

@@ -16,7 +16,8 @@ from reference import load_all, merged_masters, merged_parameters, same_bits, un
 from wsm_ds.cli import main
 from wsm_ds.errors import RecipeError
 from wsm_ds.inspection import inspect_run
-from wsm_ds.merging import merge, plan_merge, reshard
+from wsm_ds.merge_planning import plan_merge
+from wsm_ds.merging import merge, reshard
 from wsm_ds.planning.recipe import make_recipe
 from wsm_ds.verification import verify
 

@@ -36,7 +36,7 @@ _MODULES = {
     "Source": "planning.plan",
     "merge": "merging",
     "merge_all": "merging",
-    "plan_merge": "merging",
+    "plan_merge": "merge_planning",
     "run_plan": "merging",
     "export": "merging",
     "reshard": "merging",
@@ -92,13 +92,13 @@ __all__ = [
 if TYPE_CHECKING:
     from wsm_ds.errors import WsmError
     from wsm_ds.inspection import Inspected, inspect_run
+    from wsm_ds.merge_planning import plan_merge
     from wsm_ds.merging import (
         MergeOutcome,
         MergeResult,
         export,
         merge,
         merge_all,
-        plan_merge,
         reshard,
         run_plan,
     )

@@ -39,7 +39,7 @@ from wsm_ds.errors import (
 )
 from wsm_ds.filesystem import checksum
 from wsm_ds.layouts.frameworks import MANIFEST
-from wsm_ds.merging import plan_windows
+from wsm_ds.merge_planning import plan_windows
 from wsm_ds.planning.one_save import require_one_save
 from wsm_ds.planning.plan import LiteralSegment, Plan
 from wsm_ds.planning.recipe import MergeRecipe, make_recipe

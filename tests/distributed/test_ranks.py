@@ -17,7 +17,8 @@ from wsm_ds.distributed.ranks import Ranks, StoreRanks
 from wsm_ds.engine.tasks import share, tasks_of
 from wsm_ds.errors import PeerFailed, RecipeError
 from wsm_ds.layouts.frameworks import MANIFEST
-from wsm_ds.merging import merge, plan_merge
+from wsm_ds.merge_planning import plan_merge
+from wsm_ds.merging import merge
 from wsm_ds.planning.recipe import make_recipe
 from wsm_ds.verification import verify
 

@@ -11,7 +11,8 @@ from wsm_ds.engine.journal import Journal, read_journals
 from wsm_ds.engine.seals import Seal
 from wsm_ds.engine.staged_files import StagedFiles
 from wsm_ds.errors import OutputLocked, PeerFailed
-from wsm_ds.merging import merge, plan_merge, run_plan
+from wsm_ds.merge_planning import plan_merge
+from wsm_ds.merging import merge, run_plan
 from wsm_ds.planning.recipe import make_recipe
 from wsm_ds.publishing.staging_folder import Staging
 from wsm_ds.verification import verify

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from wsm_ds.errors import WsmError
-from wsm_ds.merging import plan_merge
+from wsm_ds.merge_planning import plan_merge
 from wsm_ds.planning.recipe import make_recipe
 from wsm_ds.torchfile import Stub, Tensor, open_own_tree, open_torch_file
 from wsm_ds.torchfile.repickle import repickle

@@ -17,7 +17,8 @@ from wsm_ds.inspection import inspect_run
 from wsm_ds.layouts.order import UNBOUNDED, in_order
 from wsm_ds.layouts.run import checkpoint_at, find_checkpoints, find_tag
 from wsm_ds.layouts.saved_step import _step_in, saved_step
-from wsm_ds.merging import merge, plan_merge
+from wsm_ds.merge_planning import plan_merge
+from wsm_ds.merging import merge
 from wsm_ds.planning.recipe import one_recipe
 from wsm_ds.verification import verify
 

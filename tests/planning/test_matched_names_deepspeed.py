@@ -11,7 +11,8 @@ from lazy import load_file, torch
 
 from wsm_ds.errors import LayoutMismatch, RecipeError
 from wsm_ds.layouts.frameworks import MANIFEST
-from wsm_ds.merging import export, merge, merge_all, plan_merge, reshard, run_plan
+from wsm_ds.merge_planning import plan_merge
+from wsm_ds.merging import export, merge, merge_all, reshard, run_plan
 from wsm_ds.planning.recipe import load_recipe, make_recipe
 from wsm_ds.verification import verify
 

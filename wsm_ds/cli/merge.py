@@ -137,11 +137,13 @@ def _merge(options: argparse.Namespace) -> int:
 def _carry_out(recipes: Sequence[Any], options: argparse.Namespace) -> int:
     """Plans the merge, shows the plan, and runs it, together with the other ranks of a launcher."""
     from wsm_ds.distributed.launcher import launched_ranks
-    from wsm_ds.merging import plan_merge
+    from wsm_ds.merge_planning import plan_merge
+    from wsm_ds.reporting.progress import PlanningProgress
     from wsm_ds.reporting.tables import plan_report
 
     if options.dry_run:
-        plan = plan_merge(recipes)
+        with PlanningProgress(progress_style(options)) as planning:
+            plan = plan_merge(recipes, on_files=planning.show)
         if options.json:
             print(json.dumps(plan.to_json(), indent=2))
             return 0
@@ -160,22 +162,25 @@ def _carry_out(recipes: Sequence[Any], options: argparse.Namespace) -> int:
 
 def _run(recipes: Sequence[Any], ranks: Any, options: argparse.Namespace) -> int:
     """Runs one rank's share of a merge. Rank 0 prints."""
-    from wsm_ds.merging import plan_merge, run_plan
+    from wsm_ds.merge_planning import shared_plan
+    from wsm_ds.merging import run_plan
     from wsm_ds.publishing.manifest import read_manifest
-    from wsm_ds.reporting.progress import Progress, event
+    from wsm_ds.reporting.progress import PlanningProgress, Progress, event
     from wsm_ds.reporting.tables import counted, plan_report, summary_report
 
     started_s = time.monotonic()
-    plan = plan_merge(recipes)
-    log.info("planned %s in %.1f s", counted(len(plan.outputs), "output"), time.monotonic() - started_s)
     is_first = ranks.rank == 0
+    style = progress_style(options) if is_first else "quiet"
+    with PlanningProgress(style, ranks.tell) as planning:
+        plan = shared_plan(recipes, ranks, planning.show)
+    log.info("planned %s in %.1f s", counted(len(plan.outputs), "output"), time.monotonic() - started_s)
     if is_first and plan.outputs:
         if options.json:
             event("plan", **plan.to_json())
         else:
             print(plan_report(plan), flush=True)
     share_bytes = (plan.bytes_to_read + plan.bytes_to_write) // ranks.world_size
-    with Progress(share_bytes, progress_style(options) if is_first else "quiet") as progress:
+    with Progress(share_bytes, style) as progress:
         outcome = run_plan(plan, progress.add, ranks=ranks, restart=options.restart)
     if not is_first:
         return 0

@@ -4,20 +4,24 @@ The ranks exchange short texts at torch's TCPStore; tensors and checkpoints go t
 and a training job use the same protocol, `Ranks`.
 """
 
+import base64
 import json
 import logging
 import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 from typing_extensions import override
 
 from wsm_ds.distributed.parent import Parent
 from wsm_ds.errors import PeerFailed, RecipeError, WsmError
+from wsm_ds.filesystem import kept_objects
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +30,9 @@ LONGEST_POLL_S = 1.0
 BEAT_S = 5.0
 SILENT_S = 120.0
 """A rank without a heartbeat for this long counts as failed."""
+TOLD_EVERY_S = 10.0
+PART_BYTES = 1 << 19
+"""Bytes of an object that lie under one key of the store."""
 FAREWELL_S = 15.0
 """Seconds that rank 0 waits at its end for the others: its process usually runs the store's server."""
 
@@ -79,6 +86,22 @@ class Ranks:
         """
         return json.loads(json.dumps(decision()))
 
+    def share(self, make: Callable[[], Any], modules: Sequence[ModuleType]) -> Any:
+        """Calls `make` on rank 0 alone, and returns its result on every rank.
+
+        Args:
+            make: returns an object of data; it may take minutes.
+            modules: where the classes of the object are defined; see `kept_objects.loads`.
+
+        Raises:
+            Exception: on rank 0, what `make` raised.
+            PeerFailed: another rank failed, or no longer answers.
+        """
+        return make()
+
+    def tell(self, text: str) -> None:
+        """Rank 0: says how far it is with what `share` makes. The other ranks write it to their logs."""
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """While the context runs, an error of one rank ends all ranks, and so does a rank without a heartbeat."""
@@ -107,7 +130,8 @@ class StoreRanks(Ranks):
     ) -> None:
         self.store, self.rank, self.world_size, self.timeout_s = store, rank, world_size, timeout_s
         self.parent = parent
-        self.decisions = 0
+        self.decisions = self.shared = 0
+        self.logged_s = time.monotonic()
         self.is_beating, self.has_left = False, threading.Event()
         self.last_beats: dict[int, tuple[int, float]] = {}
         self.checked_s = 0.0
@@ -165,6 +189,35 @@ class StoreRanks(Ranks):
             raise
 
     @override
+    def share(self, make: Callable[[], Any], modules: Sequence[ModuleType]) -> Any:
+        self.shared += 1
+        key = f"wsm/shared/{self.shared}"
+        if self.rank == 0:
+            made = make()
+            data = zlib.compress(kept_objects.dumps(made), 1)
+            parts = [data[begin : begin + PART_BYTES] for begin in range(0, len(data), PART_BYTES)]
+            for number, part in enumerate(parts):
+                self._ask(self.store.set, f"{key}/{number}", base64.b64encode(part).decode())
+            self._ask(self.store.set, key, str(len(parts)))
+            return made
+        count = int(self._wait_for(key, on_wait=self._log_what_rank_0_tells))
+        parts = [base64.b64decode(self._ask(self.store.get, f"{key}/{number}")) for number in range(count)]
+        return kept_objects.loads(zlib.decompress(b"".join(parts)), modules)
+
+    @override
+    def tell(self, text: str) -> None:
+        if self.rank == 0:
+            self._ask(self.store.set, "wsm/told", text)
+
+    def _log_what_rank_0_tells(self) -> None:
+        now = time.monotonic()
+        if now - self.logged_s >= TOLD_EVERY_S:
+            self.logged_s = now
+            told = "wsm/told"
+            text = self._ask(self.store.get, told).decode() if self._ask(self.store.check, [told]) else "it has begun"
+            log.info("rank %d waits while rank 0 (%s) plans: %s", self.rank, self._host(0), text)
+
+    @override
     @contextmanager
     def together(self) -> Iterator[None]:
         # Not in `__init__`: a training job never enters this context, because it has heartbeats of its own.
@@ -216,9 +269,14 @@ class StoreRanks(Ranks):
                 return
             self.has_left.wait(BEAT_S)
 
-    def _wait_for(self, key: str, timeout_s: float = math.inf) -> str:
-        """The text that rank 0 sets at `key`."""
-        self._poll(lambda: self._ask(self.store.check, [key]), timeout_s)
+    def _wait_for(self, key: str, timeout_s: float = math.inf, on_wait: Callable[[], None] = lambda: None) -> str:
+        """The text that rank 0 sets at `key`. Calls `on_wait` again and again meanwhile."""
+
+        def is_set() -> bool:
+            on_wait()
+            return bool(self._ask(self.store.check, [key]))
+
+        self._poll(is_set, timeout_s)
         text: str = self._ask(self.store.get, key).decode()
         return text
 

@@ -56,7 +56,7 @@ def write_object(path: Path, obj: object) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    data = pickle.dumps(obj, protocol=5)
+    data = dumps(obj)
     new = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.new")
     try:
         with os.fdopen(create_anew(new), "wb") as file:
@@ -95,12 +95,31 @@ def read_object(path: Path, allowed: Sequence[ModuleType]) -> Any:
         raise ValueError(f"{path} is of another version")
     if xxhash.xxh3_128_digest(content[start:]) != content[len(HEADER) : start]:
         raise ValueError(f"{path} is damaged: its checksum differs")
+    return loads(content[start:], allowed, str(path))
+
+
+def dumps(obj: object) -> bytes:
+    """Returns an object as bytes for `loads`."""
+    return pickle.dumps(obj, protocol=5)
+
+
+def loads(data: bytes | memoryview, allowed: Sequence[ModuleType], name: str = "what was sent") -> Any:
+    """Returns the object that `dumps` has made bytes of. Nothing that the bytes name is run, see the module.
+
+    Args:
+        data: the bytes.
+        allowed: the modules whose classes the object may be made of.
+        name: what the bytes are, for the message.
+
+    Raises:
+        ValueError: they name something that is not allowed, or are damaged.
+    """
     try:
-        return _Unpickler(content[start:], allowed).load()
+        return _Unpickler(memoryview(data), allowed).load()
     except Interrupted:
         raise
     except Exception as error:  # a pickle of another Python or numpy may fail in any way
-        raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{name} cannot be read: {type(error).__name__}: {error}") from error
 
 
 class _Unpickler(pickle.Unpickler):

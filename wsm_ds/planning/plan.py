@@ -237,6 +237,7 @@ class Plan:
         names: names of the tensors.
         memory_bytes: budget of all buffers of one process.
         threads: workers of one process.
+        planning_bytes: memory that the plan itself takes, about.
     """
 
     outputs: tuple[Output, ...]
@@ -246,6 +247,7 @@ class Plan:
     names: tuple[str, ...]
     memory_bytes: int
     threads: int
+    planning_bytes: int = 0
 
     @property
     def bytes_to_write(self) -> int:
@@ -273,6 +275,7 @@ class Plan:
             "bytes_to_read": self.bytes_to_read,
             "bytes_to_write": self.bytes_to_write,
             "memory_bytes": self.memory_bytes,
+            "planning_bytes": self.planning_bytes,
             "threads": self.threads,
             "outputs": [
                 describe_output(output)

@@ -3,12 +3,15 @@
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 from wsm_ds.sizes import format_size
 
 LOG_EVERY_S = 10.0
 """Seconds between two lines of progress, where no terminal shows a bar."""
+BAR_AFTER_S = 2.0
+"""Seconds of planning before a terminal shows a bar: most plans take less."""
 Style = Literal["people", "json", "quiet"]
 """Who reads the progress: people, a program, or nobody."""
 
@@ -78,3 +81,54 @@ class Progress:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+class PlanningProgress:
+    """Shows how many rank files of a plan were read. It is a context manager, which closes the bar.
+
+    Args:
+        style: who reads the progress.
+        tell: takes a line for the other ranks.
+    """
+
+    def __init__(self, style: Style, tell: Callable[[str], None] = lambda text: None) -> None:
+        self.style, self.tell = style, tell
+        self.started_s = self.printed_s = time.monotonic()
+        self.bar: Any = None
+
+    def __enter__(self) -> "PlanningProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def show(self, done: int, total: int) -> None:
+        """Shows the progress if the last line is old enough.
+
+        Args:
+            done: files whose metadata was read.
+            total: all files, as far as they are known.
+        """
+        now = time.monotonic()
+        if self.bar is not None:
+            self.bar.total = total
+            self.bar.update(done - self.bar.n)
+            return
+        if now - self.printed_s < (BAR_AFTER_S if self._has_terminal() else LOG_EVERY_S):
+            return
+        self.printed_s = now
+        left_s = (total - done) * (now - self.started_s) / max(done, 1)
+        text = f"read the metadata of {done:,} of {total:,} rank files, {left_s:.0f} s left"
+        self.tell(text)
+        if self._has_terminal():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=done, unit="file", desc="planning", leave=False)
+        elif self.style == "json":
+            event("planning", files=done, total_files=total, left_s=round(left_s, 1))
+        elif self.style == "people":
+            print(text, file=sys.stderr, flush=True)
+
+    def _has_terminal(self) -> bool:
+        return self.style == "people" and sys.stderr.isatty()

@@ -64,7 +64,8 @@ def plan_report(plan: Plan) -> str:
         ]
     lines.append(
         f"read {format_size(plan.bytes_to_read)}  write {format_size(plan.bytes_to_write)} in "
-        f"{counted(len(plan.files), 'file')}   memory {format_size(plan.memory_bytes)}   threads {plan.threads}"
+        f"{counted(len(plan.files), 'file')}   memory {format_size(plan.memory_bytes)} (planning "
+        f"{format_size(plan.planning_bytes)})   threads {plan.threads}"
     )
     return "\n".join(lines)
 

@@ -175,7 +175,7 @@ class InertMachine:
                 continue
             if type(key) is int and abs(key) > LARGEST_INT_KEY:
                 raise pickle.UnpicklingError("it has a key of more than 61 bits")
-            if isinstance(key, tuple | frozenset):
+            if isinstance(key, (tuple, frozenset)):
                 self.parts_of_keys += 1 + len(key)
                 if self.parts_of_keys > MOST_PARTS_OF_KEYS:
                     raise pickle.UnpicklingError(f"its keys have more than {MOST_PARTS_OF_KEYS} parts")

@@ -115,10 +115,11 @@ class TorchSize(tuple):  # type: ignore[type-arg]
 
 def _sizes(values: Any) -> tuple[int, ...]:
     """A tensor's shape or stride."""
-    if not isinstance(values, tuple | list) or len(values) > MOST_DIMENSIONS:
+    if not isinstance(values, (tuple, list)) or len(values) > MOST_DIMENSIONS:
         raise pickle.UnpicklingError("a shape or a stride is not a short row of numbers")
-    if any(type(value) is not int or not 0 <= value <= MOST_ELEMENTS for value in values):
-        raise pickle.UnpicklingError("a shape or a stride is not made of whole numbers that may be sizes")
+    for value in values:
+        if type(value) is not int or not 0 <= value <= MOST_ELEMENTS:
+            raise pickle.UnpicklingError("a shape or a stride is not made of whole numbers that may be sizes")
     return tuple(values)
 
 
@@ -126,6 +127,7 @@ MOST_DIMENSIONS = 64
 MOST_ELEMENTS = 1 << 58
 """Most elements of one tensor: their bytes can be counted in 64 bits."""
 MOST_GLOBALS = 10_000
+_NEVER_PASSED = frozenset((*CHECKED, *GETATTR))
 SHOWN_GLOBALS = 40
 """Names that an error lists, at most."""
 
@@ -135,7 +137,8 @@ class _InertUnpickler(InertMachine):
 
     def __init__(self, data: bytes, archive: Archive, allowed: frozenset[str]) -> None:
         super().__init__(data)
-        self.archive, self.allowed = archive, allowed
+        self.archive, self.path, self.allowed = archive, str(archive.path), allowed
+        self.record_bytes = dict(zip(archive.directory.names, archive.directory.nbytes.tolist(), strict=True))
         self.classes: dict[str, InertMeta] = {}
         self.unknown: dict[str, None] = {}
 
@@ -182,16 +185,18 @@ class _InertUnpickler(InertMachine):
         if type(numel) is not int or not 0 <= numel <= MOST_ELEMENTS:
             raise pickle.UnpicklingError(f"storage {key} does not say how many elements it has")
         dtype = BY_TORCH_NAME[STORAGES[name]]
-        storage = Storage(key, dtype, storage_class.global_, location, numel, str(self.archive.path))
-        record_of(self.archive, storage)
+        storage = Storage(key, dtype, storage_class.global_, location, numel, self.path)
+        if self.record_bytes.get(f"data/{key}") != storage.nbytes:
+            record_of(self.archive, storage)  # says what is wrong
         return storage
 
     def make(self, callee: Any, args: Any, *, is_new: bool) -> Any:
         """Returns a `Stub` for an inert class; call our own function of a structural name."""
         if not isinstance(args, tuple):
             raise pickle.UnpicklingError("a call has no tuple of arguments")
-        if any(isinstance(arg, InertMeta) and str(arg.global_) in (*CHECKED, *GETATTR) for arg in args):
-            raise pickle.UnpicklingError("it passes a function to another one")
+        for arg in args:
+            if type(arg) is InertMeta and str(arg.global_) in _NEVER_PASSED:
+                raise pickle.UnpicklingError("it passes a function to another one")
         if isinstance(callee, InertMeta):
             return self._made(callee.global_, args, is_new=is_new)
         if isinstance(callee, Stub) and str(callee.callee) in GETATTR and len(callee.args) == 2:
@@ -237,7 +242,7 @@ def _rebuild_tensor_v2(storage: Storage, offset: int, shape: Any, stride: Any, *
     # (`torch/_utils.py`, `get_tensor_metadata`).
     if any(rest[2:]):
         return _as_stub("_rebuild_tensor_v2", storage, offset, shape, stride, *rest)
-    return _rebuilt("_rebuild_tensor_v2", storage, offset, shape, stride, rest, None)
+    return _rebuilt(_REBUILD_TENSOR_V2, storage, offset, shape, stride, rest, None)
 
 
 def _rebuild_tensor_v3(storage: Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> Any:
@@ -247,7 +252,7 @@ def _rebuild_tensor_v3(storage: Storage, offset: int, shape: Any, stride: Any, *
     if any(rest[3:]) or (dtype_name is not None and dtype_name.name not in BY_TORCH_NAME):
         return _as_stub("_rebuild_tensor_v3", storage, offset, shape, stride, *rest)
     dtype = BY_TORCH_NAME[dtype_name.name] if dtype_name else None
-    return _rebuilt("_rebuild_tensor_v3", storage, offset, shape, stride, rest, dtype)
+    return _rebuilt(_REBUILD_TENSOR_V3, storage, offset, shape, stride, rest, dtype)
 
 
 def _as_stub(name: str, *args: Any) -> Stub:
@@ -256,14 +261,14 @@ def _as_stub(name: str, *args: Any) -> Stub:
 
 
 def _rebuilt(
-    name: str, storage: Any, offset: Any, shape: Any, stride: Any, rest: tuple[Any, ...], dtype: DType | None
+    name: Global, storage: Any, offset: Any, shape: Any, stride: Any, rest: tuple[Any, ...], dtype: DType | None
 ) -> Tensor:
     shape, stride = _sizes(shape), _sizes(stride)
     if not isinstance(storage, Storage) or len(shape) != len(stride):
         raise pickle.UnpicklingError("a tensor has no storage, or a stride of another length than its shape")
     if type(offset) is not int or not 0 <= offset <= MOST_ELEMENTS or math.prod(shape) > MOST_ELEMENTS:
         raise pickle.UnpicklingError("a tensor's offset or number of elements is beyond any file")
-    call = Stub(Global("torch._utils", name), (storage, offset, shape, stride, *rest))
+    call = Stub(name, (storage, offset, shape, stride, *rest))
     return Tensor(storage, offset, shape, stride, call, dtype)
 
 
@@ -303,13 +308,14 @@ _STRUCTURAL: dict[str, Any] = {
 }
 """Names with a meaning for the layout. Their stand-ins are harmless functions of this module."""
 STRUCTURAL_GLOBALS: dict[Any, Global] = {value: Global(*name.rsplit(".", 1)) for name, value in _STRUCTURAL.items()}
+_REBUILD_TENSOR_V2, _REBUILD_TENSOR_V3 = STRUCTURAL_GLOBALS[_rebuild_tensor_v2], STRUCTURAL_GLOBALS[_rebuild_tensor_v3]
 
 
 def as_global(value: Any) -> Global | None:
     """Returns the global that a value of an unpickled tree stands for; None if it is something else."""
     if isinstance(value, InertMeta):
         return value.global_
-    return STRUCTURAL_GLOBALS.get(value) if isinstance(value, type | FunctionType) else None
+    return STRUCTURAL_GLOBALS.get(value) if isinstance(value, (type, FunctionType)) else None
 
 
 def record_of(archive: Archive, storage: Storage) -> Record:

@@ -15,7 +15,8 @@ from typing import Any
 
 from wsm_ds.distributed.ranks import Ranks
 from wsm_ds.layouts import Layout
-from wsm_ds.merging import plan_merge, run_plan
+from wsm_ds.merge_planning import shared_plan
+from wsm_ds.merging import run_plan
 from wsm_ds.outputs.resharding.form import DEFAULT_SUB_GROUP_SIZE, zero_config
 from wsm_ds.planning.recipe import one_recipe
 from wsm_ds.torchfile import open_torch_file
@@ -90,7 +91,7 @@ def reshard_together(checkpoint: Path, target: EngineForm, out: Path, ranks: Ran
             sub_group_size=target.sub_group_size,
         )
         ranks.barrier("met")
-        plan = plan_merge(recipe)
+        plan = shared_plan([recipe], ranks)
         run_plan(plan, ranks=ranks)
 
 

@@ -29,7 +29,8 @@ from wsm_ds.filesystem.durable import replace_text
 from wsm_ds.filesystem.locks import hold_lock
 from wsm_ds.layouts.order import Dated
 from wsm_ds.layouts.run import deleted_steps
-from wsm_ds.merging import plan_merge, run_plan
+from wsm_ds.merge_planning import plan_merge
+from wsm_ds.merging import run_plan
 from wsm_ds.planning.plan import Plan
 from wsm_ds.planning.recipe import MergeRecipe
 from wsm_ds.publishing.staging_folder import discard
