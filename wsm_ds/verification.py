@@ -39,7 +39,7 @@ from wsm_ds.errors import (
 )
 from wsm_ds.filesystem import checksum
 from wsm_ds.layouts.frameworks import MANIFEST
-from wsm_ds.merge_planning import plan_windows
+from wsm_ds.merge_planning import PLAN_MODULES, plan_windows
 from wsm_ds.planning.one_save import require_one_save
 from wsm_ds.planning.plan import LiteralSegment, Plan
 from wsm_ds.planning.recipe import MergeRecipe, make_recipe
@@ -195,27 +195,32 @@ def _make_again(
     folder: Path, manifest: dict[str, Any], full: bool, machine: dict[str, int], ranks: Ranks
 ) -> tuple[int, str]:
     """Makes parts of an output again, and compares them; the number of bytes, or why it cannot be done."""
-    try:
-        recipe, window = _recorded(manifest, machine)
-        plan = plan_windows([recipe], [window], frozenset(manifest["files"]))
-    except BudgetTooSmall:
-        raise
-    except (WsmError, OSError) as error:
-        if isinstance(error, Interrupted):
+    windows: list[tuple[MergeRecipe, Window]] = []
+
+    def make() -> tuple[Plan | None, str]:
+        try:
+            recipe, window = _recorded(manifest, machine)
+            plan = plan_windows([recipe], [window], frozenset(manifest["files"]))
+        except (Interrupted, BudgetTooSmall):
             raise
-        if full:
+        except (WsmError, OSError) as error:
+            if not full:
+                return None, f"checksums only; the sources cannot be read any more: {error}"
             raise VerificationFailed(
                 f"{folder}: all checksums match, but nothing can be merged again, because the sources cannot be read "
                 f"any more: {error} Verify without full (--full) to compare the checksums alone."
             ) from error
-        return 0, f"checksums only; the sources cannot be read any more: {error}"
-    recomputed = _recompute(plan, folder, full, ranks)
+        windows.append((recipe, window))
+        return plan, ""
+
+    plan, note = ranks.share(make, PLAN_MODULES)  # rank 0 alone reads the metadata
+    recomputed = 0 if plan is None else _recompute(plan, folder, full, ranks)
     try:
-        if ranks.rank == 0:
+        for recipe, window in windows:
             require_one_save(window.layouts, recipe.allow)
     except ForeignFiles as error:
         raise VerificationFailed(f"{folder} is what its sources give, but a source is in doubt. {error}") from error
-    return recomputed, ""
+    return recomputed, note
 
 
 def _recorded(manifest: dict[str, Any], machine: dict[str, int]) -> tuple[MergeRecipe, Window]:
@@ -321,7 +326,7 @@ def sampled(tasks: Sequence[Task], nbytes: int) -> list[Task]:
         # Seeded by the stream's number, so that a failure can be reproduced.
         rng = random.Random(number)
         picked = [members[rng.randrange(begin, end)] for begin, end in pairwise(borders)]
-        kept = []
+        kept: list[Task] = []
         for task in rng.sample(picked, len(picked)):
             if not kept or task.nbytes <= left:
                 kept.append(task)
