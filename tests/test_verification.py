@@ -15,7 +15,8 @@ from wsm_ds.distributed.ranks import Ranks
 from wsm_ds.engine.tasks import Task, tasks_of
 from wsm_ds.errors import BudgetTooSmall, RecipeError, VerificationFailed
 from wsm_ds.filesystem import checksum
-from wsm_ds.merging import merge, plan_merge
+from wsm_ds.merge_planning import plan_merge
+from wsm_ds.merging import merge
 from wsm_ds.verification import SAMPLED_BYTES, sampled, verify
 
 
