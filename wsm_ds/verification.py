@@ -1,35 +1,55 @@
-"""Verifies an output: its files are those of the manifest, and the sources give the same bytes again."""
+"""Verifies an output: its files are those of the manifest, and the sources give the same bytes again.
 
+All files are compared with their checksums. Without `full`, SAMPLED_BYTES of the sources and of the output are read to
+make parts of it again: of each stream of elements a share by its bytes, at least one task, in places that lie evenly in
+the order of the output's files, and always the same ones. Small outputs are made again whole.
+"""
+
+import os
 import random
+import threading
 from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from wsm_ds.engine.open_files import OpenFiles, most_open, raise_limit
+from wsm_ds.distributed.launcher import local_world_size
+from wsm_ds.distributed.ranks import Ranks
+from wsm_ds.engine.open_files import FEWEST_OPEN, File, OpenFiles, free_descriptors, most_open, raise_limit
 from wsm_ds.engine.reader import Reader, open_input
 from wsm_ds.engine.seals import CRC_BYTES
 from wsm_ds.engine.source_crcs import SourceCrcs
-from wsm_ds.engine.tasks import Task, tasks_of
-from wsm_ds.engine.threads import workers_for
+from wsm_ds.engine.tasks import Task, share, tasks_of
+from wsm_ds.engine.threads import CHECK_INTERVAL_S, start_thread, workers_for
 from wsm_ds.engine.timings import Timings
 from wsm_ds.engine.worker import Worker
-from wsm_ds.errors import CheckpointNotFound, ForeignFiles, VerificationFailed, WsmError, few
+from wsm_ds.errors import (
+    BudgetTooSmall,
+    CheckpointNotFound,
+    ForeignFiles,
+    Interrupted,
+    RecipeError,
+    VerificationFailed,
+    WsmError,
+    few,
+)
 from wsm_ds.filesystem import checksum
 from wsm_ds.layouts.frameworks import MANIFEST
-from wsm_ds.merge_planning import plan_windows
+from wsm_ds.merge_planning import PLAN_MODULES, plan_windows
 from wsm_ds.planning.one_save import require_one_save
 from wsm_ds.planning.plan import LiteralSegment, Plan
 from wsm_ds.planning.recipe import MergeRecipe, make_recipe
 from wsm_ds.planning.recipe_options import StrPath
 from wsm_ds.planning.window import Window, recorded_window
 from wsm_ds.publishing.manifest import read_manifest
+from wsm_ds.sizes import parse_size
 
-SAMPLED_TASKS_PER_FILE = 2
-"""Tasks of each stream that `verify` recomputes without `full`, times the number of output files."""
+SAMPLED_BYTES = 4 << 30
+"""Bytes that `verify` reads to make parts of an output again, without `full`."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +59,7 @@ class VerificationResult:
     Attributes:
         files: number of files whose checksums are right.
         nbytes: bytes of these files.
-        recomputed_bytes: bytes that were made again from the sources, and are equal.
+        recomputed_bytes: bytes that this rank has made again from the sources, and are equal.
         note: why nothing was recomputed (the sources cannot be read any more); "" if something was.
     """
 
@@ -49,67 +69,175 @@ class VerificationResult:
     note: str
 
 
-def verify(out: StrPath, *, full: bool = False) -> VerificationResult:
+def verify(
+    out: StrPath,
+    *,
+    full: bool = False,
+    threads: int | None = None,
+    memory_budget: int | str | None = None,
+    ranks: Ranks | None = None,
+) -> VerificationResult:
     """Reads a merge's output again, compares checksums, and recomputes parts of it from the sources.
+
+    Ranks: all, inside `ranks.together()`; each checks its share of the files and of the tasks.
 
     Args:
         out: the output's folder.
-        full: whether to recompute everything. Otherwise some tasks of each stream are recomputed, always the same ones.
+        full: whether to recompute everything. Otherwise parts are recomputed, always the same ones; see the module.
+        threads: of this process; None: all cores, shared with the other ranks of the machine.
+        memory_budget: bytes, or text as "512MiB", for all buffers of this process; None: that of the merge.
+        ranks: those of a launcher; None: this process alone.
 
     Raises:
         CheckpointNotFound: `out` is not a folder.
+        RecipeError: `threads` or `memory_budget` is not valid.
+        BudgetTooSmall: the budget is smaller than the smallest unit of work.
+        InsufficientCapacity: the system starts no more threads.
         VerificationFailed: the manifest is missing; or a file is missing, superfluous or differs; or with `full`, the
             sources cannot be read any more. The message names the file and, if known, the byte.
+        PeerFailed: another rank has failed.
     """
+    ranks = ranks or Ranks()
+    machine = _machine(threads, memory_budget)
     folder = Path(out)
     if not folder.is_dir():
         raise CheckpointNotFound(f"{folder} is not a folder. Give the folder of an output of merge, export or reshard.")
     manifest = read_manifest(folder)
+    _require_same_files(folder, manifest)
+    _compare_checksums(folder, manifest, machine["threads"], ranks)
+    ranks.barrier("checksums")
+    nbytes = sum(int(entry["bytes"]) for entry in manifest["files"].values())
+    recomputed, note = _make_again(folder, manifest, full, machine, ranks)
+    ranks.barrier("verified")
+    return VerificationResult(len(manifest["files"]), nbytes, recomputed, note)
+
+
+def _machine(threads: int | None, memory_budget: int | str | None) -> dict[str, int]:
+    """The fields of a recipe that this machine decides, and not the merge that is verified."""
+    if threads is None:
+        threads = max(1, len(os.sched_getaffinity(0)) // local_world_size())
+    if threads < 1:
+        raise RecipeError(f"`threads` (--threads) must be at least 1, not {threads}.")
+    return {"threads": threads} | ({} if memory_budget is None else {"memory_budget": parse_size(memory_budget)})
+
+
+def _require_same_files(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raises VerificationFailed if the files in a folder are not those of its manifest."""
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
-    entries: dict[str, dict[str, Any]] = manifest["files"]
-    if names != set(entries):
+    recorded = set(manifest["files"])
+    if names != recorded:
         raise VerificationFailed(
-            f"{folder}: missing {few(sorted(set(entries) - names)) or 'nothing'}; "
-            f"not of this merge {few(sorted(names - set(entries))) or 'nothing'}."
+            f"{folder}: missing {few(sorted(recorded - names)) or 'nothing'}; "
+            f"not of this merge {few(sorted(names - recorded)) or 'nothing'}."
         )
-    for name, entry in entries.items():
+
+
+def _compare_checksums(folder: Path, manifest: dict[str, Any], threads: int, ranks: Ranks) -> None:
+    """Compares the checksums of this rank's share of the files, several files at a time."""
+    # As tasks, so that each rank gets about as many bytes.
+    entries = list(manifest["files"].items())
+    numbered = [Task(0, number, number + 1, max(1, int(entry["bytes"]))) for number, (_, entry) in enumerate(entries)]
+
+    def compare(task: Task) -> None:
+        name, entry = entries[task.begin]
         if checksum.of_file(folder / name, int(manifest["block_bytes"])) != entry["xxh3_128_of_blocks"]:
             raise VerificationFailed(f"{folder / name} is not what was written: its checksum differs.")
-    nbytes = sum(int(entry["bytes"]) for entry in entries.values())
+
+    def work(take: Callable[[], Iterator[Task]], is_stopped: Callable[[], bool]) -> None:
+        for task in take():
+            compare(task)
+
+    _on_threads(share(numbered, ranks.rank, ranks.world_size), threads, work, ranks)
+
+
+Work = Callable[[Callable[[], Iterator[Task]], Callable[[], bool]], None]
+"""The body of a thread: it takes tasks from the iterator of the first argument, and asks the second one if it ends."""
+
+
+def _on_threads(tasks: Sequence[Task], threads: int, work: Work, ranks: Ranks) -> None:
+    """Runs threads that share tasks. The first error stops all of them and is raised, and so is one of another rank."""
+    remaining, lock, stop = iter(tasks), threading.Lock(), threading.Event()
+    errors: list[BaseException] = []
+
+    def take() -> Iterator[Task]:
+        while not stop.is_set():
+            with lock:
+                task = next(remaining, None)
+            if task is None:
+                return
+            yield task
+
+    def run() -> None:
+        try:
+            work(take, stop.is_set)
+        except BaseException as error:
+            errors.append(error)
+            stop.set()
+
+    all_threads = [threading.Thread(target=run, name=f"verify-{n}") for n in range(min(threads, len(tasks)))]
     try:
-        recipe, window = _recorded(manifest)
-        plan = plan_windows([recipe], [window], frozenset(manifest["files"]))
-    except (WsmError, OSError) as error:
-        if full:
+        for thread in all_threads:
+            start_thread(thread)
+        for thread in all_threads:
+            while thread.is_alive():
+                thread.join(CHECK_INTERVAL_S)  # with a timeout, so that a signal is handled
+                ranks.check()
+    finally:
+        stop.set()
+        for thread in all_threads:
+            if thread.ident is not None:
+                thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _make_again(
+    folder: Path, manifest: dict[str, Any], full: bool, machine: dict[str, int], ranks: Ranks
+) -> tuple[int, str]:
+    """Makes parts of an output again, and compares them; the number of bytes, or why it cannot be done."""
+    windows: list[tuple[MergeRecipe, Window]] = []
+
+    def make() -> tuple[Plan | None, str]:
+        try:
+            recipe, window = _recorded(manifest, machine)
+            plan = plan_windows([recipe], [window], frozenset(manifest["files"]))
+        except (Interrupted, BudgetTooSmall):
+            raise
+        except (WsmError, OSError) as error:
+            if not full:
+                return None, f"checksums only; the sources cannot be read any more: {error}"
             raise VerificationFailed(
                 f"{folder}: all checksums match, but nothing can be merged again, because the sources cannot be read "
                 f"any more: {error} Verify without full (--full) to compare the checksums alone."
             ) from error
-        note = f"checksums only; the sources cannot be read any more: {error}"
-        return VerificationResult(len(names), nbytes, 0, note)
-    recomputed = _recompute(plan, folder, full)
+        windows.append((recipe, window))
+        return plan, ""
+
+    plan, note = ranks.share(make, PLAN_MODULES)  # rank 0 alone reads the metadata
+    recomputed = 0 if plan is None else _recompute(plan, folder, full, ranks)
     try:
-        require_one_save(window.layouts, recipe.allow)
+        for recipe, window in windows:
+            require_one_save(window.layouts, recipe.allow)
     except ForeignFiles as error:
         raise VerificationFailed(f"{folder} is what its sources give, but a source is in doubt. {error}") from error
-    return VerificationResult(len(names), nbytes, recomputed, "")
+    return recomputed, note
 
 
-def _recorded(manifest: dict[str, Any]) -> tuple[MergeRecipe, Window]:
+def _recorded(manifest: dict[str, Any], machine: dict[str, int]) -> tuple[MergeRecipe, Window]:
     """The recipe and the window that made an output, from its manifest; the sources are read."""
-    recipe = make_recipe(**manifest["recipe"])
+    recipe = make_recipe(**manifest["recipe"] | machine)
     return recipe, recorded_window(manifest["sources"], recipe)
 
 
 class _Comparison:
-    """A sink for workers that compares their bytes with the output's instead of writing them.
+    """A sink for the workers of all threads that compares their bytes with the output's instead of writing them.
 
     Attributes:
         nbytes: bytes that were compared.
     """
 
-    def __init__(self, plan: Plan, out: Path) -> None:
-        self.paths = [out / file.name for file in plan.files]
+    def __init__(self, plan: Plan, paths: Sequence[Path], files: OpenFiles) -> None:
+        self.paths, self.files, self.lock = paths, files, threading.Lock()
         # A worker does not know the CRC-32s of a zip: they are filled in when the file is complete.
         self.crc_offsets = [
             sorted(offset + byte for crc in file.crc_fields for offset in crc.crc_offsets for byte in range(CRC_BYTES))
@@ -119,9 +247,8 @@ class _Comparison:
 
     def write(self, number: int, offset: int, data: memoryview) -> None:
         """Raises VerificationFailed at the first byte that differs. CRC-32s are left to the checksums."""
-        with self.paths[number].open("rb") as file:
-            file.seek(offset)
-            actual = np.frombuffer(file.read(len(data)), np.uint8)
+        with self.files.use(File("output", number)) as (descriptor,):
+            actual = np.frombuffer(os.pread(descriptor, len(data), offset), np.uint8)
         expected = np.frombuffer(data, np.uint8)
         if len(actual) < len(expected):
             raise VerificationFailed(
@@ -135,42 +262,74 @@ class _Comparison:
             raise VerificationFailed(
                 f"{self.paths[number]}: byte {offset + differences[0]} is not what the sources make."
             )
-        self.nbytes += len(data)
+        with self.lock:
+            self.nbytes += len(data)
 
     def carry(self, number: int, offset: int, data: memoryview, source: int, source_offset: int) -> None:
         """Compares bytes that are copied from a source."""
         self.write(number, offset, data)
 
 
-def _recompute(plan: Plan, out: Path, full: bool) -> int:
-    """Compares the bytes that a plan gives with those in `out`; returns their number."""
-    comparison = _Comparison(plan, out)
-    for number, file in enumerate(plan.files):
-        if comparison.paths[number].stat().st_size != file.nbytes:
-            raise VerificationFailed(
-                f"{comparison.paths[number]}: the sources make {file.nbytes} bytes; have they changed?"
-            )
-        for segment in file.segments:
-            if isinstance(segment, LiteralSegment):
-                comparison.write(number, segment.offset, memoryview(segment.data))
-    workers = workers_for(plan, plan.memory_bytes, 1)
-    crcs = SourceCrcs(plan.inputs)
+def _recompute(plan: Plan, out: Path, full: bool, ranks: Ranks) -> int:
+    """Compares the bytes that this rank's share of a plan gives with those in `out`; returns their number."""
+    paths = [out / file.name for file in plan.files]
+    for path, file in zip(paths, plan.files, strict=True):
+        if path.stat().st_size != file.nbytes:
+            raise VerificationFailed(f"{path}: the sources make {file.nbytes} bytes; have they changed?")
+    workers = workers_for(plan, plan.memory_bytes, plan.threads)
     raise_limit()
-    with OpenFiles(partial(open_input, plan.inputs), most_open(1)) as files:
-        worker = Worker(
-            plan, Reader(plan.inputs, files), comparison, workers.slice_numel, set(plan.names), Timings(), crcs
-        )
-        for task in tasks_of(plan) if full else _sampled(plan):
-            worker.run(task)
+    threads = min(workers.threads, max(1, free_descriptors() // FEWEST_OPEN))
+
+    def open_file(file: File) -> int:
+        if file.use == "input":
+            return open_input(plan.inputs, file)
+        return os.open(paths[file.number], os.O_RDONLY | os.O_CLOEXEC)
+
+    with OpenFiles(open_file, most_open(threads)) as files:
+        comparison = _Comparison(plan, paths, files)
+        for number, file in enumerate(plan.files) if ranks.rank == 0 else ():
+            for segment in file.segments:
+                if isinstance(segment, LiteralSegment):
+                    comparison.write(number, segment.offset, memoryview(segment.data))
+        tasks = share(tasks_of(plan) if full else sampled(tasks_of(plan), SAMPLED_BYTES), ranks.rank, ranks.world_size)
+        reader, crcs, names = Reader(plan.inputs, files), SourceCrcs(plan.inputs), set(plan.names)
+
+        def work(take: Callable[[], Iterator[Task]], is_stopped: Callable[[], bool]) -> None:
+            worker = Worker(plan, reader, comparison, workers.slice_numel, names, Timings(), crcs)
+            for task in take():
+                worker.run(task, is_stopped)
+
+        _on_threads(tasks, threads, work, ranks)
     return comparison.nbytes
 
 
-def _sampled(plan: Plan) -> list[Task]:
-    """Some tasks of every stream, the same ones every time."""
-    samples, tasks = [], tasks_of(plan)
-    for number in range(len(plan.streams)):
-        stream_tasks = [task for task in tasks if task.stream == number]
-        count = min(len(stream_tasks), SAMPLED_TASKS_PER_FILE * max(1, len(plan.files)))
+def sampled(tasks: Sequence[Task], nbytes: int) -> list[Task]:
+    """Chooses tasks of every stream, always the same ones, with at most `nbytes` bytes together.
+
+    Each stream gets a share by its bytes, and at least one task, even if that is larger. Its tasks are cut into as many
+    equal rows as the share has room for, and one task of each row is taken: they are in the order of the output's
+    files, so the choice lies in as many files as possible.
+
+    Args:
+        tasks: of the whole plan.
+        nbytes: bytes that are read and written for the choice.
+    """
+    total = sum(task.nbytes for task in tasks)
+    if total <= nbytes:
+        return list(tasks)
+    chosen = []
+    for number, group in groupby(tasks, key=lambda task: task.stream):
+        members = list(group)
+        left = nbytes * sum(task.nbytes for task in members) // total
+        rows = max(1, len(members) * nbytes // total)
+        borders = [len(members) * row // rows for row in range(rows + 1)]
         # Seeded by the stream's number, so that a failure can be reproduced.
-        samples += random.Random(number).sample(stream_tasks, count)
-    return samples
+        rng = random.Random(number)
+        picked = [members[rng.randrange(begin, end)] for begin, end in pairwise(borders)]
+        kept: list[Task] = []
+        for task in rng.sample(picked, len(picked)):
+            if not kept or task.nbytes <= left:
+                kept.append(task)
+                left -= task.nbytes
+        chosen += sorted(kept, key=lambda task: task.begin)
+    return chosen

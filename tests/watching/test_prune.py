@@ -131,7 +131,7 @@ def test_nothing_is_touched_unless_told_to(run: PlayedRun, tmp_path: Path, capsy
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert shown[0] == ["checkpoint", "step", "size", "complete", "verdict"]
     assert [row[0::4][:2] for row in shown[1:4]] == [
-        ["global_step2", "yes"], ["global_step4", "yes"], ["global_step6", "yes"]
+        ["global_step2", "not"], ["global_step4", "not"], ["global_step6", "yes"]
     ]  # fmt: skip
     assert shown[1][-3:] == ["would", "be", "deleted"]
     assert " ".join(shown[4]).startswith("nothing was deleted; --delete would delete 2 of 3 checkpoints")

@@ -13,6 +13,8 @@ from wsm_ds.cli.options import (
     command,
     curve_options,
     json_option,
+    memory_options,
+    signals_interrupt,
     split,
     tag_option,
 )
@@ -70,6 +72,7 @@ def add_verify(commands: Any) -> None:
     verify = command(commands, "verify", _verify, "verify an output", VERIFY, VERIFY_EXAMPLES)
     verify.add_argument("out", type=Path, metavar="DIR", help="the folder of an output of merge, export or reshard")
     verify.add_argument("--full", action="store_true", help="merge everything again, not only samples")
+    memory_options(verify.add_argument_group("machine"))
     json_option(verify)
 
 
@@ -137,17 +140,30 @@ def _coefficients(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from wsm_ds.distributed.launcher import launched_ranks
     from wsm_ds.reporting.tables import counted
     from wsm_ds.sizes import format_size
     from wsm_ds.verification import verify
 
-    result = verify(options.out, full=options.full)
+    with signals_interrupt("nothing was changed."):
+        ranks = launched_ranks()
+        with ranks.together():
+            result = verify(
+                options.out,
+                full=options.full,
+                threads=options.threads,
+                memory_budget=options.memory_budget,
+                ranks=ranks,
+            )
+    if ranks.rank != 0:
+        return 0
     if options.json:
         print(json.dumps({"files": result.files, "bytes": result.nbytes, "recomputed_bytes": result.recomputed_bytes,
                           "note": result.note}, indent=2))  # fmt: skip
     else:
         print(f"{options.out}: {counted(result.files, 'file')}, {format_size(result.nbytes)}: all checksums match")
-        print(result.note or f"recomputed {format_size(result.recomputed_bytes)} from the sources: identical")
+        share = f" by rank 0 of {ranks.world_size}" if ranks.world_size > 1 else ""
+        print(result.note or f"recomputed {format_size(result.recomputed_bytes)} from the sources{share}: identical")
     return 0
 
 

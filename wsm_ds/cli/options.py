@@ -202,13 +202,18 @@ def form_options(parser: argparse.ArgumentParser) -> None:
 def machine_options(parser: argparse.ArgumentParser) -> None:
     """Adds memory, threads, --restart and --allow-global."""
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--memory-budget", metavar="SIZE", help="memory for all buffers of a process (default 512MiB)")
-    machine.add_argument("--threads", type=int, metavar="N", help="threads of a process (default: all cores)")
+    memory_options(machine)
     machine.add_argument(
         "--restart", action="store_true",
         help="remove the staging folder of another, unfinished merge to the same output (default: refuse)",
     )  # fmt: skip
     allow_global(machine)
+
+
+def memory_options(group: argparse._ActionsContainer) -> None:
+    """Adds --memory-budget and --threads."""
+    group.add_argument("--memory-budget", metavar="SIZE", help="memory for all buffers of a process (default 512MiB)")
+    group.add_argument("--threads", type=int, metavar="N", help="threads of a process (default: all cores)")
 
 
 def allow_global(group: argparse._ActionsContainer) -> None:

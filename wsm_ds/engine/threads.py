@@ -112,7 +112,7 @@ def _run_threads(queue: "_TaskQueue", count: int, check: Callable[[], None]) -> 
     all_threads = [*worker_threads, threading.Thread(target=queue.sync, name="sync")]
     try:
         for thread in all_threads:
-            _start(thread)
+            start_thread(thread)
         for thread in worker_threads:
             while thread.is_alive():
                 # With a timeout: the main thread runs signal handlers only between its own bytecodes.
@@ -125,7 +125,12 @@ def _run_threads(queue: "_TaskQueue", count: int, check: Callable[[], None]) -> 
                 thread.join()
 
 
-def _start(thread: threading.Thread) -> None:
+def start_thread(thread: threading.Thread) -> None:
+    """Starts a thread.
+
+    Raises:
+        InsufficientCapacity: the system starts no more threads.
+    """
     try:
         thread.start()
     except RuntimeError as error:  # CPython's `_threadmodule.c`: the system call has failed

@@ -8,6 +8,7 @@ holds the lock of OUT writes there. Everything in it may be deleted at any time:
 See `kept_objects` for why reading it is safe.
 """
 
+import errno
 import logging
 import os
 import stat
@@ -33,6 +34,8 @@ KEPT = ".wsm-watch.layouts"
 SUFFIX = ".layout"
 MODULES = (dtypes, archive, fragments, layout_module)
 """Where the classes of a layout are defined."""
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+"""What `stat` gives for a link to nothing, and for a file that is deleted now."""
 Key = tuple[str, str, tuple[str, ...]]
 """Path and tag of a checkpoint, and the globals that its files may name: what a layout depends on beside the files."""
 Fingerprint = tuple[tuple[str, int, int, int, int], ...]
@@ -47,15 +50,21 @@ def fingerprint(folder: Path) -> Fingerprint:
 
 
 def _states(folder: str | Path) -> Iterator[tuple[str, int, int, int, int]]:
-    with os.scandir(folder) as entries:
+    try:
+        listed = os.scandir(folder)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):  # who reads the files will say so
+        return
+    with listed as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 yield from _states(entry.path)
                 continue
             try:
                 status = entry.stat()
-            except FileNotFoundError:  # a link to nothing, or a file that is deleted now
-                continue
+            except OSError as error:
+                if error.errno in NO_FILE:
+                    continue
+                raise
             if stat.S_ISREG(status.st_mode):
                 yield entry.path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
@@ -96,7 +105,7 @@ class KeptLayouts:
 
         Raises:
             BrokenCheckpoint, UnsupportedLayout, UnsafePickle: see `read_layout`.
-            OSError: the folder cannot be listed.
+            OSError: the folder is gone, or the file system fails.
         """
         key = (str(checkpoint.path), checkpoint.tag, tuple(sorted(allowed_globals)))
         current = fingerprint(checkpoint.path)  # before the reading, so that a change meanwhile is seen the next time
@@ -106,6 +115,12 @@ class KeptLayouts:
             self._store(key, kept)
         self._kept[key] = kept
         return kept.layout
+
+    def read_and_forget(self, checkpoint: Checkpoint, allowed_globals: frozenset[str]) -> Layout:
+        """Like `read`, but nothing new stays in the memory: for a caller that needs each layout once."""
+        layout = self.read(checkpoint, allowed_globals)
+        self._kept.clear()
+        return layout
 
     def problem_of(self, layout: Layout) -> str | None:
         """Returns what shows that the files of a checkpoint are not of one save, as `one_save.problem_of` does.

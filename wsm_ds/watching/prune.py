@@ -1,5 +1,17 @@
 """Deletes the checkpoints that no window can need any more. If it is not sure, it keeps a checkpoint.
 
+Whether a checkpoint is complete is known only after all its metadata are read, so it is found out only where something
+depends on it. These are read:
+
+- from the newest one backwards, until the newest `keep_last` complete ones are found, those of `keep_window` and of
+  each window to come;
+- for each end point with a window that is not made yet, the checkpoint of the end point, and from there backwards,
+  until the members of the window are found.
+
+Of every other checkpoint, only its step is read (one file) and its files are listed with their sizes. It is older than
+the newest complete ones and in no window, so it can be deleted whether it is complete or not. What a watch has kept of
+a checkpoint (`kept_layouts`) counts as read, if none of its files has changed.
+
 RUN/.wsm-prune holds, for all prunes of a run,
 
     deleted.jsonl   one line per deleted checkpoint, so that no window takes an older checkpoint in its place
@@ -13,6 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +41,13 @@ from wsm_ds.publishing.staging_folder import unfinished_merges
 from wsm_ds.reporting.tables import table
 from wsm_ds.sizes import format_size
 from wsm_ds.watching.completeness import Checkpoints
+from wsm_ds.watching.kept_layouts import KEPT, Fingerprint, KeptLayouts, fingerprint
 from wsm_ds.watching.spec import WatchSpec, merged_outputs, require_run, source_steps
-from wsm_ds.watching.windows import needed_steps
+from wsm_ds.watching.windows import needed_steps, window_steps
 
 NEVER_SETTLES_S = float("inf")
+COMPLETE = {True: "yes", False: "no", None: "not read"}
+"""How the table says whether a checkpoint is complete."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +78,7 @@ class Verdict:
         step: its step; None if it is not known.
         folder: what is deleted: the checkpoint's folder, or the one that a framework wrote for this save.
         nbytes: bytes of all files in `folder`.
-        is_complete: see `completeness`.
+        is_complete: see `completeness`; None if nothing depends on it, so that it was not found out.
         kept_because: the reason; empty if it can be deleted.
     """
 
@@ -70,7 +86,7 @@ class Verdict:
     step: int | None
     folder: Path
     nbytes: int
-    is_complete: bool
+    is_complete: bool | None
     kept_because: str
 
     def to_json(self) -> dict[str, Any]:
@@ -86,6 +102,8 @@ class Verdict:
 
 def plan_prune(run: Path, retention: Retention, allowed_globals: frozenset[str] = frozenset()) -> tuple[Verdict, ...]:
     """Decides which checkpoints of a run can be deleted, oldest first. Deletes nothing.
+
+    It reads the metadata of those checkpoints only whose completeness decides something; the module says which.
 
     Always kept: the newest complete checkpoint and all newer ones, the one that `latest` names, the best model of HF
     Trainer, universal copies, links and what they name, checkpoints of unknown step, several checkpoints of one
@@ -104,11 +122,65 @@ def plan_prune(run: Path, retention: Retention, allowed_globals: frozenset[str] 
     """
     _require_prunable(run, retention)
     run = run.absolute()
-    checkpoints = Checkpoints(run, allowed_globals, NEVER_SETTLES_S)
+    kept = KeptLayouts(retention.specs[0].out / KEPT if retention.specs else None, is_written=False)
+    checkpoints = Checkpoints(run, allowed_globals, NEVER_SETTLES_S, kept.read_and_forget)
     checkpoints.look()
-    complete = {step for step in checkpoints.by_step if checkpoints.is_complete(step)}
-    reasons = _reasons(checkpoints, retention, complete)
-    return tuple(_verdict(dated, checkpoints, complete, reasons) for dated in checkpoints.dated)
+    found = _Found(checkpoints)
+    gone = [_gone(spec) for spec in retention.specs]
+    _find_what_decides(found, retention, gone)
+    reasons = _reasons(checkpoints, retention, found.complete, gone)
+    return tuple(_verdict(dated, checkpoints, found, reasons) for dated in checkpoints.dated)
+
+
+class _Found:
+    """Which checkpoints are complete, found out one by one.
+
+    Attributes:
+        known: by step, whether the checkpoint is complete, as far as that was asked.
+    """
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+        self.known: dict[int, bool] = {}
+        self._falling = sorted(checkpoints.by_step, reverse=True)
+
+    @property
+    def complete(self) -> set[int]:
+        """The steps of the checkpoints that are known to be complete."""
+        return {step for step, is_complete in self.known.items() if is_complete}
+
+    def is_complete(self, step: int) -> bool:
+        """Whether the checkpoint of a step is complete."""
+        if step not in self.known:
+            self.known[step] = self.checkpoints.is_complete(step)
+        return self.known[step]
+
+    def newest(self, count: int, until: int | None = None) -> list[int]:
+        """The newest `count` complete steps, falling; all older checkpoints stay unread.
+
+        Args:
+            count: how many.
+            until: the last step that counts; None: any.
+        """
+        candidates = (step for step in self._falling if until is None or step <= until)
+        return list(islice(filter(self.is_complete, candidates), count))
+
+
+def _find_what_decides(found: _Found, retention: Retention, gone: Sequence[set[int]]) -> None:
+    """Finds out whether the checkpoints are complete on which a verdict depends; `gone` is `_gone` of each spec."""
+    counts = [count for spec in retention.specs for count in spec.counts.values()]
+    newest = found.newest(max(1, retention.keep_last, retention.keep_window or 0, *counts))
+    steps = set(found.checkpoints.by_step)
+    for spec, gone_of_spec in zip(retention.specs, gone, strict=True):
+        line = sorted(steps | gone_of_spec)
+        for end in (step for step in steps if newest and step <= newest[0] and spec.ends.holds(step)):
+            counts = [
+                count
+                for name, count in spec.counts.items()
+                if window_steps(line, end, count) is not None and not spec.is_resolved(end, name)
+            ]
+            if counts and found.is_complete(end):
+                found.newest(max(counts), end)
 
 
 def _require_prunable(run: Path, retention: Retention) -> None:
@@ -124,7 +196,9 @@ def _require_prunable(run: Path, retention: Retention) -> None:
     find_checkpoints(run)  # raises CheckpointNotFound
 
 
-def _reasons(checkpoints: Checkpoints, retention: Retention, complete: set[int]) -> dict[int, str]:
+def _reasons(
+    checkpoints: Checkpoints, retention: Retention, complete: set[int], gone: Sequence[set[int]]
+) -> dict[int, str]:
     """Why each step is kept. If there are several reasons, the first one is given."""
     run, steps = checkpoints.run, set(checkpoints.by_step)
     newest = max(complete, default=-1)
@@ -146,8 +220,8 @@ def _reasons(checkpoints: Checkpoints, retention: Retention, complete: set[int])
     for reason, kept in steps_by_reason:
         for step in kept:
             reasons.setdefault(step, reason)
-    for spec in retention.specs:
-        for step, reason in _of_spec(spec, {step for step in steps if step <= newest}, complete).items():
+    for spec, gone_of_spec in zip(retention.specs, gone, strict=True):
+        for step, reason in _of_spec(spec, {step for step in steps if step <= newest}, complete, gone_of_spec).items():
             reasons.setdefault(step, reason)
     for step in _of_unfinished_merges(run, retention.folders):
         reasons.setdefault(step, "an unfinished merge needs it")
@@ -173,14 +247,19 @@ def _from(complete: Sequence[int], count: int, steps: set[int]) -> set[int]:
     return {step for step in steps if oldest and step >= oldest[0]} if count else set()
 
 
-def _of_spec(spec: WatchSpec, steps: set[int], complete: set[int]) -> dict[int, str]:
+def _gone(spec: WatchSpec) -> set[int]:
+    """Steps that were checkpoints of the run once, as prunes and finished merges have recorded. Some may exist."""
+    gone = deleted_steps(spec.run)
+    for end, name in merged_outputs(spec):
+        gone |= source_steps(spec.run, spec.output_folder(end, name))
+    return gone
+
+
+def _of_spec(spec: WatchSpec, steps: set[int], complete: set[int], gone: set[int]) -> dict[int, str]:
     """Steps that a watch's open windows need.
 
     A broken checkpoint may later be repaired or deleted. Its windows differ in the two cases, and both count.
     """
-    gone = deleted_steps(spec.run)
-    for end, name in merged_outputs(spec):
-        gone |= source_steps(spec.run, spec.output_folder(end, name))
     needed = partial(needed_steps, counts=spec.counts, ends=spec.ends, is_resolved=spec.is_resolved)
     return needed(steps & complete, gone - steps) | needed(steps, gone - steps)
 
@@ -191,19 +270,20 @@ def _of_unfinished_merges(run: Path, folders: Iterable[Path]) -> set[int]:
     return {int(source["step"]) for source in sources if Path(source["path"]).is_relative_to(run.resolve())}
 
 
-def _verdict(dated: Dated, checkpoints: Checkpoints, complete: set[int], reasons: dict[int, str]) -> Verdict:
+def _verdict(dated: Dated, checkpoints: Checkpoints, found: _Found, reasons: dict[int, str]) -> Verdict:
     checkpoint, step = dated.checkpoint, dated.step
     folder = _deleted_folder(checkpoints.run, checkpoint)
-    nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    files = fingerprint(folder)
     is_chosen = step is not None and checkpoints.by_step[step] is checkpoint
     reason = _kept_for_itself(folder, dated, checkpoints) or ("" if step is None else reasons.get(step, ""))
-    reason = reason or ("a merge reads it now" if _is_read(folder) else "")
-    return Verdict(checkpoint, step, folder, nbytes, is_chosen and step in complete, reason)
+    reason = reason or ("a merge reads it now" if _is_read(files) else "")
+    is_complete = found.known.get(step) if is_chosen and step is not None else False
+    return Verdict(checkpoint, step, folder, sum(nbytes for _, nbytes, *_ in files), is_complete, reason)
 
 
-def _is_read(folder: Path) -> bool:
+def _is_read(files: Fingerprint) -> bool:
     """Whether a merge on this machine, or on another one if the file system's locks are seen there, reads a file."""
-    return any(is_held(path) for path in folder.rglob("*.pt") if path.is_file())
+    return any(is_held(Path(name)) for name, *_ in files if name.endswith(".pt"))
 
 
 def _deleted_folder(run: Path, checkpoint: Checkpoint) -> Path:
@@ -304,7 +384,7 @@ def prune_report(verdicts: Sequence[Verdict], trash: Sequence[Path], *, is_delet
     fate = "deleted" if is_deleting else "would be deleted"
     rows = [
         [verdict.checkpoint.tag, "-" if verdict.step is None else str(verdict.step), format_size(verdict.nbytes),
-         "yes" if verdict.is_complete else "no", f"kept: {verdict.kept_because}" if verdict.kept_because else fate]
+         COMPLETE[verdict.is_complete], f"kept: {verdict.kept_because}" if verdict.kept_because else fate]
         for verdict in verdicts
     ]  # fmt: skip
     deletions = [verdict for verdict in verdicts if not verdict.kept_because]
