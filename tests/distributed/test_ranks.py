@@ -178,17 +178,19 @@ def test_what_a_launcher_has_not_set_is_named() -> None:
         launched_ranks({"WORLD_SIZE": "2", "RANK": "0"})
 
 
-def test_a_rank_that_plans_late_plans_the_same_merge(runs: Path, tmp_path: Path) -> None:
-    code = "from wsm_ds import merging; import os, sys, time; plan_merge = merging.plan_merge\n"
-    code += "def late(recipes): time.sleep(3 * int(os.environ['RANK'])); return plan_merge(recipes)\n"
-    code += "merging.plan_merge = late\n" + CLI
+def test_rank_0_alone_plans_and_no_rank_imports_torch(runs: Path, tmp_path: Path) -> None:
+    code = "from wsm_ds import merge_planning; import atexit, os, sys, time; plan_merge = merge_planning.plan_merge\n"
+    code += "def late(recipes, **options):\n    assert os.environ['RANK'] == '0'\n    time.sleep(3)\n"
+    code += "    return plan_merge(recipes, **options)\nmerge_planning.plan_merge = late\n"
+    code += "atexit.register(lambda: print('torch' if 'torch' in sys.modules else 'no torch'))\n" + CLI
     (tmp_path / "link").symlink_to(runs / "w2_s2_bf16")
     arguments = ["merge", str(tmp_path / "link"), "--last", "2,3", "--out", str(tmp_path / "out")]
     done = merged(code, 2, arguments)
     assert [code for code, _, _ in done] == [0, 0], done
+    assert [output.splitlines()[-1] for _, output, _ in done] == ["no torch", "no torch"]
 
 
-def test_ranks_that_planned_different_merges_stop(runs: Path, tmp_path: Path) -> None:
+def test_ranks_that_were_asked_for_different_merges_stop(runs: Path, tmp_path: Path) -> None:
     port, out = free_port(), str(tmp_path / "out")
     processes = [
         started(CLI, rank, 2, port, ["merge", str(runs / "w2_s2_bf16"), "--last", str(2 + rank), "--out", out])
@@ -196,20 +198,18 @@ def test_ranks_that_planned_different_merges_stop(runs: Path, tmp_path: Path) ->
     ]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
-    assert all("the ranks have planned different merges" in error for error in errors)
+    assert all("the ranks were asked for different merges" in error for error in errors)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_rank_that_cannot_plan_stops_the_others_at_once(runs: Path, tmp_path: Path) -> None:
+def test_what_keeps_rank_0_from_planning_reaches_the_others_at_once(runs: Path, tmp_path: Path) -> None:
     port, out = free_port(), str(tmp_path / "out")
-    processes = [
-        started(CLI, rank, 2, port, ["merge", str(runs / name), "--last", "2", "--out", out])
-        for rank, name in enumerate(("w2_s2_bf16", "no such run"))
-    ]
+    arguments = ["merge", str(runs / "no such run"), "--last", "2", "--out", out]
+    processes = [started(CLI, rank, 2, port, arguments) for rank in range(2)]
     errors = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
-    assert "rank 1 (" in errors[0]
-    assert "no such run" in errors[0]
+    assert "rank 0 (" in errors[1]
+    assert "no such run" in errors[1]
     assert not (tmp_path / "out").exists()
 
 
