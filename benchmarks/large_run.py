@@ -22,12 +22,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.counted import Started, Usage, counted
-from benchmarks.plan_material import Run
+from benchmarks.plan_material import Run, tags
 
 MANIFEST = "wsm_merge.json"
 MODULES = "import wsm_ds.cli, wsm_ds.merging, wsm_ds.verification, wsm_ds.engine.worker, wsm_ds.publishing.manifest"
 SLOW_MS = 1.0
-"""How long each call of the killed merge waits, so that it writes long enough to be killed."""
+"""How long each call on the oldest checkpoint waits in the killed merge, so that it writes long enough to be killed."""
 PATIENCE_S = 3600
 
 
@@ -56,9 +56,8 @@ def kill_while_it_writes(command: list[str], run: Path, out: Path, options: argp
     Raises:
         RuntimeError: it ended before.
     """
-    with Started(
-        command, f"{run}/*", folder=options.folder, delay_ms=SLOW_MS, open_files=options.open_files
-    ) as started:
+    slow = f"{run / tags(1)[0]}/*"
+    with Started(command, slow, folder=options.folder, delay_ms=SLOW_MS, open_files=options.open_files) as started:
         deadline = time.monotonic() + PATIENCE_S
         while not any(path.stat().st_size for path in out.parent.rglob("journal.*")):
             if started.process.poll() is not None or time.monotonic() > deadline:

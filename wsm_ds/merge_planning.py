@@ -1,5 +1,6 @@
 """From recipes to a plan: windows are chosen and read, and the origin of every byte of the outputs is found."""
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -30,7 +31,7 @@ from wsm_ds.planning.recipe import MergeRecipe
 from wsm_ds.planning.recipe_options import RecipeOptions
 from wsm_ds.planning.streams import ElementRequest, SourceTables, carry_streams, element_streams, source_tables
 from wsm_ds.planning.window import ReadLayout, Window, recorded_window, select_window, union_of
-from wsm_ds.publishing.identity import is_of_run, is_same_merge, is_same_recipe
+from wsm_ds.publishing.identity import is_of_run, is_same_merge, is_same_recipe, stated
 from wsm_ds.publishing.manifest import description, read_manifest
 from wsm_ds.publishing.staging_folder import discard, unfinished_merge
 from wsm_ds.schedules.coefficients import effective_sample_size, lag
@@ -95,8 +96,13 @@ def shared_plan(recipes: Sequence[MergeRecipe], ranks: Ranks, on_files: OnFiles 
 
     Raises:
         WsmError: on rank 0, see `plan_merge`.
+        RecipeError: rank 0 has other recipes.
         PeerFailed: on the other ranks, the same error; or rank 0 is gone.
     """
+    asked = [
+        {**stated(recipe.model_dump(mode="json")), "run": str(recipe.run), "out": str(recipe.out)} for recipe in recipes
+    ]
+    ranks.agree("recipes", json.dumps(asked, sort_keys=True))
     plan: Plan = ranks.share(lambda: plan_merge(recipes, on_files=on_files), PLAN_MODULES)
     return plan
 

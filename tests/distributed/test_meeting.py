@@ -320,10 +320,11 @@ def test_a_wrong_variable_of_a_launcher_is_named_with_its_value(
 
 def test_the_variables_of_launchers_are_understood() -> None:
     words = "RANK=1, WORLD_SIZE=2, MASTER_ADDR=host, MASTER_PORT=29500"
-    assert read_launch(LAUNCHED) == Launch(1, 2, "host", 29500, False, False, words)
+    name = "MASTER_PORT={} TORCHELASTIC_RUN_ID={} TORCHELASTIC_RESTART_COUNT="
+    assert read_launch(LAUNCHED) == Launch(1, 2, "host", 29500, False, False, words, name.format(29500, ""))
     elastic = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    assert read_launch(LAUNCHED | elastic) == Launch(1, 2, "host", 29500, True, True, words)
+    assert read_launch(LAUNCHED | elastic) == Launch(1, 2, "host", 29500, True, True, words, name.format(29500, "none"))
     step = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "MASTER_ADDR": "host", "SLURM_JOB_ID": "7"}
     shown = "SLURM_PROCID=3, SLURM_STEP_NUM_TASKS=4, MASTER_ADDR=host, MASTER_PORT=20679"
-    assert read_launch(step) == Launch(3, 4, "host", 20679, False, True, shown)
+    assert read_launch(step) == Launch(3, 4, "host", 20679, False, True, shown, name.format(20679, ""))
     assert read_launch(step | {"WORLD_SIZE": "1"}) is None

@@ -1,6 +1,6 @@
 """Finds the ranks that torchrun, deepspeed or srun have started, or a single process.
 
-torch is imported only where there are several processes.
+torch is imported only inside a training job, which has imported it before.
 """
 
 import itertools
@@ -10,14 +10,15 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from wsm_ds.distributed.meeting import Patience, connected_store, roll_call
+from wsm_ds.distributed.meeting import HIGHEST_PORT, Patience, connected_store, roll_call
 from wsm_ds.distributed.parent import STARTER
 from wsm_ds.distributed.ranks import Ranks, StoreRanks
 from wsm_ds.errors import RecipeError, brief
 
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ALONE = "To run this process alone, set WORLD_SIZE=1 for it (`WORLD_SIZE=1 wsm-ds …`)."
-HIGHEST_PORT = (1 << 16) - 1
+NAMING = ("MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+"""Variables that are the same for all ranks of a launch."""
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """Variables of launchers that are the parent of their ranks and live as long: torchrun (torch's
 `elastic/agent/server/local_elastic_agent.py`), deepspeed (`launcher/launch.py`), Open MPI, and MPICH. Slurm's step
@@ -37,6 +38,7 @@ class Launch:
         has_outer_store: whether the launcher runs the store's server; else rank 0 does.
         has_lasting_parent: whether the parent of this process is the launcher, which lives as long as its ranks.
         variables: what the launcher has set, for messages.
+        name: the same for all ranks of a launch, and another one for other launches, as far as variables tell.
     """
 
     rank: int
@@ -46,6 +48,7 @@ class Launch:
     has_outer_store: bool
     has_lasting_parent: bool
     variables: str
+    name: str
 
 
 def launched_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
@@ -66,7 +69,14 @@ def launched_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
     parent = STARTER if launch.has_lasting_parent else None
     about = f"This process counts as one of several ranks because of {launch.variables}. {ALONE}"
     patience = Patience(f"rank {launch.rank} of {launch.world_size}", about, parent)
-    store = connected_store(launch.host, launch.port, launch.rank == 0 and not launch.has_outer_store, patience)
+    store = connected_store(
+        launch.host,
+        launch.port,
+        launch.name,
+        patience,
+        serves=launch.rank == 0,
+        is_port_taken=launch.has_outer_store,
+    )
     members = roll_call(store, launch.rank, launch.world_size, patience)
     return StoreRanks(members, launch.rank, launch.world_size, parent=parent)
 
@@ -104,6 +114,7 @@ def read_launch(environment: Mapping[str, str]) -> Launch | None:
         has_outer_store=variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         has_lasting_parent=is_step or any(name in variables for name in LAUNCHERS),
         variables=", ".join(f"{name}={variables[name]}" for name in names),
+        name=" ".join(f"{name}={variables.get(name, '')}" for name in NAMING),
     )
 
 

@@ -7,7 +7,6 @@ call and names one process per rank, the members. Any other process is refused. 
 exchange lies in the store under the nonce, where no earlier operation has left anything.
 """
 
-import datetime
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ import uuid
 from typing import Any
 
 from wsm_ds.distributed.parent import Parent
+from wsm_ds.distributed.store import NoStore, PrefixStore, Store, StoreServer
 from wsm_ds.errors import PeerFailed, RecipeError, WsmError, few
 
 log = logging.getLogger(__name__)
@@ -26,10 +26,12 @@ JOIN_S = 120.0
 NOTICE_S, NOTICE_AGAIN_S = 2.5, 30.0
 """Seconds after which a rank says for the first time for whom it waits, and how often it says so again."""
 SKEW_S = 1.0
-"""Seconds of waiting about which a rank says nothing: ranks import torch at different speeds."""
+"""Seconds of waiting about which a rank says nothing: processes start at different speeds."""
 TAKEN_S = 40.0
 """Seconds that a rank waits for another call, when rank 0 has begun with another process in its place."""
 CONNECT_S = 1.5
+PORTS = 16
+HIGHEST_PORT = (1 << 16) - 1
 POLL_S = 0.05
 OPERATION_S = 120.0
 """Most seconds that the store may take for one answer."""
@@ -72,51 +74,61 @@ class Patience:
         time.sleep(POLL_S)
 
 
-def connected_store(host: str, port: int, is_server: bool, patience: Patience) -> Any:
+def connected_store(
+    host: str, port: int, launch: str, patience: Patience, *, serves: bool, is_port_taken: bool
+) -> Store:
     """A connection to the store where the ranks meet.
 
-    Args:
-        host: of the store.
-        port: of the store.
-        is_server: whether this process runs the store's server.
-        patience: how long to wait for a server that does not listen yet.
+    A launcher with a store of its own (torchrun) has taken the port where ranks usually meet. Then rank 0, which runs
+    on the same host (`RendezvousStoreInfo.build`, `torch/distributed/elastic/rendezvous/api.py`), takes one of the next
+    PORTS ports, and the others look for it there.
 
-    Returns:
-        A torch.distributed.TCPStore.
+    Args:
+        host: of rank 0.
+        port: the launcher's.
+        launch: names the launch, so that another store is not taken for that of rank 0.
+        patience: how long to wait for a server that does not listen yet.
+        serves: whether this process is rank 0, which runs the server.
+        is_port_taken: whether the launcher has a server of its own at `port`.
 
     Raises:
         RecipeError: the port is in use.
-        PeerFailed: nothing listens there, or something else than a store.
+        PeerFailed: nothing listens there, or something else than the store of rank 0.
     """
-    # A plain connection first: torch's own attempts cannot be interrupted, and log each failure.
-    while not is_server and (failure := _failure_to_connect(host, port)):
-        patience.wait(f"rank 0, because nothing answers at {host}:{port} ({failure})")
-    from torch.distributed import TCPStore
-
-    try:
-        store = TCPStore(
-            host, port, is_master=is_server, wait_for_workers=False, timeout=datetime.timedelta(seconds=OPERATION_S)
-        )
-    except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        if is_server:
-            raise RecipeError(
-                f"rank 0 cannot listen at {host}:{port} (MASTER_ADDR, MASTER_PORT): {reason} A training run, or an "
-                f"earlier start of this command, may use the port. {patience.about}"
-            ) from error
-        raise PeerFailed(f"what answers at {host}:{port} is not the store of rank 0: {reason}", 3) from error
-    return store
+    first = port if not is_port_taken else port + 1 if port + PORTS <= HIGHEST_PORT else port - PORTS
+    ports = range(first, first + PORTS if is_port_taken else first + 1)
+    if serves:
+        port = _serve(host, ports, launch, patience)
+        return Store("localhost", port, launch, CONNECT_S, OPERATION_S)
+    while True:
+        failure = ""
+        for number in ports:
+            try:
+                return Store(host, number, launch, CONNECT_S, OPERATION_S)
+            except NoStore as error:
+                if not is_port_taken:
+                    raise PeerFailed(str(error), 3) from error
+            except OSError as error:
+                failure = failure or f"nothing answers at {host}:{number} ({error})"
+        patience.wait(f"rank 0, because {failure or f'no store of this launch is at {host}:{ports.start} and behind'}")
 
 
-def _failure_to_connect(host: str, port: int) -> str:
-    try:
-        socket.create_connection((host, port), CONNECT_S).close()
-    except OSError as error:
-        return str(error)
-    return ""
+def _serve(host: str, ports: range, launch: str, patience: Patience) -> int:
+    """Starts the server at the first free port, and returns the port."""
+    reason: OSError | None = None
+    for number in ports:
+        try:
+            StoreServer(number, launch)
+            return number
+        except OSError as error:
+            reason = error
+    raise RecipeError(
+        f"rank 0 cannot listen at {host}:{ports.start} (MASTER_ADDR, MASTER_PORT): {reason}. A training run, or an "
+        f"earlier start of this command, may use the port. {patience.about}"
+    ) from reason
 
 
-def roll_call(store: Any, rank: int, world_size: int, patience: Patience) -> Any:
+def roll_call(store: Any, rank: int, world_size: int, patience: Patience) -> PrefixStore:
     """Finds one process for each rank, and a part of the store that these processes alone use.
 
     Ranks: all.
@@ -128,13 +140,11 @@ def roll_call(store: Any, rank: int, world_size: int, patience: Patience) -> Any
         patience: how long to wait for the others.
 
     Returns:
-        A torch.distributed.PrefixStore of `store`.
+        A part of `store`.
 
     Raises:
         PeerFailed: ranks are missing, or another process takes part as this rank. The message names them.
     """
-    from torch.distributed import PrefixStore
-
     me = f"process {os.getpid()} on {socket.gethostname()}"
     own = [me, uuid.uuid4().hex]  # unique: a process of an earlier start may have had the same number
     try:

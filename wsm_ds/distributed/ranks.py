@@ -1,7 +1,7 @@
 """Several processes on one operation: barriers, decisions of rank 0, and errors that reach every rank.
 
-The ranks exchange short texts at torch's TCPStore; tensors and checkpoints go through the shared file system. A merge
-and a training job use the same protocol, `Ranks`.
+The ranks exchange texts at a store, see `store`; tensors and checkpoints go through the shared file system. A merge and
+a training job use the same protocol, `Ranks`.
 """
 
 import base64
@@ -100,7 +100,14 @@ class Ranks:
         return make()
 
     def tell(self, text: str) -> None:
-        """Rank 0: says how far it is with what `share` makes. The other ranks write it to their logs."""
+        """Rank 0: says how far it is with what `share` makes. The other ranks write it to their logs.
+
+        Args:
+            text: a line.
+
+        Raises:
+            PeerFailed: another rank failed, or no longer answers.
+        """
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -112,7 +119,7 @@ class StoreRanks(Ranks):
     """One of several processes that meet at a store. An object serves one operation, such as one merge.
 
     Args:
-        store: torch's TCPStore, or a PrefixStore of it that this operation alone uses.
+        store: a `store.PrefixStore`, or torch's, that this operation alone uses.
         rank: of this process.
         world_size: number of processes.
         timeout_s: seconds that `decide` waits for rank 0.
@@ -173,7 +180,7 @@ class StoreRanks(Ranks):
         if self.rank == 0:
             self._ask(self.store.set, key, value)
         if self._wait_for(key) != value:
-            raise RecipeError(f"the ranks have planned different merges ({name}); start the merge again.")
+            raise RecipeError(f"the ranks were asked for different merges ({name}); start the merge again.")
 
     @override
     def decide(self, decision: Callable[[], Any]) -> Any:
@@ -206,6 +213,7 @@ class StoreRanks(Ranks):
 
     @override
     def tell(self, text: str) -> None:
+        self.check()
         if self.rank == 0:
             self._ask(self.store.set, "wsm/told", text)
 

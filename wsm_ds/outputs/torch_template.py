@@ -1,7 +1,8 @@
 """A torch file with a changed object tree: the template of its bytes, and the file as a reader will see it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ from wsm_ds.layouts import Layout
 from wsm_ds.planning.plan import CopySegment, CrcField, InputNumber, LiteralSegment, Segment, Template, ZeroSegment
 from wsm_ds.torchfile import Archive, Record, TorchFile, archive_of, record_of
 from wsm_ds.torchfile.repickle import repickle
-from wsm_ds.torchfile.unpickle import Storage, unpickle
-from wsm_ds.torchfile.zip_format import ZipFrame, frame
+from wsm_ds.torchfile.unpickle import unpickle
+from wsm_ds.torchfile.zip_format import PlacedRecord, ZipFrame, frame
 
 
 @dataclass(frozen=True)
@@ -48,69 +49,109 @@ class TorchTemplate:
     new_offsets: dict[int, int]
 
 
-def make_torch_template(
-    name: str, tree: Any, original: Archive, inputs: Inputs, allowed_globals: frozenset[str]
-) -> TorchTemplate:
-    """Writes an object tree as a torch file: pickled anew, in a new zip frame.
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where the records of a content lie in files whose names are equally long.
+
+    Attributes:
+        frame: the zip.
+        archive: its records, in a file of one of the names.
+        crc_fields: checksums to fill in.
+        memo: see `once_per_form`.
+    """
+
+    frame: ZipFrame
+    archive: Archive
+    crc_fields: tuple[CrcField, ...]
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+
+class TorchContent:
+    """An object tree, pickled anew. Torch files that are alike in all but their names and elements are made from it.
 
     Storages that lie in a file are copied from it. Storages that lie in no file (`placeholders.placeholder`) become
     zeros, which streams fill.
 
     Args:
-        name: name of the file.
         tree: the object tree, of inert stand-ins as `torchfile.unpickle` makes them.
-        original: the file whose small records (version, byte order) the new one gets.
+        original: the file whose small records (version, byte order) the new ones get.
         inputs: every file that storages of `tree` lie in, and `original`.
         allowed_globals: see `unpickle`.
     """
-    data, storages = repickle(tree)
-    contents = _record_contents(data, storages, original, inputs)
-    zip_frame = frame(Path(name).stem, {record: segment.nbytes for record, segment in contents.items()})
-    records = [Record(r.name, r.offset, r.nbytes, 0, r.crc_offsets) for r in zip_frame.records]
-    archive = archive_of(Path(name), zip_frame.nbytes, records)
-    # Unpickled from the new bytes, so that the layouts read what DeepSpeed will read.
-    file = TorchFile(archive, unpickle(archive, data, allowed_globals))
-    crc_fields = tuple(CrcField(record.offset, record.nbytes, record.crc_offsets) for record in zip_frame.records)
-    template = Template(name, zip_frame.nbytes, _segments(zip_frame, contents), crc_fields)
-    return TorchTemplate(template, file, _new_offsets(zip_frame, contents, inputs.numbers[str(original.path)]))
+
+    def __init__(self, tree: Any, original: Archive, inputs: Inputs, allowed_globals: frozenset[str]) -> None:
+        self.original, self.inputs, self.allowed_globals = original, inputs, allowed_globals
+        self.data, storages = repickle(tree)
+        self.storages = {f"data/{key}": storage for key, storage in storages.items()}
+        # torch checks the records `version` and `byteorder` when it loads (`torch/serialization.py`).
+        names = (name for name in original.directory.names if name != "data.pkl" and not name.startswith("data/"))
+        self.small_records = {name: original.records[name] for name in names}
+        self.places: dict[int, _Place] = {}
+
+    @cached_property
+    def tree(self) -> Any:
+        """The tree, unpickled from the new bytes, so that the layouts read what DeepSpeed will read."""
+        return unpickle(next(iter(self.places.values())).archive, self.data, self.allowed_globals)
+
+    def template(self, name: str, source: Path | None = None) -> TorchTemplate:
+        """Makes a file.
+
+        Args:
+            name: name of the file.
+            source: the file that all storages are copied from; None: each from the file that it names.
+
+        Raises:
+            BrokenCheckpoint: a file lacks a storage.
+        """
+        root = Path(name).stem
+        place = self._place(name, root)
+        segments: list[Segment] = [LiteralSegment(*literal) for literal in place.frame.with_root(root)]
+        contents = (self._content(record, source) for record in place.frame.records)
+        segments = sorted((s for s in (*segments, *contents) if s.nbytes), key=lambda segment: segment.offset)
+        template = Template(name, place.frame.nbytes, segments, place.crc_fields)
+        file = TorchFile(replace(place.archive, path=Path(name)), self.tree, place.memo)
+        return TorchTemplate(template, file, _new_offsets(segments, self.inputs.numbers[str(self.original.path)]))
+
+    def _place(self, name: str, root: str) -> _Place:
+        """Where the records lie: it depends on the length of the root folder's name alone."""
+        length = len(root.encode())
+        if length not in self.places:
+            sizes = {"data.pkl": len(self.data), **{key: storage.nbytes for key, storage in self.storages.items()}}
+            sizes |= {record.name: record.nbytes for record in self.small_records.values()}
+            zip_frame = frame(root, sizes)
+            records = [Record(r.name, r.offset, r.nbytes, 0, r.crc_offsets) for r in zip_frame.records]
+            crc_fields = tuple(CrcField(r.offset, r.nbytes, r.crc_offsets) for r in zip_frame.records)
+            self.places[length] = _Place(zip_frame, archive_of(Path(name), zip_frame.nbytes, records), crc_fields)
+        return self.places[length]
+
+    def _content(self, placed: PlacedRecord, source: Path | None) -> Segment:
+        """What a record of the new file holds."""
+        if placed.name == "data.pkl":
+            return LiteralSegment(placed.offset, self.data)
+        storage = self.storages.get(placed.name)
+        if storage is not None and not storage.file:
+            return ZeroSegment(placed.offset, placed.nbytes)
+        # Files that are alike share a tree, whose storages name one of them.
+        path = str(self.original.path if storage is None else source or storage.file)
+        record = self.small_records[placed.name] if storage is None else record_of(self.inputs.archives[path], storage)
+        return CopySegment(placed.offset, record.nbytes, self.inputs.numbers[path], record.offset)
 
 
-def _record_contents(
-    data: bytes, storages: Mapping[str, Storage], original: Archive, inputs: Inputs
-) -> dict[str, Segment]:
-    """The content of each record of the new file, by name. Offsets in the new file are not known yet: they are 0."""
-    contents: dict[str, Segment] = {"data.pkl": LiteralSegment(0, data)}
-    for key, storage in storages.items():
-        if not storage.file:
-            contents[f"data/{key}"] = ZeroSegment(0, storage.nbytes)
-            continue
-        record = record_of(inputs.archives[storage.file], storage)
-        contents[f"data/{key}"] = CopySegment(0, record.nbytes, inputs.numbers[storage.file], record.offset)
-    # torch checks the records `version` and `byteorder` when it loads (`torch/serialization.py`).
-    for name, record in original.records.items():
-        if name != "data.pkl" and not name.startswith("data/"):
-            contents[name] = CopySegment(0, record.nbytes, inputs.numbers[str(original.path)], record.offset)
-    return contents
+def make_torch_template(
+    name: str, tree: Any, original: Archive, inputs: Inputs, allowed_globals: frozenset[str]
+) -> TorchTemplate:
+    """Writes an object tree as a torch file: pickled anew, in a new zip frame.
+
+    Args:
+        name: name of the file.
+        tree: see `TorchContent`.
+        original: see `TorchContent`.
+        inputs: see `TorchContent`.
+        allowed_globals: see `unpickle`.
+    """
+    return TorchContent(tree, original, inputs, allowed_globals).template(name)
 
 
-def _segments(zip_frame: ZipFrame, contents: Mapping[str, Segment]) -> list[Segment]:
-    """All bytes of the file, in order: the zip frame and the records."""
-    segments: list[Segment] = [LiteralSegment(offset, literal) for offset, literal in zip_frame.literals]
-    for record in zip_frame.records:
-        content = contents[record.name]
-        if isinstance(content, LiteralSegment):
-            segments.append(LiteralSegment(record.offset, content.data))
-        elif isinstance(content, ZeroSegment):
-            segments.append(ZeroSegment(record.offset, record.nbytes))
-        else:
-            segments.append(CopySegment(record.offset, record.nbytes, content.source, content.source_offset))
-    return sorted((segment for segment in segments if segment.nbytes), key=lambda segment: segment.offset)
-
-
-def _new_offsets(zip_frame: ZipFrame, contents: Mapping[str, Segment], original: InputNumber) -> dict[int, int]:
-    copies = [(record.offset, contents[record.name]) for record in zip_frame.records]
-    return {
-        content.source_offset: offset
-        for offset, content in copies
-        if isinstance(content, CopySegment) and content.source == original
-    }
+def _new_offsets(segments: Iterable[Segment], original: InputNumber) -> dict[int, int]:
+    copies = (segment for segment in segments if isinstance(segment, CopySegment))
+    return {segment.source_offset: segment.offset for segment in copies if segment.source == original}

@@ -17,7 +17,7 @@ from wsm_ds.outputs.resharding.groups import (
     subgroups,
 )
 from wsm_ds.planning.names import without_wrappers
-from wsm_ds.torchfile import TorchFile, open_own_tree
+from wsm_ds.torchfile import TorchFile, open_own_tree, open_torch_files
 
 RANK = re.compile(r"zero_pp_rank_(\d+)_")
 KEEP_FORM = "Merge it without --stage, --world-size, --sub-group-size, --like and --format universal."
@@ -57,7 +57,7 @@ class Origin:
         layout: the checkpoint.
         form: its form.
         groups: the optimizer's parameter groups.
-        models: model files, by data-parallel rank.
+        models: model files, by data-parallel rank. Those that are alike share a tree.
         optimizers: every rank's optimizer file; none of a universal checkpoint.
         optimizer: rank 0's optimizer file, or a universal checkpoint's `optimizer_state.pt`.
         state: the state of the optimizer wrapper in it: loss scale, base optimizer and the like.
@@ -100,10 +100,12 @@ def open_origin(layout: Layout, allowed_globals: frozenset[str]) -> Origin:
     if layout.stage == 0 or other_files:
         reason = f"it holds {other_files[0]}" if other_files else "it is stage 0"
         raise UnsupportedLayout(f"{layout.path} is not written in another form: {reason}. {KEEP_FORM}")
-    files = [open_own_tree(archive.path, allowed_globals) for archive in layout.archives]
-    model_files = [file for file in files if file.path.name.endswith("model_states.pt")]
-    models = {_rank(file): with_parameter_names(file) for file in model_files}
+    files = list(open_torch_files((archive.path for archive in layout.archives), allowed_globals))
+    models = {_rank(file): file for file in files if file.path.name.endswith("model_states.pt")}
     optims = {_rank(file): file for file in files if file.path.name.endswith("optim_states.pt")}
+    # Storages of rank 0's trees are copied into many files, so they must know where they lie.
+    models[0], optims[0] = (open_own_tree(files_of_kind[0].path, allowed_globals) for files_of_kind in (models, optims))
+    models = {rank: with_parameter_names(file) for rank, file in models.items()}
     states = [optims[rank].tree["optimizer_state_dict"] for rank in sorted(optims)]
     if isinstance(states[0].get("base_optimizer_state"), list):
         raise UnsupportedLayout(f"{layout.path} is not written in another form: it is elastic. {KEEP_FORM}")
@@ -181,9 +183,9 @@ def _require_known_order(origin: Origin) -> None:
 
 def _slices_are_in_order(origin: Origin) -> bool:
     """Whether `param_slice_mappings` name parameters in the optimizer's order, as DeepSpeed writes them."""
+    positions_by_group = [{name: index for index, name in enumerate(group.names)} for group in origin.groups]
     for names_by_group in origin.slice_names:
-        for group, names in zip(origin.groups, names_by_group, strict=True):
-            positions = {name: index for index, name in enumerate(group.names)}
+        for positions, names in zip(positions_by_group, names_by_group, strict=True):
             order = [positions.get(name, -1) for name in names]
             if order != sorted(order) or -1 in order:
                 return False

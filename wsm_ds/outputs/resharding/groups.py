@@ -8,7 +8,7 @@ from wsm_ds.dtypes import DType
 from wsm_ds.errors import BrokenCheckpoint, few
 from wsm_ds.layouts.optimizer_states import unnested
 from wsm_ds.layouts.universal import open_parameters, whole
-from wsm_ds.torchfile import Tensor, TorchFile
+from wsm_ds.torchfile import Tensor, TorchFile, open_own_tree
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,9 @@ def read_universal_groups(
                 f"{optimizer_state.path}: param_groups.{number} holds no parameter that {model.path.name} names."
             )
         kinds = open_parameters(path, [*names[:1]], allowed_globals)[names[0]]
-        tensors = {kind: tensor for kind, file in kinds.items() if (tensor := whole(file.tree)) is not None}
+        # Its counters are copied, so their storages must know where they lie.
+        trees = {kind: open_own_tree(file.path, allowed_globals).tree for kind, file in kinds.items()}
+        tensors = {kind: tensor for kind, tree in trees.items() if (tensor := whole(tree)) is not None}
         master, step = tensors.pop("fp32"), tensors.pop("step", counters.get("step"))
         states = tensors | ({} if step is None else {"step": step})
         dtypes = {name: tensor.dtype for name, tensor in tensors.items()}

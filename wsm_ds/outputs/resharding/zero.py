@@ -1,6 +1,7 @@
 """All files of a ZeRO checkpoint in another form, as templates."""
 
 from collections.abc import Mapping
+from functools import partial
 
 from wsm_ds.layouts import zero3, zero12
 from wsm_ds.layouts.layout import Table, TableBuilder
@@ -9,7 +10,7 @@ from wsm_ds.layouts.saved_names import with_parameter_names
 from wsm_ds.outputs.resharding.form import Form, Origin
 from wsm_ds.outputs.resharding.model_file import model_tree, require_places
 from wsm_ds.outputs.resharding.optimizer_file import optimizer_tree
-from wsm_ds.outputs.torch_template import TorchTemplate, inputs_of, make_torch_template
+from wsm_ds.outputs.torch_template import TorchContent, TorchTemplate, inputs_of
 from wsm_ds.planning.plan import InputNumber, Template
 
 
@@ -34,17 +35,26 @@ def zero_templates(
     require_places(origin, form)
     inputs = inputs_of(origin.layout, first_input)
     ranks = range(form.world_size)
+    content = partial(TorchContent, inputs=inputs, allowed_globals=allowed_globals)
+    contents: dict[tuple[str, int, bool], TorchContent] = {}
     models: dict[int, TorchTemplate] = {}
     optims: dict[int, TorchTemplate] = {}
     prefix = "bf16_" if origin.has_bf16_enabled else ""
     for rank in ranks if form.stage == 3 else (0,):
         name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if form.stage == 3 else "mp_rank_00_model_states.pt"
-        tree, original = model_tree(origin, form, rank), origin.models[0].archive
-        models[rank] = make_torch_template(name, tree, original, inputs, allowed_globals)
+        model = origin.models.get(rank, origin.models[0])
+        # Model files that are alike differ in their elements alone; only rank 0's names the tied weights.
+        key = "model", id(model.memo), rank == 0
+        if key not in contents:
+            contents[key] = content(model_tree(origin, form, rank), origin.models[0].archive)
+        models[rank] = contents[key].template(name, model.path)
     for rank in ranks:
         name = f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        tree, original = optimizer_tree(origin, form, rank, keeps_states), origin.optimizer.archive
-        optims[rank] = make_torch_template(name, tree, original, inputs, allowed_globals)
+        key = "optimizer", 0 if form.stage == 3 else rank, False
+        if key not in contents:
+            tree = optimizer_tree(origin, form, rank, keeps_states)
+            contents[key] = content(tree, origin.optimizer.archive)
+        optims[rank] = contents[key].template(name)
     templates = [*models.values(), *optims.values()]
     layout = origin.layout
     files = RankFiles(
