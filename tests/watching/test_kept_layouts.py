@@ -139,6 +139,30 @@ def test_what_no_window_needs_is_forgotten(run: PlayedRun, tmp_path: Path, count
     assert set(counts.read.values()) == {1}
 
 
+def test_a_watch_that_begins_late_keeps_no_more_than_its_windows_need(
+    run: PlayedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+    read = KeptLayouts.read
+
+    def counting(self: KeptLayouts, checkpoint: Checkpoint, allowed: frozenset[str]) -> Layout:
+        layout = read(self, checkpoint, allowed)
+        kept.append(len(self._kept))
+        return layout
+
+    monkeypatch.setattr(KeptLayouts, "read", counting)
+    assert len(named("merged", once(spec_for(run.save(2, 4, 6), tmp_path / "out", last=1)))) == 3
+    assert set(kept) == {1}
+
+
+def test_what_cannot_be_deleted_stays(run: PlayedRun, tmp_path: Path) -> None:
+    layouts = KeptLayouts(tmp_path / KEPT)
+    layouts.read(checkpoint_of(run.save(2), 2), NONE)
+    (tmp_path / KEPT / "a folder").mkdir()
+    layouts.forget_all_but([])
+    assert (tmp_path / KEPT / "a folder").is_dir()
+
+
 def test_a_reader_that_does_not_write_leaves_the_folder_alone(run: PlayedRun, tmp_path: Path) -> None:
     checkpoint = checkpoint_of(run.save(2), 2)
     layouts = KeptLayouts(tmp_path / KEPT, is_written=False)

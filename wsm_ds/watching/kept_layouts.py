@@ -148,9 +148,13 @@ class KeptLayouts:
         if self.folder is None or not self.is_written or not self.folder.is_dir():
             return
         begins = tuple(map(_begin_of_name, paths))
-        for file in self.folder.iterdir():
-            if not file.name.startswith(begins):  # also what a kill has left while it was being written
-                file.unlink(missing_ok=True)
+        try:
+            for file in self.folder.iterdir():
+                if not file.name.startswith(begins):  # also what a kill has left while it was being written
+                    file.unlink(missing_ok=True)
+        except OSError as error:
+            _raise_if_interrupted(error)
+            log.debug("%s is not cleared: %s", self.folder, error)
 
     def _load(self, key: Key) -> _Kept | None:
         """What is kept on the disk for a checkpoint; None if there is nothing, or nothing that can be read."""

@@ -171,7 +171,7 @@ class _Watcher:
             check()
             yield from self._look_at(end, windows_of_end)
             yield from self.commands.step()
-        self._forget()
+            self._forget()
 
     def is_at_end(self) -> bool:
         """Whether no more windows will come: with `is_once`, or when the run has passed the last end point."""
