@@ -55,12 +55,14 @@ class _Place:
 
     Attributes:
         frame: the zip.
+        records: those that have bytes, or are copied.
         archive: its records, in a file of one of the names.
         crc_fields: checksums to fill in.
         memo: see `once_per_form`.
     """
 
     frame: ZipFrame
+    records: tuple[PlacedRecord, ...]
     archive: Archive
     crc_fields: tuple[CrcField, ...]
     memo: dict[Any, Any] = field(default_factory=dict)
@@ -106,7 +108,7 @@ class TorchContent:
         root = Path(name).stem
         place = self._place(name, root)
         segments: list[Segment] = [LiteralSegment(*literal) for literal in place.frame.with_root(root)]
-        contents = (self._content(record, source) for record in place.frame.records)
+        contents = (self._content(record, source) for record in place.records)
         segments = sorted((s for s in (*segments, *contents) if s.nbytes), key=lambda segment: segment.offset)
         template = Template(name, place.frame.nbytes, segments, place.crc_fields)
         file = TorchFile(replace(place.archive, path=Path(name)), self.tree, place.memo)
@@ -121,7 +123,10 @@ class TorchContent:
             zip_frame = frame(root, sizes)
             records = [Record(r.name, r.offset, r.nbytes, 0, r.crc_offsets) for r in zip_frame.records]
             crc_fields = tuple(CrcField(r.offset, r.nbytes, r.crc_offsets) for r in zip_frame.records)
-            self.places[length] = _Place(zip_frame, archive_of(Path(name), zip_frame.nbytes, records), crc_fields)
+            copied = {key for key, storage in self.storages.items() if storage.file}
+            filled = tuple(record for record in zip_frame.records if record.nbytes or record.name in copied)
+            archive = archive_of(Path(name), zip_frame.nbytes, records)
+            self.places[length] = _Place(zip_frame, filled, archive, crc_fields)
         return self.places[length]
 
     def _content(self, placed: PlacedRecord, source: Path | None) -> Segment:

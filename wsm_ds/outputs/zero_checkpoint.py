@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from wsm_ds.dtypes import ALL, ITEMSIZES
 from wsm_ds.errors import BrokenCheckpoint, LayoutMismatch, UnsupportedLayout, few
 from wsm_ds.layouts import Layout
 from wsm_ds.layouts.coverage import require_whole
+from wsm_ds.layouts.fragments import Ints
 from wsm_ds.layouts.layout import FRAGMENT, Table
 from wsm_ds.layouts.schema import is_stage0
 from wsm_ds.outputs.dropped_states import drop_states
@@ -256,14 +258,17 @@ def output_files(
                 "(--format safetensors), which store them apart."
             )
         is_new = any(isinstance(segment, LiteralSegment) for segment in template.segments)
-        crc_fields = tuple(
-            crc
-            for crc in template.crc_fields
-            if is_new or np.searchsorted(end, crc.offset, "right") < np.searchsorted(begin, crc.offset + crc.nbytes)
-        )
+        crc_fields = template.crc_fields if is_new else _overlapping(template.crc_fields, begin, end)
         segments = segments_outside(template.segments, begin, end)
         files.append(OutputFile(window.output, prefix + template.name, template.nbytes, segments, crc_fields))
     return tuple(files)
+
+
+def _overlapping(crc_fields: tuple[CrcField, ...], begins: Ints, ends: Ints) -> tuple[CrcField, ...]:
+    """The checksums of records that have bytes in one of the ranges."""
+    offsets = np.array([(crc.offset, crc.offset + crc.nbytes) for crc in crc_fields], dtype=np.int64).reshape(-1, 2)
+    is_changed = np.searchsorted(ends, offsets[:, 0], "right") < np.searchsorted(begins, offsets[:, 1])
+    return tuple(compress(crc_fields, is_changed.tolist()))
 
 
 def _file_template(

@@ -7,11 +7,14 @@ One plan may make several outputs (windows, curves, formats). A *stream* goes on
 outputs need, so every source is read once for all of them.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NewType
 
+from wsm_ds.errors import few
 from wsm_ds.planning.intersect import Ints, Order, Places, element_of
 from wsm_ds.torchfile import Record
 
@@ -261,13 +264,36 @@ class Plan:
 
     def files_of(self, output: int) -> list[tuple[int, OutputFile]]:
         """Returns an output's files, each with its index in `files`."""
-        return [(number, file) for number, file in enumerate(self.files) if file.output == output]
+        return self._files_by_output.get(output, [])
+
+    @cached_property
+    def _files_by_output(self) -> dict[int, list[tuple[int, OutputFile]]]:
+        files: dict[int, list[tuple[int, OutputFile]]] = {}
+        for number, file in enumerate(self.files):
+            files.setdefault(file.output, []).append((number, file))
+        return files
+
+    @cached_property
+    def resolved_inputs(self) -> tuple[Path, ...]:
+        """The inputs' paths without symbolic links. A folder is resolved once for all files in it."""
+        folders: dict[Path, Path] = {}
+        resolved = []
+        for path in (input_file.path for input_file in self.inputs):
+            if path.parent not in folders:
+                folders[path.parent] = path.parent.resolve()
+            real = folders[path.parent] / path.name
+            resolved.append(real.resolve() if real.is_symlink() else real)
+        return tuple(resolved)
 
     def marks(self) -> list[Path]:
         """Returns one file of each source, by whose lock `prune` knows that a merge reads the checkpoint."""
         sources = sorted({source.path for output in self.outputs for source in output.sources})
-        paths = sorted(input_file.path.resolve() for input_file in self.inputs)
-        return [next(path for path in paths if path.is_relative_to(source)) for source in sources]
+        paths = sorted(self.resolved_inputs)
+        # The files of a folder follow each other in the order of their paths.
+        marks = [paths[bisect_left(paths, source)] for source in sources]
+        if not all(mark.is_relative_to(source) for mark, source in zip(marks, sources, strict=True)):
+            raise AssertionError(f"a source of {few(map(str, sources))} has no input")
+        return marks
 
     def to_json(self) -> dict[str, Any]:
         """Returns the plan's figures as plain data, for `--dry-run --json`."""

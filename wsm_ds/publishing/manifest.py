@@ -56,12 +56,17 @@ def description(plan: Plan, number: int) -> dict[str, Any]:
     streams = [stream for stream in plan.streams if any(target.output == number for target in stream.targets)]
     used = [source.used_files for stream in streams for source in stream.sources]
     inputs_read = np.unique(np.concatenate([np.zeros(0, np.int64), *used])).tolist()
-    inputs = [plan.inputs[file] for file in inputs_read if _is_input_of(plan, number, plan.inputs[file].path)]
+    other_folders = _folders_of_other_outputs(plan, number)
+    # A plan of several windows reads more checkpoints than this output is made of.
+    used = [file for file in inputs_read if other_folders.isdisjoint(plan.resolved_inputs[file].parents)]
+    inputs = [plan.inputs[file] for file in used]
     content = {
         "recipe": stated(output.recipe),
         "sources": describe_output(output)["sources"],
         # Paths, sizes and times stand for the content: hashing all sources would cost as much as the merge.
-        "inputs": [[str(source.path.resolve()), source.nbytes, source.mtime_ns] for source in inputs],
+        "inputs": [
+            [str(plan.resolved_inputs[file]), plan.inputs[file].nbytes, plan.inputs[file].mtime_ns] for file in used
+        ],
         "files": [[file.name, file.nbytes] for _, file in plan.files_of(number)],
         "block_bytes": BLOCK_BYTES,
     }
@@ -71,12 +76,10 @@ def description(plan: Plan, number: int) -> dict[str, Any]:
     return {"identity": identity_of(content), "run": run, "source_times": times} | content
 
 
-def _is_input_of(plan: Plan, number: int, path: Path) -> bool:
-    """Whether a file belongs to a checkpoint of this output's window, or to no checkpoint (a file that is copied)."""
-    window_sources = {str(source.path) for source in plan.outputs[number].sources}
-    other_sources = {str(source.path) for output in plan.outputs for source in output.sources} - window_sources
-    # A plan of several windows reads more checkpoints than this output is made of.
-    return not any(path.resolve().is_relative_to(other) for other in other_sources)
+def _folders_of_other_outputs(plan: Plan, number: int) -> set[Path]:
+    """The checkpoints that the plan reads and that are not in the window of this output."""
+    own = {source.path for source in plan.outputs[number].sources}
+    return {source.path for output in plan.outputs for source in output.sources} - own
 
 
 def make_manifest(plan: Plan, number: int, written: Sequence[WrittenFile]) -> dict[str, Any]:
