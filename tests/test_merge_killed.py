@@ -56,8 +56,9 @@ def contents(out: Path) -> dict[str, bytes]:
         (2, {}),
         (3, {"optimizer_states": "merge"}),
         (2, {"format": ["zero", "safetensors"]}),
+        (3, {"format": "safetensors"}),
     ],
-    ids=["zero2", "zero3-states", "two-formats"],
+    ids=["zero2", "zero3-states", "two-formats", "zero3-safetensors"],
 )
 def test_a_merge_killed_at_any_operation_and_started_again_ends_in_the_same_bytes(
     runs: Path, tmp_path: Path, stage: int, values: dict[str, Any]
@@ -96,14 +97,17 @@ def source_reads(monkeypatch: pytest.MonkeyPatch) -> list[Range]:
     return record_source_reads(monkeypatch)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
 def test_what_was_done_before_the_kill_is_not_read_again(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source_reads: list[Range]
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source_reads: list[Range], stage: int
 ) -> None:
+    monkeypatch.setattr(staged_files, "NEAR_NUMEL", 0)
     for module in MODULES:
         monkeypatch.setattr(module, "BLOCK_BYTES", 128)
-    recipe: dict[str, Any] = {"run": runs / "w2_s2_bf16", "last": 3, "curve": "linear", "threads": 1,
+    recipe: dict[str, Any] = {"run": runs / f"w2_s{stage}_bf16", "last": 3, "curve": "linear", "threads": 1,
                               "out": tmp_path / "out", "format": "safetensors", "dtype": "fp32"}  # fmt: skip
     plan = plan_merge(make_recipe(**recipe))
+    assert plan.streams[0].follows_source is (stage == 3)
     blocks, done, count = plan.bytes_to_write // 128, 0, 10
     while done < blocks * 0.6:
         shutil.rmtree(Staging(tmp_path / "out").folder, ignore_errors=True)
