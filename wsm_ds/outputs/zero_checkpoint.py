@@ -33,7 +33,7 @@ from wsm_ds.planning.plan import (
 )
 from wsm_ds.planning.shared_bytes import trim_shared_bytes
 from wsm_ds.planning.streams import ElementRequest, SourceTables
-from wsm_ds.torchfile import Archive, open_own_tree
+from wsm_ds.torchfile import Archive, open_own_tree, open_torch_file
 
 log = logging.getLogger(__name__)
 
@@ -275,9 +275,9 @@ def _file_template(
     archive: Archive, inputs: Inputs, drops_states: bool, allowed_globals: frozenset[str]
 ) -> tuple[Template, dict[int, int]]:
     """The template of a file, and the new offsets of its records by their old ones (empty: no record has moved)."""
-    tree = open_own_tree(archive.path, allowed_globals).tree if drops_states else {}
     is_optimizer = archive.path.name.endswith("optim_states.pt")
-    if drops_states and (is_optimizer or is_stage0(tree)):
+    if drops_states and (is_optimizer or is_stage0(open_torch_file(archive.path, allowed_globals).tree)):
+        tree = open_own_tree(archive.path, allowed_globals).tree
         drop_states(tree["optimizer_state_dict" if is_optimizer else "optimizer"])
         rewritten = make_torch_template(archive.path.name, tree, archive, inputs, allowed_globals)
         return rewritten.template, rewritten.new_offsets
