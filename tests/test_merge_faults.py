@@ -209,7 +209,8 @@ def test_wrong_recipes_say_what_is_wrong(run: Path, tmp_path: Path) -> None:
     refused(
         run, WindowError, "step 4 is in the window more than once", last=None, tags=("global_step4", "global_step4")
     )
-    refused(run, BudgetTooSmall, "the least is", memory_budget=1000)
+    refused(run, BudgetTooSmall, "--memory-budget: 1000 B are too little to plan", memory_budget=1000)
+    refused(run, BudgetTooSmall, "the least is", memory_budget=20_000)
 
 
 def test_a_source_that_changes_while_it_is_read_stops_the_merge(run: Path) -> None:

@@ -33,8 +33,8 @@ def test_whole_tensors_of_fine_sources_are_read_in_long_runs(
     plan = plan_merge(make_recipe(**values))
     (masters,) = [stream for stream in plan.streams if stream.combine == "merge" and stream.follows_source]
     files = sum(len(source.used_files) for source in masters.sources)
-    groups = 2  # flat tensors of a rank
-    assert runs_of(masters) <= groups * files
+    groups, padded = 2, 4  # flat tensors of a rank; parameters whose partition in the last rank has padding behind it
+    assert runs_of(masters) <= groups * files + padded * len(masters.sources)
     merge(make_recipe(**values))
     monkeypatch.setattr(streams, "SHORT_RUN_BYTES", 0)
     in_order = plan_merge(make_recipe(**values | {"out": tmp_path / "other"}))
