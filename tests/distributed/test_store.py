@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from wsm_ds.distributed import meeting
 from wsm_ds.distributed.meeting import PORTS, Patience, connected_store
 from wsm_ds.distributed.store import MOST_BYTES, NoStore, PrefixStore, Store, StoreServer
 from wsm_ds.errors import PeerFailed, RecipeError
@@ -91,7 +92,8 @@ def test_another_server_is_recognised(answer: bytes) -> None:
 def test_a_server_survives_what_other_programs_send() -> None:
     port = free_port()
     StoreServer(port, "launch")
-    for data in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 40, (4).to_bytes(4, "little") + b"null", b""):
+    nested = (100_000).to_bytes(4, "little") + b"[" * 100_000
+    for data in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 40, (4).to_bytes(4, "little") + b"null", b"", nested):
         with socket.create_connection(("localhost", port)) as connection:
             connection.sendall(data)
     store = connected(port)
@@ -125,6 +127,18 @@ def test_beside_a_launchers_own_server_rank_0_takes_the_next_free_port() -> None
         assert found[0].get("key") == b"value"
         assert port + 2 < rank_0.socket.getpeername()[1] <= port + PORTS
         taken[0].close()
+
+
+def test_rank_0_waits_for_the_end_of_another_rank_0_of_its_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "JOIN_S", 0.5)
+    with socket.create_server(("", 0)) as launcher:
+        port = launcher.getsockname()[1]
+        try:
+            StoreServer(port + 1, "launch")
+        except OSError:
+            pytest.skip("the next port is in use on this machine")
+        with pytest.raises(PeerFailed, match="the end of another rank 0 of this launch"):
+            meet(port, "launch", serves=True, is_port_taken=True)()
 
 
 def test_a_port_that_another_program_has_is_an_error_on_every_rank() -> None:

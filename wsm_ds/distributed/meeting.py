@@ -98,6 +98,9 @@ def connected_store(
     first = port if not is_port_taken else port + 1 if port + PORTS <= HIGHEST_PORT else port - PORTS
     ports = range(first, first + PORTS if is_port_taken else first + 1)
     if serves:
+        # Rank 0 of a start whose launcher was killed may still serve the same launch. The others must not join it.
+        while is_port_taken and any(_is_served(number, launch) for number in ports):
+            patience.wait(f"the end of another rank 0 of this launch at {host}:{ports.start} or behind")
         port = _serve(host, ports, launch, patience)
         return Store("localhost", port, launch, CONNECT_S, OPERATION_S)
     while True:
@@ -111,6 +114,14 @@ def connected_store(
             except OSError as error:
                 failure = failure or f"nothing answers at {host}:{number} ({error})"
         patience.wait(f"rank 0, because {failure or f'no store of this launch is at {host}:{ports.start} and behind'}")
+
+
+def _is_served(port: int, launch: str) -> bool:
+    try:
+        Store("localhost", port, launch, CONNECT_S, OPERATION_S).socket.close()
+    except OSError:
+        return False
+    return True
 
 
 def _serve(host: str, ports: range, launch: str, patience: Patience) -> int:

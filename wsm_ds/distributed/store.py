@@ -49,12 +49,14 @@ class StoreServer:
         while True:
             try:
                 connection, _ = self.socket.accept()
+            except ConnectionAbortedError:  # this process has gone before it was served
+                continue
             except OSError:
                 return
             threading.Thread(target=self._serve, args=(connection,), daemon=True, name="store-client").start()
 
     def _serve(self, connection: socket.socket) -> None:
-        with connection, suppress(OSError, ValueError, TypeError, KeyError):
+        with connection, suppress(OSError, ValueError, TypeError, LookupError, RecursionError):
             connection.settimeout(GREETING_S)
             is_ours = _receive(connection) == [GREETING, self.launch]
             _send(connection, [GREETING, is_ours])
@@ -89,7 +91,7 @@ class Store:
         host: of the server.
         port: of the server.
         launch: names the launch.
-        connect_s: seconds that the server has to answer the first message.
+        connect_s: seconds that the connection may take; the first answer may take GREETING_S.
         answer_s: seconds that it has to answer any other.
 
     Raises:
@@ -101,10 +103,11 @@ class Store:
         self.lock = threading.Lock()
         self.socket = socket.create_connection((host, port), connect_s)
         try:
+            self.socket.settimeout(GREETING_S)  # a server that plans, or has hundreds of ranks to greet, is slow
             _send(self.socket, [GREETING, launch])
             if _receive(self.socket) != [GREETING, True]:
                 raise NoStore(f"the store at {host}:{port} is of another launch")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             self.socket.close()
             if isinstance(error, NoStore):
                 raise
