@@ -6,7 +6,7 @@ the ranks with the same expert-parallel rank only (`_create_expert_and_data_para
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -45,9 +45,11 @@ class Experts:
     is_data_first: bool
     _names: dict[tuple[tuple[str, ...], int, int], tuple[str, ...]] = field(default_factory=dict, compare=False)
 
-    def global_names(self, names: Iterable[str], ep_rank: int, ep_size: int) -> tuple[str, ...]:
+    def global_names(self, names: tuple[str, ...], ep_rank: int, ep_size: int) -> tuple[str, ...]:
         """Replaces the local numbers of experts in a rank's parameter names by global ones."""
-        key = (tuple(names), ep_rank, ep_size)
+        if not self.counts:
+            return names
+        key = (names, ep_rank, ep_size)
         if key not in self._names:
             self._names[key] = self._global_names(*key)
         return self._names[key]
@@ -79,7 +81,7 @@ class Experts:
                 continue
             yield from (f"{match['layer']}{number}{match['rest']}" for number in range(self.counts[match["layer"]]))
 
-    def share(self, optim: TorchFile, group: int, names: Collection[str], rank: int, world_size: int) -> ExpertShare:
+    def share(self, optim: TorchFile, group: int, names: tuple[str, ...], rank: int, world_size: int) -> ExpertShare:
         """Finds the partition of a parameter group that a rank holds.
 
         Args:

@@ -187,21 +187,22 @@ def _flat_groups(files: RankFiles, group: int, shapes: Mapping[str, Any]) -> lis
         BrokenCheckpoint: a rank's partition has another size than rank 0's, or names a parameter that no model file
             has, or is too small for the group. File and group are named.
     """
-    found: dict[tuple[tuple[str, ...], tuple[int, ...]], _FlatGroup] = {}
-    size = -1
+    # By the identity of the names: ranks with the same experts have the same object, and have only these names.
+    found: dict[tuple[int, tuple[int, ...]], _FlatGroup] = {}
+    names, size = tuple(shapes), -1
     for rank, optim in files.optims.items():
         state = optim.tree["optimizer_state_dict"]
         numel = _partition_numel(state, group)
         size = numel if size < 0 else size
         if numel != size:
             raise BrokenCheckpoint(f"{optim.path}: partition {group} holds {numel} elements, that of rank 0 {size}.")
-        share = files.experts.share(optim, group, shapes, rank, files.world_size)
+        share = files.experts.share(optim, group, names, rank, files.world_size)
         alignments = state.get("param_alignment_paddings")
         alignment = tuple(map(int, alignments[group])) if alignments else ()
-        flat_group = found.get((share.names, alignment))
+        flat_group = found.get((id(share.names), alignment))
         if flat_group is None:
             _require_names(files, optim, group, share.names)
-            flat_group = found[share.names, alignment] = _FlatGroup(group, share.names, alignment, size, {})
+            flat_group = found[id(share.names), alignment] = _FlatGroup(group, share.names, alignment, size, {})
             expected = sum(files.tensors[name].numel for name in share.names) + sum(alignment)
             require_numel(optim, f"parameter group {group}", size * share.count, expected)
         flat_group.members[share.index] = optim

@@ -59,6 +59,12 @@ class Directory:
         """The number of each record, by its name."""
         return {name: number for number, name in enumerate(self.names)}
 
+    @cached_property
+    def data_bytes(self) -> int:
+        """Bytes of all storages."""
+        sizes = zip(self.names, self.nbytes.tolist(), strict=True)
+        return sum(nbytes for name, nbytes in sizes if name.startswith("data/"))
+
 
 @dataclass(frozen=True, eq=False)
 class Archive:

@@ -17,7 +17,7 @@ from wsm_ds.torchfile.zip_entries import LOCAL_HEADER, MARKS, SERIALIZATION_ID, 
 
 CRC_BYTES = 4
 Bytes = NDArray[np.uint8]
-FrameKey = tuple[int, int, int, int]
+FrameKey = tuple[int, int, int, int, int]
 
 
 def root_of(raw: RawFile) -> bytes:
@@ -36,7 +36,7 @@ def key_of(raw: RawFile, root: bytes) -> FrameKey:
         raw: the file.
         root: as `root_of` gives it.
     """
-    return raw.nbytes, len(raw.head), len(raw.tail), len(root)
+    return raw.nbytes, len(raw.head), len(raw.tail), len(root), raw.first_record_bytes
 
 
 class Frame:

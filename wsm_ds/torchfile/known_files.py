@@ -103,23 +103,19 @@ def understand(raw: RawFile, allowed_globals: frozenset[str]) -> tuple[Archive, 
     key = key_of(raw, root)
     with _LOCK:
         is_small = bool(root) and raw.nbytes <= SMALL_FILE_BYTES
-        pieces = raw.head.split(root) if is_small else []
-        whole = _WHOLE.find((key, allowed), lambda known: known if known.pieces == pieces else None) if pieces else None
-        if whole is not None:
-            return _archive(raw, whole.directory, whole.crcs), whole.form
+        if is_small and (key, allowed) in _WHOLE.values:
+            pieces = raw.head.split(root)
+            whole = _WHOLE.find((key, allowed), lambda known: known if known.pieces == pieces else None)
+            if whole is not None:
+                return _archive(raw, whole.directory, whole.crcs), whole.form
         archive = _read_archive(raw, root, key)
         form = _form(raw, archive, allowed_globals, allowed)
         # A file whose pickle names its own folder means something else than the same pickle of another file.
-        if pieces and root[:-1] not in form.pickled and _is_mostly_metadata(archive):
-            _WHOLE.add((key, allowed), _WholeFile(pieces, archive.directory, archive.crcs, form), raw.nbytes)
+        is_mostly_metadata = 2 * archive.directory.data_bytes <= archive.nbytes
+        if is_small and is_mostly_metadata and root[:-1] not in form.pickled:
+            whole = _WholeFile(raw.head.split(root), archive.directory, archive.crcs, form)
+            _WHOLE.add((key, allowed), whole, raw.nbytes)
         return archive, form
-
-
-def _is_mostly_metadata(archive: Archive) -> bool:
-    """Whether a file may be like another one in all its bytes. Files with weights are not."""
-    names, nbytes = archive.directory.names, archive.directory.nbytes
-    data_bytes = sum(int(size) for name, size in zip(names, nbytes, strict=True) if name.startswith("data/"))
-    return 2 * data_bytes <= archive.nbytes
 
 
 def _archive(raw: RawFile, directory: Directory, crcs: NDArray[np.uint32]) -> Archive:

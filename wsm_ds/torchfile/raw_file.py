@@ -48,6 +48,13 @@ class RawFile:
         """Offset of the first byte of `tail`."""
         return self.nbytes - len(self.tail)
 
+    @property
+    def first_record_bytes(self) -> int:
+        """Length of the record that is first in the directory, which is `data.pkl`; 0 if nothing says it."""
+        if self.nbytes < END.size:
+            return 0
+        return _first_record_bytes(self.tail, self.nbytes, _directory_begin(self.tail, self.nbytes))
+
     def has(self, begin: int, end: int) -> bool:
         """Whether the bytes [begin, end) were read."""
         return 0 <= begin <= end and (end <= len(self.head) or (self.tail_begin <= begin and end <= self.nbytes))
@@ -106,10 +113,17 @@ def _directory_begin(tail: bytes, nbytes: int) -> int:
 
 def _head_end(tail: bytes, nbytes: int, begin: int) -> int:
     """Where the first record ends, which is `data.pkl`, and the small records that follow it."""
-    entry, size = begin - (nbytes - len(tail)), 0
-    if 0 <= entry <= len(tail) - CENTRAL_ENTRY.size and tail[entry : entry + 4] == b"PK\x01\x02":
-        size = CENTRAL_ENTRY.unpack_from(tail, entry)[9]
+    size = _first_record_bytes(tail, nbytes, begin)
     return HEAD_BYTES + (size if size <= MOST_PICKLE_BYTES else 0)
+
+
+def _first_record_bytes(tail: bytes, nbytes: int, begin: int) -> int:
+    """Length of the record that is first in a directory; 0 if nothing says it."""
+    entry = begin - (nbytes - len(tail))
+    if 0 <= entry <= len(tail) - CENTRAL_ENTRY.size and tail[entry : entry + 4] == b"PK\x01\x02":
+        size: int = CENTRAL_ENTRY.unpack_from(tail, entry)[9]
+        return size
+    return 0
 
 
 def _read(path: Path, descriptor: int, begin: int, end: int) -> bytes:
