@@ -138,9 +138,8 @@ def _publish(plan: Plan, files: StagedFiles, stagings: Sequence[Staging]) -> tup
     for number, (output, staging) in enumerate(zip(plan.outputs, stagings, strict=True)):
         written = files.finish(number)
         allowed = frozenset(output.recipe.get("allow_globals") or ())
-        for file in written:
-            if PurePath(file.name).match(CHECKPOINT_FILES):
-                require_readable(staging.content / file.name, allowed)
+        checkpoint_files = (file.name for file in written if PurePath(file.name).match(CHECKPOINT_FILES))
+        require_readable((staging.content / name for name in checkpoint_files), allowed)
         for name, text in output.texts.items():
             write_text(staging.content / name, text)
         manifests.append(make_manifest(plan, number, written))

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, suppress
 
 from wsm_ds.engine.open_files import File, OpenFiles
 from wsm_ds.errors import BrokenCheckpoint
+from wsm_ds.filesystem.read_ahead import read_ahead
 from wsm_ds.planning.plan import InputFile
 
 log = logging.getLogger(__name__)
@@ -114,14 +115,20 @@ def check_unchanged(inputs: Sequence[InputFile]) -> None:
     Raises:
         BrokenCheckpoint: the size or a time of an input differs, or the input is gone; the message names the file.
     """
-    for source in inputs:
-        try:
-            status = source.path.stat()
-        except FileNotFoundError as error:
-            raise BrokenCheckpoint(f"{source.path} vanished while it was read; nothing was published.") from error
-        found = status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    for source, found in zip(inputs, read_ahead(_state, inputs), strict=True):
+        if found is None:
+            raise BrokenCheckpoint(f"{source.path} vanished while it was read; nothing was published.")
         if found != (source.nbytes, source.mtime_ns, source.ctime_ns):
             raise BrokenCheckpoint(
                 f"{source.path} changed while it was read; nothing was published. It was written to or replaced, or "
                 "its mode, owner or number of names changed. Merge again when no process changes it."
             )
+
+
+def _state(source: InputFile) -> tuple[int, int, int] | None:
+    """Size and times of an input as they are now; None if it is gone."""
+    try:
+        status = source.path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns

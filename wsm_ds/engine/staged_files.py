@@ -8,6 +8,7 @@ The seal of a finished block goes to the journal, so that a killed merge does no
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from wsm_ds.errors import PeerFailed, few
 from wsm_ds.filesystem import checksum
 from wsm_ds.filesystem.durable import sync_file, write_all
 from wsm_ds.filesystem.own_files import open_own
+from wsm_ds.filesystem.read_ahead import read_ahead
 from wsm_ds.planning.intersect import Ints
 from wsm_ds.planning.plan import LiteralSegment, OutputFile, Plan, ZeroSegment
 
@@ -99,17 +101,9 @@ class StagedFiles:
         Raises:
             OSError: the disk is full, or a file cannot be written.
         """
-        for path, file in zip(self.paths, self.plan.files, strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
-            try:
-                # The file is sparse: ranks can write anywhere, and zero segments take no time.
-                os.ftruncate(descriptor, file.nbytes)
-                for segment in file.segments:
-                    if isinstance(segment, LiteralSegment):
-                        write_all(descriptor, memoryview(segment.data), segment.offset)
-            finally:
-                os.close(descriptor)
+        for folder in dict.fromkeys(path.parent for path in self.paths):
+            folder.mkdir(parents=True, exist_ok=True)
+        deque(read_ahead(self._create, range(len(self.paths))), maxlen=0)
 
     def open(self) -> None:
         """Reads what earlier attempts have finished and opens this rank's journals.
@@ -254,8 +248,8 @@ class StagedFiles:
         Raises:
             OSError: the system accepted bytes earlier, and now fails to write them to the disk.
         """
-        for number in sorted(self.written_files) if self.rank else range(len(self.paths)):
-            sync_file(self.paths[number])
+        numbers = sorted(self.written_files) if self.rank else range(len(self.paths))
+        deque(read_ahead(sync_file, (self.paths[number] for number in numbers)), maxlen=0)
 
     def finish(self, output: int) -> list[WrittenFile]:
         """Fills in the CRC-32s of zip archives and computes the checksums of an output's files.
@@ -269,7 +263,19 @@ class StagedFiles:
             PeerFailed: a block has no seal, or ranks have sealed different bytes of it; the message names it.
         """
         seals = read_journals(self.journal_folders[output])
-        return [self._finish(number, file, seals) for number, file in self.plan.files_of(output)]
+        return list(read_ahead(lambda item: self._finish(*item, seals), self.plan.files_of(output)))
+
+    def _create(self, number: int) -> None:
+        file = self.plan.files[number]
+        descriptor = open_own(self.paths[number], os.O_RDWR | os.O_CREAT)
+        try:
+            # The file is sparse: ranks can write anywhere, and zero segments take no time.
+            os.ftruncate(descriptor, file.nbytes)
+            for segment in file.segments:
+                if isinstance(segment, LiteralSegment):
+                    write_all(descriptor, memoryview(segment.data), segment.offset)
+        finally:
+            os.close(descriptor)
 
     def _is_sealed(self, block: Block) -> bool:
         if block in self.sealed:

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from wsm_ds.dtypes import ALL, ITEMSIZES, Array, DType, narrow, widen
 from wsm_ds.errors import BrokenCheckpoint, ForeignFiles, few
+from wsm_ds.filesystem.read_ahead import read_ahead
 from wsm_ds.layouts import Layout
 from wsm_ds.layouts.fragments import Ints, Table
-from wsm_ds.torchfile.read_ahead import read_ahead
 
 NAMED = 2
 """Files that a message names on the other side of a comparison."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NewType
 
 from wsm_ds.errors import few
+from wsm_ds.filesystem.read_ahead import read_ahead
 from wsm_ds.planning.intersect import Ints, Order, Places, element_of
 from wsm_ds.torchfile import Record
 
@@ -278,11 +279,12 @@ class Plan:
         """The inputs' paths without symbolic links. A folder is resolved once for all files in it."""
         folders: dict[Path, Path] = {}
         resolved = []
-        for path in (input_file.path for input_file in self.inputs):
+        paths = [input_file.path for input_file in self.inputs]
+        for path, is_link in zip(paths, read_ahead(Path.is_symlink, paths), strict=True):
             if path.parent not in folders:
                 folders[path.parent] = path.parent.resolve()
             real = folders[path.parent] / path.name
-            resolved.append(real.resolve() if real.is_symlink() else real)
+            resolved.append(real.resolve() if is_link else real)
         return tuple(resolved)
 
     def marks(self) -> list[Path]:

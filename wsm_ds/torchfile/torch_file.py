@@ -10,10 +10,10 @@ import numpy as np
 
 from wsm_ds.dtypes import Array, widen
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, VerificationFailed, WsmError
+from wsm_ds.filesystem.read_ahead import read_ahead
 from wsm_ds.torchfile.archive import Archive, Record
 from wsm_ds.torchfile.known_files import understand
 from wsm_ds.torchfile.raw_file import read_raw
-from wsm_ds.torchfile.read_ahead import read_ahead
 from wsm_ds.torchfile.strides import Runs, last_position, permuted, run_count, runs_of
 from wsm_ds.torchfile.unpickle import Tensor, record_of, unpickle
 
@@ -185,18 +185,19 @@ def once_per_form(function: Callable[[TorchFile], Result]) -> Callable[[TorchFil
     return remembered
 
 
-def require_readable(path: Path, allowed_globals: frozenset[str] = frozenset()) -> None:
-    """Opens a torch file that was just written, as its readers will.
+def require_readable(paths: Iterable[Path], allowed_globals: frozenset[str] = frozenset()) -> None:
+    """Opens torch files that were just written, as their readers will.
 
     Args:
-        path: the file.
+        paths: the files.
         allowed_globals: see `open_torch_file`.
 
     Raises:
-        VerificationFailed: it cannot be read; the message says why.
+        VerificationFailed: one of them cannot be read; the message says why.
     """
     try:
-        open_torch_file(path, allowed_globals)
+        for _ in open_torch_files(paths, allowed_globals):
+            pass
     except WsmError as error:
         raise VerificationFailed(
             f"the output's file cannot be read, so nothing is published: {error} The newest checkpoint is damaged, or "

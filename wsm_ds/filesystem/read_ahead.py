@@ -1,4 +1,4 @@
-"""Reads many small things at once: a network file system answers each question after milliseconds."""
+"""Does many small things at once: a network file system answers each question after milliseconds."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +20,7 @@ def read_ahead(read: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
     At most THREADS * BATCH + BATCHES_AHEAD * BATCH results wait. An error comes in the place of its item.
 
     Args:
-        read: waits for a file system. It is called by several threads.
+        read: waits for a file system, to read, to write or to ask. It is called by several threads.
         items: what to read.
     """
     remaining = iter(items)
