@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.errors import BrokenCheckpoint, Interrupted, UnsupportedLayout
+from wsm_ds.errors import BrokenCheckpoint, Interrupted, UnsafePickle, UnsupportedLayout
 from wsm_ds.layouts.file_names import MODEL_FILE, refuse_unsupported
 from wsm_ds.layouts.schema import Counted, check
 from wsm_ds.torchfile import open_torch_file
@@ -82,6 +82,9 @@ def _model_files(path: Path) -> Iterator[Path]:
 @lru_cache(MOST_REMEMBERED)
 def _step_in(file: Path, *_: Any) -> int:
     """`global_steps` of a model file; the other arguments change when the file changes."""
-    opened = open_torch_file(file, _EveryName())
+    try:
+        opened = open_torch_file(file)  # so that `read_layout` finds it understood
+    except UnsafePickle:
+        opened = open_torch_file(file, _EveryName())
     check(opened, opened.tree, Counted)
     return int(opened.tree["global_steps"])
