@@ -207,12 +207,12 @@ def reshard(bench: Bench) -> Iterator[Line]:
 
 
 def latency(bench: Bench) -> Iterator[Line]:
-    """A plan and a merge while each call waits, and without that."""
+    """A plan and a merge of 8 threads while each call waits, and without that."""
     run, delay_ms = Run("zero3", 256, 16), bench.latency_ms or 5
     made = bench.made(run)
     title = f"ZeRO-3, {run.ranks} ranks x {run.checkpoints}, {delay_ms:g} ms a call"
     for output in ("zero", "safetensors"):
-        words = ["merge", made, "--last", run.checkpoints, "--format", output, "--out"]
+        words = ["merge", made, "--last", run.checkpoints, "--format", output, "--threads", 8, "--out"]
         plan = bench.usage(*words, bench.out, "--dry-run", files=made, delay_ms=delay_ms)
         yield Line(f"{title}: plan of a merge to {output}", plan, None, {"wall s": (plan.wall_s, 40)})
         alone = bench.usage(*words, bench.out, files=made, delay_ms=0)

@@ -6,11 +6,13 @@ A merge may read tens of thousands of rank files, and a process may often have o
 import os
 import resource
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+from wsm_ds.filesystem.read_ahead import read_ahead
 
 KEPT_FREE = 16
 """Descriptors that are left for journals and for what the process opens besides."""
@@ -118,14 +120,16 @@ class OpenFiles:
 
     def _open(self, files: Sequence[File]) -> None:
         try:
-            for file in files:
-                descriptor = self.open_file(file)
-                with self._changed:
-                    self._descriptors[file] = descriptor
+            deque(read_ahead(self._open_one, files), maxlen=0)  # many at once: each may take milliseconds
         finally:
             with self._changed:
                 self._opening.difference_update(files)
                 self._changed.notify_all()
+
+    def _open_one(self, file: File) -> None:
+        descriptor = self.open_file(file)
+        with self._changed:
+            self._descriptors[file] = descriptor
 
 
 def raise_limit() -> None:

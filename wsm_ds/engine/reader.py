@@ -75,14 +75,23 @@ class Reader:
         """
         return self.files.use(*(File("input", file) for file in files))
 
-    def will_read(self, file: int, offset: int, nbytes: int) -> None:
-        """Tells the operating system to fetch a range of an input into the page cache in the background.
+    def will_read(self, ranges: Sequence[tuple[int, int, int]]) -> None:
+        """Tells the operating system to fetch ranges of inputs into the page cache in the background.
+
+        The files are opened together. If there are more of them than may be open, the last ones are left out.
+
+        Args:
+            ranges: number of the input, byte offset, length in bytes.
 
         Raises:
-            OSError: the file cannot be opened.
+            OSError: a file cannot be opened.
         """
-        with self.descriptors([file]) as (descriptor,):
-            os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
+        files = list(dict.fromkeys(file for file, _, _ in ranges))[: self.most_open_files]
+        with self.descriptors(files) as opened:
+            descriptors = dict(zip(files, opened, strict=True))
+            for file, offset, nbytes in ranges:
+                if file in descriptors:
+                    os.posix_fadvise(descriptors[file], offset, nbytes, os.POSIX_FADV_WILLNEED)
 
     def _renew(self, file: int) -> None:
         """Opens an input again: after ESTALE the old descriptor never works again."""

@@ -132,9 +132,13 @@ class Worker:
 
     def _read_ahead(self, stream: Stream, task: Task) -> None:
         """Asks the system to fetch the first ranges of a task from all sources at once, in the background."""
-        for source in stream.sources:
-            for place in islice(source.within(task.begin, task.end), READ_AHEAD_PLACES):
-                self.reader.will_read(place.file, place.offset, place.numel * source.dtype(place.element).itemsize)
+        self.reader.will_read(
+            [
+                (place.file, place.offset, place.numel * source.dtype(place.element).itemsize)
+                for source in stream.sources
+                for place in islice(source.within(task.begin, task.end), READ_AHEAD_PLACES)
+            ]
+        )
 
     def _carry(self, stream: Stream, target: Place, data: memoryview) -> None:
         for source in stream.sources[0].within(target.element, target.element + len(data)):
