@@ -6,10 +6,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
-THREADS = 16
+THREADS = 32
 BATCH = 4
 """Things that a thread reads before it hands them over: a hand-over costs as much as a read from memory."""
-BATCHES_AHEAD = 24
+BATCHES_AHEAD = 40
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 

@@ -7,6 +7,7 @@ One plan may make several outputs (windows, curves, formats). A *stream* goes on
 outputs need, so every source is read once for all of them.
 """
 
+import os
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, NewType
 
 from wsm_ds.errors import few
-from wsm_ds.filesystem.read_ahead import read_ahead
 from wsm_ds.planning.intersect import Ints, Order, Places, element_of
 from wsm_ds.torchfile import Record
 
@@ -276,15 +276,17 @@ class Plan:
 
     @cached_property
     def resolved_inputs(self) -> tuple[Path, ...]:
-        """The inputs' paths without symbolic links. A folder is resolved once for all files in it."""
+        """The inputs' paths without symbolic links. A folder is resolved and listed once for all files in it."""
         folders: dict[Path, Path] = {}
+        links: set[Path] = set()
         resolved = []
-        paths = [input_file.path for input_file in self.inputs]
-        for path, is_link in zip(paths, read_ahead(Path.is_symlink, paths), strict=True):
+        for path in (input_file.path for input_file in self.inputs):
             if path.parent not in folders:
                 folders[path.parent] = path.parent.resolve()
+                with os.scandir(path.parent) as entries:
+                    links.update(path.parent / entry.name for entry in entries if entry.is_symlink())
             real = folders[path.parent] / path.name
-            resolved.append(real.resolve() if is_link else real)
+            resolved.append(real.resolve() if path in links else real)
         return tuple(resolved)
 
     def marks(self) -> list[Path]:
