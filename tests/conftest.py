@@ -14,10 +14,14 @@ from typing import Any
 
 import pytest
 from deepspeed_runs import DTYPES, STAGES, launch
+from hypothesis import HealthCheck, settings
 from marks import pytest_collection_modifyitems, pytest_configure, pytest_ignore_collect
 
 __all__ = ["pytest_collection_modifyitems", "pytest_configure", "pytest_ignore_collect"]
 
+# A shared machine may be slow at any moment. No test is timed.
+settings.register_profile("without a clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("without a clock")
 KEPT_RUNS = "WSM_TEST_RUNS"
 """A folder in which `runs` and `other_world_sizes` stay from one test session to the next; unset: made in each."""
 WIDE = ((2, "bf16"), (2, "fp32"), (3, "bf16"))
