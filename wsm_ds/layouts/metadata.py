@@ -123,6 +123,8 @@ def _parameters(model_file: TorchFile, entries: Entries, experts: Experts) -> di
             if local_name in local_names:
                 raise BrokenCheckpoint(f"{model_file.path}: param_shapes has {local_name} twice.")
             local_names.add(local_name)
+            if local_name in tensors:  # an expert of a layer of which all experts were added with the first one
+                continue
             for name in experts.names_of_all_ranks([local_name]):
                 tensors[name] = TensorInfo(tuple(shape), _dtype_of(model_file, entries, name), "parameter")
     return tensors

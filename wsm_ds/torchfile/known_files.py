@@ -22,6 +22,8 @@ from wsm_ds.torchfile.raw_file import MOST_PICKLE_BYTES, SMALL_FILE_BYTES, RawFi
 from wsm_ds.torchfile.unpickle import unpickle
 from wsm_ds.torchfile.zip_entries import read_entries
 
+MOST_OF_A_KEY = 16
+"""Each lookup compares with all values of a key."""
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 KEPT_WHOLE_BYTES, KEPT_FRAME_BYTES, KEPT_PICKLE_BYTES = 1 << 24, 1 << 24, 1 << 24
@@ -54,7 +56,7 @@ class _WholeFile:
 
 
 class _Recent(Generic[Key, Value]):
-    """The values that were used last, several for each key. The oldest go when all together are larger than `limit`."""
+    """The values that were used last, a few for each key. The oldest go when all together are larger than `limit`."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.nbytes = limit, 0
@@ -70,9 +72,12 @@ class _Recent(Generic[Key, Value]):
         return None
 
     def add(self, key: Key, value: Value, nbytes: int) -> None:
-        self.values.setdefault(key, []).append((value, nbytes))
+        of_key = self.values.setdefault(key, [])
+        of_key.append((value, nbytes))
         self.values.move_to_end(key)
         self.nbytes += nbytes
+        if len(of_key) > MOST_OF_A_KEY:
+            self.nbytes -= of_key.pop(0)[1]
         while self.nbytes > self.limit and (len(self.values) > 1 or len(self.values[key]) > 1):
             oldest = next(iter(self.values))
             self.nbytes -= self.values[oldest].pop(0)[1]
@@ -111,7 +116,7 @@ def understand(raw: RawFile, allowed_globals: frozenset[str]) -> tuple[Archive, 
         archive = _read_archive(raw, root, key)
         form = _form(raw, archive, allowed_globals, allowed)
         # A file whose pickle names its own folder means something else than the same pickle of another file.
-        is_mostly_metadata = 2 * archive.directory.data_bytes <= archive.nbytes
+        is_mostly_metadata = 8 * archive.directory.data_bytes <= archive.nbytes
         if is_small and is_mostly_metadata and root[:-1] not in form.pickled:
             whole = _WholeFile(raw.head.split(root), archive.directory, archive.crcs, form)
             _WHOLE.add((key, allowed), whole, raw.nbytes)
