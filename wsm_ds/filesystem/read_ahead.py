@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 def read_ahead(read: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Yields the result of `read` for each item, in their order, while threads read the next ones.
 
-    At most THREADS * BATCH + BATCHES_AHEAD * BATCH results wait. An error comes in the place of its item.
+    At most BATCHES_AHEAD * BATCH results wait. An error comes in the place of its item.
 
     Args:
         read: waits for a file system, to read, to write or to ask. It is called by several threads.

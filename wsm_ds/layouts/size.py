@@ -38,7 +38,8 @@ def metadata_size(checkpoint: Checkpoint, allowed_globals: frozenset[str]) -> Me
         if is_stage0(model):
             return MetadataSize(files, len(model["module"]))
         tensors = sum(map(len, model["param_shapes"]))
-        ranks, is_partitioned = int(model["dp_world_size"]), models[0].startswith("zero_pp_rank_")
+        # A broken file may name any number of ranks; each of them has a file.
+        ranks, is_partitioned = min(int(model["dp_world_size"]), files), models[0].startswith("zero_pp_rank_")
         return MetadataSize(files, tensors * ranks if is_partitioned else tensors + ranks)
     except (BrokenCheckpoint, UnsupportedLayout, UnsafePickle, FileNotFoundError, NotADirectoryError):
         return MetadataSize(0, 0)

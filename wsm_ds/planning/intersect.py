@@ -181,11 +181,7 @@ def order_along(order: Order, table: Table, line: Ints) -> Order:
         table: fragments of one kind. No element occurs twice.
         line: see the module.
     """
-    rows, begins, ends = _sorted_line(table, line)
-    _, begin, end = _cut(order, _distinct(np.concatenate([begins, ends])))
-    row = np.searchsorted(begins, begin, "right") - 1
-    has_place = (row >= 0) & (ends[np.maximum(row, 0)] >= end)
-    file, offset, _ = _address(table, rows[np.maximum(row, 0)], begin, line)
+    _, begin, end, has_place, file, offset, _ = _pieces(order, table, line)
     by_place = np.lexsort((offset, file, ~has_place))
     return Order(begin[by_place], end[by_place])
 
@@ -198,11 +194,7 @@ def locate(order: Order, table: Table, line: Ints) -> Places:
         table: fragments of one kind. No element occurs twice.
         line: see the module.
     """
-    rows, begins, ends = _sorted_line(table, line)
-    range_number, begin, end = _cut(order, _distinct(np.concatenate([begins, ends])))
-    row = np.searchsorted(begins, begin, "right") - 1
-    has_place = (row >= 0) & (ends[np.maximum(row, 0)] >= end)
-    file, offset, dtype = _address(table, rows[np.maximum(row, 0)], begin, line)
+    range_number, begin, end, has_place, file, offset, dtype = _pieces(order, table, line)
     file = np.where(has_place, file, NOWHERE)
     offset = np.where(has_place, offset, 0)
     first = order.starts[:-1][range_number] + begin - order.begin[range_number]
@@ -243,6 +235,20 @@ def element_of(order: Order, line: Ints, element: int) -> tuple[int, int]:
     position = int(order.begin[range_number]) + element - int(order.starts[range_number])
     tensor = int(np.searchsorted(line, position, "right")) - 1
     return tensor, position - int(line[tensor])
+
+
+def _pieces(order: Order, table: Table, line: Ints) -> tuple[Ints, Ints, Ints, NDArray[np.bool_], Ints, Ints, Ints]:
+    """Cuts an order where the rows of a table begin and end.
+
+    Returns:
+        For each piece: the number of its range in the order, begin and end on the line, whether the table has it, and
+        if so file, byte offset and dtype code; shape [pieces] each.
+    """
+    rows, begins, ends = _sorted_line(table, line)
+    range_number, begin, end = _cut(order, _distinct(np.concatenate([begins, ends])))
+    row = np.searchsorted(begins, begin, "right") - 1
+    has_place = (row >= 0) & (ends[np.maximum(row, 0)] >= end)
+    return range_number, begin, end, has_place, *_address(table, rows[np.maximum(row, 0)], begin, line)
 
 
 def _distinct(values: Ints) -> Ints:

@@ -14,7 +14,7 @@ FILE_BYTES = 1536
 """Of each rank file: its path, its size and times, and the CRC-32s of its records."""
 ROW_BYTES = 350
 """Of each fragment of one checkpoint: its row, and the arrays in which places are found. Alike checkpoints share them.
-Both figures are fitted to measured peaks, see benchmarks/README.md."""
+With both figures the estimate is near the peaks that `benchmarks/plan.py` measured for 1024 ranks x 16."""
 
 
 def planning_bytes(files: int, fragments: int) -> int:
