@@ -130,6 +130,7 @@ class OpenFiles:
         descriptor = self.open_file(file)
         with self._changed:
             self._descriptors[file] = descriptor
+            self._opening.discard(file)  # or `_close_unused` would count it twice
 
 
 def raise_limit() -> None:
