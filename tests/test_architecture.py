@@ -16,11 +16,14 @@ from wsm_ds.planning.recipe_options import RecipeOptions, SweepOptions
 PACKAGE = Path(wsm_ds.__file__).parent
 ORDER = (
     "errors", "sizes", "dtypes", "filesystem", "distributed", "schedules", "torchfile", "layouts", "planning",
-    "outputs", "engine", "publishing", "merge_planning", "merging", "verification", "inspection", "reporting",
-    "watching", "estimate", "doctor", "training", "cli", "__main__",
+    "outputs", "engine", "publishing", "merge_planning", "merging", "verification", "inspection",
+    "evaluation", "tuning", "reporting", "watching", "estimate", "doctor", "training", "cli", "__main__",
 )  # fmt: skip
 """The packages and top-level modules; each may import those before it."""
-MAY_IMPORT = {"deepspeed": {"schedules", "training"}, "torch": {"schedules", "distributed", "training"}}
+MAY_IMPORT = {
+    "deepspeed": {"schedules", "training"},
+    "torch": {"schedules", "distributed", "evaluation", "training"},
+}
 MAY_IMPORT_AT_ONCE = {"schedules/lr_schedules.py", "schedules/optimizer_hooks.py"}
 """Modules whose classes need torch; all others import it inside a function."""
 MOST_TOP_LEVEL_MODULES = 12
