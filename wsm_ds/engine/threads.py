@@ -1,7 +1,7 @@
 """The threads of one process: how many fit into the memory budget, and how they run the tasks."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from wsm_ds.dtypes import IS_COMPLEX
@@ -138,6 +138,58 @@ def start_thread(thread: threading.Thread) -> None:
             "the system starts no more threads: a limit on processes (ulimit -u), on memory (ulimit -v) or of a "
             "container is reached. Raise it, or take fewer threads (--threads 1)."
         ) from error
+
+
+Work = Callable[[Callable[[], Iterator[Task]], Callable[[], bool]], None]
+"""The body of a thread: it takes tasks from the iterator of the first argument, and asks the second one if it ends."""
+
+
+def on_threads(tasks: Sequence[Task], threads: int, work: Work, check: Callable[[], None]) -> None:
+    """Runs threads that share tasks and stage no files. The first error stops all of them and is raised.
+
+    Args:
+        tasks: those of this process.
+        threads: most threads; there are no more than tasks.
+        work: the body of each thread.
+        check: called several times a second. An error that it raises stops the work.
+
+    Raises:
+        InsufficientCapacity: the system starts no more threads.
+        Exception: what `work` or `check` raises.
+    """
+    remaining, lock, stop = iter(tasks), threading.Lock(), threading.Event()
+    errors: list[BaseException] = []
+
+    def take() -> Iterator[Task]:
+        while not stop.is_set():
+            with lock:
+                task = next(remaining, None)
+            if task is None:
+                return
+            yield task
+
+    def run() -> None:
+        try:
+            work(take, stop.is_set)
+        except BaseException as error:
+            errors.append(error)
+            stop.set()
+
+    all_threads = [threading.Thread(target=run, name=f"work-{n}") for n in range(min(threads, len(tasks)))]
+    try:
+        for thread in all_threads:
+            start_thread(thread)
+        for thread in all_threads:
+            while thread.is_alive():
+                thread.join(CHECK_INTERVAL_S)  # with a timeout, so that a signal is handled
+                check()
+    finally:
+        stop.set()
+        for thread in all_threads:
+            if thread.ident is not None:
+                thread.join()
+    if errors:
+        raise errors[0]
 
 
 class _TaskQueue:
