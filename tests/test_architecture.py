@@ -11,7 +11,8 @@ import pytest
 
 import wsm_ds
 from wsm_ds.planning.recipe import SWEPT, MergeRecipe
-from wsm_ds.planning.recipe_options import RecipeOptions, SweepOptions
+from wsm_ds.planning.recipe_options import RecipeOptions, SweepOptions, WindowOptions
+from wsm_ds.planning.window_recipe import WindowRecipe
 
 PACKAGE = Path(wsm_ds.__file__).parent
 ORDER = (
@@ -140,6 +141,7 @@ def test_public_names_are_what_they_say_whatever_was_imported_before() -> None:
 
 
 def test_the_typed_keywords_are_the_fields_of_a_recipe() -> None:
+    assert set(WindowOptions.__annotations__) == set(WindowRecipe.model_fields)
     assert set(RecipeOptions.__annotations__) == set(MergeRecipe.model_fields)
     assert set(SweepOptions.__annotations__) == {*MergeRecipe.model_fields, "outputs"}
     several = {

@@ -27,6 +27,7 @@ _MODULES = {
     "WSMLR": "schedules.lr_schedules",
     "WSDLR": "schedules.lr_schedules",
     "MergeRecipe": "planning.recipe",
+    "WindowRecipe": "planning.window_recipe",
     "make_recipe": "planning.recipe",
     "make_recipes": "planning.recipe",
     "load_recipe": "planning.recipe",
@@ -66,6 +67,7 @@ __all__ = [
     "Plan",
     "Source",
     "VerificationResult",
+    "WindowRecipe",
     "WsmError",
     "__version__",
     "coefficients_from_decay_factors",
@@ -104,6 +106,7 @@ if TYPE_CHECKING:
     )
     from wsm_ds.planning.plan import Output, Plan, Source
     from wsm_ds.planning.recipe import MergeRecipe, load_recipe, load_recipes, make_recipe, make_recipes
+    from wsm_ds.planning.window_recipe import WindowRecipe
     from wsm_ds.schedules.coefficients import (
         coefficients_from_decay_factors,
         decay_factors_from_coefficients,
