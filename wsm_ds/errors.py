@@ -192,6 +192,15 @@ class Interrupted(WsmError, InterruptedError):
     may_pass = True
 
 
+class EvaluationError(WsmError, ValueError):
+    """The held-out data, the model or the program of an evaluation cannot be used.
+
+    Raised before anything is measured. The message names the file, the tensor or the program, and what was expected.
+    """
+
+    exit_code = 3
+
+
 class InsufficientCapacity(WsmError, OSError):
     """The disk has too few free bytes or inodes, or the machine too little memory.
 
