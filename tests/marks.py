@@ -25,6 +25,8 @@ TORCH = {
     "accelerate",
     "deepspeed",
     "gpt",
+    "made_models",
+    "made_tokenizers",
     "pretrain",
     "reference",
     "safetensors.torch",

@@ -40,6 +40,10 @@ _MODULES = {
     "plan_merge": "merge_planning",
     "run_plan": "merging",
     "export": "merging",
+    "load_merge": "loading",
+    "load_merges": "loading",
+    "load_each": "loading",
+    "LoadedMerge": "loading",
     "reshard": "merging",
     "MergeResult": "merging",
     "MergeOutcome": "merging",
@@ -60,6 +64,7 @@ __all__ = [
     "WSDLR",
     "WSMLR",
     "Inspected",
+    "LoadedMerge",
     "MergeOutcome",
     "MergeRecipe",
     "MergeResult",
@@ -76,6 +81,9 @@ __all__ = [
     "export",
     "inspect_run",
     "lag",
+    "load_each",
+    "load_merge",
+    "load_merges",
     "load_recipe",
     "load_recipes",
     "make_recipe",
@@ -94,6 +102,7 @@ __all__ = [
 if TYPE_CHECKING:
     from wsm_ds.errors import WsmError
     from wsm_ds.inspection import Inspected, inspect_run
+    from wsm_ds.loading import LoadedMerge, load_each, load_merge, load_merges
     from wsm_ds.merge_planning import plan_merge
     from wsm_ds.merging import (
         MergeOutcome,

@@ -12,7 +12,7 @@ from wsm_ds.engine.source_crcs import SourceCrcs
 from wsm_ds.engine.staged_files import StagedFiles
 from wsm_ds.engine.tasks import Task
 from wsm_ds.engine.timings import Timings
-from wsm_ds.engine.worker import Worker
+from wsm_ds.engine.worker import Sink, Worker
 from wsm_ds.engine.writer import Writer, open_output
 from wsm_ds.errors import BudgetTooSmall, InsufficientCapacity
 from wsm_ds.planning.plan import Plan
@@ -190,6 +190,51 @@ def on_threads(tasks: Sequence[Task], threads: int, work: Work, check: Callable[
                 thread.join()
     if errors:
         raise errors[0]
+
+
+def run_into(
+    plan: Plan,
+    tasks: Sequence[Task],
+    sink: Sink,
+    workers: Workers,
+    on_bytes: Callable[[int], None] = lambda nbytes: None,
+    check: Callable[[], None] = lambda: None,
+) -> Timings:
+    """Runs tasks on threads into a sink that needs no files. The first error stops all threads and is raised.
+
+    Args:
+        plan: the whole plan.
+        tasks: those of this process.
+        sink: takes the bytes of all threads, of several at the same time.
+        workers: see `workers_for`.
+        on_bytes: called with the bytes that a finished task has read and made, by one thread at a time.
+        check: see `on_threads`.
+
+    Returns:
+        The seconds of all threads together.
+
+    Raises:
+        Exception: see `run_tasks`; and what the sink raises.
+    """
+    raise_limit()
+    threads = min(workers.threads, max(1, free_descriptors() // FEWEST_OPEN))
+    timings, lock = Timings(), threading.Lock()
+    with OpenFiles(lambda file: open_input(plan.inputs, file), most_open(threads)) as files:
+        reader, crcs, already_reported = Reader(plan.inputs, files), SourceCrcs(plan.inputs), set[str]()
+
+        def work(take: Callable[[], Iterator[Task]], is_stopped: Callable[[], bool]) -> None:
+            own = Timings()
+            worker = Worker(plan, reader, sink, workers.slice_numel, already_reported, own, crcs)
+            for task in take():
+                worker.run(task, is_stopped)
+                with lock:
+                    on_bytes(task.nbytes)
+            with lock:
+                timings.add(own)
+
+        on_threads(tasks, threads, work, check)
+        crcs.check_rest(reader.read)
+    return timings
 
 
 class _TaskQueue:

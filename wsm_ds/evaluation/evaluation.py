@@ -80,8 +80,8 @@ class Evaluation(_Data):
 
     Attributes:
         subject: the model.
-        evaluator: what measured: its "kind" ("loss", "generate", "command"), "identity" (SHA-256 of all that decides the
-            result besides the model), and details for people.
+        evaluator: what measured: its "kind" ("loss", "generate", "command", "lm-eval"), "identity" (SHA-256 of all that
+            decides the result besides the model), and details for people.
         metrics: by name. The names of one evaluator are the same for every model.
         blocks: of an evaluator of kind "loss".
         seconds: that the measurement took.
