@@ -237,7 +237,7 @@ def recipe_values(options: argparse.Namespace) -> dict[str, Any]:
     values["coefficients"] = split(getattr(options, "coefficients", None))
     tags = [tag for text in getattr(options, "tags", []) for tag in split(text) or ()]
     values["tags"] = tuple(tags) or None
-    values["rename_sources"] = _source_replacements(getattr(options, "rename_sources", ())) or None
+    values["rename_sources"] = source_replacements(getattr(options, "rename_sources", ())) or None
     return values | repeated_values(options)
 
 
@@ -271,8 +271,12 @@ def _replacement(flag: str, text: str) -> tuple[str, str]:
     return pattern, replacement
 
 
-def _source_replacements(texts: Iterable[str]) -> dict[str, dict[str, str]]:
-    """What --rename-sources says, by tag."""
+def source_replacements(texts: Iterable[str]) -> dict[str, dict[str, str]]:
+    """What --rename-sources says, by tag.
+
+    Args:
+        texts: the values of the flag.
+    """
     by_tag: dict[str, dict[str, str]] = {}
     for text in texts:
         tag, colon, rest = text.partition(":")

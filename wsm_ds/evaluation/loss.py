@@ -12,7 +12,7 @@ from typing_extensions import override
 from wsm_ds.distributed.ranks import Ranks
 from wsm_ds.errors import EvaluationError, RecipeError, WsmError
 from wsm_ds.evaluation.evaluation import Blocks, Evaluation, Subject
-from wsm_ds.evaluation.evaluator import Evaluator, MeasurementFailed, Result
+from wsm_ds.evaluation.evaluator import MeasurementFailed, ModelEvaluator, Result
 from wsm_ds.evaluation.forward import Forward
 from wsm_ds.evaluation.held_out import Cut, DataSource, HeldOut, read_held_out
 from wsm_ds.evaluation.models import default_device, load_folder, positions_of, torch_dtype, vocabulary_of
@@ -30,7 +30,7 @@ DEVICE_SHARE = 0.25
 BYTES_PER_LOGIT, BYTES_PER_ACTIVATION = 12, 256
 
 
-class LossEvaluator(Evaluator):
+class LossEvaluator(ModelEvaluator):
     """Measures the loss on held-out data.
 
     Attributes:
@@ -53,7 +53,6 @@ class LossEvaluator(Evaluator):
     token_dtype: TokenDType | None = None
     sequence_length: int = Field(default=1024, ge=1)
     blocks: int = Field(default=256, ge=1)
-    dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
     model: str | None = None
     batch_size: int | None = Field(default=None, ge=1)
     vocabulary: int | None = Field(default=None, ge=1)

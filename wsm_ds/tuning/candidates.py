@@ -11,7 +11,7 @@ import numpy as np
 from wsm_ds.evaluation.evaluation import Subject, SubjectSource
 from wsm_ds.evaluation.subjects import subject_of_folder
 from wsm_ds.loading import ChosenWindow, choose_windows
-from wsm_ds.planning.figures import Amount, WindowFigures
+from wsm_ds.planning.figures import Amount, WindowFigures, window_figures
 from wsm_ds.planning.window import Window
 from wsm_ds.tuning.request import TuningRequest
 from wsm_ds.tuning.results import CandidateResult, Span
@@ -40,7 +40,7 @@ class Candidate:
     @property
     def figures(self) -> WindowFigures | None:
         """Those of the window; None for a baseline."""
-        return None if self.chosen is None else self.chosen.output.figures
+        return None if self.chosen is None else self.chosen.window.figures
 
     def described(self) -> CandidateResult:
         """What is known of it without a measurement."""
@@ -144,7 +144,14 @@ def _alone(window: Window, at: int) -> Window:
             for unit in ("steps", "samples", "tokens")
         },
     )
-    return replace(window, layouts=window.layouts[at : at + 1], coefficients=np.ones(1), course=course)
+    alone = np.ones(1)
+    return replace(
+        window,
+        layouts=window.layouts[at : at + 1],
+        coefficients=alone,
+        course=course,
+        figures=window_figures(course, alone),
+    )
 
 
 def _name(window: str, curve: str, spread: str, end: int | None) -> str:

@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
+from wsm_ds.errors import RecipeError
 from wsm_ds.evaluation.evaluator import Evaluator
+from wsm_ds.planning.recipe_errors import validation_sentences
 from wsm_ds.planning.window_recipe import WindowRecipe, make_window_recipe
 from wsm_ds.schedules.spread import parse_spread
 from wsm_ds.sizes import parse_size
@@ -121,3 +123,20 @@ class TuningRequest(BaseModel):
         """
         kept = {key: value for key, value in self.options.items() if key not in ("floor", "by", "oldest_interval")}
         return make_window_recipe(run=self.run, tags=(tag,), coefficients=(1.0,), **kept)
+
+
+def make_request(**values: Any) -> TuningRequest:
+    """Returns a validated request.
+
+    Args:
+        **values: attributes of `TuningRequest`; None means that the attribute is not set.
+
+    Raises:
+        RecipeError: the message names every wrong value.
+    """
+    set_values = {key: value for key, value in values.items() if value is not None}
+    try:
+        return TuningRequest(**set_values)
+    except ValidationError as error:
+        faults = validation_sentences(error, TuningRequest.model_fields)
+        raise RecipeError(f"the tuning is not valid: {faults}") from error

@@ -200,7 +200,9 @@ def _loaded(
     if room is None:
         room = (available_memory() or 0) // 2 // stage.ranks.world_size
     recipes = [candidate.chosen.recipe for candidate in candidates if candidate.chosen is not None]
+    counted = None
     for merge in load_each(model, recipes, room=room, rename=request.rename or None):
-        if isinstance(merge, LoadedMerge):
-            stage.costs.read_bytes += merge.read_bytes if merge.is_first_of_pass else 0
+        if isinstance(merge, LoadedMerge) and merge.timings is not counted:  # the merges of a pass share it
+            counted = merge.timings
+            stage.costs.read_bytes += merge.read_bytes
         yield merge

@@ -13,8 +13,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from wsm_ds.errors import RecipeError, WindowError
+from wsm_ds.layouts import find_checkpoints
+from wsm_ds.layouts.order import in_order
+from wsm_ds.planning.course import CountReader, Place
 from wsm_ds.planning.recipe_errors import validation_sentences
 from wsm_ds.planning.recipe_file import read_yaml
+from wsm_ds.planning.window_recipe import make_window_recipe
 from wsm_ds.sizes import format_count
 from wsm_ds.tuning.candidates import Candidate
 from wsm_ds.tuning.results import TuningResult
@@ -123,6 +127,30 @@ def read_tuned(path: Path) -> TunedWindow:
     except ValidationError as error:
         faults = validation_sentences(error, TunedWindow.model_fields)
         raise RecipeError(f"--near {path}: `tuned` is not what a tuning writes: {faults}") from error
+
+
+def near(path: Path, run: Path, tokens_per_step: str | None, sequence_length: int | None) -> dict[str, list[str]]:
+    """Windows, curves and spreads to try in a run, by another run's best.yaml.
+
+    Args:
+        path: the best.yaml.
+        run: the folder of this run.
+        tokens_per_step: see `WindowRecipe`.
+        sequence_length: see `WindowRecipe`.
+
+    Returns:
+        "windows", "curves" and "spreads" of a `TuningRequest`.
+
+    Raises:
+        RecipeError, WindowError: see `read_tuned` and `windows_near`.
+    """
+    tuned = read_tuned(path)
+    dated = [one for one in in_order(find_checkpoints(run)) if one.step is not None]
+    recipe = make_window_recipe(run=run, last=1, tokens_per_step=tokens_per_step, sequence_length=sequence_length)
+    places = [Place(one.checkpoint.path, one.checkpoint.tag, one.step) for one in dated if one.step is not None]
+    course = CountReader(recipe).course(places)
+    windows = windows_near(tuned, course.steps, course.tokens)
+    return {"windows": list(windows), "curves": [tuned.curve], "spreads": [tuned.spread]}
 
 
 def windows_near(tuned: TunedWindow, steps: Sequence[int], tokens: Sequence[int] | None) -> tuple[str, ...]:

@@ -10,19 +10,21 @@ TUNE holds
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wsm_ds.distributed.ranks import Ranks
-from wsm_ds.errors import OutputExists
+from wsm_ds.errors import OutputExists, OutputLocked
 from wsm_ds.evaluation.evaluation import Evaluation
 from wsm_ds.evaluation.evaluator import ModelEvaluator
 from wsm_ds.evaluation.loss import LossEvaluator
 from wsm_ds.evaluation.models import build_model
 from wsm_ds.evaluation.records import NAME, Records
-from wsm_ds.filesystem.durable import write_text
+from wsm_ds.filesystem.durable import replace_shared_text
+from wsm_ds.filesystem.locks import hold_lock
 from wsm_ds.filesystem.small_files import read_small
 from wsm_ds.tuning.candidates import Candidate, candidates_of
 from wsm_ds.tuning.conclusion import Found, conclude
@@ -36,7 +38,7 @@ from wsm_ds.tuning.warnings import loss_of_guessing
 if TYPE_CHECKING:
     import torch
 
-RESULT, BEST = "tuning.json", "best.yaml"
+RESULT, BEST, LOCK = "tuning.json", "best.yaml", ".wsm-tune.lock"
 
 
 @dataclass(frozen=True)
@@ -129,10 +131,13 @@ class _Tuning:
         self.stage = Stage(request, records, exports, costs, self.ranks)
         self.found = Found(request, candidates, records, _guessing(request))
         self._screen(model, candidates)
-        if self._is_screened(candidates):
-            self._finals(model)
-            self._confirm(model)
-        return self._finished()
+        if request.share[1] == 1 or self._is_screened(candidates):
+            with self._only_one() as is_mine:
+                if is_mine:
+                    self._finals(model)
+                    self._confirm(model)
+                    self._keep_best()
+        return self._result()
 
     def _require_own_folder(self) -> TuningResult | None:
         earlier = read_result(self.request.out)
@@ -168,6 +173,19 @@ class _Tuning:
             )
         )
 
+    @contextmanager
+    def _only_one(self) -> Iterator[bool]:
+        """Whether no other process does what follows the screening; of an array, the last two tasks may end together."""
+        with ExitStack() as stack:
+
+            def take() -> bool:
+                with suppress(OutputLocked):
+                    stack.enter_context(hold_lock(self.request.out / LOCK, f"another process tunes {self.request.out}"))
+                    return True
+                return False
+
+            yield bool(self.ranks.decide(take))
+
     def _finals(self, model: "torch.nn.Module | None") -> None:
         final = self.request.final
         if final is None:
@@ -195,19 +213,18 @@ class _Tuning:
         self.total = self.done + len(self.stage.remaining(chosen, confirm))
         screen(self.stage, model, chosen, Budget(None, self.ranks), self._report, confirm)
 
-    def _finished(self) -> TuningResult:
-        """Keeps the recommended model if it is asked for, and the result."""
-        result = self._result()
-        best = self._recommended(result)
+    def _keep_best(self) -> None:
+        """Exports the recommended candidate, if it is to be kept, and removes the models of an earlier call."""
+        best = self._recommended(self._result())
         keep = self.request.keep or ("best" if self.request.final is not None else None)
-        if keep == "best" and best is not None and not result.waiting:
-            with self.stage.exports.of(best, stays=True):
-                pass
-            if self.ranks.rank == 0:
-                for folder in self.stage.exports.folder.iterdir():
-                    if folder.name != best.name:
-                        remove(folder)
-        return result
+        if keep != "best" or best is None:
+            return
+        with self.stage.exports.of(best, stays=True):
+            pass
+        if self.ranks.rank == 0:
+            for folder in self.stage.exports.folder.iterdir():
+                if folder.name != best.name and not folder.name.startswith("."):
+                    remove(folder)
 
     def _report(self, candidate: Candidate, evaluation: Evaluation) -> None:
         self.done += 1
@@ -225,8 +242,9 @@ class _Tuning:
             self.request.out.mkdir(parents=True, exist_ok=True)
             best = self._recommended(result)
             if best is not None and best.chosen is not None:
-                write_text(self.request.out / BEST, recipe_text(best, result))
-            write_text(self.request.out / RESULT, json.dumps(result.model_dump(mode="json"), indent=1) + "\n")
+                replace_shared_text(self.request.out / BEST, recipe_text(best, result))
+            text = json.dumps(result.model_dump(mode="json"), indent=1) + "\n"
+            replace_shared_text(self.request.out / RESULT, text)
         return result
 
     def _recommended(self, result: TuningResult) -> Candidate | None:
