@@ -24,7 +24,9 @@ def loss_options(parser: argparse.ArgumentParser) -> None:
                        help="blocks of each file, at most, evenly chosen (default 256)")  # fmt: skip
     group.add_argument("--eval-dtype", choices=("bf16", "fp16", "fp32"), default="fp32",
                        help="in which the model computes (default fp32)")  # fmt: skip
-    group.add_argument("--batch-size", type=int, metavar="N", help="blocks at once (default: as many as fit the device)")
+    group.add_argument(
+        "--batch-size", type=int, metavar="N", help="blocks at once (default: as many as fit the device)"
+    )
     group.add_argument("--tokenizer", metavar="FOLDER", help="of text files; or bytes, for a model of bytes")
     group.add_argument("--token-dtype", metavar="DTYPE", help="of bare token files (default uint16)")
     group.add_argument("--vocabulary", type=int, metavar="N", help="tokens that the model knows (default: its config)")

@@ -55,7 +55,9 @@ def add_command(commands: Any) -> None:
     )  # fmt: skip
     candidates.add_argument("--near", type=Path, metavar="BEST.yaml",
                             help="instead of --windows: the window that was best in another run, and its neighbours")  # fmt: skip
-    candidates.add_argument("--curve", help="linear (default), cosine, 1-sqrt, power:P, ema:R, ...; several, with commas")
+    candidates.add_argument(
+        "--curve", help="linear (default), cosine, 1-sqrt, power:P, ema:R, ...; several, with commas"
+    )
     candidates.add_argument("--spread", help="wsm (default), qam, maxent, or a dial as qam:0.5; several, with commas")
     candidates.add_argument("--to", dest="ends", metavar="STEP[,STEP...]",
                             help="where windows end (default: at the newest checkpoint)")  # fmt: skip
@@ -77,7 +79,9 @@ def add_command(commands: Any) -> None:
 
 def counts_options(group: argparse._ActionsContainer) -> None:
     """Adds what tells the tokens of a run whose files do not."""
-    group.add_argument("--tokens-per-step", metavar="N", help="tokens of each step, for a run whose batch never changed")
+    group.add_argument(
+        "--tokens-per-step", metavar="N", help="tokens of each step, for a run whose batch never changed"
+    )
     group.add_argument("--run-sequence-length", type=int, metavar="N", help="tokens of each training sample")
 
 
@@ -88,12 +92,16 @@ def _stage_options(parser: argparse.ArgumentParser) -> None:
                         "with {} for the exported model's folder, or lm-eval:TASK[,TASK...]")  # fmt: skip
     stages.add_argument("--metric", metavar="NAME", help="of the command's JSON (a.b.c), or of lm-eval")
     stages.add_argument("--maximize", action="store_true", help="more of the command's metric is better")
-    stages.add_argument("--finalists", type=int, default=3, metavar="K", help="merges that --final measures (default 3)")
+    stages.add_argument(
+        "--finalists", type=int, default=3, metavar="K", help="merges that --final measures (default 3)"
+    )
     stages.add_argument("--confirm", action="append", default=[], metavar="[NAME=]FILE",
                         help="second held-out data, for an honest figure of the recommended merge")  # fmt: skip
     stages.add_argument("--keep", choices=("best", "finalists", "all"),
                         help="exported models that stay in OUT/models (default: best with --final, else none)")  # fmt: skip
-    stages.add_argument("--disk-room", metavar="SIZE", help="most bytes of exported models at a time (default: no limit)")
+    stages.add_argument(
+        "--disk-room", metavar="SIZE", help="most bytes of exported models at a time (default: no limit)"
+    )
     stages.add_argument("--include", action="append", default=[], type=Path, metavar="FILE",
                         help="copy FILE into exported models, for example tokenizer.json (config.json and tokenizer files "
                         "of --model are copied)")  # fmt: skip

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,7 @@ import numpy as np
 from wsm_ds.evaluation.evaluation import Subject, SubjectSource
 from wsm_ds.evaluation.subjects import subject_of_folder
 from wsm_ds.loading import ChosenWindow, choose_windows
+from wsm_ds.planning.course import Course
 from wsm_ds.planning.figures import Amount, WindowFigures, window_figures
 from wsm_ds.planning.window import Window
 from wsm_ds.tuning.request import TuningRequest
@@ -54,7 +55,9 @@ class Candidate:
             kind=self.kind,
             end=_span(figures.end),
             window=_span(duration),
-            fraction=_ratio(duration.tokens, figures.end.tokens) if in_tokens else _ratio(duration.steps, figures.end.steps),
+            fraction=_ratio(duration.tokens, figures.end.tokens)
+            if in_tokens
+            else _ratio(duration.steps, figures.end.steps),
             curve=self.chosen.recipe.curve if is_merge else None,
             spread=(self.chosen.recipe.spread or "wsm") if is_merge else None,
             steps=tuple(layout.step for layout in window.layouts),
@@ -137,17 +140,16 @@ def _singles(request: TuningRequest, chosen: Sequence[ChosenWindow]) -> list[Can
 def _alone(window: Window, at: int) -> Window:
     """One checkpoint of a window, as it is."""
     at %= len(window.layouts)
-    course = replace(
-        window.course,
-        **{
-            unit: None if (counts := window.course.known(unit)) is None else counts[at : at + 1]
-            for unit in ("steps", "samples", "tokens")
-        },
+    course, one = window.course, slice(at, at + 1)
+    course = Course(
+        course.steps[one],
+        course.samples[one] if course.samples else None,
+        course.tokens[one] if course.tokens else None,
     )
     alone = np.ones(1)
     return replace(
         window,
-        layouts=window.layouts[at : at + 1],
+        layouts=window.layouts[one],
         coefficients=alone,
         course=course,
         figures=window_figures(course, alone),
@@ -165,6 +167,6 @@ def _middle_first(windows: Sequence[str]) -> list[str]:
     order += [at for at in gaps if at not in order]
     while len(order) < len(windows):
         known = sorted(order)
-        begin, end = max(zip(known, known[1:], strict=False), key=lambda pair: pair[1] - pair[0])
+        begin, end = max(pairwise(known), key=lambda pair: pair[1] - pair[0])
         order.append((begin + end) // 2)
     return [windows[at] for at in order]

@@ -51,9 +51,7 @@ class Found:
             if evaluation is not None and metric is not None and evaluation.failure is None:
                 figures = candidate.figures
                 duration = figures.duration.steps if figures is not None and candidate.kind == "merge" else 0.0
-                one = Measured(
-                    candidate.name, candidate.kind, duration, candidate.is_newest, metric, evaluation.blocks
-                )
+                one = Measured(candidate.name, candidate.kind, duration, candidate.is_newest, metric, evaluation.blocks)
                 found.append((candidate, one))
         return found
 
@@ -131,7 +129,9 @@ def _recommendation(found: Found, comparison: Comparison) -> Recommendation:
     recommendation = recommend(comparison)
     steps = {candidate.name: candidate.described().steps[-1] for candidate in found.candidates if candidate.chosen}
     screened = found.comparison(found.request.screening)
-    singles = sorted(((steps[one.name], one) for one in screened.measured if one.kind == "raw"), key=lambda pair: pair[0])
+    singles = sorted(
+        ((steps[one.name], one) for one in screened.measured if one.kind == "raw"), key=lambda pair: pair[0]
+    )
     warnings = list(warnings_of(comparison, recommendation.name, singles, found.guessing))
     chosen = next((candidate for candidate in found.candidates if candidate.name == recommendation.name), None)
     if chosen is not None and chosen.figures is not None:

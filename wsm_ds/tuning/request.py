@@ -88,7 +88,9 @@ class TuningRequest(BaseModel):
     def _baseline_names(cls, values: dict[str, Path]) -> dict[str, Path]:
         for name in values:
             if not NAME.fullmatch(name):
-                raise ValueError(f"the name {name!r} of a baseline may have letters, digits, '.', '_', '+' and '-' only")
+                raise ValueError(
+                    f"the name {name!r} of a baseline may have letters, digits, '.', '_', '+' and '-' only"
+                )
         return values
 
     @model_validator(mode="after")
@@ -112,7 +114,12 @@ class TuningRequest(BaseModel):
         """
         length = {"last": int(window)} if window.isdecimal() else {"last_tokens": window}
         return make_window_recipe(
-            run=self.run, curve=curve, spread=spread, to_step=end, **length, **self.options  # type: ignore[typeddict-item]
+            run=self.run,
+            curve=curve,
+            spread=spread,
+            to_step=end,
+            **length,
+            **self.options,
         )
 
     def recipe_of_tag(self, tag: str) -> WindowRecipe:

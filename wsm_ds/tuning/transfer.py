@@ -187,5 +187,8 @@ def windows_near(tuned: TunedWindow, steps: Sequence[int], tokens: Sequence[int]
 
 def _checkpoints(counts: Sequence[float], length: float) -> int:
     """Number of newest checkpoints whose window is nearest to a length; each stands for the interval before it."""
-    spans = [counts[-1] - count for count in [*counts[-2::-1], max(0.0, 2 * counts[0] - counts[1] if len(counts) > 1 else 0.0)]]
+    spans = [
+        counts[-1] - count
+        for count in [*counts[-2::-1], max(0.0, 2 * counts[0] - counts[1] if len(counts) > 1 else 0.0)]
+    ]
     return 1 + min(range(len(spans)), key=lambda at: abs(spans[at] - length))

@@ -143,7 +143,9 @@ class _Tuning:
         earlier = read_result(self.request.out)
         run = str(self.request.run.resolve())
         if earlier is not None and earlier.run != run:
-            raise OutputExists(f"{self.request.out} is the tuning of {earlier.run}, not of {run}: choose another --out.")
+            raise OutputExists(
+                f"{self.request.out} is the tuning of {earlier.run}, not of {run}: choose another --out."
+            )
         return earlier
 
     def _model(self) -> "torch.nn.Module | None":

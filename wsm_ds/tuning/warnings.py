@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,8 +60,8 @@ def _few_blocks(comparison: Comparison) -> str:
         return ""
     percent = 100 / math.sqrt(2 * max(1, min(counts) - 1))
     return (
-        f"The held-out set has only {min(counts)} blocks. The errors are themselves uncertain by about {percent:.0f} %, "
-        "and the choice may be chance. Give more held-out data (--data), or more blocks (--blocks)."
+        f"The held-out set has only {min(counts)} blocks. The errors are themselves uncertain by about {percent:.0f} "
+        "%, and the choice may be chance. Give more held-out data (--data), or more blocks (--blocks)."
     )
 
 
@@ -71,8 +72,8 @@ def _guessing(comparison: Comparison, guessing: float | None) -> str:
     if best.metric.value < guessing:
         return ""
     return (
-        f"The best loss ({best.metric.value:.3f}, {best.name}) is not below that of guessing each token by its frequency "
-        f"in the held-out data ({guessing:.3f}). Are the data of this tokenizer, with the tokens in their order?"
+        f"The best loss ({best.metric.value:.3f}, {best.name}) is not below that of guessing each token by its "
+        f"frequency in the held-out data ({guessing:.3f}). Are the data of this tokenizer, with the tokens in their order?"
     )
 
 
@@ -81,15 +82,15 @@ def _conspicuous(singles: Sequence[tuple[int, Measured]]) -> Iterable[str]:
     if len(singles) < FEWEST_NEIGHBOURS:
         return
     values = [one.badness for _, one in singles]
-    usual = statistics.median(abs(b - a) for a, b in zip(values, values[1:], strict=False))
+    usual = statistics.median(abs(b - a) for a, b in pairwise(values))
     for number, (step, one) in enumerate(singles):
         around = [*values[max(0, number - 2) : number], *values[number + 1 : number + 3]]
         middle = statistics.median(around)
         if values[number] - middle > max(OUTLIER * usual, 3 * (one.metric.error or 0.0)):
             yield (
-                f"The checkpoint of step {step} alone is far worse than its neighbours ({abs(one.metric.value):.3f}, they "
-                f"{abs(middle):.3f}). The training may have diverged there. Windows that hold it suffer from it; choose "
-                "windows without it, by --tags or by their end points."
+                f"The checkpoint of step {step} alone is far worse than its neighbours ({abs(one.metric.value):.3f}, "
+                f"they {abs(middle):.3f}). The training may have diverged there. Windows that hold it suffer from it; "
+                "choose windows without it, by their end points (--to)."
             )
 
 
