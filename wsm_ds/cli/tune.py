@@ -54,15 +54,13 @@ def add_command(commands: Any) -> None:
         "the run (100B)",
     )  # fmt: skip
     candidates.add_argument("--near", type=Path, metavar="BEST.yaml",
-                            help="instead of --windows: the window that was best in another run, and its neighbours")  # fmt: skip
-    candidates.add_argument(
-        "--curve", help="linear (default), cosine, 1-sqrt, power:P, ema:R, ...; several, with commas"
-    )
+                            help="instead of --windows: the best window of another run, and its neighbours")  # fmt: skip
+    candidates.add_argument("--curve", help="linear (default), cosine, 1-sqrt, power:P, ...; several, with commas")
     candidates.add_argument("--spread", help="wsm (default), qam, maxent, or a dial as qam:0.5; several, with commas")
     candidates.add_argument("--to", dest="ends", metavar="STEP[,STEP...]",
                             help="where windows end (default: at the newest checkpoint)")  # fmt: skip
     candidates.add_argument("--baseline", action="append", default=[], metavar="NAME=FOLDER",
-                            help="weights to compare with, such as a decayed branch; may be given several times")  # fmt: skip
+                            help="weights to compare with, such as a decayed branch; may be repeated")  # fmt: skip
     counts_options(candidates)
     allow_option(candidates)
     rename_sources_option(candidates)
@@ -79,9 +77,7 @@ def add_command(commands: Any) -> None:
 
 def counts_options(group: argparse._ActionsContainer) -> None:
     """Adds what tells the tokens of a run whose files do not."""
-    group.add_argument(
-        "--tokens-per-step", metavar="N", help="tokens of each step, for a run whose batch never changed"
-    )
+    group.add_argument("--tokens-per-step", metavar="N", help="tokens of a step, for a run whose batch never changed")
     group.add_argument("--run-sequence-length", type=int, metavar="N", help="tokens of each training sample")
 
 
@@ -99,12 +95,10 @@ def _stage_options(parser: argparse.ArgumentParser) -> None:
                         help="second held-out data, for an honest figure of the recommended merge")  # fmt: skip
     stages.add_argument("--keep", choices=("best", "finalists", "all"),
                         help="exported models that stay in OUT/models (default: best with --final, else none)")  # fmt: skip
-    stages.add_argument(
-        "--disk-room", metavar="SIZE", help="most bytes of exported models at a time (default: no limit)"
-    )
+    stages.add_argument("--disk-room", metavar="SIZE", help="most bytes of exported models (default: no limit)")
     stages.add_argument("--include", action="append", default=[], type=Path, metavar="FILE",
-                        help="copy FILE into exported models, for example tokenizer.json (config.json and tokenizer files "
-                        "of --model are copied)")  # fmt: skip
+                        help="copy FILE into exported models; config.json and the tokenizer of --model are copied "
+                        "anyway")  # fmt: skip
 
 
 def _tune(options: argparse.Namespace) -> int:

@@ -129,9 +129,8 @@ def _recommendation(found: Found, comparison: Comparison) -> Recommendation:
     recommendation = recommend(comparison)
     steps = {candidate.name: candidate.described().steps[-1] for candidate in found.candidates if candidate.chosen}
     screened = found.comparison(found.request.screening)
-    singles = sorted(
-        ((steps[one.name], one) for one in screened.measured if one.kind == "raw"), key=lambda pair: pair[0]
-    )
+    raw = [(steps[one.name], one) for one in screened.measured if one.kind == "raw"]
+    singles = sorted(raw, key=lambda pair: pair[0])
     warnings = list(warnings_of(comparison, recommendation.name, singles, found.guessing))
     chosen = next((candidate for candidate in found.candidates if candidate.name == recommendation.name), None)
     if chosen is not None and chosen.figures is not None:

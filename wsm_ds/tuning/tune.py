@@ -177,7 +177,7 @@ class _Tuning:
 
     @contextmanager
     def _only_one(self) -> Iterator[bool]:
-        """Whether no other process does what follows the screening; of an array, the last two tasks may end together."""
+        """Whether no other process does what follows the screening: the last tasks of an array may end together."""
         with ExitStack() as stack:
 
             def take() -> bool:

@@ -73,7 +73,8 @@ def _guessing(comparison: Comparison, guessing: float | None) -> str:
         return ""
     return (
         f"The best loss ({best.metric.value:.3f}, {best.name}) is not below that of guessing each token by its "
-        f"frequency in the held-out data ({guessing:.3f}). Are the data of this tokenizer, with the tokens in their order?"
+        f"frequency in the held-out data ({guessing:.3f}). Are the data of this tokenizer, with the tokens in their "
+        "order?"
     )
 
 
