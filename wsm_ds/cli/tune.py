@@ -54,7 +54,7 @@ def add_command(commands: Any) -> None:
         "the run (100B)",
     )  # fmt: skip
     candidates.add_argument("--near", type=Path, metavar="BEST.yaml",
-                            help="instead of --windows: the best window of another run, and its neighbours")  # fmt: skip
+                            help="instead of --windows: another run's best window, and its neighbours")  # fmt: skip
     candidates.add_argument("--curve", help="linear (default), cosine, 1-sqrt, power:P, ...; several, with commas")
     candidates.add_argument("--spread", help="wsm (default), qam, maxent, or a dial as qam:0.5; several, with commas")
     candidates.add_argument("--to", dest="ends", metavar="STEP[,STEP...]",
@@ -94,11 +94,10 @@ def _stage_options(parser: argparse.ArgumentParser) -> None:
     stages.add_argument("--confirm", action="append", default=[], metavar="[NAME=]FILE",
                         help="second held-out data, for an honest figure of the recommended merge")  # fmt: skip
     stages.add_argument("--keep", choices=("best", "finalists", "all"),
-                        help="exported models that stay in OUT/models (default: best with --final, else none)")  # fmt: skip
+                        help="exported models that stay (default: best with --final, else none)")  # fmt: skip
     stages.add_argument("--disk-room", metavar="SIZE", help="most bytes of exported models (default: no limit)")
     stages.add_argument("--include", action="append", default=[], type=Path, metavar="FILE",
-                        help="copy FILE into exported models; config.json and the tokenizer of --model are copied "
-                        "anyway")  # fmt: skip
+                        help="copy FILE into exported models; config.json and tokenizer are copied")  # fmt: skip
 
 
 def _tune(options: argparse.Namespace) -> int:

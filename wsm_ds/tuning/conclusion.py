@@ -142,8 +142,8 @@ def _recommendation(found: Found, comparison: Comparison) -> Recommendation:
     confirmed = [_confirmed(found, name) for name in (recommendation.name, recommendation.raw)]
     if found.request.confirm is None and merges > 1:
         warnings.append(
-            f"The best of {merges} merges looks better on the data that chose it than it is. For an honest figure give a "
-            "second held-out set (--confirm)."
+            f"The best of {merges} merges looks better on the data that chose it than it is. For an honest figure "
+            "give a second held-out set (--confirm)."
         )
     return recommendation.model_copy(
         update={"warnings": tuple(warnings), "confirmed": confirmed[0], "confirmed_raw": confirmed[1]}
