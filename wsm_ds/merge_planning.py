@@ -34,7 +34,6 @@ from wsm_ds.planning.window import ReadLayout, Window, recorded_window, select_w
 from wsm_ds.publishing.identity import is_of_run, is_same_merge, is_same_recipe, stated
 from wsm_ds.publishing.manifest import description, read_manifest
 from wsm_ds.publishing.staging_folder import discard, unfinished_merge
-from wsm_ds.schedules.coefficients import effective_sample_size, lag
 from wsm_ds.torchfile import archive
 
 log = logging.getLogger(__name__)
@@ -192,7 +191,6 @@ def _files(
 
 
 def _output(recipe: MergeRecipe, window: Window, texts: dict[str, str]) -> Output:
-    steps = [layout.step for layout in window.layouts]
     return Output(
         out=recipe.out,
         sources=tuple(
@@ -200,11 +198,14 @@ def _output(recipe: MergeRecipe, window: Window, texts: dict[str, str]) -> Outpu
             for layout, coefficient in zip(window.layouts, window.coefficients.tolist(), strict=True)
         ),
         curve=recipe.curve or "given coefficients",
-        ess=effective_sample_size(window.coefficients),
-        lag_steps=lag(window.coefficients, steps),
+        ess=window.figures.ess,
+        lag_steps=window.figures.mean_age.steps,
         texts=texts,
         recipe=recipe.model_dump(mode="json"),
         matched_names=tuple(match.to_json() for match in window.matched_names),
+        figures=window.figures.to_json(),
+        samples=window.course.samples,
+        tokens=window.course.tokens,
     )
 
 
