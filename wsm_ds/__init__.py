@@ -56,8 +56,9 @@ _MODULES = {
     "coefficients_from_decay_factors": "schedules.coefficients",
     "decay_factors_from_coefficients": "schedules.coefficients",
     "weight_decay_aware_coefficients": "schedules.coefficients",
-    "effective_sample_size": "schedules.coefficients",
-    "lag": "schedules.coefficients",
+    "effective_sample_size": "schedules.figures",
+    "lag": "schedules.figures",
+    "age_deviation": "schedules.figures",
     "WsmError": "errors",
 }
 __all__ = [
@@ -75,6 +76,7 @@ __all__ = [
     "WindowRecipe",
     "WsmError",
     "__version__",
+    "age_deviation",
     "coefficients_from_decay_factors",
     "decay_factors_from_coefficients",
     "effective_sample_size",
@@ -119,12 +121,11 @@ if TYPE_CHECKING:
     from wsm_ds.schedules.coefficients import (
         coefficients_from_decay_factors,
         decay_factors_from_coefficients,
-        effective_sample_size,
-        lag,
         merge_coefficients,
         weight_decay_aware_coefficients,
     )
     from wsm_ds.schedules.curves import parse_curve
+    from wsm_ds.schedules.figures import age_deviation, effective_sample_size, lag
     from wsm_ds.schedules.lr_schedules import WSDLR, WSMLR
     from wsm_ds.verification import VerificationResult, verify
 
