@@ -25,6 +25,7 @@ TORCH = {
     "accelerate",
     "deepspeed",
     "gpt",
+    "loaded_models",
     "pretrain",
     "reference",
     "safetensors.torch",
