@@ -26,8 +26,12 @@ TORCH = {
     "accelerate",
     "deepspeed",
     "gpt",
+<<<<<<< HEAD
     "made_models",
     "made_tokenizers",
+=======
+    "loaded_models",
+>>>>>>> live
     "pretrain",
     "reference",
     "safetensors.torch",

@@ -35,10 +35,12 @@ from wsm_ds.engine.timings import Timings
 from wsm_ds.errors import BrokenCheckpoint, LayoutMismatch, NonFiniteValue, RecipeError, WsmError, few
 from wsm_ds.filesystem.capacity import require_memory
 from wsm_ds.filesystem.locks import hold_shared
+from wsm_ds.layouts import Layout
 from wsm_ds.merge_planning import output_of
 from wsm_ds.outputs.live_model import Filling, fill, plan_live_model
 from wsm_ds.outputs.zero_checkpoint import OutputWindow
 from wsm_ds.planning.memory import PlanningMemory
+from wsm_ds.planning.one_save import problem_of
 from wsm_ds.planning.plan import Output, OutputFile, OutputNumber, Plan
 from wsm_ds.planning.recipe import MergeRecipe
 from wsm_ds.planning.recipe_errors import check_replacements
@@ -208,7 +210,7 @@ def load_merges(
         raise RecipeError(f"load_merges needs one recipe for each model; found {len(recipes)} for {len(models)}.")
     tensors = [tensors_of(model) for model in models]
     require_fillable(tensors)
-    return _load(tensors, choose_windows(recipes), options)
+    return _load(tensors, choose_windows(recipes), options, set())
 
 
 def load_each(
@@ -265,7 +267,14 @@ def choose_windows(recipes: Sequence[WindowRecipe]) -> tuple[ChosenWindow, ...]:
     """
     memory = PlanningMemory(recipes, None, lambda done, total: None)
     read_once, warn = cache(memory.read), cache(log.warning)
-    return tuple(ChosenWindow(recipe, select_window(recipe, read_once, warn)) for recipe in recipes)
+    problems: dict[Path, str | None] = {}
+
+    def find_problem(layout: Layout) -> str | None:
+        if layout.path not in problems:
+            problems[layout.path] = problem_of(layout)
+        return problems[layout.path]
+
+    return tuple(ChosenWindow(recipe, select_window(recipe, read_once, warn, find_problem)) for recipe in recipes)
 
 
 def _recipe_of(recipe: WindowRecipe | StrPath | None, fields: Mapping[str, Any]) -> WindowRecipe:
@@ -283,23 +292,24 @@ def _recipe_of(recipe: WindowRecipe | StrPath | None, fields: Mapping[str, Any])
 def _passes(
     sets: Sequence[Tensors], chosen: Sequence[ChosenWindow], options: FillOptions
 ) -> Iterator[LoadedMerge | WsmError]:
+    reported = set[str]()
     for begin in range(0, len(chosen), len(sets)):
-        yield from _each_of(sets, chosen[begin : begin + len(sets)], options)
+        yield from _each_of(sets, chosen[begin : begin + len(sets)], options, reported)
 
 
 def _each_of(
-    sets: Sequence[Tensors], chosen: Sequence[ChosenWindow], options: FillOptions
+    sets: Sequence[Tensors], chosen: Sequence[ChosenWindow], options: FillOptions, reported: set[str]
 ) -> Iterator[LoadedMerge | WsmError]:
     """Makes the merges of one pass, each in its own set of tensors, and copies them one by one into the first set."""
     try:
-        loaded = _load(sets[: len(chosen)], chosen, options)
+        loaded = _load(sets[: len(chosen)], chosen, options, reported)
     except DATA_ERRORS as error:
         if len(chosen) == 1:
             yield error
             return
         log.warning("one of %d merges cannot be made (%s); each is now made by itself", len(chosen), error)
         for one in chosen:
-            yield from _each_of(sets[:1], [one], options)
+            yield from _each_of(sets[:1], [one], options, reported)
         return
     for number, merge in enumerate(loaded):
         if number:
@@ -307,14 +317,16 @@ def _each_of(
         yield merge
 
 
-def _load(models: Sequence[Tensors], chosen: Sequence[ChosenWindow], options: FillOptions) -> tuple[LoadedMerge, ...]:
-    """Fills each set of tensors with the sum of its window, in one pass."""
+def _load(
+    models: Sequence[Tensors], chosen: Sequence[ChosenWindow], options: FillOptions, reported: set[str]
+) -> tuple[LoadedMerge, ...]:
+    """Fills each set of tensors with the sum of its window, in one pass. `reported`: what warnings have named."""
     plan, fillings = _plan(models, chosen, options)
     require_memory(plan.memory_bytes)
     workers = workers_for(plan, plan.memory_bytes, plan.threads)
     on_bytes = options.get("on_bytes") or (lambda nbytes: None)
     with hold_shared(plan.marks()):  # `prune` leaves the checkpoints alone
-        timings = run_into(plan, tasks_of(plan), LiveTensors(plan, models), workers, on_bytes)
+        timings = run_into(plan, tasks_of(plan), LiveTensors(plan, models), workers, reported, on_bytes)
         check_unchanged(plan.inputs)
     return tuple(
         LoadedMerge(

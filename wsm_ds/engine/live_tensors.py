@@ -69,13 +69,17 @@ class LiveTensors:
             else:
                 filled = values.to(tensor.device, tensor.dtype)
                 _scatter(tensor, begin, filled)
-            if dtype.is_floating and filled.dtype.itemsize < dtype.itemsize and not bool(filled.isfinite().all()):
-                overflows = ~filled.isfinite() & values.to(filled.device).isfinite()
-                if bool(overflows.any()):
-                    raise NonFiniteValue(
-                        f"{self.plan.files[number].name} overflows {str(filled.dtype).removeprefix('torch.')}, the "
-                        "dtype that it has in the model; build the model in bfloat16 or float32 instead."
-                    )
+            if dtype.is_floating and not bool(filled.isfinite().all()):
+                self._require_no_overflow(number, values, filled)
+
+    def _require_no_overflow(self, number: int, values: torch.Tensor, filled: torch.Tensor) -> None:
+        """Raises NonFiniteValue if a finite value became an infinity. A frozen tensor may hold infinities."""
+        overflows = ~filled.isfinite() & values.to(filled.device).isfinite()
+        if bool(overflows.any()):
+            raise NonFiniteValue(
+                f"{self.plan.files[number].name} overflows {str(filled.dtype).removeprefix('torch.')}, the dtype that "
+                "it has in the model; build the model in bfloat16 or float32 instead."
+            )
 
 
 def _stored_dtypes(plan: Plan) -> list[DType]:

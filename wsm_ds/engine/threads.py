@@ -197,7 +197,8 @@ def run_into(
     tasks: Sequence[Task],
     sink: Sink,
     workers: Workers,
-    on_bytes: Callable[[int], None] = lambda nbytes: None,
+    already_reported: set[str],
+    on_bytes: Callable[[int], None],
     check: Callable[[], None] = lambda: None,
 ) -> Timings:
     """Runs tasks on threads into a sink that needs no files. The first error stops all threads and is raised.
@@ -207,6 +208,7 @@ def run_into(
         tasks: those of this process.
         sink: takes the bytes of all threads, of several at the same time.
         workers: see `workers_for`.
+        already_reported: see `Worker`.
         on_bytes: called with the bytes that a finished task has read and made, by one thread at a time.
         check: see `on_threads`.
 
@@ -220,7 +222,7 @@ def run_into(
     threads = min(workers.threads, max(1, free_descriptors() // FEWEST_OPEN))
     timings, lock = Timings(), threading.Lock()
     with OpenFiles(lambda file: open_input(plan.inputs, file), most_open(threads)) as files:
-        reader, crcs, already_reported = Reader(plan.inputs, files), SourceCrcs(plan.inputs), set[str]()
+        reader, crcs = Reader(plan.inputs, files), SourceCrcs(plan.inputs)
 
         def work(take: Callable[[], Iterator[Task]], is_stopped: Callable[[], bool]) -> None:
             own = Timings()

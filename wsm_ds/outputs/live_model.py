@@ -118,7 +118,7 @@ def plan_live_model(
         UnsupportedLayout: see `in_stored_order`.
     """
     newest = window.newest(tables)
-    one_name = {model[name].number: name for name in filling.sources}
+    one_name = {model[name].number: name for name in reversed(filling.sources)}  # the first of tied ones
     names_by_source = defaultdict(list)
     for name in one_name.values():
         names_by_source[filling.sources[name]].append(name)
