@@ -26,12 +26,9 @@ TORCH = {
     "accelerate",
     "deepspeed",
     "gpt",
-<<<<<<< HEAD
+    "loaded_models",
     "made_models",
     "made_tokenizers",
-=======
-    "loaded_models",
->>>>>>> live
     "pretrain",
     "reference",
     "safetensors.torch",
