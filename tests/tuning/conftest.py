@@ -1,27 +1,11 @@
-"""Runs of eight checkpoints, held-out tokens, and requests to tune them."""
+"""Requests to tune a run of eight checkpoints."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_folder, train
-from deepspeed_runs import launch
 from tuned import loss_of, write_tokens
-
-WIDTHS = {"narrow": 9, "twice_as_wide": 18}
-
-
-@pytest.fixture(scope="session")
-def long_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`RUNS/narrow` and `RUNS/twice_as_wide`: ZeRO-2, bf16, two ranks, global_step2, 4, … 16."""
-    with run_folder("long_runs", tmp_path_factory) as (root, is_made):
-        if not is_made:
-            jobs = [
-                train(root / name, stage=2, dtype="bf16", steps=16) | {"width": width} for name, width in WIDTHS.items()
-            ]
-            launch(jobs, world_size=2, folder=tmp_path_factory.mktemp("train"))
-    return root
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ class _SumOptions(_ReadOptions, total=False):
     scores: Mapping[str, float] | None
     maximize: bool | None
     data_switch: int | None
+    tuned: Mapping[str, Any] | None
     rename_sources: Mapping[str, Mapping[str, str]] | None
 
 

@@ -50,6 +50,7 @@ class WindowRecipe(BaseModel):
         maximize: whether more is better in `scores`.
         data_switch: the last step before the training data changed. The figures then say how much of the merge lies on
             updates after it, and a window across it is warned of.
+        tuned: where `wsm-ds tune` has the recipe from; it changes nothing, and the manifest repeats it.
         memory_budget: bytes, or text as "512MiB"; limits all buffers of the merge, in each process.
         threads: workers of each process; if not set, all cores, shared with the other ranks of the machine.
         rename_sources: for older checkpoints of the window whose names differ from those of the newest: by tag (or a
@@ -82,6 +83,7 @@ class WindowRecipe(BaseModel):
     scores: dict[str, FiniteFloat] = Field(default_factory=dict)
     maximize: bool = False
     data_switch: int | None = Field(default=None, ge=0)
+    tuned: dict[str, Any] | None = None
     memory_budget: int | str = "512MiB"
     threads: int = Field(default_factory=lambda: max(1, len(os.sched_getaffinity(0)) // local_world_size()), ge=1)
     rename_sources: dict[str, dict[str, str]] = Field(default_factory=dict)

@@ -181,6 +181,7 @@ class _Tuning:
         with ExitStack() as stack:
 
             def take() -> bool:
+                self.request.out.mkdir(parents=True, exist_ok=True)
                 with suppress(OutputLocked):
                     stack.enter_context(hold_lock(self.request.out / LOCK, f"another process tunes {self.request.out}"))
                     return True
