@@ -28,6 +28,7 @@ _MODULES = {
     "WSDLR": "schedules.lr_schedules",
     "MergeRecipe": "planning.recipe",
     "WindowRecipe": "planning.window_recipe",
+    "make_window_recipe": "planning.window_recipe",
     "make_recipe": "planning.recipe",
     "make_recipes": "planning.recipe",
     "load_recipe": "planning.recipe",
@@ -90,6 +91,7 @@ __all__ = [
     "load_recipes",
     "make_recipe",
     "make_recipes",
+    "make_window_recipe",
     "merge",
     "merge_all",
     "merge_coefficients",
@@ -117,7 +119,7 @@ if TYPE_CHECKING:
     )
     from wsm_ds.planning.plan import Output, Plan, Source
     from wsm_ds.planning.recipe import MergeRecipe, load_recipe, load_recipes, make_recipe, make_recipes
-    from wsm_ds.planning.window_recipe import WindowRecipe
+    from wsm_ds.planning.window_recipe import WindowRecipe, make_window_recipe
     from wsm_ds.schedules.coefficients import (
         coefficients_from_decay_factors,
         decay_factors_from_coefficients,
