@@ -25,6 +25,7 @@ TORCH = {
     "accelerate",
     "deepspeed",
     "gpt",
+    "loaded_models",
     "made_models",
     "made_tokenizers",
     "pretrain",

@@ -138,6 +138,13 @@ class LayoutMismatch(WsmError, ValueError):
     exit_code = 3
 
 
+class ModelMismatch(WsmError, ValueError):
+    """A model in memory and a checkpoint do not hold the same tensors, or the model cannot be filled in place.
+
+    Raised before anything is read or changed. The message names the tensors, and how to let some of them differ.
+    """
+
+
 class ForeignFiles(WsmError, ValueError):
     """A checkpoint has files of another save: of another step, another rank or another run.
 
