@@ -7,16 +7,13 @@ import time
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
 from wsm_ds import __version__
 from wsm_ds.distributed.ranks import Ranks
 from wsm_ds.evaluation.evaluation import Blocks, Evaluation, Metric, Subject
-
-if TYPE_CHECKING:
-    import torch
 
 
 class MeasurementFailed(Exception):
@@ -110,34 +107,6 @@ class Evaluator(BaseModel):
             versions=versions_of(("numpy", *self.PACKAGES)),
             failure=failure,
         )
-
-
-class ModelEvaluator(Evaluator):
-    """Measures a model that is in memory, or one in a folder.
-
-    Attributes:
-        dtype: in which the model computes.
-    """
-
-    dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
-
-    def require_fit(self, model: "torch.nn.Module") -> None:
-        """Checks that a model can be measured.
-
-        Raises:
-            EvaluationError, RecipeError: it cannot; the message says why.
-        """
-        raise NotImplementedError
-
-    def measure(self, model: "torch.nn.Module", subject: Subject, ranks: Ranks | None = None) -> Evaluation:
-        """Measures a model in memory.
-
-        Args:
-            model: on its device.
-            subject: what it is.
-            ranks: that share the work; None: this process alone.
-        """
-        raise NotImplementedError
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from wsm_ds.distributed.ranks import Ranks
 from wsm_ds.errors import WsmError
 from wsm_ds.evaluation.evaluation import Evaluation
-from wsm_ds.evaluation.evaluator import Evaluator, MeasurementFailed, ModelEvaluator
+from wsm_ds.evaluation.evaluator import Evaluator, MeasurementFailed
+from wsm_ds.evaluation.in_memory import InMemoryEvaluator
 from wsm_ds.evaluation.records import Records
 from wsm_ds.filesystem.capacity import available_memory
 from wsm_ds.loading import LoadedMerge, load_each
@@ -169,7 +170,7 @@ def screen(
     evaluator = evaluator or stage.request.screening
     remaining = stage.remaining(candidates, evaluator)
     keeps_all = stage.request.keep == "all"
-    if model is None or not isinstance(evaluator, ModelEvaluator):
+    if model is None or not isinstance(evaluator, InMemoryEvaluator):
         stage.measure_folders(remaining, evaluator, budget, on_evaluation, stays=keeps_all)
         return
     in_memory = [candidate for candidate in remaining if candidate.chosen is not None]

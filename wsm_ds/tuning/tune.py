@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from wsm_ds.distributed.ranks import Ranks
 from wsm_ds.errors import OutputExists, OutputLocked
 from wsm_ds.evaluation.evaluation import Evaluation
-from wsm_ds.evaluation.evaluator import ModelEvaluator
+from wsm_ds.evaluation.in_memory import InMemoryEvaluator
 from wsm_ds.evaluation.loss import LossEvaluator
 from wsm_ds.evaluation.models import build_model
 from wsm_ds.evaluation.records import NAME, Records
@@ -151,7 +151,7 @@ class _Tuning:
     def _model(self) -> "torch.nn.Module | None":
         """The model that is filled again and again; None if every evaluator reads folders."""
         request = self.request
-        evaluators = [one for one in (request.screening, request.confirm) if isinstance(one, ModelEvaluator)]
+        evaluators = [one for one in (request.screening, request.confirm) if isinstance(one, InMemoryEvaluator)]
         if not evaluators or request.model is None:
             return None
         model = build_model(request.model, evaluators[0].dtype)
@@ -198,7 +198,7 @@ class _Tuning:
         remaining = self.stage.remaining(finalists, final)
         self.total = self.done + len(remaining)
         unlimited = Budget(None, self.ranks)
-        if isinstance(final, ModelEvaluator) and model is not None:
+        if isinstance(final, InMemoryEvaluator) and model is not None:
             screen(self.stage, model, finalists, unlimited, self._report, final)
         else:
             stays = self.request.keep in ("finalists", "all")
