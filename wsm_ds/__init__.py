@@ -53,6 +53,8 @@ _MODULES = {
     "weight_decay_aware_coefficients": "schedules.coefficients",
     "effective_sample_size": "schedules.coefficients",
     "lag": "schedules.coefficients",
+    "ReportFiles": "reporting.report.writing",
+    "write_report": "reporting.report.writing",
     "WsmError": "errors",
 }
 __all__ = [
@@ -64,6 +66,7 @@ __all__ = [
     "MergeResult",
     "Output",
     "Plan",
+    "ReportFiles",
     "Source",
     "VerificationResult",
     "WsmError",
@@ -87,6 +90,7 @@ __all__ = [
     "run_plan",
     "verify",
     "weight_decay_aware_coefficients",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
@@ -104,6 +108,7 @@ if TYPE_CHECKING:
     )
     from wsm_ds.planning.plan import Output, Plan, Source
     from wsm_ds.planning.recipe import MergeRecipe, load_recipe, load_recipes, make_recipe, make_recipes
+    from wsm_ds.reporting.report.writing import ReportFiles, write_report
     from wsm_ds.schedules.coefficients import (
         coefficients_from_decay_factors,
         decay_factors_from_coefficients,

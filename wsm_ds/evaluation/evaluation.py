@@ -16,11 +16,13 @@ class SubjectSource(_Data):
         tag: its name in the run.
         step: its optimizer step.
         coefficient: its weight in the model; 1 for a checkpoint alone.
+        tokens: that the run had trained on when it was saved; None where the run does not tell.
     """
 
     tag: str
     step: int
     coefficient: float
+    tokens: int | None = None
 
 
 class Subject(_Data):
@@ -80,8 +82,8 @@ class Evaluation(_Data):
 
     Attributes:
         subject: the model.
-        evaluator: what measured: its "kind" ("loss", "generate", "command"), "identity" (SHA-256 of all that decides the
-            result besides the model), and details for people.
+        evaluator: what measured: its "kind" ("loss", "generate", "command", "lm-eval"), "identity" (SHA-256 of all that
+            decides the result besides the model), and details for people.
         metrics: by name. The names of one evaluator are the same for every model.
         blocks: of an evaluator of kind "loss".
         seconds: that the measurement took.
