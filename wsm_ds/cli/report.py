@@ -3,9 +3,12 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wsm_ds.cli.options import command, json_option
+
+if TYPE_CHECKING:
+    from wsm_ds.reporting.trackers import Tracker
 
 REPORT = """\
 Make a page of what was measured: report.html, which needs no server and no network, report.md with the same content,
@@ -16,6 +19,7 @@ examples:
   wsm-ds report TUNE
   wsm-ds report MERGES --metric loss --out REPORT
   wsm-ds report RUN --evaluations RUN/evaluations.jsonl --tokens-per-step 4194304 --out REPORT
+  wsm-ds report RUN --tensorboard LOGS
 
 exit codes: 0 done; 2 a wrong request, or nothing to report; 3 a damaged file, or one that cannot be written"""
 
@@ -36,11 +40,17 @@ def add_command(commands: Any) -> None:
     records.add_argument("--tokens-per-step", type=float, metavar="N",
                          help="tokens of an optimizer step, for axes in tokens (default: what the records tell)",
                          )  # fmt: skip
+    trackers = report.add_argument_group("trackers (what is not there yet is added, on an axis of its own)")
+    trackers.add_argument("--tensorboard", type=Path, metavar="DIR", help="write event files into this log directory")
+    trackers.add_argument("--wandb", metavar="PROJECT", help="log to a project of Weights & Biases")
+    trackers.add_argument("--trackio", metavar="PROJECT", help="log to a project of trackio")
 
 
 def _report(options: argparse.Namespace) -> int:
     from wsm_ds.reporting.report.writing import write_report
+    from wsm_ds.reporting.trackers import send_new, tracked_points
 
+    trackers = _trackers(options)  # a package that is missing is said before anything is written
     files = write_report(
         options.path,
         out=options.out,
@@ -48,8 +58,32 @@ def _report(options: argparse.Namespace) -> int:
         metric=options.metric,
         tokens_per_step=options.tokens_per_step,
     )
+    points = tracked_points(files.result)
+    sent = {
+        name: send_new(points, tracker, file or files.html.parent / f".sent-to-{name}")
+        for name, tracker, file in trackers
+    }
     if options.json:
-        print(json.dumps({"html": str(files.html), "markdown": str(files.markdown), "json": str(files.json)}, indent=2))
+        names = {"html": str(files.html), "markdown": str(files.markdown), "json": str(files.json)}
+        print(json.dumps(names | {"sent": sent}, indent=2))
     else:
         print(f"{files.html}\n{files.markdown}\n{files.json}")
+        for name, count in sent.items():
+            print(f"{name}: {count} new values of {len(points)}")
     return 0
+
+
+def _trackers(options: argparse.Namespace) -> "list[tuple[str, Tracker, Path | None]]":
+    """The chosen trackers, and the file that remembers what was sent if it is not in the folder of the report."""
+    from wsm_ds.reporting.trackers import TensorBoard, Trackio, WeightsAndBiases
+
+    chosen: list[tuple[str, Tracker, Path | None]] = []
+    folder = options.path if options.path.is_dir() else options.path.parent
+    if options.tensorboard is not None:
+        # In the log directory: whoever removes that wants everything written again.
+        chosen.append(("tensorboard", TensorBoard(options.tensorboard), options.tensorboard / ".sent-by-wsm-ds"))
+    if options.wandb is not None:
+        chosen.append(("wandb", WeightsAndBiases(options.wandb, folder.resolve().name), None))
+    if options.trackio is not None:
+        chosen.append(("trackio", Trackio(options.trackio, folder.resolve().name), None))
+    return chosen

@@ -63,11 +63,15 @@ def _plot_table(plot: Plot) -> Table:
     columns = [
         {point.x: value_words(point.y, point.error, decimals) for point in series.points} for series in plot.series
     ]
-    rows = [(f"{x:,.10g}", *(column.get(x, "-") for column in columns)) for x in positions]
+    rows = [(_position(x), *(column.get(x, "-") for column in columns)) for x in positions]
     rows += [
         (level.name, value_words(level.y, level.error, decimals), *[""] * (len(columns) - 1)) for level in plot.levels
     ]
     return Table((plot.x_label, *(series.name or plot.y_label for series in plot.series)), tuple(rows))
+
+
+def _position(x: float) -> str:
+    return f"{x:,.0f}" if x == round(x) else f"{x:,.6g}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], strong: frozenset[int]) -> list[str]:

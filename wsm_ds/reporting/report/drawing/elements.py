@@ -6,7 +6,7 @@ from xml.etree.ElementTree import Element, SubElement
 
 from wsm_ds.errors import one_line
 
-LETTER_PX, BOLD_PX = 7.0, 8.2
+LETTER_PX, BOLD_PX = 7.0, 9.4
 """Width of a letter at 13 pixels, on average and rounded up; there is no way to measure text without a browser."""
 
 

@@ -7,7 +7,7 @@ from wsm_ds.reporting.report.drawing.areas import draw_bar, draw_heat_map
 from wsm_ds.reporting.report.drawing.dots import draw_dots
 from wsm_ds.reporting.report.drawing.plots import draw_plot
 
-WIDE_PX, NARROW_PX = 880.0, 336.0
+WIDE_PX, NARROW_PX = 880.0, 328.0
 """Widths of the two drawings. A page shows one of them, so letters have the same size on a desk and on a phone."""
 
 

@@ -22,6 +22,8 @@ RIGHT, BOTTOM = 18.0, 46.0
 """Pixels beside and below the axes."""
 DODGE = 5.0
 """Pixels between points of several series at the same x."""
+NEAR = 110.0
+"""Pixels between two labels that would lie on each other."""
 MOST_MARKERS = 60
 """A line of more points has no markers, except those with a mark."""
 
@@ -56,9 +58,10 @@ def draw_plot(plot: Plot, width: float) -> Element:
         for point in series.points
         if point.mark and y.holds(point.y)
     ]
-    marked.sort(key=lambda item: -item[0].y)
-    for place_of, (point, place) in enumerate(marked):
-        _mark(svg, point, place, y, (x.start, width - 4), is_above=place_of < len(marked) - 1)
+    marked.sort(key=lambda item: y(item[0].y))
+    for number_of, (point, place) in enumerate(marked):
+        is_above = any(abs(place - other) < NEAR for _, other in marked[number_of + 1 :])
+        _mark(svg, point, place, y, (x.start, width - 4), is_above=is_above)
     return svg
 
 
