@@ -3,6 +3,7 @@
 import hashlib
 import math
 import random
+from pathlib import Path
 from typing import Any, Literal
 
 from wsm_ds.evaluation.evaluation import Blocks, Evaluation, Metric, Subject, SubjectSource
@@ -114,3 +115,14 @@ def evaluation(
         "seconds": 2.0,
     }
     return Evaluation(**(values | fields))
+
+
+def put_measurements(folder: Path) -> None:
+    """What a tuning leaves in TUNE, and evaluations in MERGES and RUN, of models that are not there."""
+    for name in ("TUNE", "MERGES", "RUN"):
+        (folder / name).mkdir(exist_ok=True)
+    (folder / "TUNE/tuning.json").write_text(made_tuning().model_dump_json())
+    records = [evaluation("step4", [30.0], kind="checkpoint", steps=(4,)), evaluation("last2", [29.0], steps=(4, 6))]
+    text = "".join(f"{record.model_dump_json()}\n" for record in records)
+    for name in ("MERGES", "RUN"):
+        (folder / name / "evaluations.jsonl").write_text(text)

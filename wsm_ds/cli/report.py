@@ -19,7 +19,6 @@ examples:
   wsm-ds report TUNE
   wsm-ds report MERGES --metric loss --out REPORT
   wsm-ds report RUN --evaluations RUN/evaluations.jsonl --tokens-per-step 4194304 --out REPORT
-  wsm-ds report RUN --tensorboard LOGS
 
 exit codes: 0 done; 2 a wrong request, or nothing to report; 3 a damaged file, or one that cannot be written"""
 

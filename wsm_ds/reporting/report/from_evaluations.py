@@ -116,12 +116,15 @@ def _deciding(metric: str | None, names: dict[str, dict[str, str]], evaluations:
 
 
 def _unique_names(subjects: Sequence[Subject]) -> dict[str, str]:
-    """A name for each subject by its identity; where two have the same, the beginning of the identity is added."""
-    names = [subject.name for subject in subjects]
-    return {
-        subject.identity: subject.name if names.count(subject.name) == 1 else f"{subject.name} ({subject.identity[:6]})"
-        for subject in subjects
-    }
+    """A name for each subject by its identity. Where two have the same, as the outputs of a watch have, the step of the
+    newest checkpoint is added, or else the beginning of the identity."""
+    given = [subject.name for subject in subjects]
+    dated = [f"{subject.name}@{subject.sources[-1].step}" if subject.sources else subject.name for subject in subjects]
+    names = {}
+    for subject, date in zip(subjects, dated, strict=True):
+        choices = [name for name, known in ((subject.name, given), (date, dated)) if known.count(name) == 1]
+        names[subject.identity] = choices[0] if choices else f"{subject.name} ({subject.identity[:6]})"
+    return names
 
 
 def _candidate(

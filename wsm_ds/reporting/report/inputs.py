@@ -64,7 +64,7 @@ def read_result(
         manifest_of=lambda subject: _manifest_of(subject, manifests),
     )
     measured = {Path(record.subject.path).resolve() for record in records}
-    waiting = tuple(out.name for out in manifests if out.resolve() not in measured)
+    waiting = tuple(str(out.relative_to(folder)) for out in manifests if out.resolve() not in measured)
     return without_infinities(result.model_copy(update={"waiting": waiting}))
 
 
@@ -120,8 +120,8 @@ def _faults(error: ValidationError) -> str:
 
 
 def _manifests(folder: Path) -> dict[Path, dict[str, Any]]:
-    """The merges in a folder, by their folders, oldest name first."""
-    outs = sorted(file.parent for file in folder.glob(f"*/{MANIFEST}"))
+    """The merges in a folder, by their folders. A watch puts them one folder deeper."""
+    outs = sorted(file.parent for pattern in ("*", "*/*") for file in folder.glob(f"{pattern}/{MANIFEST}"))
     return {out: manifest for out in outs if (manifest := _manifest(out))}
 
 
