@@ -216,8 +216,8 @@ def _stems(ranking: Ranking, candidate: CandidateResult) -> Plot:
 
 
 def cost_bar(ranking: Ranking) -> Bar | None:
-    """The seconds by kind of work; None if none are known."""
+    """The seconds by kind of work; None for fewer than two kinds."""
     seconds = {name: value for name, value in ranking.result.seconds.items() if value > 0}
-    if not seconds:
+    if len(seconds) < 2:
         return None
     return Bar("Seconds by kind of work", tuple((name, s, seconds_words(s)) for name, s in seconds.items()))

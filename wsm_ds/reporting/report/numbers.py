@@ -10,19 +10,20 @@ PREFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 """Letters of large counts, as people write them for tokens."""
 
 
-def short_count(count: float) -> str:
-    """Returns a count with at most three digits and a letter for thousands, millions, billions or trillions.
+def short_count(count: float, digits: int = 3) -> str:
+    """Returns a count with few digits and a letter for thousands, millions, billions or trillions.
 
-    >>> short_count(950), short_count(1500), short_count(2.5e10), short_count(999_999)
-    ('950', '1.5K', '25B', '1M')
+    >>> short_count(950), short_count(1500), short_count(2.5e10), short_count(999_999), short_count(19_250, 4)
+    ('950', '1.5K', '25B', '1M', '19.25K')
 
     Args:
         count: of steps or tokens.
+        digits: the most that are shown.
     """
     for size, letter in PREFIXES:
         if abs(count) >= size * 0.9995:
-            return f"{count / size:.3g}{letter}"
-    return f"{count:.3g}"
+            return f"{count / size:.{digits}g}{letter}"
+    return f"{count:.{digits}g}"
 
 
 def span_words(span: Span | None) -> str:

@@ -107,9 +107,14 @@ def _differences(ranking: Ranking) -> Section | None:
     dots = figures.difference_dots(ranking)
     if dots is None:
         return None
-    text = "Measured in pairs, on the same blocks: the error of a difference is far smaller than that of either mean."
-    if any(row.error is None for row in dots.rows if row.value):
-        text += " A point without a bar has no known error."
+    others = [row for row in dots.rows if row.value]
+    if all(row.error is None for row in others):
+        text = "The errors of these differences are not known: the models were not measured on common blocks."
+    else:
+        text = (
+            "Measured in pairs, on the same blocks: the error of a difference is far smaller than that of either mean."
+        )
+        text += " A point without a bar has no known error." if any(row.error is None for row in others) else ""
     missing = len([c for c in ranking.measured if c.difference is not None]) - len(dots.rows)
     if missing > 0:
         text += f" {counted(missing, 'worse candidate')} only in the table."
@@ -194,6 +199,10 @@ def _reason(candidate: CandidateResult, metric: str) -> str:
 def _cost(ranking: Ranking) -> Section | None:
     bar, read = figures.cost_bar(ranking), ranking.result.read_bytes
     text = [f"The merges read {format_size(read)}."] if read else []
+    if bar is None:
+        text += [
+            f"Seconds by kind of work: {name} {seconds_words(s)}." for name, s in ranking.result.seconds.items() if s
+        ]
     if bar is None and not text:
         return None
     return Section("Cost", tuple(text), figures=(bar,) if bar is not None else ())

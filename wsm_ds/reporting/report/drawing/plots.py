@@ -45,7 +45,7 @@ def draw_plot(plot: Plot, width: float) -> Element:
     left = max(len(word) for word in words) * LETTER_PX + 14
     x = _x_scale(plot, left, width - RIGHT)
     _y_axis(svg, plot, y, left, width - RIGHT)
-    _x_axis(svg, plot, x, height, width)
+    _x_axis(svg, plot, x, y, width)
     for level in plot.levels:
         _level(svg, plot, level.y, level.error, level.color, x, y)
     is_dodged = gaps([x(p.x) for series in plot.series for p in series.points]) > 2 * DODGE * len(plot.series)
@@ -106,9 +106,11 @@ def _y_axis(svg: Element, plot: Plot, y: Scale, left: float, right: float) -> No
         add(svg, "text", words, class_="tick", x=left - 7, y=place + 4, text_anchor="end")
 
 
-def _x_axis(svg: Element, plot: Plot, x: Scale, height: float, width: float) -> None:
-    bottom = height - BOTTOM
+def _x_axis(svg: Element, plot: Plot, x: Scale, y: Scale, width: float) -> None:
+    bottom = y.start
     add(svg, "path", class_="axis", d=f"M{number(x.start)} {number(bottom)}H{number(x.end)}")
+    if plot.best == "":
+        add(svg, "path", class_="zero", d=f"M{number(x.start)} {number(y(0))}H{number(x.end)}")
     places = sorted({point.x for series in plot.series for point in series.points})
     # Windows are few, and their lengths are what people look up; along a run, round numbers are.
     values = places if plot.is_log or len(places) <= 6 else ticks(x.low, x.high, max(int(width / 90), 4))
@@ -118,7 +120,7 @@ def _x_axis(svg: Element, plot: Plot, x: Scale, height: float, width: float) -> 
         add(svg, "path", class_="axis", d=f"M{number(x(value))} {number(bottom)}v5")
         if is_shown:
             add(svg, "text", text, class_="tick", x=x(value), y=bottom + 19, text_anchor="middle")
-    add(svg, "text", plot.x_label, class_="label", x=(x.start + x.end) / 2, y=height - 8, text_anchor="middle")
+    add(svg, "text", plot.x_label, class_="label", x=(x.start + x.end) / 2, y=bottom + BOTTOM - 8, text_anchor="middle")
 
 
 def _level(svg: Element, plot: Plot, value: float, error: float | None, color: str, x: Scale, y: Scale) -> None:

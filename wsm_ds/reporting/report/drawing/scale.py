@@ -62,18 +62,27 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def tick_words(values: Sequence[float]) -> list[str]:
-    """Returns the labels of ticks, all with the same number of decimals.
+    """Returns the labels of ticks, with as many digits as it takes to tell where they are.
 
     >>> tick_words([3.15, 3.2, 3.25]), tick_words([0.0, 2.5e9, 5e9]), tick_words([1000.0, 2000.0])
     (['3.15', '3.20', '3.25'], ['0', '2.5B', '5B'], ['1000', '2000'])
+    >>> tick_words([19_250.0, 19_500.0])
+    ['19.25K', '19.5K']
 
     Args:
         values: rising.
     """
     if max(map(abs, values), default=0.0) >= 10_000:
-        return [short_count(value) for value in values]
+        extent = (max(values) - min(values)) or abs(values[0])
+        off = [max(abs(_rounded(value, digits) - value) for value in values) / extent for digits in range(3, 15)]
+        digits = next((digits for digits, part in enumerate(off, 3) if part < 0.005), 15)
+        return [short_count(value, digits) for value in values]
     decimals = next((d for d in range(9) if all(abs(v - round(v, d)) < 1e-10 for v in values)), 9)
     return [f"{value:.{decimals}f}" for value in values]
+
+
+def _rounded(value: float, digits: int) -> float:
+    return float(f"{value:.{digits}g}")
 
 
 def span_of(values: Sequence[float], margin: float = 0.06) -> tuple[float, float]:
