@@ -77,7 +77,7 @@ def _y_scale(plot: Plot, bottom: float, top: float) -> Scale:
     points = [point for series in plot.series for point in series.points]
     if plot.best == "":
         low, high = min(0.0, *(p.y for p in points)), max(0.0, *(p.y for p in points))
-        return Scale(low * 1.12, high * 1.12, bottom, top)
+        return Scale(low * 1.12, high * 1.12 if high > low else 1.0, bottom, top)
     shown = set(without_far([p.y for p in points] + [level.y for level in plot.levels], plot.best))
     known = [(p.y, p.error) for p in points if p.y in shown]
     known += [(level.y, None) for level in plot.levels if level.y in shown]
