@@ -16,6 +16,7 @@ from reference import load_all, merged_masters, merged_parameters, same_bits, un
 from wsm_ds.cli import main
 from wsm_ds.errors import RecipeError
 from wsm_ds.inspection import inspect_run
+from wsm_ds.loading import load_merge
 from wsm_ds.merge_planning import plan_merge
 from wsm_ds.merging import merge, reshard
 from wsm_ds.planning.recipe import make_recipe
@@ -126,6 +127,27 @@ def test_transformers_loads_the_safetensors_of_a_trainer_run_without_more_ado(
     assert torch.equal(model.eval()(tokens).logits, reference.eval()(tokens).logits)
     assert AutoTokenizer.from_pretrained(out).decode([3, 1]) == "t3 t1"
     assert verify(out, full=True).note == ""
+
+
+@pytest.mark.parametrize(("stage", "tied"), CASES)
+def test_a_model_of_transformers_is_filled_in_memory_as_from_a_file(
+    trained: Trained, tmp_path: Path, stage: int, tied: bool
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run = trained[0] / f"{stage}{tied}"
+    for dtype in (torch.float32, torch.bfloat16):
+        out = merge_two(run, tmp_path / str(dtype), format="safetensors")
+        wanted = AutoModelForCausalLM.from_pretrained(out, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(wanted.config, dtype=dtype)
+        tags = ("checkpoint-2", "checkpoint-4")
+        loaded = load_merge(model, run, tags=tags, coefficients=COEFFICIENTS, allow=("warmup", "lr-change"))
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+        assert (loaded.kept, loaded.left_out) == ((), ())
+        for name, tensor in wanted.state_dict().items():
+            assert same_bits(model.state_dict()[name], tensor), name
+        tokens = torch.arange(12).view(2, 6)
+        assert torch.equal(model.eval()(tokens).logits, wanted.eval()(tokens).logits)
 
 
 def test_an_included_file_wins_and_later_arrivals_beside_the_source_do_not_disturb(

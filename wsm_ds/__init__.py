@@ -27,6 +27,7 @@ _MODULES = {
     "WSMLR": "schedules.lr_schedules",
     "WSDLR": "schedules.lr_schedules",
     "MergeRecipe": "planning.recipe",
+    "WindowRecipe": "planning.window_recipe",
     "make_recipe": "planning.recipe",
     "make_recipes": "planning.recipe",
     "load_recipe": "planning.recipe",
@@ -39,6 +40,10 @@ _MODULES = {
     "plan_merge": "merge_planning",
     "run_plan": "merging",
     "export": "merging",
+    "load_merge": "loading",
+    "load_merges": "loading",
+    "load_each": "loading",
+    "LoadedMerge": "loading",
     "reshard": "merging",
     "MergeResult": "merging",
     "MergeOutcome": "merging",
@@ -61,6 +66,7 @@ __all__ = [
     "WSDLR",
     "WSMLR",
     "Inspected",
+    "LoadedMerge",
     "MergeOutcome",
     "MergeRecipe",
     "MergeResult",
@@ -69,6 +75,7 @@ __all__ = [
     "ReportFiles",
     "Source",
     "VerificationResult",
+    "WindowRecipe",
     "WsmError",
     "__version__",
     "coefficients_from_decay_factors",
@@ -77,6 +84,9 @@ __all__ = [
     "export",
     "inspect_run",
     "lag",
+    "load_each",
+    "load_merge",
+    "load_merges",
     "load_recipe",
     "load_recipes",
     "make_recipe",
@@ -96,6 +106,7 @@ __all__ = [
 if TYPE_CHECKING:
     from wsm_ds.errors import WsmError
     from wsm_ds.inspection import Inspected, inspect_run
+    from wsm_ds.loading import LoadedMerge, load_each, load_merge, load_merges
     from wsm_ds.merge_planning import plan_merge
     from wsm_ds.merging import (
         MergeOutcome,
@@ -108,6 +119,7 @@ if TYPE_CHECKING:
     )
     from wsm_ds.planning.plan import Output, Plan, Source
     from wsm_ds.planning.recipe import MergeRecipe, load_recipe, load_recipes, make_recipe, make_recipes
+    from wsm_ds.planning.window_recipe import WindowRecipe
     from wsm_ds.reporting.report.writing import ReportFiles, write_report
     from wsm_ds.schedules.coefficients import (
         coefficients_from_decay_factors,

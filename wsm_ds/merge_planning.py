@@ -31,6 +31,7 @@ from wsm_ds.planning.recipe import MergeRecipe
 from wsm_ds.planning.recipe_options import RecipeOptions
 from wsm_ds.planning.streams import ElementRequest, SourceTables, carry_streams, element_streams, source_tables
 from wsm_ds.planning.window import ReadLayout, Window, recorded_window, select_window, union_of
+from wsm_ds.planning.window_recipe import WindowRecipe
 from wsm_ds.publishing.identity import is_of_run, is_same_merge, is_same_recipe, stated
 from wsm_ds.publishing.manifest import description, read_manifest
 from wsm_ds.publishing.staging_folder import discard, unfinished_merge
@@ -161,7 +162,7 @@ def plan_windows(
         files += [*planned.files, *copies]
         inputs += copied_inputs
         requests += planned.requests
-        outputs.append(_output(recipe, window, texts))
+        outputs.append(output_of(recipe, window, recipe.out, texts))
     streams = element_streams(tables, requests) + carry_streams(inputs, files)
     budget = int(recipes[0].memory_budget)
     plan = Plan(tuple(outputs), inputs, tuple(files), tuple(streams), tables.names, budget, recipes[0].threads)
@@ -191,10 +192,18 @@ def _files(
     return files, {"latest_universal" if is_universal else "latest": tag}
 
 
-def _output(recipe: MergeRecipe, window: Window, texts: dict[str, str]) -> Output:
+def output_of(recipe: WindowRecipe, window: Window, out: Path, texts: dict[str, str]) -> Output:
+    """Describes an output of a plan.
+
+    Args:
+        recipe: asks for it.
+        window: gives it.
+        out: its folder.
+        texts: small files of its root, by name.
+    """
     steps = [layout.step for layout in window.layouts]
     return Output(
-        out=recipe.out,
+        out=out,
         sources=tuple(
             Source(layout.path.resolve(), layout.tag, layout.step, coefficient)
             for layout, coefficient in zip(window.layouts, window.coefficients.tolist(), strict=True)

@@ -1,7 +1,7 @@
 """The keywords of `merge`, `export`, `reshard` and `make_recipe(s)`, for type checkers and editors.
 
-`MergeRecipe` documents and validates the options. None means that an option is not set. A test compares the names with
-`MergeRecipe`'s.
+`MergeRecipe` and its base `WindowRecipe` document and validate the options. None means that an option is not set. A
+test compares the names with theirs.
 """
 
 import os
@@ -14,12 +14,33 @@ Format = Literal["zero", "universal", "safetensors"]
 StrPath = str | os.PathLike[str]
 
 
-class _WorkOptions(TypedDict, total=False):
+class _ReadOptions(TypedDict, total=False):
     allow: Sequence[Literal["warmup", "lr-change", "foreign-files"]] | None
-    include: Sequence[StrPath] | None
     allow_globals: Sequence[str] | None
     memory_budget: int | str | None
     threads: int | None
+
+
+class _SumOptions(_ReadOptions, total=False):
+    run: StrPath
+    from_step: int | None
+    tags: Sequence[str] | None
+    coefficients: Sequence[float] | None
+    oldest_interval: int | None
+    rename_sources: Mapping[str, Mapping[str, str]] | None
+
+
+class WindowOptions(_SumOptions, total=False):
+    """Options of one sum of checkpoints: the fields of `WindowRecipe`."""
+
+    last: int | None
+    to_step: int | None
+    curve: str | None
+    floor: float | None
+
+
+class _WorkOptions(_ReadOptions, total=False):
+    include: Sequence[StrPath] | None
 
 
 class ExportOptions(_WorkOptions, total=False):
@@ -50,23 +71,13 @@ class CheckpointOptions(ExportOptions, _FormOptions, total=False):
     format: Format | None
 
 
-class _MergeOptions(ExportOptions, _FormOptions, total=False):
-    run: StrPath
+class _MergeOptions(ExportOptions, _FormOptions, _SumOptions, total=False):
     out: StrPath
-    from_step: int | None
-    tags: Sequence[str] | None
-    coefficients: Sequence[float] | None
-    oldest_interval: int | None
-    rename_sources: Mapping[str, Mapping[str, str]] | None
 
 
-class RecipeOptions(_MergeOptions, total=False):
+class RecipeOptions(_MergeOptions, WindowOptions, total=False):
     """Options of one merge: the fields of `MergeRecipe`."""
 
-    last: int | None
-    to_step: int | None
-    curve: str | None
-    floor: float | None
     format: Format | None
 
 

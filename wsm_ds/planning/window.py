@@ -19,7 +19,7 @@ from wsm_ds.layouts.run import deleted_steps, find_tag
 from wsm_ds.planning.constant_rate import check_constant_rate
 from wsm_ds.planning.names import MatchedNames, unused_rules, with_names_of_newest
 from wsm_ds.planning.one_save import FindProblem, problem_of, require_one_save
-from wsm_ds.planning.recipe import MergeRecipe
+from wsm_ds.planning.window_recipe import WindowRecipe
 from wsm_ds.schedules.coefficients import check_coefficients, merge_coefficients
 from wsm_ds.schedules.curves import parse_curve
 
@@ -45,7 +45,7 @@ class Window:
 
 
 def select_window(
-    recipe: MergeRecipe,
+    recipe: WindowRecipe,
     read: ReadLayout = read_layout,
     warn: Callable[..., None] = log.warning,
     find_problem: FindProblem = problem_of,
@@ -91,7 +91,7 @@ def select_window(
         check_same_model(layout, named[-1])
     check_constant_rate(layouts, recipe.allow, warn)
     require_one_save(layouts, recipe.allow, find_problem)
-    if layouts[-1].is_train_mode and recipe.format == "safetensors":
+    if layouts[-1].is_train_mode and not recipe.keeps_training_state:
         warn(
             "%s was saved in the training mode of a schedule-free optimizer: its weights are not the averaged ones, "
             "which one evaluates. Call optimizer.eval() before saving to get those.",
@@ -111,7 +111,7 @@ def _warn_of_several_series(layouts: Sequence[Layout], warn: Callable[..., None]
         )
 
 
-def _coefficients(recipe: MergeRecipe, steps: list[int]) -> NDArray[np.float64]:
+def _coefficients(recipe: WindowRecipe, steps: list[int]) -> NDArray[np.float64]:
     """The coefficients that the recipe states, or those of its curve on the grid of the window's steps."""
     if recipe.coefficients is None:
         curve = parse_curve(recipe.curve or "linear")
@@ -126,7 +126,7 @@ def _coefficients(recipe: MergeRecipe, steps: list[int]) -> NDArray[np.float64]:
 
 
 def recorded_window(
-    sources: Sequence[Mapping[str, Any]], recipe: MergeRecipe, read: ReadLayout = read_layout
+    sources: Sequence[Mapping[str, Any]], recipe: WindowRecipe, read: ReadLayout = read_layout
 ) -> Window:
     """Reads the window again that a manifest or an interrupted merge has recorded.
 
@@ -176,7 +176,7 @@ def _require_same_names(one: Layout, other: Layout) -> None:
         )
 
 
-def _read_window(recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None]) -> list[Layout]:
+def _read_window(recipe: WindowRecipe, read: ReadLayout, warn: Callable[..., None]) -> list[Layout]:
     """The layouts of the checkpoints that the recipe chooses by tags, by `last` or by a range of steps."""
     allowed = frozenset(recipe.allow_globals)
     if recipe.tags is not None:
@@ -190,7 +190,7 @@ def _read_window(recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None
     return _in_range(dated, recipe, read, warn)
 
 
-def _require_none_abandoned(dated: Sequence[Dated], recipe: MergeRecipe) -> None:
+def _require_none_abandoned(dated: Sequence[Dated], recipe: WindowRecipe) -> None:
     """Raises WindowError if the window may hold a checkpoint that the training has left behind, see `abandoned`."""
     latest, left = abandoned(recipe.run, dated)
     low, high = recipe.from_step or 0, recipe.to_step
@@ -211,7 +211,9 @@ def _of_equal_step(dated: Iterable[Dated]) -> list[tuple[Dated, ...]]:
     return [tuple(members) for _, members in groups]
 
 
-def _in_range(dated: Sequence[Dated], recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None]) -> list[Layout]:
+def _in_range(
+    dated: Sequence[Dated], recipe: WindowRecipe, read: ReadLayout, warn: Callable[..., None]
+) -> list[Layout]:
     """The layouts from `recipe.from_step` to `recipe.to_step`."""
     low, high = recipe.from_step or 0, recipe.to_step or 0
     within = [d for d in dated if d.may_lie_in(low, high)]
@@ -223,7 +225,7 @@ def _in_range(dated: Sequence[Dated], recipe: MergeRecipe, read: ReadLayout, war
     return [_read_step(group, recipe, read, warn) for group in _of_equal_step(within)]
 
 
-def _read_step(members: Sequence[Dated], recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None]) -> Layout:
+def _read_step(members: Sequence[Dated], recipe: WindowRecipe, read: ReadLayout, warn: Callable[..., None]) -> Layout:
     """The layout of a step. If it was saved several times, broken saves and copies are left out.
 
     Raises:
@@ -257,7 +259,7 @@ def _held(dated: Sequence[Dated]) -> str:
 
 
 def _newest_complete(
-    dated: Sequence[Dated], recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None]
+    dated: Sequence[Dated], recipe: WindowRecipe, read: ReadLayout, warn: Callable[..., None]
 ) -> list[Layout]:
     """The newest `recipe.last` layouts. Broken ones at the end of the run are skipped: they may not be complete yet."""
     layouts: list[Layout] = []
@@ -290,7 +292,7 @@ def _require_count(
     layouts: Sequence[Layout],
     skipped: Sequence[tuple[str, BrokenCheckpoint]],
     candidates: Sequence[Dated],
-    recipe: MergeRecipe,
+    recipe: WindowRecipe,
 ) -> None:
     """Raises an error if there are fewer than `recipe.last` layouts, or if checkpoints between them were deleted."""
     until = "" if recipe.to_step is None else f" up to step {recipe.to_step}"
