@@ -28,6 +28,7 @@ _MODULES = {
     "WSDLR": "schedules.lr_schedules",
     "MergeRecipe": "planning.recipe",
     "WindowRecipe": "planning.window_recipe",
+    "make_window_recipe": "planning.window_recipe",
     "make_recipe": "planning.recipe",
     "make_recipes": "planning.recipe",
     "load_recipe": "planning.recipe",
@@ -56,8 +57,9 @@ _MODULES = {
     "coefficients_from_decay_factors": "schedules.coefficients",
     "decay_factors_from_coefficients": "schedules.coefficients",
     "weight_decay_aware_coefficients": "schedules.coefficients",
-    "effective_sample_size": "schedules.coefficients",
-    "lag": "schedules.coefficients",
+    "effective_sample_size": "schedules.figures",
+    "lag": "schedules.figures",
+    "age_deviation": "schedules.figures",
     "ReportFiles": "reporting.report.writing",
     "write_report": "reporting.report.writing",
     "WsmError": "errors",
@@ -78,6 +80,7 @@ __all__ = [
     "WindowRecipe",
     "WsmError",
     "__version__",
+    "age_deviation",
     "coefficients_from_decay_factors",
     "decay_factors_from_coefficients",
     "effective_sample_size",
@@ -91,6 +94,7 @@ __all__ = [
     "load_recipes",
     "make_recipe",
     "make_recipes",
+    "make_window_recipe",
     "merge",
     "merge_all",
     "merge_coefficients",
@@ -119,17 +123,16 @@ if TYPE_CHECKING:
     )
     from wsm_ds.planning.plan import Output, Plan, Source
     from wsm_ds.planning.recipe import MergeRecipe, load_recipe, load_recipes, make_recipe, make_recipes
-    from wsm_ds.planning.window_recipe import WindowRecipe
+    from wsm_ds.planning.window_recipe import WindowRecipe, make_window_recipe
     from wsm_ds.reporting.report.writing import ReportFiles, write_report
     from wsm_ds.schedules.coefficients import (
         coefficients_from_decay_factors,
         decay_factors_from_coefficients,
-        effective_sample_size,
-        lag,
         merge_coefficients,
         weight_decay_aware_coefficients,
     )
     from wsm_ds.schedules.curves import parse_curve
+    from wsm_ds.schedules.figures import age_deviation, effective_sample_size, lag
     from wsm_ds.schedules.lr_schedules import WSDLR, WSMLR
     from wsm_ds.verification import VerificationResult, verify
 

@@ -82,7 +82,7 @@ def _add_watch(commands: Any) -> None:
                        help="lower the priority of this process: 0 to 19 (default 10)")  # fmt: skip
     window = window_options(watch)
     end_point_options(window, "end when all windows up to STEP are merged (default: never)")
-    allow_option(window)
+    allow_option(window, negative=True)
     rename_sources_option(window)
     coefficients_option(curve_options(watch))
     output = watch.add_argument_group("output (what is written)")
