@@ -9,7 +9,7 @@ from made_results import evaluation, made_tuning
 
 from wsm_ds import write_report
 from wsm_ds.cli import main
-from wsm_ds.errors import OutputExists, RecipeError, VerificationFailed
+from wsm_ds.errors import EvaluationError, OutputExists, RecipeError, VerificationFailed
 from wsm_ds.evaluation.evaluation import Evaluation, Metric
 from wsm_ds.reporting.report.inputs import read_tuning
 
@@ -74,19 +74,28 @@ def test_several_files_of_evaluations_are_one_report(tmp_path: Path) -> None:
     assert [c.end.tokens for c in result.candidates if c.end] == [4000.0, 4000.0]
 
 
-def test_a_torn_last_line_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_torn_last_line_is_passed_over(tmp_path: Path) -> None:
     file = records(tmp_path, RAW)
     file.write_text(file.read_text() + MERGED.model_dump_json()[:100])
-    with caplog.at_level(logging.WARNING):
-        assert len(write_report(tmp_path).result.candidates) == 1
-    assert "is not finished" in caplog.text
+    assert len(write_report(tmp_path).result.candidates) == 1
 
 
-def test_a_line_that_is_no_evaluation_is_named(tmp_path: Path) -> None:
+def test_a_line_that_is_no_evaluation_is_passed_over_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = records(tmp_path, RAW)
     file.write_text(file.read_text() + '{"subject": 1}\n' + MERGED.model_dump_json() + "\n")
-    with pytest.raises(VerificationFailed, match=r"evaluations.jsonl, line 2, is not an evaluation: subject: "):
+    with caplog.at_level(logging.WARNING):
+        assert len(write_report(tmp_path).result.candidates) == 2
+    assert "holds a line that is no evaluation" in caplog.text
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "evaluations.jsonl").write_text("step,loss\n1,2\n")
+    with pytest.raises(EvaluationError, match="is not a file of evaluations"):
         write_report(tmp_path)
+    with pytest.raises(RecipeError, match=r"`evaluations`: .*none.jsonl: no such file"):
+        write_report(tmp_path, evaluations=[tmp_path / "none.jsonl"])
     assert not (tmp_path / "report.html").exists()
 
 

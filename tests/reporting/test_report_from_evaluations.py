@@ -31,13 +31,14 @@ def test_a_merge_says_its_window_its_age_and_its_effective_number_of_checkpoints
     assert merge.curve == "linear"
 
 
-def test_tokens_come_from_the_records_where_they_are_there() -> None:
-    sources = tuple(source.model_copy(update={"tokens": source.step * 7}) for source in MERGED.subject.sources)
-    known = MERGED.model_copy(update={"subject": MERGED.subject.model_copy(update={"sources": sources})})
-    merge = named(from_evaluations([known], run="/run"))["last4"]
-    assert merge.tokens == (700, 1400, 2100, 2800)
-    assert merge.window == Span(steps=400, tokens=2800)
-    assert named(from_evaluations([MERGED], run="/run"))["last4"].tokens is None
+def test_tokens_come_from_the_manifest_of_a_merge_and_tell_those_of_its_raw_checkpoints() -> None:
+    manifest = {"curve": "cosine", "spread": "qam", "window": {"tokens": [700, 1400, 2100, 2800]}}
+    found = named(from_evaluations([RAW, MERGED], run="/run", manifest_of=lambda subject: manifest))
+    assert found["last4"].tokens == (700, 1400, 2100, 2800)
+    assert found["last4"].window == Span(steps=400, tokens=2800)
+    assert (found["last4"].curve, found["last4"].spread) == ("cosine", "qam")
+    assert found["step400"].end == Span(steps=400, tokens=2800)
+    assert named(from_evaluations([RAW, MERGED], run="/run"))["last4"].tokens is None
 
 
 def test_the_paired_error_is_numpys_of_the_recorded_blocks() -> None:
@@ -74,9 +75,26 @@ def test_other_blocks_give_no_paired_error(nats: list[float]) -> None:
     assert named(from_evaluations([RAW, other], run="/run"))["step400"].difference.error is None  # type: ignore[union-attr]
 
 
-def test_a_metric_that_is_not_the_mean_of_its_blocks_has_no_paired_error() -> None:
-    weighted = RAW.model_copy(update={"metrics": {"loss": Metric(value=3.5)}})
-    raw = named(from_evaluations([weighted, MERGED], run="/run"))["step400"]
+def test_sources_have_their_weights_in_the_paired_error() -> None:
+    both = [
+        one.model_copy(
+            update={
+                "evaluator": one.evaluator | {"weights": {"wiki": 0.75, "code": 0.25}},
+                "blocks": one.blocks.model_copy(update={"sources": ("wiki", "code"), "source": (0, 0, 1, 1)}),
+            }
+        )
+        for one in (RAW, MERGED)
+        if one.blocks is not None
+    ]
+    raw = named(from_evaluations(both, run="/run"))["step400"]
+    errors = [np.std([0.3, 0.2], ddof=1) / math.sqrt(2), np.std([0.15, 0.35], ddof=1) / math.sqrt(2)]
+    assert raw.difference is not None
+    assert raw.difference.error == pytest.approx(math.hypot(0.75 * errors[0], 0.25 * errors[1]))
+
+
+def test_another_metric_than_the_loss_has_no_paired_error() -> None:
+    both = [one.model_copy(update={"metrics": {"bits": Metric(value=float(n))}}) for n, one in enumerate((MERGED, RAW))]
+    raw = named(from_evaluations(both, run="/run"))["step400"]
     assert raw.difference is not None
     assert raw.difference.error is None
 

@@ -37,7 +37,7 @@ def add_command(commands: Any) -> None:
     records.add_argument("--metric", metavar="NAME",
                          help="the metric that decides (default: the one measured of most models)")  # fmt: skip
     records.add_argument("--tokens-per-step", type=float, metavar="N",
-                         help="tokens of an optimizer step, for axes in tokens (default: what the records tell)",
+                         help="tokens of an optimizer step, for axes in tokens (default: what manifests tell)",
                          )  # fmt: skip
     trackers = report.add_argument_group("trackers (what is not there yet is added, on an axis of its own)")
     trackers.add_argument("--tensorboard", type=Path, metavar="DIR", help="write event files into this log directory")

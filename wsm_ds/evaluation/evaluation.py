@@ -16,13 +16,11 @@ class SubjectSource(_Data):
         tag: its name in the run.
         step: its optimizer step.
         coefficient: its weight in the model; 1 for a checkpoint alone.
-        tokens: that the run had trained on when it was saved; None where the run does not tell.
     """
 
     tag: str
     step: int
     coefficient: float
-    tokens: int | None = None
 
 
 class Subject(_Data):

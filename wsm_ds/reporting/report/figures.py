@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from wsm_ds.reporting.report.document import Bar, Dots, HeatMap, Level, Plot, Point, Row, Series
-from wsm_ds.reporting.report.numbers import metric_words, seconds_words, short_count
+from wsm_ds.reporting.report.numbers import metric_words, seconds_words
 from wsm_ds.reporting.report.selection import (
     Ranking,
     by_series,
@@ -13,6 +13,7 @@ from wsm_ds.reporting.report.selection import (
     series_name,
     window_words,
 )
+from wsm_ds.sizes import format_count
 from wsm_ds.tuning.results import CandidateResult
 
 MOST_ROWS = 16
@@ -152,7 +153,7 @@ def _heat_map(ranking: Ranking, name: str, merges: Sequence[CandidateResult]) ->
     in_tokens = has_tokens(span for c in merges for span in (c.end, c.window))
     of_cell = {(len(c.steps), end_steps(c)): c for c in reversed(merges)}
     in_words = {len(c.steps): window_words(c, in_tokens) for c in sorted(merges, key=end_steps)}
-    end_words = {end_steps(c): short_count(length(c.end, in_tokens)) for c in merges if c.end is not None}
+    end_words = {end_steps(c): format_count(length(c.end, in_tokens)) for c in merges if c.end is not None}
     return HeatMap(
         title=f"{value_label(ranking)}: window against end point, {name}",
         x_label=f"end of the merge, {'tokens' if in_tokens else 'steps'}",

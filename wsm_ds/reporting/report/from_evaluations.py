@@ -3,15 +3,16 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
-from statistics import median
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from wsm_ds.errors import RecipeError, did_you_mean, few
 from wsm_ds.evaluation.evaluation import Blocks, Evaluation, Subject
+from wsm_ds.evaluation.statistics import LOSS, paired_difference
+from wsm_ds.planning.course import Course
+from wsm_ds.planning.figures import Amount, window_figures
 from wsm_ds.tuning.results import CandidateResult, Difference, Span, TuningResult
 
 KINDS: dict[str, Literal["merge", "raw", "baseline"]] = {"merge": "merge", "checkpoint": "raw", "folder": "baseline"}
@@ -35,7 +36,7 @@ def from_evaluations(
         evaluations: in the order of their records.
         run: what the report is about: a folder.
         metric: the one that decides; None: the one that was measured of most models.
-        tokens_per_step: of the run; None: only what the sources of the subjects tell.
+        tokens_per_step: of the run; None: only what the manifests of merges tell.
         manifest_of: gives the manifest of a merge, or an empty dict where there is none.
 
     Raises:
@@ -43,18 +44,19 @@ def from_evaluations(
     """
     latest = _latest(evaluations)
     names = _metric_names(latest)
-    by_subject: dict[str, list[Evaluation]] = {}
+    groups: dict[str, list[Evaluation]] = {}
     for evaluation in latest:
-        by_subject.setdefault(evaluation.subject.identity, []).append(evaluation)
+        groups.setdefault(evaluation.subject.identity, []).append(evaluation)
     decides = _deciding(metric, names, latest)
-    unique = _unique_names([group[-1].subject for group in by_subject.values()])
+    subjects = [group[-1].subject for group in groups.values()]
+    manifests = [manifest_of(subject) if subject.kind == "merge" else {} for subject in subjects]
+    tokens = _tokens(subjects, manifests, tokens_per_step)
+    unique = _unique_names(subjects)
     candidates = [
-        _candidate(group, names, unique[identity], tokens_per_step, manifest_of)
-        for identity, group in by_subject.items()
+        _candidate(group, names, unique[identity], tokens, manifest)
+        for (identity, group), manifest in zip(groups.items(), manifests, strict=True)
     ]
-    blocks = {
-        unique[e.subject.identity]: e.blocks for e in latest if decides in names[_evaluator(e)].values() and e.blocks
-    }
+    losses = {unique[e.subject.identity]: e for e in latest if e.blocks and names[_evaluator(e)].get(LOSS) == decides}
     measured = [c.metrics[decides] for c in candidates if decides in c.metrics]
     lengths = [candidate.end for candidate in candidates if candidate.end is not None]
     return TuningResult(
@@ -62,9 +64,9 @@ def from_evaluations(
         metric=decides,
         unit=measured[0].unit if measured else "",
         maximize=measured[0].maximize if measured else False,
-        data=_data_words(next(iter(blocks.values()), None)),
+        data=_data_words(next((e.blocks for e in losses.values()), None)),
         run_length=max(lengths, key=lambda span: span.steps, default=None),
-        candidates=_compared(candidates, decides, blocks),
+        candidates=_compared(candidates, decides, losses),
         seconds={"evaluate": sum(evaluation.seconds for evaluation in latest)},
     )
 
@@ -131,86 +133,69 @@ def _candidate(
     group: Sequence[Evaluation],
     names: dict[str, dict[str, str]],
     name: str,
-    tokens_per_step: float | None,
-    manifest_of: Callable[[Subject], dict[str, Any]],
+    tokens: Mapping[int, int],
+    manifest: Mapping[str, Any],
 ) -> CandidateResult:
     subject = group[-1].subject
     metrics = {names[_evaluator(e)][key]: value for e in group for key, value in e.metrics.items()}
     failures = [evaluation.failure for evaluation in group if evaluation.failure is not None]
-    place: dict[str, Any] = {}
-    if subject.sources:
-        manifest = manifest_of(subject) if subject.kind == "merge" else {}
-        place = _place(subject, tokens_per_step, manifest)
     return CandidateResult(
         name=name,
         kind=KINDS[subject.kind],
         metrics=metrics,
         failure="; ".join(failures) or None,
         seconds=sum(evaluation.seconds for evaluation in group),
-        **place,
+        **(_place(subject, tokens, manifest) if subject.sources else {}),
     )
 
 
-def _place(subject: Subject, tokens_per_step: float | None, manifest: dict[str, Any]) -> dict[str, Any]:
+def _place(subject: Subject, tokens: Mapping[int, int], manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a candidate that say of which checkpoints it is made."""
-    steps = [source.step for source in subject.sources]
-    coefficients = [source.coefficient for source in subject.sources]
-    tokens = _tokens(subject, tokens_per_step)
-    recipe = manifest.get("recipe", {})
+    steps = tuple(source.step for source in subject.sources)
+    coefficients = np.array([source.coefficient for source in subject.sources])
+    counts = tuple(tokens[step] for step in steps) if tokens.keys() >= set(steps) else None
+    is_merge = subject.kind == "merge"
+    figures = window_figures(Course(steps=steps, tokens=counts), coefficients)
     place: dict[str, Any] = {
-        "steps": tuple(steps),
-        "tokens": tokens,
-        "coefficients": tuple(coefficients),
-        "end": Span(steps=steps[-1], tokens=tokens[-1] if tokens else None),
-        "window": Span(steps=0.0, tokens=0.0 if tokens else None),
+        "steps": steps,
+        "tokens": counts,
+        "coefficients": tuple(coefficients.tolist()),
+        "end": _span(figures.end),
+        "window": _span(figures.duration) if is_merge else Span(steps=0, tokens=None if counts is None else 0),
     }
-    if subject.kind != "merge":
+    if not is_merge:
         return place
-    window = _spans(_duration, steps, tokens)
-    age = _spans(lambda at: _mean_age(at, coefficients), steps, tokens)
-    deviation = _spans(lambda at: _deviation(at, coefficients), steps, tokens)
-    squares = sum(c * c for c in coefficients)
+    parts = (figures.duration.steps, figures.end.steps)
+    if figures.duration.tokens is not None and figures.end.tokens:
+        parts = (figures.duration.tokens, figures.end.tokens)
     return place | {
-        "window": window,
-        "fraction": _length(window) / _length(place["end"]) if steps[-1] else None,
-        "curve": str(manifest["curve"]) if "curve" in manifest else _shape(coefficients),
-        "spread": recipe.get("spread") if isinstance(recipe, dict) else None,
-        "mean_age": age,
-        "deviation": deviation,
-        "ess": 1 / squares if squares else None,
+        "fraction": parts[0] / parts[1] if parts[1] else None,
+        "curve": str(manifest["curve"]) if "curve" in manifest else _shape(place["coefficients"]),
+        "spread": manifest.get("spread"),
+        "mean_age": _span(figures.mean_age),
+        "deviation": None if figures.deviation is None else _span(figures.deviation),
+        "ess": figures.ess,
     }
 
 
-def _tokens(subject: Subject, tokens_per_step: float | None) -> tuple[int, ...] | None:
-    counts = [source.tokens for source in subject.sources]
+def _span(amount: Amount) -> Span:
+    return Span(steps=amount.steps, tokens=amount.tokens)
+
+
+def _tokens(
+    subjects: Sequence[Subject], manifests: Sequence[Mapping[str, Any]], tokens_per_step: float | None
+) -> dict[int, int]:
+    """The tokens at each step, as far as they are known. All are of one run, so the manifest of a merge tells of others."""
+    steps = {source.step for subject in subjects for source in subject.sources}
     if tokens_per_step is not None:
-        return tuple(round(source.step * tokens_per_step) for source in subject.sources)
-    known = tuple(count for count in counts if count is not None)
-    return known if len(known) == len(counts) else None
-
-
-def _length(span: Span) -> float:
-    return span.steps if span.tokens is None else span.tokens
-
-
-def _spans(measure: Callable[[Sequence[float]], float], steps: Sequence[int], tokens: Sequence[int] | None) -> Span:
-    return Span(steps=measure(steps), tokens=None if tokens is None else measure(tokens))
-
-
-def _duration(at: Sequence[float]) -> float:
-    """The oldest checkpoint stands for an interval before it, as long as the median of the others."""
-    intervals = [b - a for a, b in pairwise(at)]
-    return at[-1] - at[0] + (median(intervals) if intervals else 0.0)
-
-
-def _mean_age(at: Sequence[float], coefficients: Sequence[float]) -> float:
-    return sum(c * (at[-1] - one) for one, c in zip(at, coefficients, strict=True))
-
-
-def _deviation(at: Sequence[float], coefficients: Sequence[float]) -> float:
-    mean = _mean_age(at, coefficients)
-    squares = sum(c * (at[-1] - one - mean) ** 2 for one, c in zip(at, coefficients, strict=True))
-    return math.sqrt(max(squares, 0.0))  # negative coefficients can make it negative
+        return {step: round(step * tokens_per_step) for step in steps}
+    known: dict[int, int] = {}
+    for subject, manifest in zip(subjects, manifests, strict=True):
+        window = manifest.get("window")
+        counts = window.get("tokens") if isinstance(window, dict) else None
+        if isinstance(counts, list) and len(counts) == len(subject.sources):
+            known |= {source.step: int(count) for source, count in zip(subject.sources, counts, strict=True)}
+    return known
 
 
 def _shape(coefficients: Sequence[float]) -> str:
@@ -226,38 +211,36 @@ def _data_words(blocks: Blocks | None) -> str:
 
 
 def _compared(
-    candidates: Sequence[CandidateResult], metric: str, blocks: dict[str, Blocks]
+    candidates: Sequence[CandidateResult], metric: str, losses: Mapping[str, Evaluation]
 ) -> tuple[CandidateResult, ...]:
-    """The candidates with their differences to the best one."""
-    measured = [c for c in candidates if metric in c.metrics and math.isfinite(c.metrics[metric].value)]
+    """The candidates with their differences to the best one.
+
+    Args:
+        candidates: all.
+        metric: in which they differ.
+        losses: the evaluations with blocks, by the names of the candidates, if the metric is their loss.
+    """
+    measured = {c.name for c in candidates if metric in c.metrics and math.isfinite(c.metrics[metric].value)}
     if not measured:
         return tuple(candidates)
-    sign = -1.0 if measured[0].metrics[metric].maximize else 1.0
-    best = min(measured, key=lambda c: sign * c.metrics[metric].value)
-    compared = []
-    for candidate in candidates:
-        difference = None
-        if any(candidate is one for one in measured):
-            value = sign * (candidate.metrics[metric].value - best.metrics[metric].value)
-            error = _paired_error(candidate, best, metric, blocks)
-            difference = Difference(value=value, error=error)
-        compared.append(candidate.model_copy(update={"difference": difference}))
-    return tuple(compared)
+    sign = -1.0 if next(c for c in candidates if c.name in measured).metrics[metric].maximize else 1.0
+    best = min((c for c in candidates if c.name in measured), key=lambda c: sign * c.metrics[metric].value)
+
+    def difference(candidate: CandidateResult) -> Difference | None:
+        if candidate.name not in measured:
+            return None
+        value = sign * (candidate.metrics[metric].value - best.metrics[metric].value)
+        error = 0.0 if candidate is best else _paired_error(losses.get(candidate.name), losses.get(best.name))
+        return Difference(value=value, error=error)
+
+    return tuple(candidate.model_copy(update={"difference": difference(candidate)}) for candidate in candidates)
 
 
-def _paired_error(one: CandidateResult, other: CandidateResult, metric: str, blocks: dict[str, Blocks]) -> float | None:
-    """Standard error of the difference over blocks (THEORY.md 9): sd(x - y) / sqrt(number of blocks).
-
-    None unless both have the same blocks and the metric is the mean of their tokens.
-    """
-    if one is other:
-        return 0.0
-    first, second = blocks.get(one.name), blocks.get(other.name)
-    if first is None or second is None or first.tokens != second.tokens or len(first.tokens) < 2:
+def _paired_error(one: Evaluation | None, other: Evaluation | None) -> float | None:
+    """The standard error of the difference of two losses; None unless they were measured on the same blocks."""
+    if one is None or other is None or one.blocks is None or other.blocks is None:
         return None
-    pairs = ((one.metrics[metric], first), (other.metrics[metric], second))
-    if not all(math.isclose(m.value, sum(b.nats) / sum(b.tokens), rel_tol=1e-9) for m, b in pairs):
+    try:
+        return paired_difference(one.blocks, other.blocks, one.evaluator.get("weights")).error
+    except RecipeError:
         return None
-    count = len(first.tokens)
-    differences = (np.array(first.nats) - np.array(second.nats)) * count / sum(first.tokens)
-    return float(np.std(differences, ddof=1) / math.sqrt(count))

@@ -2,14 +2,15 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from wsm_ds.errors import RecipeError, VerificationFailed, few
-from wsm_ds.evaluation.evaluation import Evaluation, Subject
+from wsm_ds.evaluation.evaluation import Subject
+from wsm_ds.evaluation.records import NAME, Records
 from wsm_ds.filesystem.small_files import read_small
 from wsm_ds.layouts.frameworks import MANIFEST
 from wsm_ds.publishing.manifest import read_manifest
@@ -18,8 +19,8 @@ from wsm_ds.tuning.results import CandidateResult, TuningResult
 
 log = logging.getLogger(__name__)
 
-TUNING, EVALUATIONS = "tuning.json", "evaluations.jsonl"
-"""Files in the folder of a tuning; beside evaluated merges, or in a run."""
+TUNING = "tuning.json"
+"""The file of a tuning, in its folder."""
 
 
 def read_result(
@@ -39,7 +40,8 @@ def read_result(
 
     Raises:
         RecipeError: there is nothing to report; the message names what was looked for.
-        VerificationFailed: a file is not what a tuning or an evaluation writes; the message names the file and line.
+        VerificationFailed: the file of a tuning is not what a tuning writes; the message names the first faults.
+        EvaluationError: a file holds no evaluations.
     """
     if not path.exists():
         raise RecipeError(f"{path} is not there. Name the folder of a tuning, of merges or of a run.")
@@ -48,13 +50,16 @@ def read_result(
         _refuse_options(tuning, metric=metric, tokens_per_step=tokens_per_step)
         return without_infinities(read_tuning(tuning))
     folder = path if path.is_dir() else path.parent
-    files = list(evaluations) or [path if path.is_file() else path / EVALUATIONS]
+    files = list(evaluations) or [path if path.is_file() else path / NAME]
     if not evaluations and not files[0].is_file():
         raise RecipeError(
-            f"{path} holds neither {TUNING} nor {EVALUATIONS}, so there is nothing to report. Measure first (wsm-ds "
+            f"{path} holds neither {TUNING} nor {NAME}, so there is nothing to report. Measure first (wsm-ds "
             "tune, or wsm-ds evaluate), or name the file of the evaluations by --evaluations."
         )
-    records = [record for file in files for record in read_evaluations(file)]
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise RecipeError(f"`evaluations`: {few(missing)}: no such file.")
+    records = [record for file in files for record in Records(file).all()]
     manifests = _manifests(folder)
     result = from_evaluations(
         records,
@@ -89,30 +94,6 @@ def read_tuning(file: Path) -> TuningResult:
         raise VerificationFailed(f"{file} is not what a tuning writes: {_faults(error)}.") from error
     except (OSError, ValueError) as error:
         raise VerificationFailed(f"{file} cannot be read: {error}") from error
-
-
-def read_evaluations(file: Path) -> Iterator[Evaluation]:
-    """Reads a file of evaluations, one a line. A last line that a killed process has left unfinished is passed over.
-
-    Raises:
-        VerificationFailed: a line is no evaluation; the message names it and the first faults.
-    """
-    try:
-        text = read_small(file)
-    except (OSError, ValueError) as error:
-        raise VerificationFailed(f"{file} cannot be read: {error}") from error
-    lines = text.split("\n")
-    if lines[-1]:
-        log.warning("the last line of %s is not finished: it is passed over", file)
-    for number, line in enumerate(lines[:-1], 1):
-        if not line.strip():
-            continue
-        try:
-            yield Evaluation.model_validate_json(line)
-        except ValidationError as error:
-            raise VerificationFailed(
-                f"{file}, line {number}, is not an evaluation: {_faults(error)}. Remove the line, or name another file."
-            ) from error
 
 
 def _faults(error: ValidationError) -> str:

@@ -4,26 +4,8 @@ import math
 from collections.abc import Sequence
 
 from wsm_ds.evaluation.evaluation import Metric
+from wsm_ds.sizes import format_count
 from wsm_ds.tuning.results import Difference, Span
-
-PREFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
-"""Letters of large counts, as people write them for tokens."""
-
-
-def short_count(count: float, digits: int = 3) -> str:
-    """Returns a count with few digits and a letter for thousands, millions, billions or trillions.
-
-    >>> short_count(950), short_count(1500), short_count(2.5e10), short_count(999_999), short_count(19_250, 4)
-    ('950', '1.5K', '25B', '1M', '19.25K')
-
-    Args:
-        count: of steps or tokens.
-        digits: the most that are shown.
-    """
-    for size, letter in PREFIXES:
-        if abs(count) >= size * 0.9995:
-            return f"{count / size:.{digits}g}{letter}"
-    return f"{count:.{digits}g}"
 
 
 def span_words(span: Span | None) -> str:
@@ -35,7 +17,7 @@ def span_words(span: Span | None) -> str:
     if span is None:
         return "-"
     steps = f"{span.steps:,.5g} steps" if abs(span.steps) < 1e5 else f"{span.steps:,.0f} steps"
-    return steps if span.tokens is None else f"{short_count(span.tokens)} tokens ({steps})"
+    return steps if span.tokens is None else f"{format_count(span.tokens)} tokens ({steps})"
 
 
 def span_cell(span: Span | None, in_tokens: bool) -> str:
@@ -51,7 +33,7 @@ def span_cell(span: Span | None, in_tokens: bool) -> str:
     if span is None or span.steps == 0:
         return "-"
     steps = f"{span.steps:,.0f}" if span.steps >= 100 else f"{span.steps:.3g}"
-    return f"{short_count(span.tokens)} / {steps}" if in_tokens and span.tokens is not None else steps
+    return f"{format_count(span.tokens)} / {steps}" if in_tokens and span.tokens is not None else steps
 
 
 def seconds_words(seconds: float) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from wsm_ds.evaluation.evaluation import Metric
-from wsm_ds.reporting.report.numbers import short_count
+from wsm_ds.sizes import format_count
 from wsm_ds.tuning.results import CandidateResult, Span, TuningResult
 
 MOST_SERIES = 6
@@ -114,4 +114,4 @@ def by_series(candidates: Sequence[CandidateResult]) -> dict[str, list[Candidate
 
 def window_words(candidate: CandidateResult, in_tokens: bool) -> str:
     """The window of a merge in few characters, such as "25B" or "800"."""
-    return "-" if candidate.window is None else short_count(length(candidate.window, in_tokens))
+    return "-" if candidate.window is None else format_count(length(candidate.window, in_tokens))

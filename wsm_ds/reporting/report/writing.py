@@ -53,11 +53,12 @@ def write_report(
         out: the folder of the report; None: that of `path`.
         evaluations: files of evaluations, in place of what lies in `path`.
         metric: of evaluations: the one that decides; None: the one that was measured of most models.
-        tokens_per_step: of evaluations: tokens of an optimizer step, for the axes; None: what the records tell.
+        tokens_per_step: of evaluations: tokens of an optimizer step, for the axes; None: what manifests tell.
 
     Raises:
         RecipeError: there is nothing to report, or no such metric.
-        VerificationFailed: a file is not what a tuning or an evaluation writes.
+        VerificationFailed: the file of a tuning is not what a tuning writes.
+        EvaluationError: a file holds no evaluations.
         OutputExists: a file that is no report has the name of one, or another process writes a report there.
         OSError: the folder cannot be written.
     """

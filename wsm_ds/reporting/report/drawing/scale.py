@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from wsm_ds.reporting.report.numbers import short_count
+from wsm_ds.sizes import COUNT_UNITS
 
 NICE = (1.0, 2.0, 2.5, 5.0, 10.0)
 """Steps between ticks, as multiples of a power of ten."""
@@ -55,7 +55,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     """
     power = 10.0 ** math.floor(math.log10((high - low) / most))
     # Where an end lies on a tick, one tick more fits than steps.
-    step = next(nice * power for nice in (*NICE, 20.0) if (high - low) / (nice * power) < most)
+    step = next(nice * power for nice in (*NICE, 20.0) if (high - low) / (nice * power) < most - 1e-6)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     decimals = max(0, 2 - math.floor(math.log10(step)))
     return [round(number * step, decimals) for number in range(first, last + 1)]
@@ -76,9 +76,16 @@ def tick_words(values: Sequence[float]) -> list[str]:
         extent = (max(values) - min(values)) or abs(values[0])
         off = [max(abs(_rounded(value, digits) - value) for value in values) / extent for digits in range(3, 15)]
         digits = next((digits for digits, part in enumerate(off, 3) if part < 0.005), 15)
-        return [short_count(value, digits) for value in values]
+        return [_short(value, digits) for value in values]
     decimals = next((d for d in range(9) if all(abs(v - round(v, d)) < 1e-10 for v in values)), 9)
     return [f"{value:.{decimals}f}" for value in values]
+
+
+def _short(value: float, digits: int) -> str:
+    """Like `format_count`, with more digits."""
+    rounded = _rounded(value, digits)
+    fitting = [unit for unit in ("T", "B", "M", "K") if abs(rounded) >= COUNT_UNITS[unit]]
+    return f"{rounded / COUNT_UNITS[fitting[0]]:.{digits}g}{fitting[0]}" if fitting else f"{rounded:.{digits}g}"
 
 
 def _rounded(value: float, digits: int) -> float:
