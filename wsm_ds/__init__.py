@@ -60,6 +60,8 @@ _MODULES = {
     "effective_sample_size": "schedules.figures",
     "lag": "schedules.figures",
     "age_deviation": "schedules.figures",
+    "ReportFiles": "reporting.report.writing",
+    "write_report": "reporting.report.writing",
     "WsmError": "errors",
 }
 __all__ = [
@@ -72,6 +74,7 @@ __all__ = [
     "MergeResult",
     "Output",
     "Plan",
+    "ReportFiles",
     "Source",
     "VerificationResult",
     "WindowRecipe",
@@ -101,6 +104,7 @@ __all__ = [
     "run_plan",
     "verify",
     "weight_decay_aware_coefficients",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
@@ -120,6 +124,7 @@ if TYPE_CHECKING:
     from wsm_ds.planning.plan import Output, Plan, Source
     from wsm_ds.planning.recipe import MergeRecipe, load_recipe, load_recipes, make_recipe, make_recipes
     from wsm_ds.planning.window_recipe import WindowRecipe, make_window_recipe
+    from wsm_ds.reporting.report.writing import ReportFiles, write_report
     from wsm_ds.schedules.coefficients import (
         coefficients_from_decay_factors,
         decay_factors_from_coefficients,

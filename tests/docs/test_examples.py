@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from docs.pages import DOCS, GENERATED, PAGES, ROOT, Block, blocks, for_the_tiny_run
+from made_results import put_measurements
 
 RUNNABLE = [page for page in PAGES if page not in GENERATED]
 NOT_RUN = {
@@ -82,6 +83,8 @@ def run_block(block: Block, folder: Path) -> str:
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.stem)
 def test_every_example_of_a_page_runs_in_its_order(page: Path, folder: Path) -> None:
+    if page.stem == "report":
+        put_measurements(folder)
     for block in blocks(page, "sh", "python"):
         if any(block.text.startswith(beginning) for beginning in NOT_RUN) and block.language == "python":
             continue

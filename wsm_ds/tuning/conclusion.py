@@ -112,13 +112,14 @@ def conclude(found: Found, seconds: Mapping[str, float], read_bytes: int) -> Tun
 def _measured(found: Found, candidate: Candidate) -> CandidateResult:
     """A candidate with what was measured of it."""
     request = found.request
-    evaluations = [found.evaluation(candidate, request.screening), found.evaluation(candidate, request.final)]
+    finals = [found.evaluation(candidate, evaluator) for evaluator in request.finals]
+    evaluations = [found.evaluation(candidate, request.screening), *finals]
     present = [evaluation for evaluation in evaluations if evaluation is not None]
     failures = [evaluation.failure for evaluation in present if evaluation.failure is not None]
     return candidate.described().model_copy(
         update={
             "metrics": {name: metric for evaluation in present for name, metric in evaluation.metrics.items()},
-            "stage": 2 if evaluations[1] is not None else 1,
+            "stage": 2 if any(finals) else 1,
             "failure": failures[-1] if failures else None,
             "seconds": sum(evaluation.seconds for evaluation in present),
         }

@@ -9,6 +9,7 @@ from typing_extensions import Self
 
 from wsm_ds.errors import RecipeError
 from wsm_ds.evaluation.evaluator import Evaluator
+from wsm_ds.evaluation.generation import GenerateEvaluator
 from wsm_ds.planning.recipe_errors import validation_sentences
 from wsm_ds.planning.window_recipe import WindowRecipe, make_window_recipe
 from wsm_ds.schedules.spread import parse_spread
@@ -32,8 +33,9 @@ class TuningRequest(BaseModel):
         screening: measures every candidate.
         model: what `build_model` makes the model from; None: of an evaluator that reads folders.
         rename: see `FillOptions`.
-        final: measures the finalists; None: the screening decides.
-        finalists: number of the best merges that `final` measures, besides the newest raw checkpoint and the baselines.
+        finals: measure the finalists. The last one that is no check of generation decides; if there is none, the
+            screening does.
+        finalists: number of the best merges that `finals` measure, besides the newest raw checkpoint and the baselines.
         confirm: measures the recommended candidate and the newest raw checkpoint on data that have chosen nothing.
         budget_s: seconds after which no candidate is begun any more; None: no limit.
         memory_room: bytes for merges that wait in memory for their turn; None: half of what is free.
@@ -56,7 +58,7 @@ class TuningRequest(BaseModel):
     screening: Evaluator
     model: str | None = None
     rename: dict[str, str] = Field(default_factory=dict)
-    final: Evaluator | None = None
+    finals: tuple[Evaluator, ...] = ()
     finalists: int = Field(default=3, ge=1)
     confirm: Evaluator | None = None
     budget_s: float | None = Field(default=None, gt=0)
@@ -99,6 +101,12 @@ class TuningRequest(BaseModel):
         if not 0 <= number < count:
             raise ValueError(f"`share` ({number}/{count}): the number must be from 0 to {count - 1}")
         return self
+
+    @property
+    def final(self) -> Evaluator | None:
+        """Of `finals`, the one that decides; None: the screening decides."""
+        deciding = [one for one in self.finals if not isinstance(one, GenerateEvaluator)]
+        return deciding[-1] if deciding else None
 
     def recipe(self, window: str, curve: str, spread: str, end: int | None) -> WindowRecipe:
         """The recipe of a merge.

@@ -119,9 +119,8 @@ class _Tuning:
         """Does all that is left."""
         request = self.request
         earlier = self._require_own_folder()
-        for evaluator in (request.screening, request.final, request.confirm):
-            if evaluator is not None:
-                evaluator.require_ready()
+        for evaluator in filter(None, (request.screening, *request.finals, request.confirm)):
+            evaluator.require_ready()
         candidates = candidates_of(request)
         model = self._model()
         exports = Exports(request, self.ranks)
@@ -151,7 +150,8 @@ class _Tuning:
     def _model(self) -> "torch.nn.Module | None":
         """The model that is filled again and again; None if every evaluator reads folders."""
         request = self.request
-        evaluators = [one for one in (request.screening, request.confirm) if isinstance(one, InMemoryEvaluator)]
+        every = (request.screening, *request.finals, request.confirm)
+        evaluators = [one for one in every if isinstance(one, InMemoryEvaluator)]
         if not evaluators or request.model is None:
             return None
         model = build_model(request.model, evaluators[0].dtype)
@@ -163,8 +163,7 @@ class _Tuning:
         number, count = self.request.share
         own = candidates[number::count]
         self.total = len(self.stage.remaining(own, self.request.screening))
-        if self.request.final is not None:
-            self.total += self.request.finalists + 1
+        self.total += len(self.request.finals) * (self.request.finalists + 1)
         screen(self.stage, model, own, Budget(self.request.budget_s, self.ranks), self._report)
 
     def _is_screened(self, candidates: tuple[Candidate, ...]) -> bool:
@@ -190,19 +189,19 @@ class _Tuning:
             yield bool(self.ranks.decide(take))
 
     def _finals(self, model: "torch.nn.Module | None") -> None:
-        final = self.request.final
-        if final is None:
+        if not self.request.finals:
             return
         names: list[str] = self.ranks.decide(lambda: [candidate.name for candidate in self.found.finalists()])
         finalists = [candidate for candidate in self.found.candidates if candidate.name in names]
-        remaining = self.stage.remaining(finalists, final)
-        self.total = self.done + len(remaining)
+        remaining = {final: self.stage.remaining(finalists, final) for final in self.request.finals}
+        self.total = self.done + sum(map(len, remaining.values()))
         unlimited = Budget(None, self.ranks)
-        if isinstance(final, InMemoryEvaluator) and model is not None:
-            screen(self.stage, model, finalists, unlimited, self._report, final)
-        else:
-            stays = self.request.keep in ("finalists", "all")
-            self.stage.measure_folders(remaining, final, unlimited, self._report, stays=stays)
+        for final, candidates in remaining.items():
+            if isinstance(final, InMemoryEvaluator) and model is not None:
+                screen(self.stage, model, candidates, unlimited, self._report, final)
+            else:
+                stays = self.request.keep in ("finalists", "all")
+                self.stage.measure_folders(candidates, final, unlimited, self._report, stays=stays)
 
     def _confirm(self, model: "torch.nn.Module | None") -> None:
         """Measures the recommended candidate, and the newest raw one, on data that have chosen nothing."""
@@ -219,7 +218,7 @@ class _Tuning:
     def _keep_best(self) -> None:
         """Exports the recommended candidate, if it is to be kept, and removes the models of an earlier call."""
         best = self._recommended(self._result())
-        keep = self.request.keep or ("best" if self.request.final is not None else None)
+        keep = self.request.keep or ("best" if self.request.finals else None)
         if keep != "best" or best is None:
             return
         with self.stage.exports.of(best, stays=True):
