@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsm_ds.cli.evaluation_options import loss_evaluator, loss_options, second_stage
+from wsm_ds.cli.evaluate import evaluator_options, evaluators_of
 from wsm_ds.cli.options import (
     CURVE_SEPARATOR,
     RUN,
@@ -24,6 +24,7 @@ from wsm_ds.cli.options import (
 from wsm_ds.errors import RecipeError
 
 if TYPE_CHECKING:
+    from wsm_ds.evaluation.evaluator import Evaluator
     from wsm_ds.tuning.request import TuningRequest
     from wsm_ds.tuning.tune import Step
 
@@ -37,6 +38,8 @@ examples:
   wsm-ds tune RUN --windows 2,4,8 --curve linear,1-sqrt --data HELD_OUT --model MODEL --out TUNE
   wsm-ds merge RUN --recipe TUNE/best.yaml --out MERGED
   wsm-ds tune LARGER_RUN --near TUNE/best.yaml --data HELD_OUT --model LARGER_MODEL --out LARGER_TUNE"""
+LM_EVAL, OUTPUTS = "lm-eval:", "outputs"
+"""The beginning of --final for tasks of lm-eval, and the folder in OUT where the output of programs is kept."""
 DURATION = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -64,8 +67,8 @@ def add_command(commands: Any) -> None:
     counts_options(candidates)
     allow_option(candidates)
     rename_sources_option(candidates)
-    loss_options(parser)
     _stage_options(parser)
+    evaluator_options(parser)
     machine = parser.add_argument_group("machine")
     memory_options(machine)
     machine.add_argument("--room", dest="memory_room", metavar="SIZE",
@@ -84,10 +87,8 @@ def counts_options(group: argparse._ActionsContainer) -> None:
 def _stage_options(parser: argparse.ArgumentParser) -> None:
     stages = parser.add_argument_group("stages")
     stages.add_argument("--budget", metavar="TIME", help="begin no measurement after this time (90m, 4h, 2d)")
-    stages.add_argument("--final", metavar="CMD", help="a second, dearer measurement of the best merges: a command, "
-                        "with {} for the exported model's folder, or lm-eval:TASK[,TASK...]")  # fmt: skip
-    stages.add_argument("--metric", metavar="NAME", help="of the command's JSON (a.b.c), or of lm-eval")
-    stages.add_argument("--maximize", action="store_true", help="more of the command's metric is better")
+    stages.add_argument("--final", metavar="CMD", help="a second, dearer measurement of the best merges: a command "
+                        "with {} for the folder, lm-eval:TASK,..., or evaluators in a FILE.yaml")  # fmt: skip
     stages.add_argument(
         "--finalists", type=int, default=3, metavar="K", help="merges that --final measures (default 3)"
     )
@@ -139,6 +140,7 @@ def _request(options: argparse.Namespace) -> "TuningRequest":
         "sequence_length": options.run_sequence_length,
         "rename_sources": source_replacements(options.rename_sources) or None,
     }
+    screening, *finals = _evaluators(options)
     return make_request(
         run=options.run,
         out=options.out,
@@ -148,12 +150,12 @@ def _request(options: argparse.Namespace) -> "TuningRequest":
         ends=_list(options.ends),
         baselines=dict(_named("--baseline", text) for text in options.baseline) or None,
         options={key: value for key, value in recipe.items() if value is not None},
-        screening=loss_evaluator(options, options.data),
+        screening=screening,
         model=options.model,
         rename=repeated["rename"],
-        final=second_stage(options),
+        finals=tuple(finals),
         finalists=options.finalists,
-        confirm=loss_evaluator(options, options.confirm) if options.confirm else None,
+        confirm=_confirming(options, screening),
         budget_s=_seconds(options.budget),
         memory_room=options.memory_room,
         disk_room=options.disk_room,
@@ -161,6 +163,33 @@ def _request(options: argparse.Namespace) -> "TuningRequest":
         include=tuple(options.include) + model_files(options.model),
         share=_share(options.share),
     )
+
+
+def _evaluators(options: argparse.Namespace) -> "list[Evaluator]":
+    """What measures every candidate, and then what measures the finalists."""
+    from wsm_ds.evaluation.evaluators import load_evaluators
+
+    final: str | None = options.final
+    if final is not None and final.endswith((".yaml", ".yml")):
+        return [*evaluators_of(options, options.out / OUTPUTS), *load_evaluators(Path(final))]
+    if final is not None and (options.program or options.lm_eval):
+        raise RecipeError("--final and --command or --lm-eval say the same; remove one")
+    if final is not None and final.startswith(LM_EVAL):
+        options.lm_eval = final.removeprefix(LM_EVAL)
+    elif final is not None:
+        options.program = final
+    return list(evaluators_of(options, options.out / OUTPUTS))
+
+
+def _confirming(options: argparse.Namespace, screening: "Evaluator") -> "Evaluator | None":
+    """What measures the recommended candidate on data that have chosen nothing."""
+    from wsm_ds.evaluation.evaluators import make_evaluator
+
+    if not options.confirm:
+        return None
+    if not options.data:
+        raise RecipeError("--confirm is a second set of held-out data, so it needs --data, the first one")
+    return make_evaluator(screening.model_dump() | {"data": options.confirm})
 
 
 def _near(options: argparse.Namespace) -> dict[str, Any]:
@@ -240,9 +269,12 @@ def _show_step(step: "Step", style: str) -> None:
 
 def _show_result(result: Any, options: argparse.Namespace) -> None:
     from wsm_ds.reporting.progress import event
+    from wsm_ds.reporting.report.writing import write_report
     from wsm_ds.reporting.tuning_tables import result_report
 
+    page = write_report(options.out).html if result.candidates else None
     if options.json:
-        event("result", **result.model_dump(mode="json"))
+        event("result", report=None if page is None else str(page), **result.model_dump(mode="json"))
     else:
         print(result_report(result, options.out))
+        print(f"report  {page}")

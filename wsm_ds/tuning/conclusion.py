@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from wsm_ds.evaluation.evaluation import Evaluation, Metric
 from wsm_ds.evaluation.evaluator import Evaluator
+from wsm_ds.evaluation.generation import GenerateEvaluator
 from wsm_ds.evaluation.records import Records
 from wsm_ds.sizes import format_count
 from wsm_ds.tuning.candidates import Candidate
-from wsm_ds.tuning.recommendation import Comparison, Measured, recommend
+from wsm_ds.tuning.recommendation import CLEAR_ERRORS, Comparison, Measured, recommend
 from wsm_ds.tuning.request import TuningRequest
 from wsm_ds.tuning.results import CandidateResult, Recommendation, TuningResult
 from wsm_ds.tuning.warnings import warnings_of
@@ -136,6 +137,7 @@ def _recommendation(found: Found, comparison: Comparison) -> Recommendation:
     chosen = next((candidate for candidate in found.candidates if candidate.name == recommendation.name), None)
     if chosen is not None and chosen.figures is not None:
         warnings += [_sentence(warning) for warning in chosen.figures.warnings]
+    warnings += _generation_warnings(found, recommendation)
     failed = [one.name for one in found.candidates if _measured(found, one).failure is not None]
     if failed:
         warnings.append(f"{len(failed)} of {len(found.candidates)} candidates have no value: {', '.join(failed)}.")
@@ -149,6 +151,24 @@ def _recommendation(found: Found, comparison: Comparison) -> Recommendation:
     return recommendation.model_copy(
         update={"warnings": tuple(warnings), "confirmed": confirmed[0], "confirmed_raw": confirmed[1]}
     )
+
+
+def _generation_warnings(found: Found, recommendation: Recommendation) -> list[str]:
+    """A warning if the recommended merge loops clearly more often than the raw checkpoint when it generates."""
+    for evaluator in found.request.finals:
+        if not isinstance(evaluator, GenerateEvaluator):
+            continue
+        by_name = {one.name: one for one in found.comparison(evaluator).measured}
+        chosen, raw = by_name.get(recommendation.name or ""), by_name.get(recommendation.raw or "")
+        if chosen is None or raw is None or chosen is raw:
+            continue
+        difference = found.comparison(evaluator).difference(chosen, raw)
+        if difference.value > CLEAR_ERRORS * (difference.error or 0.0):
+            return [
+                f"{chosen.name} loops in {chosen.metric.value:.1%} of its continuations, {raw.name} in "
+                f"{raw.metric.value:.1%}: a loss does not see that. Compare a shorter window, or --spread qam."
+            ]
+    return []
 
 
 def _sentence(text: str) -> str:
