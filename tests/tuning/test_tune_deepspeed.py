@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -244,3 +245,99 @@ def test_the_folder_of_another_runs_tuning_is_refused(request_of: Requests, long
     with pytest.raises(OutputExists, match="is the tuning of"):
         tune(request_of(run=long_runs / "twice_as_wide"))
     assert (request_of().out / "tuning.json").read_bytes() == before
+
+
+COUNT_FILES = (
+    "import json, pathlib, sys; print(json.dumps({'files': {'count': len(list(pathlib.Path(sys.argv[1]).iterdir()))}}))"
+)
+
+
+def command_line(request: Any, tmp_path: Path, *more: str) -> list[str]:
+    words = ["tune", str(request.run), "--windows", "2,4", "--data", str(tmp_path / "held_out.npy"), "--model"]
+    words += ["ds_models:TinyModel", "--sequence-length", str(LENGTH), "--vocabulary", "13"]
+    return [*words, "--out", str(request.out), *more]
+
+
+def test_finalists_are_exported_measured_by_a_command_and_the_best_is_kept(
+    request_of: Requests, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request, script = request_of(), tmp_path / "count.py"
+    script.write_text(COUNT_FILES)
+    final = ("--final", f"{sys.executable} {script} {{}}", "--metric", "files.count", "--finalists", "1")
+    assert main(command_line(request, tmp_path, *final, "--curve", "linear,1-sqrt")) == 0
+    printed = capsys.readouterr().out
+    result = read_result(request.out)
+    assert result is not None
+    assert result.metric == "files.count"
+    finalists = [one for one in result.candidates if one.stage == 2]
+    assert sorted(one.kind for one in finalists) == ["merge", "raw"]
+    assert all(set(one.metrics) >= {"loss", "files.count"} for one in finalists)
+    assert [path.name for path in (request.out / "models").iterdir()] == ["step16"]
+    assert (request.out / "report.html").read_text().startswith("<!doctype html>")
+    assert "recipe" in printed
+    assert "report" in printed
+
+
+def test_a_command_that_crashes_for_one_candidate_costs_that_candidate(request_of: Requests, tmp_path: Path) -> None:
+    request, script = request_of(), tmp_path / "crash.py"
+    script.write_text("import sys\nprint('{\"v\": 1}' if 'last' in sys.argv[1] else 1/0)\n")
+    assert main(command_line(request, tmp_path, "--final", f"{sys.executable} {script} {{}}", "--metric", "v")) == 0
+    result = read_result(request.out)
+    assert result is not None
+    assert result.recommendation is not None
+    assert {one.name for one in result.candidates if one.failure} == {"step16"}
+    assert any("have no value: step16" in warning for warning in result.recommendation.warnings)
+
+
+def test_json_events_tell_all_that_people_see(
+    request_of: Requests, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = request_of()
+    assert main([*command_line(request, tmp_path), "--json"]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["event"] for event in events] == ["evaluation"] * 6 + ["result"]
+    assert events[-1]["recommendation"] == json.loads((request.out / "tuning.json").read_text())["recommendation"]
+
+
+def test_a_dry_run_shows_the_candidates_and_writes_nothing(
+    request_of: Requests, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = request_of()
+    assert main([*command_line(request, tmp_path), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "last4-linear" in printed
+    assert "6 candidates" in printed
+    assert not request.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--near", "x.yaml"), "--windows or --near, not both"),
+        (("--share", "4/4"), "from 0 to 3"),
+        (("--share", "a"), "--share must be I/N"),
+        (("--budget", "long"), "--budget must be a time"),
+        (("--baseline", "folder"), "--baseline must be NAME=FOLDER"),
+        (("--spread", "narrow"), "narrow"),
+        (("--curve", "steep"), "steep"),
+        (("--final", "no-such-program {}"), "no-such-program"),
+        (("--disk-room", "1B", "--keep", "all"), "--disk-room"),
+    ],
+)
+def test_wrong_flags_are_named(
+    request_of: Requests, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], words: str
+) -> None:
+    request = request_of()
+    assert main(command_line(request, tmp_path, *more)) in (2, 3)
+    assert words in capsys.readouterr().err
+    assert not (request.out / "evaluations.jsonl").exists()
+
+
+def test_shuffled_data_and_few_blocks_are_said(request_of: Requests, tmp_path: Path) -> None:
+    path = tmp_path / "shuffled.npy"
+    np.save(path, np.random.default_rng(3).integers(0, 13, 10 * (LENGTH + 1)).astype(np.uint16))
+    result = tune(request_of(screening=loss_of(path)))
+    assert result.recommendation is not None
+    said = " ".join(result.recommendation.warnings)
+    assert "only 10 blocks" in said
+    assert "tokens in their order" in said

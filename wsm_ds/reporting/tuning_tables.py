@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from wsm_ds.evaluation.statistics import LOSS
 from wsm_ds.reporting.tables import counted, table
 from wsm_ds.sizes import format_count, format_size
 from wsm_ds.tuning.conclusion import ordered
@@ -47,20 +48,23 @@ def result_report(result: TuningResult, out: Path) -> str:
         result: of the tuning.
         out: its folder.
     """
+    screened = LOSS if result.metric != LOSS and any(LOSS in one.metrics for one in result.candidates) else None
     rows = []
     for one in ordered(result.candidates, result.maximize, result.metric):
-        metric, difference = one.metrics.get(result.metric), one.difference
+        difference, is_merge = one.difference, one.kind == "merge"
         rows.append(
             [
                 one.name,
-                _length(one.window) if one.kind == "merge" else "-",
-                _number(one.ess) if one.kind == "merge" else "-",
-                "-" if metric is None else _value(metric.value, metric.error),
+                _length(one.window) if is_merge else "-",
+                _number(one.ess) if is_merge else "-",
+                *([_measured(one, screened)] if screened is not None else []),
+                _measured(one, result.metric),
                 "-" if difference is None else _value(difference.value, difference.error),
             ]
         )
     unit = f" ({result.unit})" if result.unit else ""
-    lines = [table(["candidate", "window", "ESS", f"{result.metric}{unit}", "worse than the best by"], rows), ""]
+    header = ["candidate", "window", "ESS", *([screened] if screened is not None else []), f"{result.metric}{unit}"]
+    lines = [table([*header, "worse than the best by"], rows), ""]
     lines.append(f"measured on {result.data}; merges read {format_size(result.read_bytes)}")
     if result.waiting:
         lines.append(f"{counted(len(result.waiting), 'candidate')} not measured: run the same command again to go on")
@@ -85,6 +89,11 @@ def _confirmed(result: TuningResult) -> list[str]:
 
 def _value(value: float, error: float | None) -> str:
     return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _measured(one: CandidateResult, name: str) -> str:
+    metric = one.metrics.get(name)
+    return "-" if metric is None else _value(metric.value, metric.error)
 
 
 def _number(value: float | None) -> str:
