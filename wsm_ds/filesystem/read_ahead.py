@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import islice
 from typing import TypeVar
 
@@ -14,7 +15,14 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def read_ahead(read: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def reading_threads() -> ThreadPoolExecutor:
+    """Threads for many calls of `read_ahead`. They start when they are first needed. The caller shuts them down."""
+    return ThreadPoolExecutor(THREADS, "read-ahead")
+
+
+def read_ahead(
+    read: Callable[[Item], Result], items: Iterable[Item], threads: ThreadPoolExecutor | None = None
+) -> Iterator[Result]:
     """Yields the result of `read` for each item, in their order, while threads read the next ones.
 
     At most BATCHES_AHEAD * BATCH results wait. An error comes in the place of its item.
@@ -22,13 +30,15 @@ def read_ahead(read: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
     Args:
         read: waits for a file system, to read, to write or to ask. It is called by several threads.
         items: what to read.
+        threads: those of `reading_threads`; None: threads of this call alone. `read` must not wait for another read
+            that the same threads do.
     """
     remaining = iter(items)
     first, second = list(islice(remaining, BATCH)), list(islice(remaining, BATCH))
     if not second:
         yield from map(read, first)
         return
-    with ThreadPoolExecutor(THREADS, "read-ahead") as pool:
+    with reading_threads() if threads is None else nullcontext(threads) as pool:
         pending: deque[Future[tuple[list[Result], Exception | None]]] = deque(
             pool.submit(_read_all, read, batch) for batch in (first, second)
         )
