@@ -190,7 +190,7 @@ class Worker:
     def _read_sources(self, stream: Stream, members: set[int], begin: int, end: int) -> dict[int, Array]:
         """The stored elements of each source in `members`, by its number. Elements that a source lacks are zeros."""
         began_s = time.perf_counter()
-        elements = {}
+        elements, ranges, owners = {}, [], []
         for number in sorted(members):
             source = stream.sources[number]
             dtype = source.dtype(begin)
@@ -201,9 +201,12 @@ class Worker:
             for element, numel, file, offset in places:
                 first_byte = (element - begin) * dtype.itemsize
                 data = into[first_byte : first_byte + numel * dtype.itemsize]
-                self.reader.read(file, offset, data)
-                self.crc_runs.add(number, file, offset, data)
+                ranges.append((file, offset, data))
+                owners.append(number)
             elements[number] = np.frombuffer(into, dtype=dtype.storage)
+        self.reader.read_all(ranges)
+        for number, wanted in zip(owners, ranges, strict=True):
+            self.crc_runs.add(number, *wanted)
         self.timings.read_s += time.perf_counter() - began_s
         return elements
 
