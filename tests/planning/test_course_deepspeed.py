@@ -13,6 +13,7 @@ from lazy import load_file
 
 from wsm_ds.cli import main
 from wsm_ds.errors import RecipeError, WindowError
+from wsm_ds.layouts.run import DELETED
 from wsm_ds.layouts.saved_counts import SavedCounts
 from wsm_ds.layouts.saved_step import saved_counts
 from wsm_ds.merge_planning import plan_merge
@@ -155,6 +156,15 @@ def test_one_checkpoint_does_not_stand_for_the_run_before_it(ramped: Path, tmp_p
     assert coefficients(run, last_samples=8) == [0.5, 0.5]
 
 
+def test_a_deleted_checkpoint_is_missed_in_a_window_of_samples(ramped: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(ramped / "run", tmp_path / "run"))
+    shutil.rmtree(run / "global_step8")
+    (run / DELETED).parent.mkdir()
+    (run / DELETED).write_text(json.dumps({"step": 8}) + "\n")
+    with pytest.raises(WindowError, match=r"newest 40 samples of .* not all there any more.*deleted step 8"):
+        coefficients(run, last_samples=40)
+
+
 def test_counts_that_fall_are_refused_where_they_count_and_passed_over_elsewhere(ramped: Path, tmp_path: Path) -> None:
     """A resume that set DeepSpeed's counters back: the second checkpoint has fewer samples than the first."""
     run = tmp_path / "run"
@@ -208,9 +218,9 @@ def test_lists_of_lengths_make_outputs_that_say_so(
         ({"last_tokens": "1.5"}, "not a whole number"),
         ({"last_tokens": 0}, "at least 1 is needed"),
         ({"last_tokens": 5, "last": 2}, r"exactly one way.*found `last`=2, `last_tokens`=5"),
-        ({"last_tokens": 5, "by": "steps"}, r"`by` \(steps\) is tokens"),
+        ({"last_tokens": 5, "by": "steps"}, r"has its distances in tokens; remove `by` \(steps\)"),
         ({"last_samples": 5, "oldest_interval": 3}, "is what is left of the window's length"),
-        ({"last": 2, "tokens_per_step": 5, "sequence_length": 6}, "say how many tokens there are"),
+        ({"last": 2, "tokens_per_step": 5, "sequence_length": 6}, "each says how many tokens there are"),
         ({"last": 2, "spread": "qma"}, "`spread`: unknown spread 'qma'"),
         ({"last": 2, "spread": "qam", "coefficients": (0.5, 0.5)}, "`spread`=qam belongs to a curve"),
     ],
