@@ -13,6 +13,7 @@ from lazy import load_file
 
 from wsm_ds.cli import main
 from wsm_ds.errors import RecipeError, WindowError
+from wsm_ds.layouts.run import DELETED
 from wsm_ds.layouts.saved_counts import SavedCounts
 from wsm_ds.layouts.saved_step import saved_counts
 from wsm_ds.merge_planning import plan_merge
@@ -153,6 +154,15 @@ def test_one_checkpoint_does_not_stand_for_the_run_before_it(ramped: Path, tmp_p
     with pytest.raises(WindowError, match=words):
         coefficients(run, last_samples=20)
     assert coefficients(run, last_samples=8) == [0.5, 0.5]
+
+
+def test_a_deleted_checkpoint_is_missed_in_a_window_of_samples(ramped: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(ramped / "run", tmp_path / "run"))
+    shutil.rmtree(run / "global_step8")
+    (run / DELETED).parent.mkdir()
+    (run / DELETED).write_text(json.dumps({"step": 8}) + "\n")
+    with pytest.raises(WindowError, match=r"newest 40 samples of .* not all there any more.*deleted step 8"):
+        coefficients(run, last_samples=40)
 
 
 def test_counts_that_fall_are_refused_where_they_count_and_passed_over_elsewhere(ramped: Path, tmp_path: Path) -> None:

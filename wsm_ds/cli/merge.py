@@ -31,7 +31,7 @@ from wsm_ds.cli.options import (
     window_options,
     with_default_curve,
 )
-from wsm_ds.cli.window_options import by_option, counted_window_options, scores_options
+from wsm_ds.cli.window_options import by_option, count_options, counted_window_options, scores_options
 from wsm_ds.errors import RecipeError
 
 log = logging.getLogger(__name__)
@@ -108,6 +108,7 @@ def _add_merge(commands: Any) -> None:
         help="checkpoints by name, in any order",
     )  # fmt: skip
     counted_window_options(window)
+    count_options(window)
     scores_options(window)
     allow_option(window, negative=True)
     rename_sources_option(window)

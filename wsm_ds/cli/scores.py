@@ -1,7 +1,7 @@
 """The scores of a run's checkpoints, from a file of evaluations, for a merge of the best ones."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,22 +57,20 @@ def read_scores(path: Path, run: Path, metric: str | None = None) -> Scores:
         RecipeError: the file cannot be read or is no file of evaluations; it has no evaluation of a checkpoint of this
             run; the metric is not there; or more than one evaluator or metric fits.
     """
-    evaluations = [
-        evaluation
-        for evaluation in _evaluations(path)
-        if evaluation.failure is None and evaluation.subject.kind == "checkpoint" and evaluation.subject.sources
-        and Path(evaluation.subject.path).resolve().is_relative_to(run.resolve())
-    ]  # fmt: skip
-    if not evaluations:
-        raise RecipeError(f"--scores {path}: it holds no evaluation of a single checkpoint of {run}")
     name, _, identity = (metric or "").partition("@")
     found: dict[tuple[str, str], dict[str, float]] = {}
     maximize: dict[str, bool] = {}
-    for evaluation in evaluations:
+    for evaluation in _evaluations(path):
+        subject = evaluation.subject
+        is_own = subject.kind == "checkpoint" and Path(subject.path).resolve().is_relative_to(run.resolve())
+        if not is_own or evaluation.failure is not None or not subject.sources:
+            continue
         for key, value in evaluation.metrics.items():
             of = str(evaluation.evaluator.get("identity", ""))
-            found.setdefault((key, of), {})[evaluation.subject.sources[0].tag] = value.value
+            found.setdefault((key, of), {})[subject.sources[0].tag] = value.value
             maximize[key] = value.maximize
+    if not found:
+        raise RecipeError(f"--scores {path}: it holds no evaluation of a single checkpoint of {run}")
     chosen = [(key, of) for key, of in found if (not name or key == name) and of.startswith(identity)]
     if len(chosen) != 1:
         choices = few(f"{key}@{of[:12]} ({len(tags)} checkpoints)" for (key, of), tags in found.items())
@@ -81,23 +79,23 @@ def read_scores(path: Path, run: Path, metric: str | None = None) -> Scores:
     return Scores(found[chosen[0]], maximize[chosen[0][0]])
 
 
-def _evaluations(path: Path) -> "list[Evaluation]":
+def _evaluations(path: Path) -> "Iterator[Evaluation]":
+    """The evaluations of a file, one at a time: those with losses of blocks are large."""
     from pydantic import ValidationError
 
     from wsm_ds.evaluation.evaluation import Evaluation
-    from wsm_ds.filesystem.small_files import read_small
 
     try:
-        text = read_small(path)
-    except (OSError, ValueError) as error:
+        if not path.is_file():
+            raise FileNotFoundError("there is no such file")
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.endswith(b"\n") or not line.strip():
+                    continue  # the torn last line, or an empty one
+                try:
+                    yield Evaluation.model_validate_json(line)
+                except ValidationError as error:
+                    reason = str(error.errors(include_url=False)[0]["msg"])
+                    raise RecipeError(f"--scores {path}: line {number} is not an evaluation: {reason}") from error
+    except OSError as error:
         raise RecipeError(f"--scores {path} cannot be read: {error}") from error
-    lines = text.split("\n")
-    evaluations = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            evaluations += [Evaluation.model_validate_json(line)] if line.strip() else []
-        except ValidationError as error:
-            if number < len(lines):  # a whole line ends with a newline
-                reason = str(error.errors(include_url=False)[0]["msg"])
-                raise RecipeError(f"--scores {path}: line {number} is not an evaluation: {reason}") from error
-    return evaluations

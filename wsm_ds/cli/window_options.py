@@ -11,6 +11,10 @@ def counted_window_options(window: argparse._ActionsContainer) -> None:
         help="the checkpoints of the newest D tokens, for example 100B; several make several outputs",
     )  # fmt: skip
     window.add_argument("--last-samples", metavar="D[,D...]", help="the same in samples (sequences)")
+
+
+def count_options(window: argparse._ActionsContainer) -> None:
+    """Adds the flags that say how many tokens there are, and where the data changed."""
     window.add_argument(
         "--sequence-length", type=int, metavar="TOKENS", help="tokens of a sample, if the files tell the samples alone"
     )

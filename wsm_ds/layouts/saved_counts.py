@@ -9,7 +9,9 @@ from wsm_ds.torchfile import Stub
 JOB_CONSTANTS = "wsm_training"
 """The key of a `TrainingJob`'s constants in the client state."""
 LENGTHS = ("sequence_length", "seq_length", "seq_len")
-"""Names of the tokens of a sample, in Megatron's arguments and in a job's constants."""
+"""Names of the tokens of a sample, in the client state and in Megatron's arguments."""
+JOB_LENGTHS = (*LENGTHS, "context")
+"""The same in a job's constants; `launch/pretrain.py` calls it `context`."""
 _WIDTHS = {"i4": 4, "i8": 8, "u4": 4, "u8": 8}
 
 
@@ -46,7 +48,8 @@ def counts_of(tree: Mapping[Any, Any]) -> SavedCounts:
     constants = tree.get(JOB_CONSTANTS)
     constants = constants if isinstance(constants, dict) else {}
     megatron_tokens = tree.get("tokens") if "checkpoint_version" in tree else None
-    lengths = [place.get(name) for place in (tree, args, constants) for name in LENGTHS]
+    lengths = [place.get(name) for place in (tree, args) for name in LENGTHS]
+    lengths += [constants.get(name) for name in JOB_LENGTHS]
     return SavedCounts(
         steps=int(tree["global_steps"]),
         samples=_first(

@@ -10,7 +10,7 @@ The steps are always known. Samples and tokens come from the first of these that
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from wsm_ds.sizes import format_count
 
 STEPS_FILE = "job/steps.jsonl"
 TRAINER_STATE = "trainer_state.json"
+MOST_RUNS, MOST_CHECKPOINTS = 8, 4096
+"""How many files are remembered."""
 
 
 @dataclass(frozen=True)
@@ -160,20 +162,31 @@ class CountReader:
         return None
 
     @cached_property
-    def _recorded(self) -> dict[int, dict[str, int]]:
-        """`samples_seen` and `tokens_seen` in RUN/job/steps.jsonl, by step. A later line of a step replaces it."""
-        recorded: dict[int, dict[str, int]] = {}
+    def _recorded(self) -> Mapping[int, Mapping[str, int]]:
+        path = self.recipe.run / STEPS_FILE
         try:
-            with (self.recipe.run / STEPS_FILE).open(encoding="utf-8", errors="replace") as lines:
-                for text in lines:
-                    if "tokens_seen" in text or "samples_seen" in text:
-                        line = _mapping(text)
-                        counts = {name: line.get(name) for name in ("samples_seen", "tokens_seen")}
-                        if isinstance(line.get("step"), int):
-                            recorded[line["step"]] = _known(counts)
+            status = path.stat()
+            return _recorded_counts(path, status.st_size, status.st_mtime_ns)
         except OSError:
             return {}
-        return recorded
+
+
+@lru_cache(MOST_RUNS)
+def _recorded_counts(path: Path, *_: int) -> Mapping[int, Mapping[str, int]]:
+    """`samples_seen` and `tokens_seen` in RUN/job/steps.jsonl, by step. A later line of a step replaces it.
+
+    Args:
+        path: the file.
+        _: its size and time, which change when it changes.
+    """
+    recorded: dict[int, dict[str, int]] = {}
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for text in lines:
+            if "tokens_seen" in text or "samples_seen" in text:
+                line = _mapping(text)
+                if isinstance(line.get("step"), int):
+                    recorded[line["step"]] = _known({name: line.get(name) for name in ("samples_seen", "tokens_seen")})
+    return recorded
 
 
 def newest_counts(places: Sequence[Place], length: int, recipe: WindowRecipe) -> list[int]:
@@ -232,9 +245,16 @@ def _trainer_tokens(place: Place) -> int | None:
     """What HF Trainer has counted, with `include_num_input_tokens_seen`. It writes 0 without that option."""
     path = save_of(place.path).folder / TRAINER_STATE
     try:
-        return _mapping(read_small(path)).get("num_input_tokens_seen") or None if path.is_file() else None
+        status = path.stat()
+        return _trainer_state_tokens(path, status.st_size, status.st_mtime_ns)
     except (OSError, ValueError):
         return None
+
+
+@lru_cache(MOST_CHECKPOINTS)
+def _trainer_state_tokens(path: Path, *_: int) -> int | None:
+    """The file also holds all logged losses, and a watch plans again and again."""
+    return _known({"tokens": _mapping(read_small(path)).get("num_input_tokens_seen")}).get("tokens") or None
 
 
 def _mapping(text: str) -> dict[str, Any]:
