@@ -98,7 +98,8 @@ def make_run(folder: Path, checkpoints: int) -> Path:
             shutil.copytree(run / f"global_step{1 + (step - 1) % WRITTEN}", copy)
             for path in copy.glob("*_model_states.pt"):
                 set_step(path, step)
-    (run / "latest").write_text(f"global_step{checkpoints}")
+    newest = max(int(path.name.removeprefix("global_step")) for path in run.glob("global_step*"))
+    (run / "latest").write_text(f"global_step{newest}")
     os.sync()
     return run
 
