@@ -394,6 +394,19 @@ def test_equal_identities_are_equal_sums(run: Path) -> None:
     assert touched.identity() != other.identity()
 
 
+def test_what_is_chosen_stays_although_the_run_goes_on(run: Path) -> None:
+    newest = run / "global_step2"
+    newest.rename(run.parent / "global_step2")
+    chosen = choose_windows([make_window_recipe(run=run, last=1)])
+    (run.parent / "global_step2").rename(newest)
+    model, wanted = GoldenModel(), GoldenModel()
+    (loaded,) = wsm_ds.load_each(model, chosen)
+    assert isinstance(loaded, wsm_ds.LoadedMerge)
+    assert [source.tag for source in loaded.output.sources] == ["global_step1"]
+    wsm_ds.load_merge(wanted, one("global_step1", run))
+    assert same_model(model, wanted)
+
+
 def test_any_number_of_threads_and_size_of_slices_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = GoldenModel()
     wsm_ds.load_merge(wanted, recipe())

@@ -190,13 +190,13 @@ def load_merge(
 
 
 def load_merges(
-    models: Sequence[torch.nn.Module], recipes: Sequence[WindowRecipe], **options: Unpack[FillOptions]
+    models: Sequence[torch.nn.Module], recipes: Sequence[WindowRecipe | ChosenWindow], **options: Unpack[FillOptions]
 ) -> tuple[LoadedMerge, ...]:
     """Merges into several models in one pass: every checkpoint is read once. See `load_merge`.
 
     Args:
         models: they share no memory.
-        recipes: one for each model; the first one's `memory_budget` and `threads` hold.
+        recipes: one for each model, see `choose_windows`; the first one's `memory_budget` and `threads` hold.
         options: see `FillOptions`.
 
     Raises:
@@ -215,7 +215,7 @@ def load_merges(
 
 def load_each(
     model: torch.nn.Module,
-    recipes: Sequence[WindowRecipe],
+    recipes: Sequence[WindowRecipe | ChosenWindow],
     *,
     room: int | str = 1 << 30,
     **options: Unpack[FillOptions],
@@ -231,7 +231,7 @@ def load_each(
 
     Args:
         model: see `load_merge`.
-        recipes: at least one; the first one's `memory_budget` and `threads` hold.
+        recipes: at least one, see `choose_windows`; the first one's `memory_budget` and `threads` hold.
         room: bytes, or text as "8GiB", for merges that wait. If it is smaller than the model's weights, each merge is
             made by a pass of its own.
         options: see `FillOptions`.
@@ -252,20 +252,22 @@ def load_each(
     chosen = choose_windows(recipes)
     _plan([tensors] * len(chosen), chosen, options)  # finds what does not fit before the first pass
     waiting = min(room_bytes // max(1, copy_bytes(tensors)), len(chosen) - 1)
-    require_memory(int(recipes[0].memory_budget) + waiting * copy_bytes(tensors))
+    require_memory(int(chosen[0].recipe.memory_budget) + waiting * copy_bytes(tensors))
     return _passes([tensors, *(copies_of(tensors) for _ in range(waiting))], chosen, options)
 
 
-def choose_windows(recipes: Sequence[WindowRecipe]) -> tuple[ChosenWindow, ...]:
+def choose_windows(recipes: Sequence[WindowRecipe | ChosenWindow]) -> tuple[ChosenWindow, ...]:
     """Finds the checkpoints of recipes. The metadata of each checkpoint are read once, and nothing else.
 
     Args:
-        recipes: at least one; the first one's `memory_budget` holds.
+        recipes: at least one; the first one's `memory_budget` holds. What is chosen already stays as it is, even if the
+            run has newer checkpoints now.
 
     Raises:
         WsmError: a window cannot be merged, see `plan_merge`.
     """
-    memory = PlanningMemory(recipes, None, lambda done, total: None)
+    asked = [one.recipe if isinstance(one, ChosenWindow) else one for one in recipes]
+    memory = PlanningMemory(asked, None, lambda done, total: None)
     read_once, warn = cache(memory.read), cache(log.warning)
     problems: dict[Path, str | None] = {}
 
@@ -274,7 +276,10 @@ def choose_windows(recipes: Sequence[WindowRecipe]) -> tuple[ChosenWindow, ...]:
             problems[layout.path] = problem_of(layout)
         return problems[layout.path]
 
-    return tuple(ChosenWindow(recipe, select_window(recipe, read_once, warn, find_problem)) for recipe in recipes)
+    return tuple(
+        one if isinstance(one, ChosenWindow) else ChosenWindow(one, select_window(one, read_once, warn, find_problem))
+        for one in recipes
+    )
 
 
 def _recipe_of(recipe: WindowRecipe | StrPath | None, fields: Mapping[str, Any]) -> WindowRecipe:
