@@ -17,6 +17,7 @@ from wsm_ds.evaluation.in_memory import InMemoryEvaluator
 from wsm_ds.evaluation.records import Records
 from wsm_ds.evaluation.subjects import subject_of_folder
 from wsm_ds.layouts.frameworks import MANIFEST
+from wsm_ds.planning.recipe_options import StrPath
 from wsm_ds.publishing.manifest import read_manifest
 
 WATCHED = re.compile(r"step\d+")
@@ -37,7 +38,7 @@ class Measured:
 
 
 def evaluate_folders(
-    folders: Sequence[Path],
+    folders: Sequence[StrPath],
     evaluators: Sequence[Evaluator],
     *,
     records: Records | None = None,
@@ -69,14 +70,14 @@ def evaluate_folders(
         PeerFailed: another rank failed.
     """
     members = ranks or Ranks()
-    raw = newest_sources(folders) if with_raw else []
-    every = [*folders, *raw]
+    given = [Path(folder) for folder in folders]
+    every = [*given, *(newest_sources(given) if with_raw else [])]
     subjects = [subject_of_folder(folder, name) for folder, name in zip(every, names_of(every), strict=True)]
     for evaluator in evaluators:
         evaluator.require_ready()
     for number, (folder, subject) in enumerate(zip(every, subjects, strict=True)):
         loaded = _Loaded(folder, members)
-        is_raw = number >= len(folders)
+        is_raw = number >= len(given)
         for evaluator in evaluators:
             if is_raw and not isinstance(evaluator, InMemoryEvaluator):
                 continue
