@@ -1,6 +1,6 @@
 """Measures what it costs to screen many merges by their loss: in memory, and by way of files.
 
-    python benchmarks/tune.py --folder /tmp/bench
+    python -m benchmarks.tune --folder /tmp/bench
 
 First it makes a run. DeepSpeed trains a Llama of 197 M parameters in bf16 for two updates, and writes a checkpoint
 after each. The other checkpoints are copies with other step numbers. The run stays in --folder.
@@ -33,11 +33,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from merge import set_step
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import wsm_ds
-from wsm_ds.planning.window_recipe import WindowRecipe, make_window_recipe
+from benchmarks.merge import set_step
 
 WRITTEN = 2
 """Checkpoints that DeepSpeed writes; the others are copies."""
@@ -89,7 +88,7 @@ def make_run(folder: Path, checkpoints: int) -> Path:
     run = folder / "run"
     if not run.exists():
         alone = {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29917"}
-        command = [sys.executable, __file__, "--folder", str(folder), "--only", "train"]
+        command = [sys.executable, "-m", "benchmarks.tune", "--folder", str(folder), "--only", "train"]
         subprocess.run(
             command, env=os.environ | alone | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, check=True
         )
@@ -104,10 +103,10 @@ def make_run(folder: Path, checkpoints: int) -> Path:
     return run
 
 
-def candidates(run: Path, checkpoints: int) -> list[WindowRecipe]:
+def candidates(run: Path, checkpoints: int) -> list[wsm_ds.WindowRecipe]:
     """Returns 20 recipes: 5 windows and 4 curves."""
     windows = [max(2, checkpoints * part // 16) for part in (3, 6, 9, 12, 16)]
-    return [make_window_recipe(run=run, last=last, curve=curve) for last in windows for curve in CURVES]
+    return [wsm_ds.make_window_recipe(run=run, last=last, curve=curve) for last in windows for curve in CURVES]
 
 
 def loss(model: Any) -> float:
@@ -117,9 +116,9 @@ def loss(model: Any) -> float:
         return float(model(input_ids=tokens, labels=tokens).loss)
 
 
-def screen_in_memory(recipes: list[WindowRecipe], room: str) -> dict[str, Any]:
+def screen_in_memory(recipes: list[wsm_ds.WindowRecipe], room: str) -> dict[str, Any]:
     """The contender `memory`."""
-    model = build()
+    model, before_mib = build(), memory_mib("VmRSS")
     begun, in_losses, losses = time.perf_counter(), 0.0, []
     for loaded in wsm_ds.load_each(model, recipes, room=room):
         assert isinstance(loaded, wsm_ds.LoadedMerge), loaded
@@ -127,10 +126,10 @@ def screen_in_memory(recipes: list[WindowRecipe], room: str) -> dict[str, Any]:
         losses.append(loss(model))
         in_losses += time.perf_counter() - began
     seconds = time.perf_counter() - begun
-    return {"s": seconds, "merge_s": seconds - in_losses, "losses": losses}
+    return {"s": seconds, "merge_s": seconds - in_losses, "losses": losses, "before_MiB": before_mib}
 
 
-def screen_by_files(recipes: list[WindowRecipe], out: Path) -> dict[str, Any]:
+def screen_by_files(recipes: list[wsm_ds.WindowRecipe], out: Path) -> dict[str, Any]:
     """The contender `files`. The folder of each merge is removed before the next, which is not timed."""
     losses, seconds = [], 0.0
     for recipe in recipes:
@@ -146,15 +145,15 @@ def screen_by_files(recipes: list[WindowRecipe], out: Path) -> dict[str, Any]:
     return {"s": seconds, "losses": losses}
 
 
-def load_one(recipes: list[WindowRecipe]) -> dict[str, Any]:
+def load_one(recipes: list[wsm_ds.WindowRecipe]) -> dict[str, Any]:
     """The beside `one`."""
-    model = build()
+    model, before_mib = build(), memory_mib("VmRSS")
     began = time.perf_counter()
     wsm_ds.load_merge(model, max(recipes, key=lambda recipe: recipe.last or 0))
-    return {"s": time.perf_counter() - began}
+    return {"s": time.perf_counter() - began, "before_MiB": before_mib}
 
 
-def read_union(recipes: list[WindowRecipe]) -> dict[str, Any]:
+def read_union(recipes: list[wsm_ds.WindowRecipe]) -> dict[str, Any]:
     """The beside `read`."""
     longest = max(recipes, key=lambda recipe: recipe.last or 0)
     newest = sorted(longest.run.glob("global_step*"), key=lambda path: int(path.name[11:]))[-(longest.last or 0) :]
@@ -174,9 +173,17 @@ def read_union(recipes: list[WindowRecipe]) -> dict[str, Any]:
 
 
 def build() -> Any:
-    """Returns the model in bf16, with other weights than any merge."""
+    """Returns the model in bf16, with other weights than any merge. The peak of memory is counted from here on."""
     torch.manual_seed(1)
-    return LlamaForCausalLM(config()).to(torch.bfloat16).eval()
+    model = LlamaForCausalLM(config()).to(torch.bfloat16).eval()
+    Path("/proc/self/clear_refs").write_text("5")
+    return model
+
+
+def memory_mib(field: str) -> float:
+    """Returns a figure of this process: "VmRSS" (resident now) or "VmHWM" (its peak)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 
 
 def evict(run: Path) -> None:
@@ -189,18 +196,14 @@ def evict(run: Path) -> None:
 
 
 def measured(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Runs a contender in a process of its own. Adds its peak of resident bytes."""
+    """Runs a contender in a process of its own, and returns its figures."""
     if options.cold:
         evict(options.folder / "run")
-    command = [sys.executable, __file__, "--folder", str(options.folder), "--only", name, "--room", options.room,
-               "--checkpoints", str(options.checkpoints)]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    output = process.stdout.read() if process.stdout else ""
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed")
-    found: dict[str, Any] = json.loads(output.splitlines()[-1])
-    return found | {"peak_MiB": usage.ru_maxrss / 1024}
+    command = [sys.executable, "-m", "benchmarks.tune", "--folder", str(options.folder), "--only", name]
+    command += ["--room", options.room, "--checkpoints", str(options.checkpoints)]
+    found = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+    figures: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
+    return figures
 
 
 def main() -> None:
@@ -222,7 +225,7 @@ def main() -> None:
         contenders = {"memory": lambda: screen_in_memory(recipes, options.room),
                       "files": lambda: screen_by_files(recipes, options.folder / "out"),
                       "one": lambda: load_one(recipes), "read": lambda: read_union(recipes)}  # fmt: skip
-        return print(json.dumps(contenders[options.only]()))
+        return print(json.dumps(contenders[options.only]() | {"peak_MiB": memory_mib("VmHWM")}))
     options.folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(options.folder / "out", ignore_errors=True)
     make_run(options.folder, options.checkpoints)
@@ -241,8 +244,10 @@ def report(turns: dict[str, list[dict[str, Any]]]) -> None:
     medians = {name: statistics.median(turn["s"] for turn in values) for name, values in turns.items()}
     merge_s = statistics.median(turn["merge_s"] for turn in turns["memory"])
     for name, seconds in medians.items():
-        peak = max(turn["peak_MiB"] for turn in turns[name])
-        print(f"  {name:8} {seconds:8.2f} s  {seconds / medians['memory']:6.2f} × memory   peak {peak:7.0f} MiB")
+        peak, before = (max(turn.get(key, 0.0) for turn in turns[name]) for key in ("peak_MiB", "before_MiB"))
+        beside = f", {before:.0f} before it" if before else ""
+        ratio = seconds / medians["memory"]
+        print(f"  {name:8} {seconds:8.2f} s  {ratio:6.2f} × memory   peak {peak:7.0f} MiB{beside}")
     shares = [f"{merge_s / medians[name]:6.2f} × {name}" for name in ("one", "read")]
     print(f"  {'merge':8} {merge_s:8.2f} s  {'  '.join(shares)}")
     print(f"  the losses of both ways are {'equal' if len(losses) == 1 else 'NOT equal'}")

@@ -158,6 +158,9 @@ def test_no_function_takes_untyped_keywords() -> None:
         "reshard",
         "make_recipe",
         "make_recipes",
+        "load_merge",
+        "load_merges",
+        "load_each",
         "load_recipe",
         "load_recipes",
     ):

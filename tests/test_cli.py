@@ -56,6 +56,7 @@ def test_the_plan_is_shown_before_anything_is_written(
     ]
     assert "effective sample size 2.36 of 3" in shown
     assert "lag 2.78769 steps" in shown
+    assert "\nwindow 6 steps   mean age 2.788 steps   standard deviation 1.557 steps\n" in shown
     assert list(tmp_path.iterdir()) == []
     assert main([*arguments, "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
@@ -142,8 +143,8 @@ def test_help_needs_neither_numpy_nor_torch() -> None:
 MESSAGES = {
     "merge RUN --last 2": "--out is missing",
     "merge --out NEW": "RUN is missing",
-    "merge RUN --out NEW": "choose the window in exactly one way: --last (with --to, if it does not end at the newest "
-    "checkpoint), --from with --to, or --tags; found none of them",
+    "merge RUN --out NEW": "choose the window in exactly one way: --last, --last-tokens or --last-samples (with "
+    "--to, if it does not end at the newest checkpoint), --from with --to, or --tags; found none of them",
     "merge RUN --last two --out NEW": "--last must be a whole number, not 'two'",
     "merge RUN --last 0 --out NEW": "--last must be at least 1, not '0'",
     "merge RUN --last 2 --format safetensor --out NEW": "--format must be zero, universal or safetensors, "

@@ -28,6 +28,7 @@ _MODULES = {
     "WSDLR": "schedules.lr_schedules",
     "MergeRecipe": "planning.recipe",
     "WindowRecipe": "planning.window_recipe",
+    "make_window_recipe": "planning.window_recipe",
     "make_recipe": "planning.recipe",
     "make_recipes": "planning.recipe",
     "load_recipe": "planning.recipe",
@@ -56,8 +57,6 @@ _MODULES = {
     "coefficients_from_decay_factors": "schedules.coefficients",
     "decay_factors_from_coefficients": "schedules.coefficients",
     "weight_decay_aware_coefficients": "schedules.coefficients",
-    "effective_sample_size": "schedules.coefficients",
-    "lag": "schedules.coefficients",
     "evaluate_folders": "evaluation.evaluating",
     "make_evaluator": "evaluation.evaluators",
     "load_evaluators": "evaluation.evaluators",
@@ -72,6 +71,9 @@ _MODULES = {
     "build_model": "evaluation.models",
     "subject_of_folder": "evaluation.subjects",
     "paired_difference": "evaluation.statistics",
+    "effective_sample_size": "schedules.figures",
+    "lag": "schedules.figures",
+    "age_deviation": "schedules.figures",
     "WsmError": "errors",
 }
 __all__ = [
@@ -97,6 +99,7 @@ __all__ = [
     "WindowRecipe",
     "WsmError",
     "__version__",
+    "age_deviation",
     "build_model",
     "coefficients_from_decay_factors",
     "decay_factors_from_coefficients",
@@ -114,6 +117,7 @@ __all__ = [
     "make_evaluator",
     "make_recipe",
     "make_recipes",
+    "make_window_recipe",
     "merge",
     "merge_all",
     "merge_coefficients",
@@ -154,16 +158,15 @@ if TYPE_CHECKING:
     )
     from wsm_ds.planning.plan import Output, Plan, Source
     from wsm_ds.planning.recipe import MergeRecipe, load_recipe, load_recipes, make_recipe, make_recipes
-    from wsm_ds.planning.window_recipe import WindowRecipe
+    from wsm_ds.planning.window_recipe import WindowRecipe, make_window_recipe
     from wsm_ds.schedules.coefficients import (
         coefficients_from_decay_factors,
         decay_factors_from_coefficients,
-        effective_sample_size,
-        lag,
         merge_coefficients,
         weight_decay_aware_coefficients,
     )
     from wsm_ds.schedules.curves import parse_curve
+    from wsm_ds.schedules.figures import age_deviation, effective_sample_size, lag
     from wsm_ds.schedules.lr_schedules import WSDLR, WSMLR
     from wsm_ds.verification import VerificationResult, verify
 

@@ -35,7 +35,6 @@ from wsm_ds.planning.window_recipe import WindowRecipe
 from wsm_ds.publishing.identity import is_of_run, is_same_merge, is_same_recipe, stated
 from wsm_ds.publishing.manifest import description, read_manifest
 from wsm_ds.publishing.staging_folder import discard, unfinished_merge
-from wsm_ds.schedules.coefficients import effective_sample_size, lag
 from wsm_ds.torchfile import archive
 
 log = logging.getLogger(__name__)
@@ -201,7 +200,6 @@ def output_of(recipe: WindowRecipe, window: Window, out: Path, texts: dict[str, 
         out: its folder.
         texts: small files of its root, by name.
     """
-    steps = [layout.step for layout in window.layouts]
     return Output(
         out=out,
         sources=tuple(
@@ -209,11 +207,14 @@ def output_of(recipe: WindowRecipe, window: Window, out: Path, texts: dict[str, 
             for layout, coefficient in zip(window.layouts, window.coefficients.tolist(), strict=True)
         ),
         curve=recipe.curve or "given coefficients",
-        ess=effective_sample_size(window.coefficients),
-        lag_steps=lag(window.coefficients, steps),
+        ess=window.figures.ess,
+        lag_steps=window.figures.mean_age.steps,
         texts=texts,
         recipe=recipe.model_dump(mode="json"),
         matched_names=tuple(match.to_json() for match in window.matched_names),
+        figures=window.figures.to_json(),
+        samples=window.course.samples,
+        tokens=window.course.tokens,
     )
 
 

@@ -31,6 +31,7 @@ from wsm_ds.cli.options import (
     window_options,
     with_default_curve,
 )
+from wsm_ds.cli.window_options import by_option, count_options
 
 if TYPE_CHECKING:
     from wsm_ds.watching import WatchSpec
@@ -86,9 +87,12 @@ def _add_watch(commands: Any) -> None:
                        help="lower the priority of this process: 0 to 19 (default 10)")  # fmt: skip
     window = window_options(watch)
     end_point_options(window, "end when all windows up to STEP are merged (default: never)")
-    allow_option(window)
+    count_options(window)
+    allow_option(window, negative=True)
     rename_sources_option(window)
-    coefficients_option(curve_options(watch))
+    curve = curve_options(watch)
+    by_option(curve)
+    coefficients_option(curve)
     output = watch.add_argument_group("output (what is written)")
     output.add_argument("--out", type=Path, metavar="DIR", help="the folder of all merges of this watch")
     format_options(output)

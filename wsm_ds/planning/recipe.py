@@ -96,6 +96,15 @@ class MergeRecipe(WindowRecipe):
         return self
 
     @model_validator(mode="after")
+    def _check_states(self) -> Self:
+        if self.optimizer_states == "merge" and any(c < 0.0 for c in self.coefficients or ()):
+            raise ValueError(
+                "`optimizer_states` (merge) with negative `coefficients` could give negative second moments, of which "
+                "the optimizer takes the root; carry or drop them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_form(self) -> Self:
         form = self._settings("world_size", "stage", "sub_group_size")
         has_form = form != "none of them"
@@ -146,7 +155,10 @@ def one_recipe(
     return make_recipe(run=run, out=out, coefficients=(1.0,), **window, **options)
 
 
-SWEPT = {"last": "last{}", "to_step": "to{}", "curve": "{}", "floor": "floor{}", "format": "{}"}
+SWEPT = {
+    "last": "last{}", "last_tokens": "last{}-tokens", "last_samples": "last{}-samples", "to_step": "to{}",
+    "curve": "{}", "floor": "floor{}", "spread": "{}", "format": "{}",
+}  # fmt: skip
 """Keys that may have a list of values, one output per value, and the word in the output's folder name."""
 
 
@@ -162,10 +174,10 @@ def make_recipes(*, always_named: Collection[str] = (), **values: Unpack[SweepOp
     ['merged/last4', 'merged/last8']
 
     Args:
-        always_named: keys (`last`, `to_step`, `curve`, `floor`, `format`) that always appear in the folder name, also
-            when they have a single value. Ignored for entries with their own `out`.
-        **values: attributes of `MergeRecipe`; `last`, `to_step`, `curve`, `floor` and `format` may be lists. `outputs`
-            is a list of mappings of the same.
+        always_named: keys that may be lists and always appear in the folder name, also when they have a single
+            value. Ignored for entries with their own `out`.
+        **values: attributes of `MergeRecipe`; `last`, `last_tokens`, `last_samples`, `to_step`, `curve`,
+            `floor`, `spread` and `format` may be lists. `outputs` is a list of mappings of the same.
 
     Raises:
         RecipeError: the message names every wrong key, its value, and what is expected.

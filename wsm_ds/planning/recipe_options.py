@@ -11,11 +11,13 @@ from typing import Any, Literal
 from typing_extensions import TypedDict
 
 Format = Literal["zero", "universal", "safetensors"]
+Unit = Literal["steps", "samples", "tokens"]
+UNITS: tuple[Unit, ...] = ("steps", "samples", "tokens")
 StrPath = str | os.PathLike[str]
 
 
 class _ReadOptions(TypedDict, total=False):
-    allow: Sequence[Literal["warmup", "lr-change", "foreign-files"]] | None
+    allow: Sequence[Literal["warmup", "lr-change", "foreign-files", "negative"]] | None
     allow_globals: Sequence[str] | None
     memory_budget: int | str | None
     threads: int | None
@@ -26,7 +28,14 @@ class _SumOptions(_ReadOptions, total=False):
     from_step: int | None
     tags: Sequence[str] | None
     coefficients: Sequence[float] | None
-    oldest_interval: int | None
+    oldest_interval: int | str | None
+    by: Unit | None
+    tokens_per_step: int | str | None
+    sequence_length: int | None
+    top: int | None
+    scores: Mapping[str, float] | None
+    maximize: bool | None
+    data_switch: int | None
     rename_sources: Mapping[str, Mapping[str, str]] | None
 
 
@@ -34,9 +43,12 @@ class WindowOptions(_SumOptions, total=False):
     """Options of one sum of checkpoints: the fields of `WindowRecipe`."""
 
     last: int | None
+    last_tokens: int | str | None
+    last_samples: int | str | None
     to_step: int | None
     curve: str | None
     floor: float | None
+    spread: str | None
 
 
 class _WorkOptions(_ReadOptions, total=False):
@@ -85,8 +97,11 @@ class SweepOptions(_MergeOptions, total=False):
     """Options of several merges: each value of a list makes an output."""
 
     last: int | Sequence[int] | None
+    last_tokens: int | str | Sequence[int | str] | None
+    last_samples: int | str | Sequence[int | str] | None
     to_step: int | Sequence[int] | None
     curve: str | Sequence[str] | None
     floor: float | Sequence[float] | None
+    spread: str | Sequence[str] | None
     format: Format | Sequence[Format] | None
     outputs: Sequence[Mapping[str, Any]] | None
