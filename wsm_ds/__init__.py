@@ -57,6 +57,20 @@ _MODULES = {
     "coefficients_from_decay_factors": "schedules.coefficients",
     "decay_factors_from_coefficients": "schedules.coefficients",
     "weight_decay_aware_coefficients": "schedules.coefficients",
+    "evaluate_folders": "evaluation.evaluating",
+    "make_evaluator": "evaluation.evaluators",
+    "load_evaluators": "evaluation.evaluators",
+    "LossEvaluator": "evaluation.loss",
+    "GenerateEvaluator": "evaluation.generation",
+    "CommandEvaluator": "evaluation.commands",
+    "LmEvalEvaluator": "evaluation.lm_eval",
+    "Evaluation": "evaluation.evaluation",
+    "Subject": "evaluation.evaluation",
+    "Metric": "evaluation.evaluation",
+    "Records": "evaluation.records",
+    "build_model": "evaluation.models",
+    "subject_of_folder": "evaluation.subjects",
+    "paired_difference": "evaluation.statistics",
     "effective_sample_size": "schedules.figures",
     "lag": "schedules.figures",
     "age_deviation": "schedules.figures",
@@ -67,41 +81,55 @@ _MODULES = {
 __all__ = [
     "WSDLR",
     "WSMLR",
+    "CommandEvaluator",
+    "Evaluation",
+    "GenerateEvaluator",
     "Inspected",
+    "LmEvalEvaluator",
     "LoadedMerge",
+    "LossEvaluator",
     "MergeOutcome",
     "MergeRecipe",
     "MergeResult",
+    "Metric",
     "Output",
     "Plan",
+    "Records",
     "ReportFiles",
     "Source",
+    "Subject",
     "VerificationResult",
     "WindowRecipe",
     "WsmError",
     "__version__",
     "age_deviation",
+    "build_model",
     "coefficients_from_decay_factors",
     "decay_factors_from_coefficients",
     "effective_sample_size",
+    "evaluate_folders",
     "export",
     "inspect_run",
     "lag",
     "load_each",
+    "load_evaluators",
     "load_merge",
     "load_merges",
     "load_recipe",
     "load_recipes",
+    "make_evaluator",
     "make_recipe",
     "make_recipes",
     "make_window_recipe",
     "merge",
     "merge_all",
     "merge_coefficients",
+    "paired_difference",
     "parse_curve",
     "plan_merge",
     "reshard",
     "run_plan",
+    "subject_of_folder",
     "verify",
     "weight_decay_aware_coefficients",
     "write_report",
@@ -109,6 +137,17 @@ __all__ = [
 
 if TYPE_CHECKING:
     from wsm_ds.errors import WsmError
+    from wsm_ds.evaluation.commands import CommandEvaluator
+    from wsm_ds.evaluation.evaluating import evaluate_folders
+    from wsm_ds.evaluation.evaluation import Evaluation, Metric, Subject
+    from wsm_ds.evaluation.evaluators import load_evaluators, make_evaluator
+    from wsm_ds.evaluation.generation import GenerateEvaluator
+    from wsm_ds.evaluation.lm_eval import LmEvalEvaluator
+    from wsm_ds.evaluation.loss import LossEvaluator
+    from wsm_ds.evaluation.models import build_model
+    from wsm_ds.evaluation.records import Records
+    from wsm_ds.evaluation.statistics import paired_difference
+    from wsm_ds.evaluation.subjects import subject_of_folder
     from wsm_ds.inspection import Inspected, inspect_run
     from wsm_ds.loading import LoadedMerge, load_each, load_merge, load_merges
     from wsm_ds.merge_planning import plan_merge

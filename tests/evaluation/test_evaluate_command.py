@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,27 @@ def test_raw_merged_and_exported_weights_are_measured_alike(
     printed = capsys.readouterr().out
     assert "less global_step6" in printed
     assert f"zero: loss: loss {merged.metrics['loss'].value:.6g} ±" in printed
+
+
+def test_the_newest_checkpoint_of_a_merge_is_measured_beside_it(
+    runs: Path, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "e.jsonl"
+    shutil.copytree(runs / "w2_s2_bf16", run)
+    merges = [tmp_path / "long", tmp_path / "short"]
+    for folder, last in zip(merges, (3, 2), strict=True):
+        merge(run=run, last=last, curve="linear", out=folder)
+    flags = [*TINY, "--raw", "--command", "echo 1", "--out", str(out)]
+    assert main([*words(data, *merges), *flags]) == 0
+    made = [(line["subject"]["name"], line["evaluator"]["kind"]) for line in lines(out)]
+    assert made == [
+        *((name, kind) for name in ("long", "short") for kind in ("loss", "command")),
+        ("global_step6", "loss"),
+    ]
+    assert "long         " in capsys.readouterr().out
+    shutil.rmtree(run / "global_step6")
+    assert main([*words(data, *merges), *flags]) == 0
+    assert len(lines(out)) == 5
 
 
 def test_nothing_is_measured_twice(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

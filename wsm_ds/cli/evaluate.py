@@ -40,6 +40,7 @@ def add_command(commands: Any) -> None:
     json_option(evaluate)
     evaluate.add_argument("--out", type=Path, metavar="FILE.jsonl", help="add the results to this file")
     evaluate.add_argument("--again", action="store_true", help="measure what --out already has, too")
+    evaluate.add_argument("--raw", action="store_true", help="measure the newest checkpoint of each merge, too")
     evaluator_options(evaluate)
 
 
@@ -152,26 +153,34 @@ def _evaluate(options: argparse.Namespace) -> int:
     with signals_interrupt("what was measured is kept." if records else "nothing was kept."):
         ranks = launched_ranks()
         with ranks.together():
-            return _run(options, evaluators, records, ranks)
+            made = _run(options, evaluators, records, ranks)
+    failed = [f"{one.subject.name}: {one.failure.rstrip('.')}" for one in made if one.failure is not None]
+    if failed and ranks.rank == 0:
+        shown = "; ".join(failed[:3]) + ("; …" if len(failed) > 3 else "")
+        raise EvaluationError(f"{len(failed)} of {len(made)} measurements failed: {shown}.")
+    return EvaluationError.exit_code if failed else 0
 
 
-def _run(options: argparse.Namespace, evaluators: "tuple[Evaluator, ...]", records: Any, ranks: Any) -> int:
+def _run(
+    options: argparse.Namespace, evaluators: "tuple[Evaluator, ...]", records: Any, ranks: Any
+) -> "list[Evaluation]":
+    """Measures on one rank. Rank 0 prints."""
     from wsm_ds.evaluation.evaluating import evaluate_folders
 
     made = []
-    for measured in evaluate_folders(options.folders, evaluators, records=records, ranks=ranks, again=options.again):
+    flags = {"again": options.again, "with_raw": options.raw}
+    for measured in evaluate_folders(options.folders, evaluators, records=records, ranks=ranks, **flags):
         made.append(measured.evaluation)
         if ranks.rank == 0:
             text = measured.evaluation.model_dump_json() if options.json else _line(measured)
             print(text, flush=True)
-    if ranks.rank == 0 and not options.json and len(options.folders) > 1:
-        for number, evaluator in enumerate(evaluators):
-            print(f"\n{_comparison(evaluator, made[number :: len(evaluators)])}")
-    failed = [f"{one.subject.name}: {one.failure.rstrip('.')}" for one in made if one.failure is not None]
-    if failed:
-        shown = "; ".join(failed[:3]) + ("; …" if len(failed) > 3 else "")
-        raise EvaluationError(f"{len(failed)} of {len(made)} measurements failed: {shown}.")
-    return 0
+    if ranks.rank == 0 and not options.json:
+        for evaluator in evaluators:
+            identity = evaluator.identity()
+            compared = [one for one in made if one.evaluator["identity"] == identity]
+            if len(compared) > 1:
+                print(f"\n{_comparison(evaluator, compared)}")
+    return made
 
 
 def _line(measured: Any) -> str:

@@ -1,5 +1,6 @@
 """Measures folders by evaluators: what the records have is not measured again, and a failure costs one model alone."""
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,12 @@ from wsm_ds.evaluation.folders import model_of_folder
 from wsm_ds.evaluation.in_memory import InMemoryEvaluator
 from wsm_ds.evaluation.records import Records
 from wsm_ds.evaluation.subjects import subject_of_folder
+from wsm_ds.layouts.frameworks import MANIFEST
+from wsm_ds.planning.recipe_options import StrPath
+from wsm_ds.publishing.manifest import read_manifest
+
+WATCHED = re.compile(r"step\d+")
+"""The folder in which a watch puts the merges that end at one step."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +38,13 @@ class Measured:
 
 
 def evaluate_folders(
-    folders: Sequence[Path],
+    folders: Sequence[StrPath],
     evaluators: Sequence[Evaluator],
     *,
     records: Records | None = None,
     ranks: Ranks | None = None,
     again: bool = False,
+    with_raw: bool = False,
 ) -> Iterator[Measured]:
     """Measures every folder by every evaluator.
 
@@ -51,21 +59,28 @@ def evaluate_folders(
         records: where evaluations are found and added; None: all are made, and none is kept.
         ranks: that share the work; None: this process alone.
         again: whether to measure what the records have, too.
+        with_raw: whether to measure the newest checkpoint of each merge, too, if it is still there. A checkpoint has no
+            form that programs know, so only evaluators that run the model themselves measure it.
 
     Yields:
-        The evaluations of the first folder, then those of the second, ….
+        The evaluations of the first folder, then those of the second, …; those of newest checkpoints at the end.
 
     Raises:
         EvaluationError, RecipeError: a folder holds no model, or an evaluator cannot be used.
         PeerFailed: another rank failed.
     """
     members = ranks or Ranks()
-    subjects = [subject_of_folder(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
+    given = [Path(folder) for folder in folders]
+    every = [*given, *(newest_sources(given) if with_raw else [])]
+    subjects = [subject_of_folder(folder, name) for folder, name in zip(every, names_of(every), strict=True)]
     for evaluator in evaluators:
         evaluator.require_ready()
-    for folder, subject in zip(folders, subjects, strict=True):
+    for number, (folder, subject) in enumerate(zip(every, subjects, strict=True)):
         loaded = _Loaded(folder, members)
+        is_raw = number >= len(given)
         for evaluator in evaluators:
+            if is_raw and not isinstance(evaluator, InMemoryEvaluator):
+                continue
             found = None if again else _found(records, subject, evaluator, members)
             evaluation = found or loaded.measured(evaluator, subject)
             if found is None and records is not None:
@@ -73,17 +88,35 @@ def evaluate_folders(
             yield Measured(evaluation, found is None)
 
 
+def newest_sources(folders: Sequence[Path]) -> list[Path]:
+    """The newest checkpoints of merges, as far as they still exist and are not among the folders.
+
+    Args:
+        folders: merges, and others, which are passed over.
+
+    Raises:
+        VerificationFailed: a manifest is damaged.
+    """
+    merges = [folder for folder in folders if (folder / MANIFEST).is_file()]
+    newest = dict.fromkeys(Path(read_manifest(folder)["sources"][-1]["path"]) for folder in merges)
+    given = {folder.resolve() for folder in folders}
+    return [path for path in newest if path.is_dir() and path.resolve() not in given]
+
+
 def names_of(folders: Sequence[Path]) -> list[str]:
     """The shortest ends of paths that tell folders apart.
 
-    >>> names_of([Path("merges/step8/last4"), Path("merges/step16/last4")])
-    ['step8/last4', 'step16/last4']
+    The folders of a watch are named with their steps.
+
+    >>> names_of([Path("merges/a"), Path("merges/b")]), names_of([Path("merges/step8/last4")])
+    (['a', 'b'], ['step8/last4'])
 
     Args:
         folders: paths.
     """
     parts = [folder.resolve().parts for folder in folders]
-    for count in range(1, max(map(len, parts), default=0)):
+    has_steps = any(WATCHED.fullmatch(part[-2]) for part in parts if len(part) > 1)
+    for count in range(2 if has_steps else 1, max(map(len, parts), default=0)):
         names = ["/".join(part[-count:]) for part in parts]
         if len(set(names)) == len(set(parts)):
             return names

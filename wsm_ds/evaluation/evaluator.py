@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from wsm_ds import __version__
 from wsm_ds.distributed.ranks import Ranks
 from wsm_ds.evaluation.evaluation import Blocks, Evaluation, Metric, Subject
+from wsm_ds.planning.recipe_options import StrPath
 
 
 class MeasurementFailed(Exception):
@@ -63,7 +63,7 @@ class Evaluator(BaseModel):
         """
         self.identity()
 
-    def measure_folder(self, folder: Path, subject: Subject, ranks: Ranks | None = None) -> Evaluation:
+    def measure_folder(self, folder: StrPath, subject: Subject, ranks: Ranks | None = None) -> Evaluation:
         """Measures the model in a folder.
 
         Args:

@@ -14,6 +14,7 @@ from wsm_ds.evaluation.lm_eval import LmEvalEvaluator
 from wsm_ds.evaluation.loss import LossEvaluator
 from wsm_ds.planning.recipe_errors import validation_sentences
 from wsm_ds.planning.recipe_file import read_yaml
+from wsm_ds.planning.recipe_options import StrPath
 
 KINDS: dict[str, type[Evaluator]] = {
     "loss": LossEvaluator,
@@ -52,7 +53,7 @@ def make_evaluator(values: Mapping[str, Any]) -> Evaluator:
         ) from error
 
 
-def load_evaluators(path: Path) -> tuple[Evaluator, ...]:
+def load_evaluators(path: StrPath) -> tuple[Evaluator, ...]:
     """Reads evaluators from a YAML file: one mapping, or a list of them.
 
     Args:
@@ -61,7 +62,7 @@ def load_evaluators(path: Path) -> tuple[Evaluator, ...]:
     Raises:
         RecipeError: it cannot be read, or holds something else; see `make_evaluator`.
     """
-    content = read_yaml(path)
+    content = read_yaml(Path(path))
     entries = content if isinstance(content, list) else [content]
     if not entries or not all(isinstance(entry, dict) for entry in entries):
         raise RecipeError(f"{path} must hold an evaluator, or a list of them, each a mapping; found {brief(content)}.")

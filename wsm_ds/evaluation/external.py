@@ -14,6 +14,7 @@ from typing_extensions import override
 from wsm_ds.distributed.ranks import Ranks
 from wsm_ds.evaluation.evaluation import Evaluation, Subject
 from wsm_ds.evaluation.evaluator import Evaluator, MeasurementFailed, Result
+from wsm_ds.planning.recipe_options import StrPath
 
 
 class ExternalEvaluator(Evaluator):
@@ -43,7 +44,7 @@ class ExternalEvaluator(Evaluator):
         """
 
     @override
-    def measure_folder(self, folder: Path, subject: Subject, ranks: Ranks | None = None) -> Evaluation:
+    def measure_folder(self, folder: StrPath, subject: Subject, ranks: Ranks | None = None) -> Evaluation:
         """Measures the model in a folder.
 
         Ranks: all; rank 0 runs the program, and every rank gets its result.
@@ -54,7 +55,7 @@ class ExternalEvaluator(Evaluator):
             ranks: None: this process alone.
         """
         self.require_ready()
-        made = (ranks or Ranks()).decide(lambda: self._measured(folder, subject).model_dump(mode="json"))
+        made = (ranks or Ranks()).decide(lambda: self._measured(Path(folder), subject).model_dump(mode="json"))
         return Evaluation.model_validate(made)
 
     def _measured(self, folder: Path, subject: Subject) -> Evaluation:

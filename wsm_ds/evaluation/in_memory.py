@@ -17,6 +17,7 @@ from wsm_ds.evaluation.folders import model_of_folder
 from wsm_ds.evaluation.held_out import DataSource, HeldOut, parse_source
 from wsm_ds.evaluation.models import torch_dtype, vocabulary_of
 from wsm_ds.evaluation.token_files import TokenDType
+from wsm_ds.planning.recipe_options import StrPath
 
 if TYPE_CHECKING:
     import torch
@@ -164,7 +165,7 @@ class InMemoryEvaluator(Evaluator):
         return self.evaluation(subject, began_s, outcome)
 
     @override
-    def measure_folder(self, folder: Path, subject: Subject, ranks: Ranks | None = None) -> Evaluation:
+    def measure_folder(self, folder: StrPath, subject: Subject, ranks: Ranks | None = None) -> Evaluation:
         """Measures the model whose weights a folder holds.
 
         Args:
@@ -176,5 +177,5 @@ class InMemoryEvaluator(Evaluator):
             EvaluationError, ModelMismatch: the folder holds no model, or it fits neither its weights nor the data.
         """
         began_s = time.monotonic()
-        evaluation = self.measure(model_of_folder(folder, self.dtype, self.model), subject, ranks)
+        evaluation = self.measure(model_of_folder(Path(folder), self.dtype, self.model), subject, ranks)
         return evaluation.model_copy(update={"seconds": round(time.monotonic() - began_s, 3)})

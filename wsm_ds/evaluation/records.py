@@ -18,6 +18,7 @@ from wsm_ds.evaluation.evaluation import Evaluation
 from wsm_ds.filesystem.durable import sync_folder, write_all
 from wsm_ds.filesystem.locks import try_lock
 from wsm_ds.filesystem.own_files import open_own
+from wsm_ds.planning.recipe_options import StrPath
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,8 @@ class Records:
         EvaluationError: there is something else than a file of evaluations; nothing is added to it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: StrPath) -> None:
+        self.path = Path(path)
         self._evaluations: list[Evaluation] = []
         self._found: dict[tuple[str, str], list[int]] = {}
         self._read_bytes = 0

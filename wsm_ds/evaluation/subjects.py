@@ -10,12 +10,13 @@ from wsm_ds.evaluation.evaluation import Subject, SubjectSource
 from wsm_ds.layouts.frameworks import MANIFEST
 from wsm_ds.layouts.run import is_checkpoint_folder
 from wsm_ds.layouts.saved_step import saved_step
+from wsm_ds.planning.recipe_options import StrPath
 from wsm_ds.publishing.manifest import read_manifest
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
 
-def subject_of_folder(folder: Path, name: str | None = None) -> Subject:
+def subject_of_folder(folder: StrPath, name: str | None = None) -> Subject:
     """What is measured when a folder is.
 
     Args:
@@ -27,13 +28,13 @@ def subject_of_folder(folder: Path, name: str | None = None) -> Subject:
         BrokenCheckpoint: its files do not tell their step.
         VerificationFailed: its manifest is damaged.
     """
-    if not folder.is_dir():
+    resolved = Path(folder).resolve()
+    if not resolved.is_dir():
         raise EvaluationError(f"{folder} is not a folder.")
-    resolved = folder.resolve()
-    if (folder / MANIFEST).is_file():
-        return subject_of_manifest(read_manifest(folder), resolved, name or resolved.name)
-    if is_checkpoint_folder(folder):
-        source = SubjectSource(tag=resolved.name, step=saved_step(folder), coefficient=1.0)
+    if (resolved / MANIFEST).is_file():
+        return subject_of_manifest(read_manifest(resolved), resolved, name or resolved.name)
+    if is_checkpoint_folder(resolved):
+        source = SubjectSource(tag=resolved.name, step=saved_step(resolved), coefficient=1.0)
         return Subject(
             name=name or resolved.name,
             kind="checkpoint",
