@@ -7,7 +7,7 @@ import torch
 from made_models import OwnLoss, llama, save_config, save_llama
 from safetensors.torch import load_file, save_file
 
-from wsm_ds.errors import EvaluationError
+from wsm_ds.errors import EvaluationError, ModelMismatch
 from wsm_ds.evaluation.models import build_model, load_folder, positions_of, vocabulary_of
 
 TOKENS = torch.arange(1, 31).view(2, 15)
@@ -87,9 +87,9 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     }
     for words, tensors in cases.items():
         save_file(tensors, file, metadata={"format": "pt"})
-        with pytest.raises(EvaluationError, match=words):
+        with pytest.raises(ModelMismatch, match=words):
             load_folder(folder, "fp32", str(save_config(tmp_path / "c")), "cpu")
-        with pytest.raises(EvaluationError, match=norm if norm in words else "extra"):
+        with pytest.raises(ModelMismatch, match=norm if norm in words else "extra"):
             load_folder(folder, "fp32", None, "cpu")
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(EvaluationError, match=r"model.safetensors cannot be read"):

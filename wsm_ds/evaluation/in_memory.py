@@ -13,8 +13,9 @@ from wsm_ds.distributed.ranks import Ranks
 from wsm_ds.errors import EvaluationError, RecipeError, WsmError
 from wsm_ds.evaluation.evaluation import Evaluation, Subject
 from wsm_ds.evaluation.evaluator import Evaluator, MeasurementFailed, Result
+from wsm_ds.evaluation.folders import model_of_folder
 from wsm_ds.evaluation.held_out import DataSource, HeldOut, parse_source
-from wsm_ds.evaluation.models import load_folder, torch_dtype, vocabulary_of
+from wsm_ds.evaluation.models import torch_dtype, vocabulary_of
 from wsm_ds.evaluation.token_files import TokenDType
 
 if TYPE_CHECKING:
@@ -164,16 +165,16 @@ class InMemoryEvaluator(Evaluator):
 
     @override
     def measure_folder(self, folder: Path, subject: Subject, ranks: Ranks | None = None) -> Evaluation:
-        """Measures the model whose weights a folder holds as safetensors.
+        """Measures the model whose weights a folder holds.
 
         Args:
-            folder: see `load_folder`.
+            folder: see `model_of_folder`.
             subject: what it is.
             ranks: as in `measure`.
 
         Raises:
-            EvaluationError: the folder's weights do not fit the model, or the data do not.
+            EvaluationError, ModelMismatch: the folder holds no model, or it fits neither its weights nor the data.
         """
         began_s = time.monotonic()
-        evaluation = self.measure(load_folder(folder, self.dtype, self.model), subject, ranks)
+        evaluation = self.measure(model_of_folder(folder, self.dtype, self.model), subject, ranks)
         return evaluation.model_copy(update={"seconds": round(time.monotonic() - began_s, 3)})

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsm_ds.dtypes import BY_NAME
-from wsm_ds.errors import EvaluationError, few
+from wsm_ds.errors import EvaluationError, ModelMismatch, few
 
 if TYPE_CHECKING:
     import torch
@@ -168,7 +168,8 @@ def load_folder(
         device: as in `build_model`.
 
     Raises:
-        EvaluationError: weights are missing or do not fit; names tensors.
+        EvaluationError: there are no weights, or no config.
+        ModelMismatch: the weights do not fit the model; names tensors.
     """
     if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
         raise EvaluationError(f"{folder} has no *.safetensors.")
@@ -231,7 +232,7 @@ def _require_fit(folder: Path, missing: list[str], surplus: list[str], mismatche
         if names
     ]
     if faults:
-        raise EvaluationError(f"the weights in {folder} do not fit the model; {'; '.join(faults)}.")
+        raise ModelMismatch(f"the weights in {folder} do not fit the model; {'; '.join(faults)}.")
 
 
 def vocabulary_of(model: Any) -> int | None:
