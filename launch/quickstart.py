@@ -156,7 +156,7 @@ def wsm_ds_command(*arguments: str) -> None:
 
 
 def tune(out: Path) -> None:
-    """Measures merges of several windows on held-out text, makes the recommended one, and prints where the report is."""
+    """Measures merges of several windows on held-out text, and makes the recommended one."""
     from gpt import GPTSize
 
     _, text = texts()

@@ -86,7 +86,7 @@ def test_markdown_keeps_its_tables_whatever_a_name_holds() -> None:
 def test_page_and_twin_hold_every_candidate_and_the_recommendation() -> None:
     result = made_tuning()
     made = document(result)
-    page, twin = Page(html(made)).words, markdown(made).replace("\\", "")
+    page, twin = Page(html(made)).words.replace("\xa0", " "), markdown(made).replace("\\", "")
     assert result.recommendation is not None
     for text in (page, twin):
         assert all(candidate.name in text for candidate in result.candidates)
@@ -124,6 +124,16 @@ def test_the_picture_along_the_run_has_raw_and_merged_at_the_same_places() -> No
     assert [series.name for series in plot.series][:3] == ["raw checkpoints", "last 8, linear", "last 16, linear"]
     assert [point.x for point in plot.series[1].points] == [end * 4e6 for end in ENDS]
     assert {point.x for point in plot.series[1].points} <= {point.x for point in plot.series[0].points}
+
+
+def test_a_tuning_of_one_end_shows_its_choice_among_the_raw_checkpoints() -> None:
+    result = made_tuning()
+    kept = [c for c in result.candidates if c.end is None or c.kind == "raw" or c.end.steps == ENDS[-1]]
+    plot = run_plot(rank(result.model_copy(update={"candidates": tuple(kept)})))
+    assert plot is not None
+    assert [(series.name, len(series.points)) for series in plot.series] == [
+        ("raw checkpoints", 33), ("last 8, linear", 1), ("last 16, linear", 1),
+    ]  # fmt: skip
 
 
 def test_the_differences_show_the_best_the_raw_one_and_the_baseline() -> None:

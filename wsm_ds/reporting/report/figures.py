@@ -91,7 +91,7 @@ def run_plot(ranking: Ranking) -> Plot | None:
     raw = [c for c in placed if c.kind == "raw"]
     in_tokens = has_tokens(c.end for c in placed)
     groups = _courses(ranking, [c for c in placed if c.kind == "merge"])
-    if not groups and len({end_steps(c) for c in raw}) < 3:
+    if len({end_steps(c) for c in raw}) < 3 and not any(len({end_steps(c) for c in group}) > 1 for _, group in groups):
         return None
 
     def position(candidate: CandidateResult) -> float:
@@ -112,12 +112,18 @@ def run_plot(ranking: Ranking) -> Plot | None:
 
 
 def _courses(ranking: Ranking, merges: Sequence[CandidateResult]) -> list[tuple[str, list[CandidateResult]]]:
-    """Merges of the same kind that end at two or more places: those of the recommended and of the best one come first,
-    then those with the most places."""
+    """Merges of the same kind that end at two places or more: those with the most places first.
+
+    The kinds of the recommended and of the best merge are there in any case, before the others.
+    """
     groups: dict[str, list[CandidateResult]] = {}
     for candidate in merges:
         groups.setdefault(f"last {len(candidate.steps)}, {series_name(candidate)}", []).append(candidate)
-    courses = [(name, group) for name, group in groups.items() if len({end_steps(c) for c in group}) > 1]
+    courses = [
+        (name, group)
+        for name, group in groups.items()
+        if len({end_steps(c) for c in group}) > 1 or any(ranking.mark(c) for c in group)
+    ]
 
     def order(course: tuple[str, list[CandidateResult]]) -> tuple[int, int]:
         marks = {ranking.mark(candidate) for candidate in course[1]}

@@ -185,7 +185,7 @@ def _span(amount: Amount) -> Span:
 def _tokens(
     subjects: Sequence[Subject], manifests: Sequence[Mapping[str, Any]], tokens_per_step: float | None
 ) -> dict[int, int]:
-    """The tokens at each step, as far as they are known. All are of one run, so the manifest of a merge tells of others."""
+    """The tokens at each step, where known. All are of one run, so the manifest of a merge tells of other models."""
     steps = {source.step for subject in subjects for source in subject.sources}
     if tokens_per_step is not None:
         return {step: round(step * tokens_per_step) for step in steps}

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from wsm_ds.errors import one_line
 from wsm_ds.reporting.report.document import Bar, Document, Dots, Figure, HeatMap, Plot, Table
-from wsm_ds.reporting.report.numbers import decimals_for, value_words
+from wsm_ds.reporting.report.numbers import decimals_for, difference_words, value_words
 from wsm_ds.reporting.report.page import GENERATOR
+from wsm_ds.tuning.results import Difference
 
 
 def markdown(document: Document) -> str:
@@ -43,7 +44,9 @@ def _figure_table(figure: Figure) -> Table:
     if isinstance(figure, Plot):
         return _plot_table(figure)
     if isinstance(figure, Dots):
-        cells = [(row.name, value_words(row.value, row.error), row.mark) for row in figure.rows]
+        cells = [
+            (row.name, difference_words(Difference(value=row.value, error=row.error)), row.mark) for row in figure.rows
+        ]
         return Table(("candidate", figure.x_label, ""), tuple(cells))
     if isinstance(figure, HeatMap):
         decimals = decimals_for([value for row in figure.cells for value in row if value is not None])

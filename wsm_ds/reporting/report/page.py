@@ -35,8 +35,10 @@ def _drawing(figure: Figure, width: float) -> Markup:
 
 
 def _printable(value: object) -> object:
-    # Markup is ours. A name of a file may hold control characters, which no browser shows.
-    return one_line(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    if not isinstance(value, str) or isinstance(value, Markup):  # Markup is ours
+        return value
+    # A name of a file may hold control characters, which no browser shows. A line must not break before an error.
+    return one_line(value).replace(" ± ", "\xa0±\xa0")
 
 
 @cache

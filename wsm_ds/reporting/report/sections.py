@@ -132,7 +132,8 @@ def _course(ranking: Ranking) -> Section | None:
     header = (plot.x_label, *(series.name for series in plot.series))
     rows = tuple((f"{end:,.0f}", *(cell.get(end, "-") for cell in cells)) for end in ends)
     text = "A merge stands where its newest checkpoint stands: it is compared with the raw one of equal training."
-    return Section("Along the run", (text,), figures=(plot,), table=Table(header, rows, is_detail=True))
+    texts = (text,) if len(plot.series) > 1 else ()
+    return Section("Along the run", texts, figures=(plot,), table=Table(header, rows, is_detail=True))
 
 
 def _weights(ranking: Ranking) -> Section | None:

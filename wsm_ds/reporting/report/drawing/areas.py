@@ -1,9 +1,10 @@
 """Draws `HeatMap` and `Bar`."""
 
+import math
 from xml.etree.ElementTree import Element
 
 from wsm_ds.reporting.report.document import Bar, HeatMap
-from wsm_ds.reporting.report.drawing.elements import LETTER_PX, add, canvas, clipped, legend, places_of_labels
+from wsm_ds.reporting.report.drawing.elements import BOLD_PX, LETTER_PX, add, canvas, clipped, legend
 from wsm_ds.reporting.report.drawing.scale import without_far
 from wsm_ds.reporting.report.numbers import decimals_for
 
@@ -28,7 +29,7 @@ def draw_heat_map(heat: HeatMap, width: float) -> Element:
     values = [value for row in heat.cells for value in row if value is not None]
     shown = without_far(values, heat.best)
     decimals = decimals_for(shown)
-    has_words = max(len(f"{value:.{decimals}f}") for value in shown) * LETTER_PX <= each
+    has_words = max(len(f"{value:.{decimals}f}") for value in shown) * BOLD_PX + 4 <= each
     for number, (name, cells) in enumerate(zip(heat.rows, heat.cells, strict=True)):
         y = top + CELL_PX * number
         add(svg, "text", clipped(name, left - 12), class_="row", x=left - 10, y=y + 22, text_anchor="end")
@@ -62,10 +63,12 @@ def _share(value: float | None, shown: list[float], best: str) -> float:
 
 def _columns(svg: Element, heat: HeatMap, left: float, each: float, bottom: float, width: float) -> None:
     places = [left + each * (column + 0.5) for column in range(len(heat.columns))]
-    fits = places_of_labels(places, heat.columns, 0, width)
-    for place, name, is_shown in zip(places, heat.columns, fits, strict=True):
-        if is_shown:
-            add(svg, "text", name, class_="tick", x=place, y=bottom + 18, text_anchor="middle")
+    widest = max(map(len, heat.columns)) * LETTER_PX + 8
+    stride = max(math.ceil(widest / each), 1)
+    # Every so many columns have a label, among them the last: the newest end point.
+    for place, name in list(zip(places, heat.columns, strict=True))[(len(places) - 1) % stride :: stride]:
+        middle = min(place, width - widest / 2)
+        add(svg, "text", name, class_="tick", x=middle, y=bottom + 18, text_anchor="middle")
     add(svg, "text", heat.x_label, class_="label", x=left, y=bottom + 40)
 
 
