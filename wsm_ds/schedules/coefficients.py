@@ -86,8 +86,6 @@ def merge_coefficients(
     and each is rounded once. Those of other curves are differences of decay factors that are rounded to float64.
 
     Example:
-        >>> merge_coefficients("linear", n=3).tolist() == [1 / 3, 1 / 3, 1 / 3]
-        True
         >>> merge_coefficients("cosine", n=4).round(6).tolist()
         [0.146447, 0.353553, 0.353553, 0.146447]
         >>> merge_coefficients("1-sqrt", n=4).round(6).tolist()
