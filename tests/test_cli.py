@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import yaml
-from made_results import put_measurements
 from evaluated import make_evaluated
+from made_results import put_measurements
 
 from wsm_ds.cli import main, parser
 from wsm_ds.planning.recipe import load_recipes

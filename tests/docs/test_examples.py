@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 from docs.pages import DOCS, GENERATED, PAGES, ROOT, Block, blocks, for_the_tiny_run
-from made_models import save_llama
-from made_results import put_measurements
-from made_tokenizers import save_byte_level
 from evaluated import make_evaluated
+from made_results import put_measurements
 
 RUNNABLE = [page for page in PAGES if page not in GENERATED]
 NOT_RUN = {
