@@ -54,6 +54,10 @@ def folder(runs: Path, tmp_path: Path) -> Path:
     for path in (tmp_path / "ds_config.json", tmp_path / "configs/zero2_bf16.json"):
         shutil.copyfile(ROOT / "configs/zero2_bf16.json", path)
     make_evaluated(tmp_path)
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch/gpt.py").write_text((tmp_path / "model.py").read_text() + "\nGPT = make\n")
+    # Bytes that the model of the tests' run knows as tokens.
+    (tmp_path / "quickstart/held_out.txt").write_bytes(bytes(i * i % 13 for i in range(3000)))
     (tmp_path / "eval.py").write_text("import sys; assert sys.argv[1] == '--model', sys.argv\n")
     (tmp_path / "bin").mkdir()
     for name, words in SHIMS.items():
