@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from wsm_ds.distributed.ranks import Ranks
-from wsm_ds.errors import InsufficientCapacity
+from wsm_ds.errors import InsufficientCapacity, OutputExists
 from wsm_ds.merging import merge
 from wsm_ds.planning.recipe import MergeRecipe
 from wsm_ds.planning.window_recipe import validated
@@ -85,7 +85,12 @@ class Exports:
             "rename": self.request.rename,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        merge(validated(MergeRecipe, fields))
+        recipe = validated(MergeRecipe, fields)
+        try:
+            merge(recipe)
+        except OutputExists:  # of an earlier call, when the run ended at another step
+            remove(folder)
+            merge(recipe)
 
 
 def remove(folder: Path) -> None:

@@ -186,6 +186,9 @@ def screen(
         began_s = time.monotonic()
         if isinstance(merge, WsmError):
             evaluation = evaluator.evaluation(candidate.subject, began_s, MeasurementFailed(str(merge)))
+        elif merge.identity != candidate.subject.identity:
+            changed = MeasurementFailed("its checkpoints were deleted or replaced while the tuning ran")
+            evaluation = evaluator.evaluation(candidate.subject, began_s, changed)
         else:
             evaluation = evaluator.measure(model, candidate.subject, stage.ranks)
         stage.costs.add("evaluate", began_s)
