@@ -21,10 +21,10 @@ exit codes: 0 done; 2 a wrong request; 3 a broken or unsupported checkpoint, a f
 130 interrupted by SIGINT or SIGTERM (run the same command again to continue)"""
 RUN = "the run's folder: DeepSpeed's save_dir, or the folder in which HF Trainer, Accelerate or Lightning saves"
 FORM = ("world_size", "stage", "sub_group_size", "like")
-LISTS = ("last", "last_tokens", "last_samples", "to_step", "floor", "spread", "format")
+LISTS = ("last", "last_tokens", "last_samples", "to_step", "top", "floor", "spread", "format")
 """Recipe keys whose flag takes values between commas; each makes an output."""
 RECIPE = (
-    "run", "out", "from_step", "oldest_interval", "by", "tokens_per_step", "sequence_length", "data_switch", "top",
+    "run", "out", "from_step", "oldest_interval", "by", "tokens_per_step", "sequence_length", "data_switch",
     "dtype", "optimizer_states", *FORM, "memory_budget", "threads", "max_shard_size",
 )  # fmt: skip
 """Recipe keys whose flag takes one value. The `dest` of a flag must be its recipe key: `messages` relies on it."""

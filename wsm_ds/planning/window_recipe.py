@@ -182,7 +182,7 @@ class WindowRecipe(BaseModel):
     def _check_counts(self) -> Self:
         if self.tokens_per_step is not None and self.sequence_length is not None:
             both = self._settings("tokens_per_step", "sequence_length")
-            raise ValueError(f"both {both} say how many tokens there are; remove one")
+            raise ValueError(f"{both}: each says how many tokens there are; remove one")
         if self.newest_counts is not None and self.oldest_interval is not None:
             raise ValueError(
                 f"`oldest_interval` ({self.oldest_interval}) is what is left of the window's length before the oldest "
@@ -190,15 +190,17 @@ class WindowRecipe(BaseModel):
             )
         own_unit = "tokens" if self.last_tokens else "samples"
         if self.newest_counts is not None and self.unit != own_unit:
-            raise ValueError(f"`by` ({self.by}) is {own_unit} for a window that is given in {own_unit}; remove it")
+            raise ValueError(
+                f"a window that is given in {own_unit} has its distances in {own_unit}; remove `by` ({self.by})"
+            )
         return self
 
     @model_validator(mode="after")
     def _check_selection(self) -> Self:
         if (self.top is None) != (not self.scores):
             raise ValueError(
-                f"`top` needs `scores`, a number for each checkpoint by its tag, and the other way round; found "
-                f"`top`={self.top} and {len(self.scores)} `scores`"
+                "`top` needs `scores`, a number for each checkpoint by its tag, and the other way round; found "
+                f"{self._settings('top')} and {len(self.scores)} scores"
             )
         if self.top is not None and (self.by or self.oldest_interval):
             raise ValueError(
