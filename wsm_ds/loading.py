@@ -242,7 +242,7 @@ def load_each(
     Returns:
         An iterator. Each step tells what the model holds, for each recipe in order; or it gives the error that its
         elements raised (a NaN, a damaged file). Such an error costs this recipe alone: the others of its pass are made
-        again, each by itself.
+        again, in smaller passes.
 
     Memory: the recipe's `memory_budget` and `room`, beside the model.
     """
@@ -312,9 +312,10 @@ def _each_of(
         if len(chosen) == 1:
             yield error
             return
-        log.warning("one of %d merges cannot be made (%s); each is now made by itself", len(chosen), error)
-        for one in chosen:
-            yield from _each_of(sets[:1], [one], options, reported)
+        log.warning("one of %d merges cannot be made (%s); halves of them are tried", len(chosen), error)
+        half = len(chosen) // 2
+        for part in (chosen[:half], chosen[half:]):
+            yield from _each_of(sets, part, options, reported)
         return
     for number, merge in enumerate(loaded):
         if number:
