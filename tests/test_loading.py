@@ -303,6 +303,10 @@ def test_models_and_recipes_are_counted_and_models_share_nothing() -> None:
         wsm_ds.load_merges([model], [recipe(), recipe()])
     with pytest.raises(RecipeError, match="found 0 for 0"):
         wsm_ds.load_merges([], [])
+    with pytest.raises(RecipeError, match="at least one recipe"):
+        wsm_ds.load_each(model, [])
+    with pytest.raises(RecipeError, match="many"):
+        wsm_ds.load_each(model, [recipe()], room="many")
     with pytest.raises(ModelMismatch, match=r"of the models share memory"):
         wsm_ds.load_merges([model, model], [one("global_step1"), one("global_step2")])
 

@@ -247,6 +247,8 @@ def load_each(
     Memory: the recipe's `memory_budget` and `room`, beside the model.
     """
     room_bytes = parse_size(room)
+    if not recipes:
+        raise RecipeError("load_each needs at least one recipe; found none.")
     tensors = tensors_of(model)
     require_fillable([tensors])
     chosen = choose_windows(recipes)
