@@ -387,6 +387,7 @@ def test_windows_budgets_and_options_are_checked_before_anything_is_read(
         (BudgetTooSmall, "memory budget", (ZERO2,), TWO | {"memory_budget": "1MiB"}),
         (InsufficientCapacity, "memory", (ZERO2,), TWO | {"memory_budget": "900TiB"}),
         (RecipeError, "`dtype` is one of bf16, fp16, fp32; found 'int8'", (ZERO2,), TWO | {"dtype": "int8"}),
+        (RecipeError, "`allow_missing` is a list", (ZERO2,), TWO | {"allow_missing": "more"}),
         (RecipeError, "'lst' is not a key", (ZERO2,), {"lst": 2}),
         (RecipeError, "the run is given twice", (ZERO2,), TWO | {"run": ZERO2}),
         (RecipeError, "a recipe and `last` are given", (recipe(),), {"last": 2}),

@@ -351,6 +351,13 @@ def _check_rename(rename: Mapping[str, str]) -> None:
         raise RecipeError(f"`rename`: {error}") from error
 
 
+def _patterns(options: FillOptions, key: Literal["allow_missing", "allow_surplus"]) -> Sequence[str]:
+    patterns = options.get(key) or ()
+    if isinstance(patterns, str):
+        raise RecipeError(f"`{key}` is a list of names and patterns; found {patterns!r}. Write [{patterns!r}].")
+    return patterns
+
+
 def _plan(
     models: Sequence[Tensors], chosen: Sequence[ChosenWindow], options: FillOptions
 ) -> tuple[Plan, tuple[Filling, ...]]:
@@ -359,6 +366,7 @@ def _plan(
     if dtype is not None and dtype not in PARAMETER_DTYPES:
         raise RecipeError(f"`dtype` is one of {few(PARAMETER_DTYPES)}; found {dtype!r}.")
     _check_rename(rename)
+    allowed = _patterns(options, "allow_missing"), _patterns(options, "allow_surplus")
     layouts = union_of([one.window for one in chosen])
     tables = source_tables(layouts)
     layout_numbers = {layout.path: number for number, layout in enumerate(layouts)}
@@ -367,9 +375,7 @@ def _plan(
         members = tuple(layout_numbers[layout.path] for layout in one.window.layouts)
         window = OutputWindow(OutputNumber(number), members, tuple(one.window.coefficients.tolist()), len(files))
         model = described(tensors)
-        filling = fill(
-            window.newest(tables), model, rename, options.get("allow_missing", ()), options.get("allow_surplus", ())
-        )
+        filling = fill(window.newest(tables), model, rename, *allowed)
         planned = plan_live_model(tables, window, filling, model, BY_NAME[dtype] if dtype else None)
         files += planned.files
         requests += planned.requests
