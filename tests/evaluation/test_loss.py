@@ -178,3 +178,18 @@ def test_what_does_not_fit_is_refused_before_anything_is_measured(data: tuple[Da
 
 def _flatten(module: torch.nn.Module) -> None:
     module.register_forward_hook(lambda module, inputs, output: output.mean())
+
+
+def test_a_model_with_a_config_of_its_own_may_take_tokens_alone(data: tuple[DataSource, ...]) -> None:
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = {"layers": 1}
+            self.table = OwnLoss().logits
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.table[tokens]
+
+    assert nats_of(evaluator_of(data).measure(Plain(), SUBJECT)) == nats_of(
+        evaluator_of(data).measure(OwnLoss(), SUBJECT)
+    )

@@ -1,5 +1,6 @@
 """The losses of blocks of tokens, from any model that `models` describes."""
 
+import inspect
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ class Forward:
         import torch
 
         # A cache of keys and values is of no use here, and takes memory.
-        made = self.model(input_ids=tokens, use_cache=False) if hasattr(self.model, "config") else self.model(tokens)
+        made = self.model(input_ids=tokens, use_cache=False) if has_cache(self.model) else self.model(tokens)
         logits = getattr(made, "logits", made)
         if not isinstance(logits, torch.Tensor) or logits.ndim != 3 or logits.shape[:2] != tokens.shape:
             found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
@@ -107,6 +108,11 @@ class Forward:
             f"the model's loss(batch) returns the shape {list(losses.shape)} for tokens of shape {list(batch.shape)}; "
             f"expected [], [{len(batch)}] or [{len(batch)}, {length}]."
         )
+
+
+def has_cache(model: "torch.nn.Module") -> bool:
+    """Whether a model's forward takes the arguments of causal models of the transformers library."""
+    return {"input_ids", "use_cache"} <= inspect.signature(model.forward).parameters.keys()
 
 
 def _token_losses(logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":

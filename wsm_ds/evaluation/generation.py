@@ -19,7 +19,7 @@ from wsm_ds.distributed.ranks import Ranks
 from wsm_ds.errors import EvaluationError
 from wsm_ds.evaluation.evaluation import Metric
 from wsm_ds.evaluation.evaluator import MeasurementFailed, Result
-from wsm_ds.evaluation.forward import Forward
+from wsm_ds.evaluation.forward import Forward, has_cache
 from wsm_ds.evaluation.held_out import Cut, HeldOut, read_held_out
 from wsm_ds.evaluation.in_memory import InMemoryEvaluator, shared_work
 from wsm_ds.evaluation.models import default_device, positions_of
@@ -130,7 +130,7 @@ def continued(model: "torch.nn.Module", prompts: Any, most_tokens: int, ends: fr
     with Forward(model) as forward:
         cache: dict[str, Any] = {}
         for _ in range(most_tokens):
-            if hasattr(model, "config"):
+            if has_cache(model):
                 # Since version 5.24 of transformers the argument is called `cache`.
                 name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
                 output = model(input_ids=texts[:, -1:] if cache else texts, use_cache=True, **cache)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 WEIGHTS = ("*.safetensors",)
+NO_OTHER_CODE = {"local_files_only": True, "trust_remote_code": False}
+"""Nothing is fetched, and no code that lies beside the weights is run."""
 NEEDED = "pip install 'wsm_ds[evaluate]'"
 
 
@@ -80,7 +82,7 @@ def _from_config(path: Path, dtype: str, device: Any) -> Any:
     if not (path if path.is_file() else path / CONFIG).is_file():
         raise EvaluationError(f"{path} has no {CONFIG}. Give one that has, or MODULE:FUNCTION.")
     try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(path, **NO_OTHER_CODE)
         with _no_initialization(), torch.device(device):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype))
         model.tie_weights()  # transformers ties at the end of the initialization that was left out
@@ -179,7 +181,7 @@ def load_folder(
         return model
     if not (folder / CONFIG).is_file():
         raise EvaluationError(f"{folder} has no {CONFIG}; say by `model` what the weights are for.")
-    options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options = NO_OTHER_CODE | {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with _quiet():
             model, report = _transformers().AutoModelForCausalLM.from_pretrained(

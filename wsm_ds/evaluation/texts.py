@@ -107,7 +107,7 @@ def load_tokenizer(name: str) -> Any:
     except ImportError as error:
         raise EvaluationError("a tokenizer needs transformers: pip install 'wsm_ds[evaluate]'.") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of whatever the folder's files make transformers do
         raise EvaluationError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
     if not tokenizer.is_fast:
