@@ -5,8 +5,10 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from ds_models import TinyModel
 from forked import free_port
 from made_models import save_config, save_llama
+from processes import is_gone
 from safetensors.torch import load_file, save_file
 
 from wsm_ds import merge
@@ -214,3 +217,39 @@ def test_folders_are_checked_before_the_first_is_measured(
     config = ["--model", str(save_config(tmp_path / "c"))]
     assert main([*words(data, runs / "w2_s2_bf16/global_step6"), *config, "--out", str(out)]) == 3
     assert "ModelMismatch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_evaluation_loses_nothing_and_goes_on(tmp_path: Path, number: int) -> None:
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+    script, out, ready = tmp_path / "measure.py", tmp_path / "e.jsonl", tmp_path / "ready"
+    script.write_text(
+        "import os, pathlib, sys, time\nfolder = pathlib.Path(sys.argv[1])\n"
+        f"(folder / 'runs').open('a').write('x')\nready = pathlib.Path({str(ready)!r})\n"
+        "if folder.name == 'b' and not ready.exists():\n"
+        "    ready.write_text(str(os.getpid())); time.sleep(600)\n"
+        "print(len(folder.name))"
+    )
+    command = ["evaluate", *map(str, folders), "--command", shlex.join([sys.executable, str(script), "{}"])]
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLI, *command, "--out", str(out)], stderr=subprocess.PIPE, text=True
+    )
+    while not (ready.exists() and ready.read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, number)
+    _, error = process.communicate(timeout=60)
+    measuring = int(ready.read_text())
+    if number == signal.SIGTERM:
+        assert process.returncode == 130
+        assert error.startswith("wsm-ds: Interrupted: SIGTERM; what was measured is kept. Run the same command again")
+        assert is_gone(measuring)
+    else:
+        os.kill(measuring, signal.SIGKILL)
+    assert [line["subject"]["name"] for line in lines(out)] == ["a"]
+    assert main([*command, "--out", str(out)]) == 0
+    assert [line["subject"]["name"] for line in lines(out)] == ["a", "b", "c"]
+    assert [(folder / "runs").read_text() for folder in folders] == ["x", "xx", "x"]

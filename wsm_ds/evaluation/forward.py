@@ -5,6 +5,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from wsm_ds.errors import EvaluationError
+from wsm_ds.evaluation.models import inner
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +63,7 @@ class Forward:
         return self.nats(batch[:middle]) + self.nats(batch[middle:])
 
     def _nats(self, batch: "torch.Tensor") -> list[float]:
-        if callable(getattr(self.model, "loss", None)):
+        if callable(getattr(inner(self.model), "loss", None)):
             return self._own_losses(batch)
         logits = self.logits(batch[:, :-1])
         return [_sum(_token_losses(row, targets)) for row, targets in zip(logits, batch[:, 1:], strict=True)]
@@ -96,7 +97,7 @@ class Forward:
         length = batch.shape[1] - 1
         if self.is_one_number and len(batch) > 1:
             return [self._own_losses(row[None])[0] for row in batch]
-        losses = self.model.loss(batch)
+        losses = inner(self.model).loss(batch)
         if losses.ndim == 0:
             self.is_one_number = True
             return self._own_losses(batch) if len(batch) > 1 else [losses.double().item() * length]
@@ -112,7 +113,7 @@ class Forward:
 
 def has_cache(model: "torch.nn.Module") -> bool:
     """Whether a model's forward takes the arguments of causal models of the transformers library."""
-    return {"input_ids", "use_cache"} <= inspect.signature(model.forward).parameters.keys()
+    return {"input_ids", "use_cache"} <= inspect.signature(inner(model).forward).parameters.keys()
 
 
 def _token_losses(logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":

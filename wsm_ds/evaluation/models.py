@@ -202,7 +202,7 @@ def _fill(model: Any, folder: Path) -> None:
         raise EvaluationError(f"weights in safetensors need the package safetensors: {NEEDED}.") from error
     import torch
 
-    places = model.state_dict(keep_vars=True)
+    places = inner(model).state_dict(keep_vars=True)
     filled, surplus, mismatched = set(), [], []
     for path in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
         try:
@@ -237,13 +237,22 @@ def _require_fit(folder: Path, missing: list[str], surplus: list[str], mismatche
         raise ModelMismatch(f"the weights in {folder} do not fit the model; {'; '.join(faults)}.")
 
 
+def inner(model: Any) -> Any:
+    """The model that DeepSpeed's inference engine wraps; any other model itself.
+
+    Such an engine has a forward of any arguments, no config, and other names of tensors than its model.
+    """
+    is_engine = type(model).__name__ == "InferenceEngine" and type(model).__module__.startswith("deepspeed.")
+    return model.module if is_engine else model
+
+
 def vocabulary_of(model: Any) -> int | None:
     """The number of tokens that a model knows, where it says so."""
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    size = getattr(getattr(inner(model), "config", None), "vocab_size", None)
     return size if isinstance(size, int) else None
 
 
 def positions_of(model: Any) -> int | None:
     """The longest sequence of a model, where it says so."""
-    size = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    size = getattr(getattr(inner(model), "config", None), "max_position_embeddings", None)
     return size if isinstance(size, int) and size > 0 else None
