@@ -58,7 +58,8 @@ class Forward:
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
-        torch.accelerator.empty_cache()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
         middle = len(batch) // 2
         return self.nats(batch[:middle]) + self.nats(batch[middle:])
 
