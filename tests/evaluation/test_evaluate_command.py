@@ -142,18 +142,44 @@ def test_a_model_that_fails_costs_itself_alone(tmp_path: Path, data: Path, capsy
     assert len(lines(out)) == 5  # what failed was tried again
 
 
+def on_two_ranks(*arguments: str) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of both."""
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    pipe = subprocess.PIPE
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", CLI, *arguments], env=os.environ | meeting | {"RANK": str(rank)},
+            stdout=pipe, stderr=pipe, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300) for process in ranks]
+    return [(process.returncode, *texts) for process, texts in zip(ranks, said, strict=True)]
+
+
+def test_a_model_that_one_rank_alone_cannot_load_is_a_failure_on_both(tmp_path: Path, data: Path) -> None:
+    folder, model, out = save_llama(tmp_path / "a"), tmp_path / "model.py", tmp_path / "e.jsonl"
+    model.write_text(
+        "import os, transformers\n"
+        "def make():\n    assert os.environ['RANK'] == '0', 'no room on this rank'\n"
+        f"    return transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained({str(folder)!r}))\n"
+    )
+    good = save_llama(tmp_path / "good")
+    arguments = words(data, folder, good)
+    first, second = on_two_ranks(*arguments, "--model", f"{model}:make", "--out", str(out))
+    assert (first[0], second[0]) == (3, 3)
+    assert "2 of 2 measurements failed: a: EvaluationError: the model" in first[2]
+    assert [line["failure"].endswith("no room on this rank") for line in lines(out)] == [True, True]
+    assert [code for code, _, _ in on_two_ranks(*arguments, "--out", str(out))] == [0, 0]
+    assert [line["failure"] for line in lines(out)[2:]] == [None, None]
+
+
 def test_several_ranks_give_the_same_bits_and_one_line(tmp_path: Path, data: Path) -> None:
     folder = save_llama(tmp_path / "a")
     assert main([*words(data, folder), "--batch-size", "2", "--out", str(tmp_path / "alone.jsonl")]) == 0
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    command = [sys.executable, "-c", CLI, *words(data, folder), "--batch-size", "2", "--out", str(tmp_path / "e.jsonl")]
-    ranks = [
-        subprocess.Popen(command, env=os.environ | meeting | {"RANK": str(rank)}, stdout=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=300)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0]
-    assert said[1] == b""
+    first, second = on_two_ranks(*words(data, folder), "--batch-size", "2", "--out", str(tmp_path / "e.jsonl"))
+    assert (first[0], second[0]) == (0, 0)
+    assert second[1] == ""
     (alone,), (together,) = lines(tmp_path / "alone.jsonl"), lines(tmp_path / "e.jsonl")
     assert (alone["blocks"], alone["metrics"]) == (together["blocks"], together["metrics"])
 
