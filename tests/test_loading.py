@@ -90,11 +90,13 @@ def test_one_checkpoint_is_loaded_as_export_writes_it(tmp_path: Path) -> None:
     assert (loaded.output.ess, loaded.output.lag_steps) == (1.0, 0.0)
 
 
-def test_a_merge_that_was_written_is_loaded_with_its_own_bits(tmp_path: Path) -> None:
-    wsm_ds.merge(run=ZERO2, out=tmp_path / "merged", **TWO)
+@pytest.mark.parametrize("name", ["zero2_bf16", "zero3_bf16"])
+@pytest.mark.parametrize("form", ["zero", "universal"])
+def test_a_merge_that_was_written_is_loaded_with_its_own_bits(tmp_path: Path, name: str, form: Any) -> None:
+    wsm_ds.merge(run=GOLDEN / name, out=tmp_path / "merged", format=form, **TWO)
     model, direct = GoldenModel(), GoldenModel()
     wsm_ds.load_merge(model, tmp_path / "merged", last=1, dtype="fp32")
-    wsm_ds.load_merge(direct, ZERO2, dtype="fp32", **TWO)
+    wsm_ds.load_merge(direct, GOLDEN / name, dtype="fp32", **TWO)
     assert same_model(model, direct)
 
 

@@ -19,10 +19,9 @@ the blocks of the data."""
 USAGE = "FOLDER... --data FILE [--model CONFIG] [--out FILE.jsonl] [flags]"
 EXAMPLES = """\
 examples:
-  wsm-ds evaluate MERGED RUN/global_step6000 --data held_out.bin --model CONFIG --out evaluations.jsonl
-  wsm-ds evaluate MODEL --data web=web.bin@0.7 --data code=code.bin@0.3 --sequence-length 2048 --dtype bf16
-  wsm-ds evaluate MODEL --command 'python measure.py {}' --metric accuracy --maximize
-  wsm-ds evaluate MODEL --lm-eval arc_easy,hellaswag --limit 200"""
+  wsm-ds evaluate MERGED RUN/global_step6000 --data held_out.bin --model model.py:make --sequence-length 64
+  wsm-ds evaluate HF_MODEL --data web=web.bin@0.7 --data code=code.bin@0.3 --sequence-length 32 --dtype bf16
+  wsm-ds evaluate HF_MODEL --command 'python measure.py {}' --metric results.accuracy --maximize"""
 LOSS = ("data", "tokenizer", "token_dtype", "sequence_length", "blocks", "vocabulary", "model", "dtype", "batch_size")
 GENERATE = ("data", "tokenizer", "token_dtype", "vocabulary", "model", "dtype", "batch_size", "prompts",
             "prompt_tokens", "most_tokens")  # fmt: skip

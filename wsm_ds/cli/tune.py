@@ -129,7 +129,7 @@ def _tune(options: argparse.Namespace) -> int:
 
 def _request(options: argparse.Namespace) -> "TuningRequest":
     """What the flags ask for."""
-    from wsm_ds.tuning.request import make_request
+    from wsm_ds.tuning.request import make_tuning_request
 
     near = _near(options)
     repeated = repeated_values(options)
@@ -143,7 +143,7 @@ def _request(options: argparse.Namespace) -> "TuningRequest":
         "rename_sources": source_replacements(options.rename_sources) or None,
     }
     screening, *finals = _evaluators(options)
-    return make_request(
+    return make_tuning_request(
         run=options.run,
         out=options.out,
         windows=near.get("windows") or _list(options.windows),

@@ -98,7 +98,8 @@ def candidates_of(request: TuningRequest) -> tuple[Candidate, ...]:
     ]
     ends: tuple[int | None, ...] = request.ends or (None,)
     grid = list(product(ends, request.spreads, request.curves, _middle_first(request.windows)))
-    chosen = choose_windows([request.recipe(window, curve, spread, end) for end, spread, curve, window in grid])
+    recipes = [request.recipe(window, curve, spread, end) for end, spread, curve, window in grid]
+    chosen = [_pinned(one) for one in choose_windows(recipes)]
     merges: dict[str, Candidate] = {}
     for one, (end, spread, curve, window) in zip(chosen, grid, strict=True):
         name = _name(window, curve, spread, end)
@@ -106,6 +107,12 @@ def candidates_of(request: TuningRequest) -> tuple[Candidate, ...]:
             merges.setdefault(one.identity(), Candidate(name, "merge", subject_of(request, name, one), one))
     newest, *older = _singles(request, chosen)
     return (newest, *baselines, *merges.values(), *older)
+
+
+def _pinned(chosen: ChosenWindow) -> ChosenWindow:
+    """The same window, whatever newer checkpoints the run gets meanwhile."""
+    newest = chosen.window.layouts[-1].step
+    return ChosenWindow(chosen.recipe.model_copy(update={"to_step": newest}), chosen.window)
 
 
 def subject_of(request: TuningRequest, name: str, chosen: ChosenWindow) -> Subject:

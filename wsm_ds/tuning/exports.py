@@ -102,8 +102,6 @@ class Exports:
             "include": self.request.include,
             "rename": self.request.rename,
         }
-        if not fields.get("tags"):
-            fields.setdefault("to_step", window.layouts[-1].step)
         gone = next((layout.path for layout in window.layouts if not layout.path.is_dir()), None)
         if gone is not None:
             raise BrokenCheckpoint(f"{gone} is gone since the window was chosen.")

@@ -140,7 +140,7 @@ class TuningRequest(BaseModel):
         return make_window_recipe(run=self.run, tags=(tag,), coefficients=(1.0,), **kept)
 
 
-def make_request(**values: Any) -> TuningRequest:
+def make_tuning_request(**values: Any) -> TuningRequest:
     """Returns a validated request.
 
     Args:
