@@ -333,9 +333,12 @@ def _load(
     require_memory(plan.memory_bytes)
     workers = workers_for(plan, plan.memory_bytes, plan.threads)
     on_bytes = options.get("on_bytes") or (lambda nbytes: None)
-    with hold_shared(plan.marks()):  # `prune` leaves the checkpoints alone
-        timings = run_into(plan, tasks_of(plan), LiveTensors(plan, models), workers, reported, on_bytes)
-        check_unchanged(plan.inputs)
+    try:
+        with hold_shared(plan.marks()):  # `prune` leaves the checkpoints alone
+            timings = run_into(plan, tasks_of(plan), LiveTensors(plan, models), workers, reported, on_bytes)
+            check_unchanged(plan.inputs)
+    except FileNotFoundError as error:
+        raise BrokenCheckpoint(f"{error.filename} is gone since the window was chosen.") from error
     return tuple(
         LoadedMerge(
             output, one.identity(options.get("dtype")), filling.kept, filling.left_out, plan.bytes_to_read, timings

@@ -21,11 +21,12 @@ from wsm_ds.cli.options import (
     signals_interrupt,
     source_replacements,
 )
-from wsm_ds.errors import RecipeError
+from wsm_ds.errors import EvaluationError, RecipeError
 
 if TYPE_CHECKING:
     from wsm_ds.evaluation.evaluator import Evaluator
     from wsm_ds.tuning.request import TuningRequest
+    from wsm_ds.tuning.results import TuningResult
     from wsm_ds.tuning.tune import Step
 
 TUNE = """\
@@ -126,6 +127,7 @@ def _tune(options: argparse.Namespace) -> int:
             result = tune(request, ranks, show)
         if ranks.rank == 0:
             _show_result(result, options)
+        _require_a_value(result)
     return 0
 
 
@@ -270,6 +272,13 @@ def _show_step(step: "Step", style: str) -> None:
               **step.evaluation.model_dump(mode="json", exclude={"blocks"}))  # fmt: skip
     elif style == "people":
         print(step_line(step), flush=True)
+
+
+def _require_a_value(result: "TuningResult") -> None:
+    """Raises EvaluationError if every measurement failed."""
+    failures = [f"{one.name}: {one.failure}" for one in result.candidates if one.failure is not None]
+    if failures and not any(one.metrics for one in result.candidates):
+        raise EvaluationError(f"none of {len(failures)} models could be measured. {failures[0].rstrip('.')}.")
 
 
 def _show_result(result: Any, options: argparse.Namespace) -> None:

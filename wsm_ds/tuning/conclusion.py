@@ -137,7 +137,7 @@ def _recommendation(found: Found, comparison: Comparison) -> Recommendation:
     chosen = next((candidate for candidate in found.candidates if candidate.name == recommendation.name), None)
     if chosen is not None and chosen.figures is not None:
         warnings += [_sentence(warning) for warning in chosen.figures.warnings]
-    warnings += _generation_warnings(found, recommendation)
+    warnings += [*_without_final(found), *_generation_warnings(found, recommendation)]
     failed = [one.name for one in found.candidates if _measured(found, one).failure is not None]
     if failed:
         warnings.append(f"{len(failed)} of {len(found.candidates)} candidates have no value: {', '.join(failed)}.")
@@ -151,6 +151,20 @@ def _recommendation(found: Found, comparison: Comparison) -> Recommendation:
     return recommendation.model_copy(
         update={"warnings": tuple(warnings), "confirmed": confirmed[0], "confirmed_raw": confirmed[1]}
     )
+
+
+def _without_final(found: Found) -> list[str]:
+    """A warning if the final measurement was tried, and has no value at all: then the screening decides."""
+    final = found.request.final
+    if final is None or found.measured(final):
+        return []
+    tried = [evaluation for one in found.candidates if (evaluation := found.evaluation(one, final)) is not None]
+    if not tried:
+        return []
+    return [
+        f"The final measurement has no value for any of {len(tried)} models, so {found.request.screening.main_metric} "
+        f"decides. The newest failure: {tried[-1].failure}"
+    ]
 
 
 def _generation_warnings(found: Found, recommendation: Recommendation) -> list[str]:

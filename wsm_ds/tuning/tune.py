@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wsm_ds.distributed.ranks import Ranks
-from wsm_ds.errors import OutputExists, OutputLocked, RecipeError
+from wsm_ds.errors import BrokenCheckpoint, OutputExists, OutputLocked, RecipeError
 from wsm_ds.evaluation.evaluation import Evaluation
+from wsm_ds.evaluation.evaluator import MeasurementFailed
 from wsm_ds.evaluation.in_memory import InMemoryEvaluator
 from wsm_ds.evaluation.loss import LossEvaluator
 from wsm_ds.evaluation.models import CONFIG, build_model
@@ -84,6 +85,7 @@ def tune(
         RecipeError, EvaluationError: an option, the data, or the model is wrong; nothing was measured.
         ModelMismatch: the model's names or shapes are not those of the run.
         OutputExists: OUT is the tuning of another run.
+        OutputLocked: another process tunes OUT now, and the candidates are not shared.
         InsufficientCapacity: the memory or the disk is too small.
         WsmError: a window cannot be merged, see `plan_merge`.
     """
@@ -130,14 +132,28 @@ class _Tuning:
         costs = Costs(dict(earlier.seconds), earlier.read_bytes) if earlier is not None else Costs()
         self.stage = Stage(request, records, exports, costs, self.ranks)
         self.found = Found(request, candidates, records, _guessing(request))
-        self._screen(model, candidates)
-        if request.share[1] == 1 or self._is_screened(candidates):
+        is_shared = request.share[1] > 1
+        with self._only_one() as is_mine:
+            if not is_mine and not is_shared:
+                raise OutputLocked(
+                    f"another process tunes {request.out} now. Wait for it, choose another --out, or share the "
+                    "candidates (--share)."
+                )
+            if not is_shared:
+                self._screen(model, candidates)
+                self._finish(model)
+        if is_shared:
+            self._screen(model, candidates)
             with self._only_one() as is_mine:
-                if is_mine:
-                    self._finals(model)
-                    self._confirm(model)
-                    self._keep_best()
+                if is_mine and self._is_screened(candidates):
+                    self._finish(model)
         return self._result()
+
+    def _finish(self, model: "torch.nn.Module | None") -> None:
+        """Does what follows the screening."""
+        self._finals(model)
+        self._confirm(model)
+        self._keep_best()
 
     def _require_own_folder(self) -> TuningResult | None:
         earlier = read_result(self.request.out)
@@ -177,7 +193,7 @@ class _Tuning:
 
     @contextmanager
     def _only_one(self) -> Iterator[bool]:
-        """Whether no other process does what follows the screening: the last tasks of an array may end together."""
+        """Whether no other process tunes here now, or does what follows the screening of processes that share it."""
         with ExitStack() as stack:
 
             def take() -> bool:
@@ -206,24 +222,38 @@ class _Tuning:
 
     def _confirm(self, model: "torch.nn.Module | None") -> None:
         """Measures the recommended candidate, and the newest raw one, on data that have chosen nothing."""
-        confirm, result = self.request.confirm, self._result()
-        if confirm is None or result.recommendation is None:
+        confirm = self.request.confirm
+        if confirm is None:
             return
-        names: list[str] = self.ranks.decide(
-            lambda: [result.recommendation.name, result.recommendation.raw] if result.recommendation else []
-        )
+
+        def recommended() -> list[str | None]:
+            found = self._result().recommendation
+            return [found.name, found.raw] if found is not None else []
+
+        names: list[str | None] = self.ranks.decide(recommended)
         chosen = [candidate for candidate in self.found.candidates if candidate.name in names]
         self.total = self.done + len(self.stage.remaining(chosen, confirm))
         screen(self.stage, model, chosen, Budget(None, self.ranks), self._report, confirm)
 
     def _keep_best(self) -> None:
         """Exports the recommended candidate, if it is to be kept, and removes the models of an earlier call."""
-        best = self._recommended(self._result())
         keep = self.request.keep or ("best" if self.request.finals else None)
-        if keep != "best" or best is None:
+        if keep != "best":
             return
-        with self.stage.exports.of(best, stays=True):
-            pass
+
+        def recommended() -> str | None:
+            found = self._result().recommendation
+            return found.name if found is not None else None
+
+        name: str | None = self.ranks.decide(recommended)
+        best = next((candidate for candidate in self.found.candidates if candidate.name == name), None)
+        if best is None:
+            return
+        try:
+            with self.stage.exports.of(best, stays=True):
+                pass
+        except MeasurementFailed as error:
+            raise BrokenCheckpoint(f"{best.name} is recommended, and cannot be exported any more: {error}") from error
         if self.ranks.rank == 0:
             for folder in self.stage.exports.folder.iterdir():
                 if folder.name != best.name and not folder.name.startswith("."):
@@ -244,7 +274,9 @@ class _Tuning:
         if self.ranks.rank == 0:
             self.request.out.mkdir(parents=True, exist_ok=True)
             best = self._recommended(result)
-            if best is not None and best.chosen is not None:
+            if best is None:
+                (self.request.out / BEST).unlink(missing_ok=True)  # of other data, or of a run that has gone on
+            elif best.chosen is not None:
                 replace_shared_text(self.request.out / BEST, recipe_text(best, result))
             text = json.dumps(result.model_dump(mode="json"), indent=1) + "\n"
             replace_shared_text(self.request.out / RESULT, text)
