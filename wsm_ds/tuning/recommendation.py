@@ -140,7 +140,7 @@ def _of_raw(comparison: Comparison, raw: Measured, best: Measured) -> list[str]:
         return [
             f"The errors cannot tell the best merge, {best.name}, from the raw checkpoint {raw.name}: the difference "
             f"is {figure(comparison.difference(raw, best))}.",
-            f"Measure on more held-out data; until then, use {raw.name}: {comparison.metric} {raw.words}.",
+            f"Measure on more data; until then, use {raw.name}: {comparison.metric} {raw.words}.",
         ]
     closest = min(merges, key=lambda one: one.badness)
     return [
