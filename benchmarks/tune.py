@@ -179,7 +179,8 @@ def read_union(recipes: list[wsm_ds.WindowRecipe]) -> dict[str, Any]:
 def build() -> Any:
     """Returns the model in bf16, with other weights than any merge. The peak of memory is counted from here on."""
     torch.manual_seed(1)
-    model = LlamaForCausalLM(config()).to(torch.bfloat16).eval()
+    # Not `.to(torch.bfloat16)`, which would round the frequencies of the positions, too.
+    model = AutoModelForCausalLM.from_config(config(), dtype=torch.bfloat16).eval()
     Path("/proc/self/clear_refs").write_text("5")
     return model
 
@@ -236,7 +237,7 @@ def main() -> None:
                       "files": lambda: screen_by_files(recipes, options.folder / "out"),
                       "one": lambda: load_one(recipes), "read": lambda: read_union(recipes)}  # fmt: skip
         figures = contenders[options.only]()
-        return print(json.dumps(figures | {"peak_MiB": memory_mib("VmHWM")}))
+        return print(json.dumps(figures | {"process_cpu_s": cpu_s(), "peak_MiB": memory_mib("VmHWM")}))
     options.folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(options.folder / "out", ignore_errors=True)
     make_run(options.folder, options.checkpoints)

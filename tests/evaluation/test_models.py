@@ -1,5 +1,6 @@
 """Models from configs, functions and folders; weights that do not fit are refused by name."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,15 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(EvaluationError, match=r"has no \*.safetensors"):
         load_folder(folder, "fp32", None, "cpu")
+
+
+def test_no_code_that_lies_beside_the_weights_is_run(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config | own))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    for spec in (None, str(folder)):
+        with pytest.raises(EvaluationError):
+            load_folder(folder, "fp32", spec, "cpu")
+    assert not (tmp_path / "ran").exists()

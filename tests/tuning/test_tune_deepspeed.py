@@ -13,7 +13,7 @@ import yaml
 from tuned import BLOCKS, LENGTH, loss_of, write_tokens
 
 from wsm_ds.cli import main
-from wsm_ds.errors import EvaluationError, OutputExists, WindowError
+from wsm_ds.errors import EvaluationError, OutputExists, RecipeError, WindowError
 from wsm_ds.evaluation.models import build_model
 from wsm_ds.evaluation.records import Records
 from wsm_ds.loading import load_merge
@@ -233,6 +233,7 @@ def test_what_cannot_work_is_refused_before_anything_is_measured(request_of: Req
         ({"baselines": {"gone": tmp_path / "gone"}}, EvaluationError, "gone"),
         ({"screening": loss_of(tmp_path / "no.npy")}, EvaluationError, "no.npy"),
         ({"model": "ds_models:NoModel"}, EvaluationError, "NoModel"),
+        ({"model": None}, RecipeError, "has no config.json"),
     ):
         with pytest.raises(error, match=words):
             tune(request_of(**values))

@@ -1,6 +1,7 @@
 """The command evaluate: the same measurement for anything that is there."""
 
 import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from wsm_ds.errors import EvaluationError, RecipeError
 if TYPE_CHECKING:
     from wsm_ds.evaluation.evaluation import Evaluation, Metric
     from wsm_ds.evaluation.evaluator import Evaluator
+
+log = logging.getLogger(__name__)
 
 EVALUATE = """\
 Measure models on held-out data, or with a program. A FOLDER is a merge, a checkpoint (RUN/global_step4000), or a folder
@@ -27,6 +30,8 @@ GENERATE = ("data", "tokenizer", "token_dtype", "vocabulary", "model", "dtype", 
             "prompt_tokens", "most_tokens")  # fmt: skip
 PROGRAM = ("timeout_s", "retries")
 LM_EVAL = ("num_fewshot", "limit", "include_path", "model_args", "dtype")
+FEW_BLOCKS = 30
+"""With fewer blocks, an error is known to 13 % at best: 1 / (2 (B - 1))^½."""
 OUTPUT = ".output"
 """Behind the name of --out without its ending: the folder where the output of programs is kept."""
 
@@ -173,6 +178,9 @@ def _run(
         if ranks.rank == 0:
             text = measured.evaluation.model_dump_json() if options.json else _line(measured)
             print(text, flush=True)
+    few = min((len(one.blocks.nats) for one in made if one.blocks is not None), default=FEW_BLOCKS)
+    if ranks.rank == 0 and few < FEW_BLOCKS:
+        log.warning("the held-out set has only %d blocks, so the errors are rough; give more data, or --blocks", few)
     if ranks.rank == 0 and not options.json:
         for evaluator in evaluators:
             identity = evaluator.identity()

@@ -33,7 +33,7 @@ TUNE = """\
 Choose the merge of a run by measurement. Merges of a grid (windows × curves × spreads × end points), the newest raw
 checkpoint, each checkpoint of the longest window and the baselines are measured on held-out data. The shortest window
 that the measurement cannot tell from the best is recommended, in OUT/best.yaml. Killed and started again it goes on."""
-TUNE_USAGE = "RUN (--windows N,N,... | --near BEST.yaml) --data FILE --model MODEL --out TUNE [flags]"
+TUNE_USAGE = "RUN (--windows N,N,... | --near BEST.yaml) --data FILE [--model MODEL] --out TUNE [flags]"
 TUNE_EXAMPLES = """\
 examples:
   wsm-ds tune RUN --windows 2,4,8 --curve linear,1-sqrt --data HELD_OUT --model MODEL --out TUNE
@@ -66,8 +66,12 @@ def add_command(commands: Any) -> None:
     candidates.add_argument("--baseline", action="append", default=[], metavar="NAME=FOLDER",
                             help="weights to compare with, such as a decayed branch; may be repeated")  # fmt: skip
     counts_options(candidates)
+    candidates.add_argument("--data-switch", type=int, metavar="STEP",
+                            help="last step before the data changed: windows across it are warned of")  # fmt: skip
     allow_option(candidates)
     rename_sources_option(candidates)
+    candidates.add_argument("--rename", action="append", default=[], metavar="PATTERN=NEW",
+                            help="replace a regular expression in names, to match those of --model")  # fmt: skip
     _stage_options(parser)
     evaluator_options(parser)
     machine = parser.add_argument_group("machine")
@@ -140,6 +144,7 @@ def _request(options: argparse.Namespace) -> "TuningRequest":
         "threads": options.threads,
         "tokens_per_step": options.tokens_per_step,
         "sequence_length": options.run_sequence_length,
+        "data_switch": options.data_switch,
         "rename_sources": source_replacements(options.rename_sources) or None,
     }
     screening, *finals = _evaluators(options)

@@ -75,6 +75,8 @@ def evaluate_folders(
     subjects = [subject_of_folder(folder, name) for folder, name in zip(every, names_of(every), strict=True)]
     for evaluator in evaluators:
         evaluator.require_ready()
+    if records is not None:
+        members.decide(records.require_writable)
     for number, (folder, subject) in enumerate(zip(every, subjects, strict=True)):
         loaded = _Loaded(folder, members)
         is_raw = number >= len(given)

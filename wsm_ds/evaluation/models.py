@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 WEIGHTS = ("*.safetensors",)
+NO_OTHER_CODE = {"local_files_only": True, "trust_remote_code": False}
+"""Nothing is fetched, and no code that lies beside the weights is run."""
 NEEDED = "pip install 'wsm_ds[evaluate]'"
 
 
@@ -101,7 +103,7 @@ def _from_config(path: Path, dtype: str, device: Any) -> Any:
     if not (path if path.is_file() else path / CONFIG).is_file():
         raise EvaluationError(f"{path} has no {CONFIG}. Give one that has, or MODULE:FUNCTION.")
     try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(path, **NO_OTHER_CODE)
         with _no_initialization(), torch.device(device):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype))
         model.tie_weights()  # transformers ties at the end of the initialization that was left out
@@ -200,7 +202,7 @@ def load_folder(
         return model
     if not (folder / CONFIG).is_file():
         raise EvaluationError(f"{folder} has no {CONFIG}; say by `model` what the weights are for.")
-    options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options = NO_OTHER_CODE | {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with _quiet():
             model, report = _transformers().AutoModelForCausalLM.from_pretrained(
@@ -221,7 +223,7 @@ def _fill(model: Any, folder: Path) -> None:
         raise EvaluationError(f"weights in safetensors need the package safetensors: {NEEDED}.") from error
     import torch
 
-    places = model.state_dict(keep_vars=True)
+    places = inner(model).state_dict(keep_vars=True)
     filled, surplus, mismatched = set(), [], []
     for path in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
         try:
@@ -256,13 +258,22 @@ def _require_fit(folder: Path, missing: list[str], surplus: list[str], mismatche
         raise ModelMismatch(f"the weights in {folder} do not fit the model; {'; '.join(faults)}.")
 
 
+def inner(model: Any) -> Any:
+    """The model that DeepSpeed's inference engine wraps; any other model itself.
+
+    Such an engine has a forward of any arguments, no config, and other names of tensors than its model.
+    """
+    is_engine = type(model).__name__ == "InferenceEngine" and type(model).__module__.startswith("deepspeed.")
+    return model.module if is_engine else model
+
+
 def vocabulary_of(model: Any) -> int | None:
     """The number of tokens that a model knows, where it says so."""
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    size = getattr(getattr(inner(model), "config", None), "vocab_size", None)
     return size if isinstance(size, int) else None
 
 
 def positions_of(model: Any) -> int | None:
     """The longest sequence of a model, where it says so."""
-    size = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    size = getattr(getattr(inner(model), "config", None), "max_position_embeddings", None)
     return size if isinstance(size, int) and size > 0 else None

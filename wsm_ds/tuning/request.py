@@ -31,7 +31,8 @@ class TuningRequest(BaseModel):
         baselines: folders of weights to compare with, by name.
         options: fields of a `WindowRecipe` that all candidates share.
         screening: measures every candidate.
-        model: what `build_model` makes the model from; None: of an evaluator that reads folders.
+        model: what `build_model` makes the model from; None: the config.json beside the newest checkpoint, which HF
+            Trainer saves there.
         rename: see `FillOptions`.
         finals: measure the finalists. The last one that is no check of generation decides; if there is none, the
             screening does.

@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wsm_ds.distributed.ranks import Ranks
-from wsm_ds.errors import BrokenCheckpoint, OutputExists, OutputLocked
+from wsm_ds.errors import BrokenCheckpoint, OutputExists, OutputLocked, RecipeError
 from wsm_ds.evaluation.evaluation import Evaluation
 from wsm_ds.evaluation.evaluator import MeasurementFailed
 from wsm_ds.evaluation.in_memory import InMemoryEvaluator
 from wsm_ds.evaluation.loss import LossEvaluator
-from wsm_ds.evaluation.models import build_model
+from wsm_ds.evaluation.models import CONFIG, build_model
 from wsm_ds.evaluation.records import NAME, Records
 from wsm_ds.filesystem.durable import replace_shared_text
 from wsm_ds.filesystem.locks import hold_lock
 from wsm_ds.filesystem.small_files import read_small
+from wsm_ds.layouts.frameworks import save_of
 from wsm_ds.tuning.candidates import Candidate, candidates_of
 from wsm_ds.tuning.conclusion import Found, conclude
 from wsm_ds.tuning.exports import Exports, remove
@@ -124,7 +125,7 @@ class _Tuning:
         for evaluator in filter(None, (request.screening, *request.finals, request.confirm)):
             evaluator.require_ready()
         candidates = candidates_of(request)
-        model = self._model()
+        model = self._model(candidates)
         exports = Exports(request, self.ranks)
         exports.require_room(list(candidates))
         records = Records(request.out / NAME)
@@ -163,14 +164,14 @@ class _Tuning:
             )
         return earlier
 
-    def _model(self) -> "torch.nn.Module | None":
+    def _model(self, candidates: tuple[Candidate, ...]) -> "torch.nn.Module | None":
         """The model that is filled again and again; None if every evaluator reads folders."""
         request = self.request
         every = (request.screening, *request.finals, request.confirm)
         evaluators = [one for one in every if isinstance(one, InMemoryEvaluator)]
-        if not evaluators or request.model is None:
+        if not evaluators:
             return None
-        model = build_model(request.model, evaluators[0].dtype)
+        model = build_model(request.model or _config_of(candidates), evaluators[0].dtype)
         for evaluator in evaluators:
             evaluator.require_fit(model)
         return model
@@ -284,6 +285,19 @@ class _Tuning:
     def _recommended(self, result: TuningResult) -> Candidate | None:
         name = result.recommendation.name if result.recommendation is not None else None
         return next((candidate for candidate in self.found.candidates if candidate.name == name), None)
+
+
+def _config_of(candidates: tuple[Candidate, ...]) -> str:
+    """The folder with the config.json that a framework has saved beside the newest checkpoint."""
+    newest = next(one for one in candidates if one.is_newest and one.chosen is not None)
+    assert newest.chosen is not None
+    folder = save_of(newest.chosen.window.layouts[-1].path).folder
+    if not (folder / CONFIG).is_file():
+        raise RecipeError(
+            f"`model` must say what the weights are filled into: {folder} has no {CONFIG}. Give a folder with one, or "
+            "MODULE:FUNCTION."
+        )
+    return str(folder)
 
 
 def _guessing(request: TuningRequest) -> float | None:
