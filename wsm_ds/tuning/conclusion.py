@@ -181,8 +181,8 @@ def _unlike_screening(found: Found, comparison: Comparison, recommendation: Reco
     if gain.error is None or gain.value <= CLEAR_ERRORS * gain.error:
         return []
     return [
-        f"By {screened.metric}, {best.name} is better than {raw.name} by {figure(gain)}, and {comparison.metric} does "
-        "not show it. A measurement with a smaller error may."
+        f"By {screened.metric}, {best.name} is better than {raw.name} by {figure(gain)}, which {comparison.metric} "
+        "does not show. A measurement with a smaller error may."
     ]
 
 

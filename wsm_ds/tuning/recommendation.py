@@ -143,9 +143,12 @@ def _of_raw(comparison: Comparison, raw: Measured, best: Measured) -> list[str]:
             f"Measure on more data; until then, use {raw.name}: {comparison.metric} {raw.words}.",
         ]
     closest = min(merges, key=lambda one: one.badness)
+    difference = comparison.difference(closest, raw)
     return [
         f"No merge is better than the raw checkpoint: use {raw.name}, {comparison.metric} {raw.words}.",
-        f"The best merge, {closest.name}, is worse by {figure(comparison.difference(closest, raw))}.",
+        f"The best merge, {closest.name}, is worse by {figure(difference)}."
+        if difference.value
+        else f"The best merge, {closest.name}, has the same value.",
     ]
 
 
