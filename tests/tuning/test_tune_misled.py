@@ -2,8 +2,9 @@
 
 import json
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 from tuned import LENGTH, loss_of, write_tokens
 
 from wsm_ds.cli import main
-from wsm_ds.errors import EvaluationError, OutputLocked, WindowError
+from wsm_ds.errors import EvaluationError, InsufficientCapacity, OutputLocked, WindowError
 from wsm_ds.evaluation.records import Records
 from wsm_ds.tuning.results import TuningResult
 from wsm_ds.tuning.tune import Step, read_result, tune
@@ -294,6 +295,41 @@ def test_a_folder_inside_the_run_and_names_with_spaces_disturb_nothing(
     manifest = json.loads((place / "the merge/wsm_merge.json").read_text())
     chosen = next(one for one in first.candidates if first.recommendation and one.name == first.recommendation.name)
     assert [source["step"] for source in manifest["sources"]] == list(chosen.steps)
+    capsys.readouterr()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_named_and_the_tuning_goes_on_when_there_is_room(
+    request_of: Requests, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finals = (measured_by(tmp_path, "print(size)"),)
+    values = {"windows": ("2", "4"), "curves": ("linear",), "finals": finals, "keep": "all"}
+    request, filled = request_of(out=small_disk / "tuning", **values), 0
+    for left_bytes in (2048, 20480, 36864):  # too little for the first record, for a later one, for the models
+        free_bytes = shutil.disk_usage(small_disk).free
+        (small_disk / "filler").write_bytes(bytes(max(0, free_bytes - left_bytes)))
+        with pytest.raises((InsufficientCapacity, OSError), match="small/tuning"):
+            tune(request)
+        filled += 1
+        (small_disk / "filler").unlink()
+    assert filled == 3
+    steps = list[Step]()
+    result = tune(request, on_step=steps.append)
+    assert result.waiting == ()
+    assert 0 < len(steps) < 9
+    assert values_of(result) == values_of(tune(request_of(out=tmp_path / "alone", **values)))
+    assert len(exported_steps(request.out)) == 3
     capsys.readouterr()
 
 
