@@ -6,6 +6,7 @@ shape [batch, length + 1] and returns nats: of shape [batch, length] each predic
 mean, or one number, the mean of all.
 """
 
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -17,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from wsm_ds.dtypes import BY_NAME
 from wsm_ds.errors import EvaluationError, ModelMismatch, few
+from wsm_ds.evaluation.subjects import CONFIG, SAFETENSORS
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG = "config.json"
-WEIGHTS = ("*.safetensors",)
 NO_OTHER_CODE = {"local_files_only": True, "trust_remote_code": False}
 """Nothing is fetched, and no code that lies beside the weights is run."""
 NEEDED = "pip install 'wsm_ds[evaluate]'"
@@ -141,10 +141,15 @@ def _from_function(spec: str) -> Any:
 
 
 def _module(name: str) -> Any:
-    here = str(Path.cwd())
-    if here not in sys.path:  # a console script's path begins with the folder of the script
-        sys.path.insert(0, here)
+    _search_here()
     return importlib.import_module(name)
+
+
+def _search_here() -> None:
+    """Lets modules be found in the working directory: a console script's path begins with the script's folder."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
 
 
 def _module_of_file(path: Path) -> Any:
@@ -156,6 +161,38 @@ def _module_of_file(path: Path) -> Any:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def digest_of(spec: str | None) -> str | None:
+    """SHA-256 of what decides how a model computes, besides its weights: its config, or the file of its function.
+
+    What that file imports is not part of it.
+
+    Args:
+        spec: as in `build_model`; None: each folder has its own config.
+    """
+    if spec is None:
+        return None
+    path = Path(spec)
+    where, _, name = spec.rpartition(":")
+    if path.exists():
+        file, name = (path / CONFIG if path.is_dir() else path), CONFIG
+    elif where.endswith(".py"):
+        file = Path(where)
+    else:
+        file, name = _file_of_module(where), spec
+    content = file.read_bytes() if file.is_file() else b""
+    return hashlib.sha256(name.encode() + b"\0" + content).hexdigest()
+
+
+def _file_of_module(name: str) -> Path:
+    """The file of a module; an empty path if there is none."""
+    _search_here()
+    try:
+        found = importlib.util.find_spec(name)
+    except Exception:  # it imports the packages above the module, which may raise anything
+        return Path()
+    return Path(found.origin) if found is not None and found.origin is not None else Path()
 
 
 def load_folder(
@@ -173,7 +210,7 @@ def load_folder(
         EvaluationError: there are no weights, or no config.
         ModelMismatch: the weights do not fit the model; names tensors.
     """
-    if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+    if not any(folder.glob(SAFETENSORS)):
         raise EvaluationError(f"{folder} has no *.safetensors.")
     if spec is not None:
         model = build_model(spec, dtype, device)
@@ -204,7 +241,7 @@ def _fill(model: Any, folder: Path) -> None:
 
     places = inner(model).state_dict(keep_vars=True)
     filled, surplus, mismatched = set(), [], []
-    for path in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+    for path in sorted(folder.glob(SAFETENSORS)):
         try:
             with safe_open(path, "pt") as file, torch.no_grad():
                 for name in file.keys():  # noqa: SIM118  it is no mapping
