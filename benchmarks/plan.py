@@ -201,9 +201,12 @@ def reshard(bench: Bench) -> Iterator[Line]:
     """A checkpoint of 512 ranks for 384: the plan, and the whole."""
     run = Run("zero3", 512, 1)
     words = ["reshard", "--tag", tags(1)[0], "--world-size", 384 // bench.scale, "--out"]
-    for what, more in (("plan of a reshard", ["--dry-run"]), ("reshard", [])):
-        title = f"ZeRO-3, {run.ranks} ranks to 384: {what}"
-        yield bench.planned(run, title, [*words, bench.out, *more], cpu_s=15, peak_bytes=GIB / 2)
+    title = f"ZeRO-3, {run.ranks} ranks to 384"
+    plan = [*words, bench.out, "--dry-run"]
+    yield bench.planned(run, f"{title}: plan of a reshard", plan, cpu_s=15, peak_bytes=GIB / 2)
+    made = bench.made(run)
+    used = bench.usage(words[0], made, *words[1:], bench.out, files=made)
+    yield Line(f"{title}: the whole reshard", used, None, {"peak MiB": (used.peak_bytes / MIB, 512)})
 
 
 def latency(bench: Bench) -> Iterator[Line]:

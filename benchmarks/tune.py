@@ -23,6 +23,7 @@ losses.
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -41,7 +42,7 @@ from benchmarks.merge import set_step
 WRITTEN = 2
 """Checkpoints that DeepSpeed writes; the others are copies."""
 CURVES = ("linear", "1-sqrt", "cosine", "ema:0.1")
-TOKENS = (2, 32)
+TOKENS = (1, 16)
 """Sequences, and tokens of each: so few that reading and writing dominate."""
 
 
@@ -98,7 +99,8 @@ def make_run(folder: Path, checkpoints: int) -> Path:
             shutil.copytree(run / f"global_step{1 + (step - 1) % WRITTEN}", copy)
             for path in copy.glob("*_model_states.pt"):
                 set_step(path, step)
-    (run / "latest").write_text(f"global_step{checkpoints}")
+    newest = max(int(path.name.removeprefix("global_step")) for path in run.glob("global_step*"))
+    (run / "latest").write_text(f"global_step{newest}")
     os.sync()
     return run
 
@@ -119,14 +121,16 @@ def loss(model: Any) -> float:
 def screen_in_memory(recipes: list[wsm_ds.WindowRecipe], room: str) -> dict[str, Any]:
     """The contender `memory`."""
     model, before_mib = build(), memory_mib("VmRSS")
-    begun, in_losses, losses = time.perf_counter(), 0.0, []
+    begun, cpu_begun_s, in_losses, losses = time.perf_counter(), cpu_s(), 0.0, []
     for loaded in wsm_ds.load_each(model, recipes, room=room):
         assert isinstance(loaded, wsm_ds.LoadedMerge), loaded
-        began = time.perf_counter()
+        began, cpu_began_s = time.perf_counter(), cpu_s()
         losses.append(loss(model))
         in_losses += time.perf_counter() - began
+        cpu_begun_s += cpu_s() - cpu_began_s
     seconds = time.perf_counter() - begun
-    return {"s": seconds, "merge_s": seconds - in_losses, "losses": losses, "before_MiB": before_mib}
+    figures = {"s": seconds, "merge_s": seconds - in_losses, "merge_cpu_s": cpu_s() - cpu_begun_s}
+    return figures | {"losses": losses, "before_MiB": before_mib}
 
 
 def screen_by_files(recipes: list[wsm_ds.WindowRecipe], out: Path) -> dict[str, Any]:
@@ -148,9 +152,9 @@ def screen_by_files(recipes: list[wsm_ds.WindowRecipe], out: Path) -> dict[str, 
 def load_one(recipes: list[wsm_ds.WindowRecipe]) -> dict[str, Any]:
     """The beside `one`."""
     model, before_mib = build(), memory_mib("VmRSS")
-    began = time.perf_counter()
+    began, cpu_began_s = time.perf_counter(), cpu_s()
     wsm_ds.load_merge(model, max(recipes, key=lambda recipe: recipe.last or 0))
-    return {"s": time.perf_counter() - began, "before_MiB": before_mib}
+    return {"s": time.perf_counter() - began, "cpu_s": cpu_s() - cpu_began_s, "before_MiB": before_mib}
 
 
 def read_union(recipes: list[wsm_ds.WindowRecipe]) -> dict[str, Any]:
@@ -175,9 +179,16 @@ def read_union(recipes: list[wsm_ds.WindowRecipe]) -> dict[str, Any]:
 def build() -> Any:
     """Returns the model in bf16, with other weights than any merge. The peak of memory is counted from here on."""
     torch.manual_seed(1)
-    model = LlamaForCausalLM(config()).to(torch.bfloat16).eval()
+    # Not `.to(torch.bfloat16)`, which would round the frequencies of the positions, too.
+    model = AutoModelForCausalLM.from_config(config(), dtype=torch.bfloat16).eval()
     Path("/proc/self/clear_refs").write_text("5")
     return model
+
+
+def cpu_s() -> float:
+    """Returns the processor seconds of this process so far, user and system, of all threads."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
 
 
 def memory_mib(field: str) -> float:
@@ -225,7 +236,8 @@ def main() -> None:
         contenders = {"memory": lambda: screen_in_memory(recipes, options.room),
                       "files": lambda: screen_by_files(recipes, options.folder / "out"),
                       "one": lambda: load_one(recipes), "read": lambda: read_union(recipes)}  # fmt: skip
-        return print(json.dumps(contenders[options.only]() | {"peak_MiB": memory_mib("VmHWM")}))
+        figures = contenders[options.only]()
+        return print(json.dumps(figures | {"process_cpu_s": cpu_s(), "peak_MiB": memory_mib("VmHWM")}))
     options.folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(options.folder / "out", ignore_errors=True)
     make_run(options.folder, options.checkpoints)

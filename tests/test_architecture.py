@@ -23,7 +23,7 @@ ORDER = (
 """The packages and top-level modules; each may import those before it."""
 MAY_IMPORT = {
     "deepspeed": {"schedules", "training"},
-    "torch": {"schedules", "distributed", "engine", "evaluation", "loading", "training"},
+    "torch": {"schedules", "distributed", "engine", "evaluation", "loading", "training", "tuning"},
 }
 MAY_IMPORT_AT_ONCE = {"schedules/lr_schedules.py", "schedules/optimizer_hooks.py"}
 """Modules whose classes need torch; all others import it inside a function."""

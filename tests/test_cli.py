@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from evaluated import make_evaluated
+from made_results import put_measurements
 
 from wsm_ds.cli import main, parser
 from wsm_ds.planning.recipe import load_recipes
@@ -256,6 +257,8 @@ def test_the_examples_of_every_help_work(
         if not run.is_dir() or number == 0 or "prune" in line:
             shutil.rmtree(run, ignore_errors=True)
             shutil.copytree(runs / "w2_s3_bf16", run)
+        if line.startswith("wsm-ds report"):
+            put_measurements(Path())
         assert main(shlex.split(re.sub(r"([246])000\b", r"\1", line))[1:]) == 0, (line, capsys.readouterr().err)
     assert {line.split()[1] for line in examples()} == {*subparsers()} - {"watchdog"}
 

@@ -74,6 +74,12 @@ _MODULES = {
     "effective_sample_size": "schedules.figures",
     "lag": "schedules.figures",
     "age_deviation": "schedules.figures",
+    "ReportFiles": "reporting.report.writing",
+    "write_report": "reporting.report.writing",
+    "tune": "tuning.tune",
+    "make_tuning_request": "tuning.request",
+    "TuningRequest": "tuning.request",
+    "TuningResult": "tuning.results",
     "WsmError": "errors",
 }
 __all__ = [
@@ -93,8 +99,11 @@ __all__ = [
     "Output",
     "Plan",
     "Records",
+    "ReportFiles",
     "Source",
     "Subject",
+    "TuningRequest",
+    "TuningResult",
     "VerificationResult",
     "WindowRecipe",
     "WsmError",
@@ -117,6 +126,7 @@ __all__ = [
     "make_evaluator",
     "make_recipe",
     "make_recipes",
+    "make_tuning_request",
     "make_window_recipe",
     "merge",
     "merge_all",
@@ -127,8 +137,10 @@ __all__ = [
     "reshard",
     "run_plan",
     "subject_of_folder",
+    "tune",
     "verify",
     "weight_decay_aware_coefficients",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
@@ -159,6 +171,7 @@ if TYPE_CHECKING:
     from wsm_ds.planning.plan import Output, Plan, Source
     from wsm_ds.planning.recipe import MergeRecipe, load_recipe, load_recipes, make_recipe, make_recipes
     from wsm_ds.planning.window_recipe import WindowRecipe, make_window_recipe
+    from wsm_ds.reporting.report.writing import ReportFiles, write_report
     from wsm_ds.schedules.coefficients import (
         coefficients_from_decay_factors,
         decay_factors_from_coefficients,
@@ -168,6 +181,9 @@ if TYPE_CHECKING:
     from wsm_ds.schedules.curves import parse_curve
     from wsm_ds.schedules.figures import age_deviation, effective_sample_size, lag
     from wsm_ds.schedules.lr_schedules import WSDLR, WSMLR
+    from wsm_ds.tuning.request import TuningRequest, make_tuning_request
+    from wsm_ds.tuning.results import TuningResult
+    from wsm_ds.tuning.tune import tune
     from wsm_ds.verification import VerificationResult, verify
 
 

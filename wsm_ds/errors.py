@@ -199,6 +199,16 @@ class Interrupted(WsmError, InterruptedError):
     may_pass = True
 
 
+class TrackingFailed(WsmError, ConnectionError):
+    """A tracker (TensorBoard, Weights & Biases, trackio) did not take the values of a report.
+
+    Raised after the report is written. The message names the tracker and gives its own words.
+    """
+
+    exit_code = 3
+    may_pass = True
+
+
 class EvaluationError(WsmError, ValueError):
     """The held-out data, the model or the program of an evaluation cannot be used.
 

@@ -190,13 +190,13 @@ def load_merge(
 
 
 def load_merges(
-    models: Sequence[torch.nn.Module], recipes: Sequence[WindowRecipe], **options: Unpack[FillOptions]
+    models: Sequence[torch.nn.Module], recipes: Sequence[WindowRecipe | ChosenWindow], **options: Unpack[FillOptions]
 ) -> tuple[LoadedMerge, ...]:
     """Merges into several models in one pass: every checkpoint is read once. See `load_merge`.
 
     Args:
         models: they share no memory.
-        recipes: one for each model; the first one's `memory_budget` and `threads` hold.
+        recipes: one for each model, see `choose_windows`; the first one's `memory_budget` and `threads` hold.
         options: see `FillOptions`.
 
     Raises:
@@ -215,7 +215,7 @@ def load_merges(
 
 def load_each(
     model: torch.nn.Module,
-    recipes: Sequence[WindowRecipe],
+    recipes: Sequence[WindowRecipe | ChosenWindow],
     *,
     room: int | str = 1 << 30,
     **options: Unpack[FillOptions],
@@ -231,7 +231,7 @@ def load_each(
 
     Args:
         model: see `load_merge`.
-        recipes: at least one; the first one's `memory_budget` and `threads` hold.
+        recipes: at least one, see `choose_windows`; the first one's `memory_budget` and `threads` hold.
         room: bytes, or text as "8GiB", for merges that wait. If it is smaller than the model's weights, each merge is
             made by a pass of its own.
         options: see `FillOptions`.
@@ -242,30 +242,34 @@ def load_each(
     Returns:
         An iterator. Each step tells what the model holds, for each recipe in order; or it gives the error that its
         elements raised (a NaN, a damaged file). Such an error costs this recipe alone: the others of its pass are made
-        again, each by itself.
+        again, in smaller passes.
 
     Memory: the recipe's `memory_budget` and `room`, beside the model.
     """
     room_bytes = parse_size(room)
+    if not recipes:
+        raise RecipeError("load_each needs at least one recipe; found none.")
     tensors = tensors_of(model)
     require_fillable([tensors])
     chosen = choose_windows(recipes)
     _plan([tensors] * len(chosen), chosen, options)  # finds what does not fit before the first pass
     waiting = min(room_bytes // max(1, copy_bytes(tensors)), len(chosen) - 1)
-    require_memory(int(recipes[0].memory_budget) + waiting * copy_bytes(tensors))
+    require_memory(int(chosen[0].recipe.memory_budget) + waiting * copy_bytes(tensors))
     return _passes([tensors, *(copies_of(tensors) for _ in range(waiting))], chosen, options)
 
 
-def choose_windows(recipes: Sequence[WindowRecipe]) -> tuple[ChosenWindow, ...]:
+def choose_windows(recipes: Sequence[WindowRecipe | ChosenWindow]) -> tuple[ChosenWindow, ...]:
     """Finds the checkpoints of recipes. The metadata of each checkpoint are read once, and nothing else.
 
     Args:
-        recipes: at least one; the first one's `memory_budget` holds.
+        recipes: at least one; the first one's `memory_budget` holds. What is chosen already stays as it is, even if the
+            run has newer checkpoints now.
 
     Raises:
         WsmError: a window cannot be merged, see `plan_merge`.
     """
-    memory = PlanningMemory(recipes, None, lambda done, total: None)
+    asked = [one.recipe if isinstance(one, ChosenWindow) else one for one in recipes]
+    memory = PlanningMemory(asked, None, lambda done, total: None)
     read_once, warn = cache(memory.read), cache(log.warning)
     problems: dict[Path, str | None] = {}
 
@@ -274,7 +278,10 @@ def choose_windows(recipes: Sequence[WindowRecipe]) -> tuple[ChosenWindow, ...]:
             problems[layout.path] = problem_of(layout)
         return problems[layout.path]
 
-    return tuple(ChosenWindow(recipe, select_window(recipe, read_once, warn, find_problem)) for recipe in recipes)
+    return tuple(
+        one if isinstance(one, ChosenWindow) else ChosenWindow(one, select_window(one, read_once, warn, find_problem))
+        for one in recipes
+    )
 
 
 def _recipe_of(recipe: WindowRecipe | StrPath | None, fields: Mapping[str, Any]) -> WindowRecipe:
@@ -307,9 +314,10 @@ def _each_of(
         if len(chosen) == 1:
             yield error
             return
-        log.warning("one of %d merges cannot be made (%s); each is now made by itself", len(chosen), error)
-        for one in chosen:
-            yield from _each_of(sets[:1], [one], options, reported)
+        log.warning("one of %d merges cannot be made (%s); halves of them are tried", len(chosen), error)
+        half = len(chosen) // 2
+        for part in (chosen[:half], chosen[half:]):
+            yield from _each_of(sets, part, options, reported)
         return
     for number, merge in enumerate(loaded):
         if number:
@@ -325,9 +333,12 @@ def _load(
     require_memory(plan.memory_bytes)
     workers = workers_for(plan, plan.memory_bytes, plan.threads)
     on_bytes = options.get("on_bytes") or (lambda nbytes: None)
-    with hold_shared(plan.marks()):  # `prune` leaves the checkpoints alone
-        timings = run_into(plan, tasks_of(plan), LiveTensors(plan, models), workers, reported, on_bytes)
-        check_unchanged(plan.inputs)
+    try:
+        with hold_shared(plan.marks()):  # `prune` leaves the checkpoints alone
+            timings = run_into(plan, tasks_of(plan), LiveTensors(plan, models), workers, reported, on_bytes)
+            check_unchanged(plan.inputs)
+    except FileNotFoundError as error:
+        raise BrokenCheckpoint(f"{error.filename} is gone since the window was chosen.") from error
     return tuple(
         LoadedMerge(
             output, one.identity(options.get("dtype")), filling.kept, filling.left_out, plan.bytes_to_read, timings
@@ -343,6 +354,13 @@ def _check_rename(rename: Mapping[str, str]) -> None:
         raise RecipeError(f"`rename`: {error}") from error
 
 
+def _patterns(options: FillOptions, key: Literal["allow_missing", "allow_surplus"]) -> Sequence[str]:
+    patterns = options.get(key) or ()
+    if isinstance(patterns, str):
+        raise RecipeError(f"`{key}` is a list of names and patterns; found {patterns!r}. Write [{patterns!r}].")
+    return patterns
+
+
 def _plan(
     models: Sequence[Tensors], chosen: Sequence[ChosenWindow], options: FillOptions
 ) -> tuple[Plan, tuple[Filling, ...]]:
@@ -351,6 +369,7 @@ def _plan(
     if dtype is not None and dtype not in PARAMETER_DTYPES:
         raise RecipeError(f"`dtype` is one of {few(PARAMETER_DTYPES)}; found {dtype!r}.")
     _check_rename(rename)
+    allowed = _patterns(options, "allow_missing"), _patterns(options, "allow_surplus")
     layouts = union_of([one.window for one in chosen])
     tables = source_tables(layouts)
     layout_numbers = {layout.path: number for number, layout in enumerate(layouts)}
@@ -359,9 +378,7 @@ def _plan(
         members = tuple(layout_numbers[layout.path] for layout in one.window.layouts)
         window = OutputWindow(OutputNumber(number), members, tuple(one.window.coefficients.tolist()), len(files))
         model = described(tensors)
-        filling = fill(
-            window.newest(tables), model, rename, options.get("allow_missing", ()), options.get("allow_surplus", ())
-        )
+        filling = fill(window.newest(tables), model, rename, *allowed)
         planned = plan_live_model(tables, window, filling, model, BY_NAME[dtype] if dtype else None)
         files += planned.files
         requests += planned.requests

@@ -12,7 +12,6 @@ from wsm_ds.layouts.saved_counts import SavedCounts, counts_of
 from wsm_ds.torchfile import open_torch_file
 
 
-@pytest.mark.torch
 @pytest.mark.parametrize(
     ("state", "expected"),
     [

@@ -81,6 +81,8 @@ def test_the_command_reads_the_scores_from_the_records(run: Path, tmp_path: Path
     assert [source["step"] for source in manifest["sources"]] == [4, 6]
     assert manifest["recipe"]["scores"] == LOSSES | {"global_step6": 0.5}
     assert main(["verify", str(out), "--full"]) == 0
+    assert main(["merge", str(run), *flags[:2], "--top", "1,3", *flags[4:8], "--out", str(tmp_path / "several")]) == 0
+    assert sorted(path.name for path in (tmp_path / "several").iterdir()) == ["top1", "top3"]
 
 
 def test_the_records_must_name_one_measurement(run: Path, tmp_path: Path) -> None:

@@ -21,10 +21,10 @@ exit codes: 0 done; 2 a wrong request; 3 a broken or unsupported checkpoint, a f
 130 interrupted by SIGINT or SIGTERM (run the same command again to continue)"""
 RUN = "the run's folder: DeepSpeed's save_dir, or the folder in which HF Trainer, Accelerate or Lightning saves"
 FORM = ("world_size", "stage", "sub_group_size", "like")
-LISTS = ("last", "last_tokens", "last_samples", "to_step", "floor", "spread", "format")
+LISTS = ("last", "last_tokens", "last_samples", "to_step", "top", "floor", "spread", "format")
 """Recipe keys whose flag takes values between commas; each makes an output."""
 RECIPE = (
-    "run", "out", "from_step", "oldest_interval", "by", "tokens_per_step", "sequence_length", "data_switch", "top",
+    "run", "out", "from_step", "oldest_interval", "by", "tokens_per_step", "sequence_length", "data_switch",
     "dtype", "optimizer_states", *FORM, "memory_budget", "threads", "max_shard_size",
 )  # fmt: skip
 """Recipe keys whose flag takes one value. The `dest` of a flag must be its recipe key: `messages` relies on it."""
@@ -256,7 +256,7 @@ def recipe_values(options: argparse.Namespace) -> dict[str, Any]:
     values["coefficients"] = split(getattr(options, "coefficients", None))
     tags = [tag for text in getattr(options, "tags", []) for tag in split(text) or ()]
     values["tags"] = tuple(tags) or None
-    values["rename_sources"] = _source_replacements(getattr(options, "rename_sources", ())) or None
+    values["rename_sources"] = source_replacements(getattr(options, "rename_sources", ())) or None
     return values | repeated_values(options)
 
 
@@ -290,8 +290,12 @@ def _replacement(flag: str, text: str) -> tuple[str, str]:
     return pattern, replacement
 
 
-def _source_replacements(texts: Iterable[str]) -> dict[str, dict[str, str]]:
-    """What --rename-sources says, by tag."""
+def source_replacements(texts: Iterable[str]) -> dict[str, dict[str, str]]:
+    """What --rename-sources says, by tag.
+
+    Args:
+        texts: the values of the flag.
+    """
     by_tag: dict[str, dict[str, str]] = {}
     for text in texts:
         tag, colon, rest = text.partition(":")

@@ -31,7 +31,9 @@ def count_options(window: argparse._ActionsContainer) -> None:
 def scores_options(window: argparse._ActionsContainer) -> None:
     """Adds the flags of a selection by score."""
     window.add_argument(
-        "--top", type=int, metavar="K", help="of the window, only the K checkpoints with the best scores"
+        "--top",
+        metavar="K[,K...]",
+        help="of the window, only the K checkpoints with the best scores; several numbers make several outputs",
     )
     window.add_argument(
         "--scores", type=Path, metavar="FILE.jsonl", help="with --top: evaluations of the run's single checkpoints"

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from wsm_ds.filesystem.read_ahead import read_ahead
+from wsm_ds.filesystem.read_ahead import read_ahead, reading_threads
 
 KEPT_FREE = 16
 """Descriptors that are left for journals and for what the process opens besides."""
@@ -37,6 +37,10 @@ class OpenFiles:
     Args:
         open_file: opens a file and returns its descriptor.
         limit: number of files that may be open at the same time.
+
+    Attributes:
+        limit: as above.
+        reading_threads: threads that read many ranges at once, for all users of the pool.
     """
 
     def __init__(self, open_file: Callable[[File], int], limit: int) -> None:
@@ -45,11 +49,14 @@ class OpenFiles:
         self._users: Counter[File] = Counter()
         self._opening: set[File] = set()
         self._changed = threading.Condition()
+        self._opening_threads, self.reading_threads = reading_threads(), reading_threads()
 
     def __enter__(self) -> "OpenFiles":
         return self
 
     def __exit__(self, *_: object) -> None:
+        for threads in (self.reading_threads, self._opening_threads):
+            threads.shutdown()
         with self._changed:
             for descriptor in self._descriptors.values():
                 os.close(descriptor)
@@ -120,7 +127,8 @@ class OpenFiles:
 
     def _open(self, files: Sequence[File]) -> None:
         try:
-            deque(read_ahead(self._open_one, files), maxlen=0)  # many at once: each may take milliseconds
+            # Many at once: each may take milliseconds.
+            deque(read_ahead(self._open_one, files, self._opening_threads), maxlen=0)
         finally:
             with self._changed:
                 self._opening.difference_update(files)

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 
@@ -59,6 +60,21 @@ class Reader:
                 time.sleep(pause_s)
                 self._renew(file)
         raise AssertionError
+
+    def read_all(self, ranges: Sequence[tuple[int, int, memoryview]]) -> None:
+        """Fills memory with several ranges. Many of them are read at once, and their files are opened at once.
+
+        Args:
+            ranges: number of the input, byte offset, and the memory to fill.
+
+        Raises:
+            BrokenCheckpoint, OSError: see `read`.
+        """
+        files = list(dict.fromkeys(file for file, _, _ in ranges))
+        for first in range(0, len(files), self.most_open_files):
+            with suppress(OSError), self.descriptors(files[first : first + self.most_open_files]):
+                pass  # an error comes again where the file is read, and is handled there
+        deque(read_ahead(lambda wanted: self.read(*wanted), ranges, self.files.reading_threads), maxlen=0)
 
     @property
     def most_open_files(self) -> int:

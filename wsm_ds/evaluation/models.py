@@ -75,6 +75,27 @@ def build_model(spec: str, dtype: str, device: "torch.device | str | None" = Non
     return model.eval()
 
 
+def source_of(spec: str) -> Path | None:
+    """The file that decides which model `build_model` makes, as far as one file does.
+
+    Args:
+        spec: as in `build_model`.
+
+    Returns:
+        The config.json, or the Python file of the function; None if it is not found.
+    """
+    path = Path(spec)
+    if path.exists():
+        return path if path.is_file() else path / CONFIG
+    where = spec.rpartition(":")[0]
+    if where.endswith(".py"):
+        return Path(where)
+    parts = where.split(".")
+    places = [Path(folder).joinpath(*parts) for folder in (str(Path.cwd()), *sys.path)]
+    files = [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py")]
+    return next((file for file in files if file.is_file()), None)
+
+
 def _from_config(path: Path, dtype: str, device: Any) -> Any:
     transformers = _transformers()
     import torch

@@ -131,8 +131,11 @@ class Records:
             end = os.fstat(descriptor).st_size
             is_torn = end > 0 and os.pread(descriptor, 1, end - 1) != b"\n"
             line = evaluation.model_dump_json().encode() + b"\n"
-            write_all(descriptor, memoryview(b"\n" * is_torn + line), end)
-            os.fsync(descriptor)
+            try:
+                write_all(descriptor, memoryview(b"\n" * is_torn + line), end)
+                os.fsync(descriptor)
+            except OSError as error:
+                raise OSError(error.errno, os.strerror(error.errno or 0), str(self.path)) from error
         if is_new:
             sync_folder(self.path.parent)
         self.refresh()

@@ -157,7 +157,7 @@ def one_recipe(
 
 SWEPT = {
     "last": "last{}", "last_tokens": "last{}-tokens", "last_samples": "last{}-samples", "to_step": "to{}",
-    "curve": "{}", "floor": "floor{}", "spread": "{}", "format": "{}",
+    "top": "top{}", "curve": "{}", "floor": "floor{}", "spread": "{}", "format": "{}",
 }  # fmt: skip
 """Keys that may have a list of values, one output per value, and the word in the output's folder name."""
 
@@ -176,8 +176,8 @@ def make_recipes(*, always_named: Collection[str] = (), **values: Unpack[SweepOp
     Args:
         always_named: keys that may be lists and always appear in the folder name, also when they have a single
             value. Ignored for entries with their own `out`.
-        **values: attributes of `MergeRecipe`; `last`, `last_tokens`, `last_samples`, `to_step`, `curve`,
-            `floor`, `spread` and `format` may be lists. `outputs` is a list of mappings of the same.
+        **values: attributes of `MergeRecipe`; `last`, `last_tokens`, `last_samples`, `to_step`, `top`,
+            `curve`, `floor`, `spread` and `format` may be lists. `outputs` is a list of mappings of the same.
 
     Raises:
         RecipeError: the message names every wrong key, its value, and what is expected.

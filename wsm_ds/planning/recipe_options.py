@@ -32,10 +32,10 @@ class _SumOptions(_ReadOptions, total=False):
     by: Unit | None
     tokens_per_step: int | str | None
     sequence_length: int | None
-    top: int | None
     scores: Mapping[str, float] | None
     maximize: bool | None
     data_switch: int | None
+    tuned: Mapping[str, Any] | None
     rename_sources: Mapping[str, Mapping[str, str]] | None
 
 
@@ -46,6 +46,7 @@ class WindowOptions(_SumOptions, total=False):
     last_tokens: int | str | None
     last_samples: int | str | None
     to_step: int | None
+    top: int | None
     curve: str | None
     floor: float | None
     spread: str | None
@@ -100,6 +101,7 @@ class SweepOptions(_MergeOptions, total=False):
     last_tokens: int | str | Sequence[int | str] | None
     last_samples: int | str | Sequence[int | str] | None
     to_step: int | Sequence[int] | None
+    top: int | Sequence[int] | None
     curve: str | Sequence[str] | None
     floor: float | Sequence[float] | None
     spread: str | Sequence[str] | None

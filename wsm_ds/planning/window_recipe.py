@@ -50,6 +50,7 @@ class WindowRecipe(BaseModel):
         maximize: whether more is better in `scores`.
         data_switch: the last step before the training data changed. The figures then say how much of the merge lies on
             updates after it, and a window across it is warned of.
+        tuned: where `wsm-ds tune` has the recipe from; it changes nothing, and the manifest repeats it.
         memory_budget: bytes, or text as "512MiB"; limits all buffers of the merge, in each process.
         threads: workers of each process; if not set, all cores, shared with the other ranks of the machine.
         rename_sources: for older checkpoints of the window whose names differ from those of the newest: by tag (or a
@@ -82,6 +83,7 @@ class WindowRecipe(BaseModel):
     scores: dict[str, FiniteFloat] = Field(default_factory=dict)
     maximize: bool = False
     data_switch: int | None = Field(default=None, ge=0)
+    tuned: dict[str, Any] | None = None
     memory_budget: int | str = "512MiB"
     threads: int = Field(default_factory=lambda: max(1, len(os.sched_getaffinity(0)) // local_world_size()), ge=1)
     rename_sources: dict[str, dict[str, str]] = Field(default_factory=dict)
@@ -182,7 +184,7 @@ class WindowRecipe(BaseModel):
     def _check_counts(self) -> Self:
         if self.tokens_per_step is not None and self.sequence_length is not None:
             both = self._settings("tokens_per_step", "sequence_length")
-            raise ValueError(f"both {both} say how many tokens there are; remove one")
+            raise ValueError(f"{both}: each says how many tokens there are; remove one")
         if self.newest_counts is not None and self.oldest_interval is not None:
             raise ValueError(
                 f"`oldest_interval` ({self.oldest_interval}) is what is left of the window's length before the oldest "
@@ -190,15 +192,17 @@ class WindowRecipe(BaseModel):
             )
         own_unit = "tokens" if self.last_tokens else "samples"
         if self.newest_counts is not None and self.unit != own_unit:
-            raise ValueError(f"`by` ({self.by}) is {own_unit} for a window that is given in {own_unit}; remove it")
+            raise ValueError(
+                f"a window that is given in {own_unit} has its distances in {own_unit}; remove `by` ({self.by})"
+            )
         return self
 
     @model_validator(mode="after")
     def _check_selection(self) -> Self:
         if (self.top is None) != (not self.scores):
             raise ValueError(
-                f"`top` needs `scores`, a number for each checkpoint by its tag, and the other way round; found "
-                f"`top`={self.top} and {len(self.scores)} `scores`"
+                "`top` needs `scores`, a number for each checkpoint by its tag, and the other way round; found "
+                f"{self._settings('top')} and {len(self.scores)} scores"
             )
         if self.top is not None and (self.by or self.oldest_interval):
             raise ValueError(

@@ -115,7 +115,9 @@ class PlanningProgress:
             self.bar.total = total
             self.bar.update(done - self.bar.n)
             return
-        if now - self.printed_s < (BAR_AFTER_S if self._has_terminal() else LOG_EVERY_S):
+        passed_s = now - self.printed_s
+        # This is called for every file, so the terminal, a system call, is asked last.
+        if passed_s < BAR_AFTER_S or (passed_s < LOG_EVERY_S and not self._has_terminal()):
             return
         self.printed_s = now
         left_s = (total - done) * (now - self.started_s) / max(done, 1)
