@@ -162,15 +162,10 @@ def _from_function(spec: str) -> Any:
 
 
 def _module(name: str) -> Any:
-    _search_here()
-    return importlib.import_module(name)
-
-
-def _search_here() -> None:
-    """Lets modules be found in the working directory: a console script's path begins with the script's folder."""
     here = str(Path.cwd())
-    if here not in sys.path:
+    if here not in sys.path:  # a console script's path begins with the folder of the script
         sys.path.insert(0, here)
+    return importlib.import_module(name)
 
 
 def _module_of_file(path: Path) -> Any:
@@ -194,26 +189,9 @@ def digest_of(spec: str | None) -> str | None:
     """
     if spec is None:
         return None
-    path = Path(spec)
-    where, _, name = spec.rpartition(":")
-    if path.exists():
-        file, name = (path / CONFIG if path.is_dir() else path), CONFIG
-    elif where.endswith(".py"):
-        file = Path(where)
-    else:
-        file, name = _file_of_module(where), spec
-    content = file.read_bytes() if file.is_file() else b""
-    return hashlib.sha256(name.encode() + b"\0" + content).hexdigest()
-
-
-def _file_of_module(name: str) -> Path:
-    """The file of a module; an empty path if there is none."""
-    _search_here()
-    try:
-        found = importlib.util.find_spec(name)
-    except Exception:  # it imports the packages above the module, which may raise anything
-        return Path()
-    return Path(found.origin) if found is not None and found.origin is not None else Path()
+    file, name = source_of(spec), spec.rpartition(":")[2]
+    content = file.read_bytes() if file is not None and file.is_file() else b""
+    return hashlib.sha256((CONFIG if Path(spec).exists() else name).encode() + b"\0" + content).hexdigest()
 
 
 def load_folder(
