@@ -241,7 +241,7 @@ class Worker:
             # DeepSpeed casts module weights from the masters that it stores, so they are rounded as the masters are.
             master_dtype = current.stream.targets[target.cast_from].places.dtype(current.begin)
             merged = widen(arithmetic.rounded(merged, master_dtype), master_dtype)
-        stored = arithmetic.rounded(merged, dtype)
+        stored = arithmetic.rounded(merged, dtype, self.scratch, len(current.stored))
         if dtype.name == "fp16" and not np.isfinite(stored).all():
             element = current.begin + int(np.flatnonzero(~np.isfinite(stored))[0])
             raise NonFiniteValue(
