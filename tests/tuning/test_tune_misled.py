@@ -13,7 +13,7 @@ import yaml
 from tuned import LENGTH, loss_of, write_tokens
 
 from wsm_ds.cli import main
-from wsm_ds.errors import EvaluationError, InsufficientCapacity, OutputLocked, WindowError
+from wsm_ds.errors import EvaluationError, InsufficientCapacity, OutputLocked, RecipeError, WindowError
 from wsm_ds.evaluation.records import Records
 from wsm_ds.tuning.results import TuningResult
 from wsm_ds.tuning.tune import Step, read_result, tune
@@ -253,6 +253,14 @@ def test_tokens_of_another_vocabulary_are_refused(request_of: Requests, tmp_path
     np.save(path, np.load(path) + 5)
     with pytest.raises(EvaluationError, match="another tokenizer"):
         tune(request_of(screening=loss_of(path)))
+    assert not request_of().out.exists()
+
+
+def test_the_second_held_out_set_must_be_another_one(request_of: Requests, tmp_path: Path) -> None:
+    first, second = write_tokens(tmp_path / "held_out.npy"), tmp_path / "second.npy"
+    shutil.copy(first, second)
+    with pytest.raises(RecipeError, match=r"60 of its 60 blocks are in --data, too"):
+        tune(request_of(screening=loss_of(first), confirm=loss_of(second)))
     assert not request_of().out.exists()
 
 
