@@ -147,9 +147,11 @@ class _Tuning:
                 self._finish(model)
         if is_shared:
             self._screen(model, candidates)
-            with self._only_one() as is_mine:
-                if is_mine and self._is_screened(candidates):
-                    self._finish(model)
+            # Looked at before the lock is taken: else the last two could each leave the rest to the other.
+            if self._is_screened(candidates):
+                with self._only_one() as is_mine:
+                    if is_mine:
+                        self._finish(model)
         return self._result()
 
     def _finish(self, model: "torch.nn.Module | None") -> None:
