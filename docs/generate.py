@@ -151,16 +151,29 @@ def _entry(name: str, value: Any, level: int = 2) -> Iterator[str]:
         return
     node = _node(value)
     yield f"```python\n{_signature(name, node)}\n```\n"
-    yield from _unpacked(node)
+    yield from _unpacked(node, value.__module__)
     yield markdown(inspect.getdoc(value) or "") + "\n"
-    if isinstance(node, ast.ClassDef):
-        for member in node.body:
-            if isinstance(member, ast.FunctionDef) and not member.name.startswith("_") and ast.get_docstring(member):
-                yield from _member(member)
+    seen: set[str] = set()
+    for parent in [value, *_unlisted_bases(value)] if inspect.isclass(value) else []:
+        if parent is not value:
+            yield f"From `{parent.__name__}`: {markdown(inspect.getdoc(parent) or '')}\n"
+        for member in _node(parent).body:
+            if isinstance(member, ast.FunctionDef) and not member.name.startswith("_") and member.name not in seen:
+                seen.add(member.name)
+                if ast.get_docstring(member):
+                    yield from _member(member)
 
 
-def _unpacked(node: ast.FunctionDef | ast.ClassDef) -> Iterator[str]:
-    """The keywords that `**options: Unpack[…]` of a function stands for."""
+def _unlisted_bases(value: type) -> list[type]:
+    """The classes that a class inherits from and that have no entry of their own."""
+    import wsm_ds
+
+    ours = [base for base in value.__mro__[1:] if base.__module__.startswith("wsm_ds.") and base.__doc__]
+    return [base for base in ours if base.__name__ not in wsm_ds.__all__ and not issubclass(base, Exception)]
+
+
+def _unpacked(node: ast.FunctionDef | ast.ClassDef, module: str) -> Iterator[str]:
+    """The keywords that `**options: Unpack[…]` of a function in a module stands for."""
     from wsm_ds.planning import recipe_options
     from wsm_ds.planning.recipe import MergeRecipe
 
@@ -168,10 +181,14 @@ def _unpacked(node: ast.FunctionDef | ast.ClassDef) -> Iterator[str]:
         match = re.fullmatch(r"Unpack\[(\w+)\]", ast.unparse(node.args.kwarg.annotation))
         if match:
             fields = set(MergeRecipe.model_fields)
-            names = set(getattr(recipe_options, match[1]).__optional_keys__)
+            of_recipes = getattr(recipe_options, match[1], None)
+            options = of_recipes or getattr(sys.modules[module], match[1])
+            names = set(options.__optional_keys__)
             listed = ["all fields"] if fields <= names else [f"`{name}`" for name in sorted(names & fields)]
             further = "".join(f", and `{name}`" for name in sorted(names - fields))
             yield f"`{match[1]}`: {', '.join(listed)} of [`MergeRecipe`](#mergerecipe){further}.\n"
+            if of_recipes is None:
+                yield markdown(inspect.getdoc(options) or "") + "\n"
 
 
 def _member(node: ast.FunctionDef) -> Iterator[str]:

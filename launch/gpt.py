@@ -70,11 +70,19 @@ class GPT(nn.Module):
         Args:
             tokens: int64, shape [batch, context + 1].
         """
+        return self.loss(tokens).mean()
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Returns the loss of each predicted token, float32, shape [batch, context].
+
+        Args:
+            tokens: int64, shape [batch, context + 1].
+        """
         x = self.tokens(tokens[:, :-1]) + self.positions.weight
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.norm(x)).float()
-        return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        return nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
 
 
 def mean_loss(engine: Any, batches: list[Tensor]) -> float:

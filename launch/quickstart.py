@@ -1,4 +1,4 @@
-"""Shows all steps on a laptop: trains with WSMLR, merges the last checkpoints, loads the merges, compares the losses.
+"""Shows all steps on a laptop: trains with WSMLR, merges, loads the merges, and chooses the best merge by measurement.
 
 `python launch/quickstart.py --out DIR` starts itself again under torchrun for the two parts that run on several ranks:
 the training and the evaluation.
@@ -23,6 +23,8 @@ LEAST_STEPS = EVERY * (WINDOW + 2)
 """With fewer updates the window would begin in the warmup of the learning rate."""
 CONFIGS = Path(__file__).parent.parent / "configs"
 CURVES = ("linear", "1-sqrt")
+TUNED_WINDOWS = (2, 4, 8, 16)
+HELD_OUT, CONFIRM = "held_out.txt", "held_out_2.txt"
 PROGRESS_EVERY_S = 5.0
 
 
@@ -153,6 +155,26 @@ def wsm_ds_command(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "wsm_ds", *arguments], check=True)
 
 
+def tune(out: Path) -> None:
+    """Measures merges of several windows on held-out text, and makes the recommended one."""
+    from gpt import GPTSize
+
+    _, text = texts()
+    half = len(text) // 2
+    for name, part in ((HELD_OUT, text[:half]), (CONFIRM, text[half:])):
+        (out / name).write_bytes(part.numpy().tobytes())
+    checkpoints = len(list((out / "run").glob("global_step*")))
+    windows = [str(window) for window in TUNED_WINDOWS if window < checkpoints]
+    wsm_ds_command(
+        *("tune", str(out / "run"), "--windows", ",".join(windows), "--curve", ",".join(CURVES)),
+        *("--data", str(out / HELD_OUT), "--confirm", str(out / CONFIRM), "--tokenizer", "bytes"),
+        *("--model", f"{Path(__file__).with_name('gpt.py')}:GPT", "--sequence-length", str(GPTSize.context)),
+        *("--run-sequence-length", str(GPTSize.context), "--out", str(out / "tune")),
+    )
+    recipe = ("--recipe", str(out / "tune/best.yaml"))
+    wsm_ds_command("merge", str(out / "run"), *recipe, "--out", str(out / "best"))
+
+
 def show(losses: dict[str, float], last: str) -> None:
     """Prints the losses of the window's checkpoints and of the merges.
 
@@ -195,6 +217,7 @@ def main() -> None:
     wsm_ds_command("verify", str(out / "merged-linear"))
     torchrun("evaluate", out, config, options.steps)
     show(json.loads((out / "losses.json").read_text()), last=f"global_step{options.steps}")
+    tune(out)
     return None
 
 

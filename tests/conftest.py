@@ -24,6 +24,8 @@ settings.register_profile("without a clock", deadline=None, suppress_health_chec
 settings.load_profile("without a clock")
 KEPT_RUNS = "WSM_TEST_RUNS"
 """A folder in which `runs` and `other_world_sizes` stay from one test session to the next; unset: made in each."""
+LONG_RUNS = {"narrow": 9, "twice_as_wide": 18}
+"""Their widths."""
 WIDE = ((2, "bf16"), (2, "fp32"), (3, "bf16"))
 
 
@@ -86,6 +88,19 @@ def other_world_sizes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for world_size in () if is_made else (1, 3, 4):
             jobs = [train(root / f"w{world_size}_s{stage}", stage=stage, dtype="bf16", steps=4) for stage in STAGES]
             launch(jobs, world_size=world_size, folder=tmp_path_factory.mktemp("train"))
+    return root
+
+
+@pytest.fixture(scope="session")
+def long_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`RUNS/narrow` and `RUNS/twice_as_wide`: ZeRO-2, bf16, two ranks, global_step2, 4, … 16."""
+    with run_folder("long_runs", tmp_path_factory) as (root, is_made):
+        if not is_made:
+            jobs = [
+                train(root / name, stage=2, dtype="bf16", steps=16) | {"width": width}
+                for name, width in LONG_RUNS.items()
+            ]
+            launch(jobs, world_size=2, folder=tmp_path_factory.mktemp("train"))
     return root
 
 

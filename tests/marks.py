@@ -17,14 +17,18 @@ from pathlib import Path
 import pytest
 
 TRAINED = {
-    "compiled_ops", "converted", "even_runs", "launcher", "megatron", "named", "other_world_sizes", "reports", "runs",
-    "sharing", "states_runs", "trained", "went_back", "whole_runs", "wrapping", "written",
+    "compiled_ops", "converted", "even_runs", "launcher", "long_runs", "megatron", "named", "other_world_sizes",
+    "reports", "request_of", "runs", "sharing", "states_runs", "trained", "went_back", "whole_runs", "wrapping",
+    "written",
 }  # fmt: skip
 """Fixtures that train with DeepSpeed."""
 TORCH = {
     "accelerate",
     "deepspeed",
     "gpt",
+    "loaded_models",
+    "made_models",
+    "made_tokenizers",
     "pretrain",
     "reference",
     "safetensors.torch",

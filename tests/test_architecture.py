@@ -11,16 +11,20 @@ import pytest
 
 import wsm_ds
 from wsm_ds.planning.recipe import SWEPT, MergeRecipe
-from wsm_ds.planning.recipe_options import RecipeOptions, SweepOptions
+from wsm_ds.planning.recipe_options import RecipeOptions, SweepOptions, WindowOptions
+from wsm_ds.planning.window_recipe import WindowRecipe
 
 PACKAGE = Path(wsm_ds.__file__).parent
 ORDER = (
     "errors", "sizes", "dtypes", "filesystem", "distributed", "schedules", "torchfile", "layouts", "planning",
-    "outputs", "engine", "publishing", "merge_planning", "merging", "verification", "inspection", "reporting",
-    "watching", "estimate", "doctor", "training", "cli", "__main__",
+    "outputs", "engine", "publishing", "merge_planning", "merging", "loading", "verification", "inspection",
+    "evaluation", "tuning", "reporting", "watching", "estimate", "doctor", "training", "cli", "__main__",
 )  # fmt: skip
 """The packages and top-level modules; each may import those before it."""
-MAY_IMPORT = {"deepspeed": {"schedules", "training"}, "torch": {"schedules", "distributed", "training"}}
+MAY_IMPORT = {
+    "deepspeed": {"schedules", "training"},
+    "torch": {"schedules", "distributed", "engine", "evaluation", "loading", "training", "tuning"},
+}
 MAY_IMPORT_AT_ONCE = {"schedules/lr_schedules.py", "schedules/optimizer_hooks.py"}
 """Modules whose classes need torch; all others import it inside a function."""
 MOST_TOP_LEVEL_MODULES = 12
@@ -137,6 +141,7 @@ def test_public_names_are_what_they_say_whatever_was_imported_before() -> None:
 
 
 def test_the_typed_keywords_are_the_fields_of_a_recipe() -> None:
+    assert set(WindowOptions.__annotations__) == set(WindowRecipe.model_fields)
     assert set(RecipeOptions.__annotations__) == set(MergeRecipe.model_fields)
     assert set(SweepOptions.__annotations__) == {*MergeRecipe.model_fields, "outputs"}
     several = {
@@ -153,6 +158,9 @@ def test_no_function_takes_untyped_keywords() -> None:
         "reshard",
         "make_recipe",
         "make_recipes",
+        "load_merge",
+        "load_merges",
+        "load_each",
         "load_recipe",
         "load_recipes",
     ):

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import yaml
+from evaluated import make_evaluated
+from made_results import put_measurements
 
 from wsm_ds.cli import main, parser
 from wsm_ds.planning.recipe import load_recipes
@@ -56,6 +58,7 @@ def test_the_plan_is_shown_before_anything_is_written(
     ]
     assert "effective sample size 2.36 of 3" in shown
     assert "lag 2.78769 steps" in shown
+    assert "\nwindow 6 steps   mean age 2.788 steps   standard deviation 1.557 steps\n" in shown
     assert list(tmp_path.iterdir()) == []
     assert main([*arguments, "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
@@ -142,8 +145,8 @@ def test_help_needs_neither_numpy_nor_torch() -> None:
 MESSAGES = {
     "merge RUN --last 2": "--out is missing",
     "merge --out NEW": "RUN is missing",
-    "merge RUN --out NEW": "choose the window in exactly one way: --last (with --to, if it does not end at the newest "
-    "checkpoint), --from with --to, or --tags; found none of them",
+    "merge RUN --out NEW": "choose the window in exactly one way: --last, --last-tokens or --last-samples (with "
+    "--to, if it does not end at the newest checkpoint), --from with --to, or --tags; found none of them",
     "merge RUN --last two --out NEW": "--last must be a whole number, not 'two'",
     "merge RUN --last 0 --out NEW": "--last must be at least 1, not '0'",
     "merge RUN --last 2 --format safetensor --out NEW": "--format must be zero, universal or safetensors, "
@@ -248,11 +251,14 @@ def test_the_examples_of_every_help_work(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.setpriority", lambda *_: None)
     Path("configs").symlink_to(Path(__file__).parents[1] / "configs")
+    make_evaluated(tmp_path)
     for number, line in enumerate(examples()):
         run = Path("RUN")
         if not run.is_dir() or number == 0 or "prune" in line:
             shutil.rmtree(run, ignore_errors=True)
             shutil.copytree(runs / "w2_s3_bf16", run)
+        if line.startswith("wsm-ds report"):
+            put_measurements(Path())
         assert main(shlex.split(re.sub(r"([246])000\b", r"\1", line))[1:]) == 0, (line, capsys.readouterr().err)
     assert {line.split()[1] for line in examples()} == {*subparsers()} - {"watchdog"}
 

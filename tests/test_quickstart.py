@@ -33,6 +33,13 @@ def test_it_trains_merges_verifies_and_compares(tmp_path: Path) -> None:
     losses = json.loads((out / "losses.json").read_text())
     assert list(losses) == [*(f"global_step{step}" for step in range(75, 251, 25)), "merge, linear", "merge, 1-sqrt"]
     assert all(0 < loss < 4 for loss in losses.values()), losses  # ln 256 = 5.5 is what an untrained model has
+    result = json.loads((out / "tune/tuning.json").read_text())
+    assert result["waiting"] == []
+    assert result["recommendation"]["confirmed"]["value"] < 4
+    merged = json.loads((out / "best/wsm_merge.json").read_text())
+    chosen = next(one for one in result["candidates"] if one["name"] == result["recommendation"]["name"])
+    assert [source["step"] for source in merged["sources"]] == chosen["steps"]
+    assert "<svg" in (out / "tune/report.html").read_text()
 
 
 def test_a_stale_lock_is_named_with_the_command_that_removes_it(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from reference import load_all, merged_masters, merged_parameters, same_bits, un
 from wsm_ds.cli import main
 from wsm_ds.errors import RecipeError
 from wsm_ds.inspection import inspect_run
+from wsm_ds.loading import load_merge
 from wsm_ds.merge_planning import plan_merge
 from wsm_ds.merging import merge, reshard
 from wsm_ds.planning.recipe import make_recipe
@@ -126,6 +127,50 @@ def test_transformers_loads_the_safetensors_of_a_trainer_run_without_more_ado(
     assert torch.equal(model.eval()(tokens).logits, reference.eval()(tokens).logits)
     assert AutoTokenizer.from_pretrained(out).decode([3, 1]) == "t3 t1"
     assert verify(out, full=True).note == ""
+
+
+@pytest.mark.parametrize(("stage", "tied"), CASES)
+def test_a_model_of_transformers_is_filled_in_memory_as_from_a_file(
+    trained: Trained, tmp_path: Path, stage: int, tied: bool
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run = trained[0] / f"{stage}{tied}"
+    for dtype in (torch.float32, torch.bfloat16):
+        out = merge_two(run, tmp_path / str(dtype), format="safetensors")
+        wanted = AutoModelForCausalLM.from_pretrained(out, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(wanted.config, dtype=dtype)
+        tags = ("checkpoint-2", "checkpoint-4")
+        loaded = load_merge(model, run, tags=tags, coefficients=COEFFICIENTS, allow=("warmup", "lr-change"))
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+        assert (loaded.kept, loaded.left_out) == ((), ())
+        for name, tensor in wanted.state_dict().items():
+            assert same_bits(model.state_dict()[name], tensor), name
+        tokens = torch.arange(12).view(2, 6)
+        assert torch.equal(model.eval()(tokens).logits, wanted.eval()(tokens).logits)
+
+
+def test_a_run_of_trainer_is_evaluated_without_a_word_about_its_model(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained[0] / "3True"
+    data, records = tmp_path / "held.bin", tmp_path / "e.jsonl"
+    tokens = torch.randint(0, 13, (300,), generator=torch.Generator().manual_seed(2))
+    data.write_bytes(tokens.to(torch.uint16).numpy().tobytes())
+    zero = merge_two(run, tmp_path / "zero")
+    exported = merge_two(run, tmp_path / "exported", format="safetensors", dtype="fp32")
+    save = tmp_path / "checkpoint-4"
+    shutil.copytree(run / "checkpoint-4", save)
+    for weights in save.glob("*.safetensors"):  # Trainer's own, of which there are some in stage 3
+        weights.unlink()
+    folders = [zero, exported, save, run / "checkpoint-4/global_step4"]
+    flags = ["--data", str(data), "--sequence-length", "6", "--out", str(records)]
+    assert main(["evaluate", *map(str, folders), *flags]) == 0, capsys.readouterr().err
+    made = [json.loads(line) for line in records.read_text().splitlines()]
+    assert [one["subject"]["kind"] for one in made] == ["merge", "merge", "checkpoint", "checkpoint"]
+    assert made[2]["blocks"] == made[3]["blocks"]
+    assert made[0]["blocks"] == made[1]["blocks"] != made[2]["blocks"]
+    assert [source["coefficient"] for source in made[0]["subject"]["sources"]] == COEFFICIENTS
 
 
 def test_an_included_file_wins_and_later_arrivals_beside_the_source_do_not_disturb(

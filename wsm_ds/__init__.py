@@ -27,6 +27,8 @@ _MODULES = {
     "WSMLR": "schedules.lr_schedules",
     "WSDLR": "schedules.lr_schedules",
     "MergeRecipe": "planning.recipe",
+    "WindowRecipe": "planning.window_recipe",
+    "make_window_recipe": "planning.window_recipe",
     "make_recipe": "planning.recipe",
     "make_recipes": "planning.recipe",
     "load_recipe": "planning.recipe",
@@ -39,6 +41,10 @@ _MODULES = {
     "plan_merge": "merge_planning",
     "run_plan": "merging",
     "export": "merging",
+    "load_merge": "loading",
+    "load_merges": "loading",
+    "load_each": "loading",
+    "LoadedMerge": "loading",
     "reshard": "merging",
     "MergeResult": "merging",
     "MergeOutcome": "merging",
@@ -51,47 +57,107 @@ _MODULES = {
     "coefficients_from_decay_factors": "schedules.coefficients",
     "decay_factors_from_coefficients": "schedules.coefficients",
     "weight_decay_aware_coefficients": "schedules.coefficients",
-    "effective_sample_size": "schedules.coefficients",
-    "lag": "schedules.coefficients",
+    "evaluate_folders": "evaluation.evaluating",
+    "make_evaluator": "evaluation.evaluators",
+    "load_evaluators": "evaluation.evaluators",
+    "LossEvaluator": "evaluation.loss",
+    "GenerateEvaluator": "evaluation.generation",
+    "CommandEvaluator": "evaluation.commands",
+    "LmEvalEvaluator": "evaluation.lm_eval",
+    "Evaluation": "evaluation.evaluation",
+    "Subject": "evaluation.evaluation",
+    "Metric": "evaluation.evaluation",
+    "Records": "evaluation.records",
+    "build_model": "evaluation.models",
+    "subject_of_folder": "evaluation.subjects",
+    "paired_difference": "evaluation.statistics",
+    "effective_sample_size": "schedules.figures",
+    "lag": "schedules.figures",
+    "age_deviation": "schedules.figures",
+    "ReportFiles": "reporting.report.writing",
+    "write_report": "reporting.report.writing",
+    "tune": "tuning.tune",
+    "make_tuning_request": "tuning.request",
+    "TuningRequest": "tuning.request",
+    "TuningResult": "tuning.results",
     "WsmError": "errors",
 }
 __all__ = [
     "WSDLR",
     "WSMLR",
+    "CommandEvaluator",
+    "Evaluation",
+    "GenerateEvaluator",
     "Inspected",
+    "LmEvalEvaluator",
+    "LoadedMerge",
+    "LossEvaluator",
     "MergeOutcome",
     "MergeRecipe",
     "MergeResult",
+    "Metric",
     "Output",
     "Plan",
+    "Records",
+    "ReportFiles",
     "Source",
+    "Subject",
+    "TuningRequest",
+    "TuningResult",
     "VerificationResult",
+    "WindowRecipe",
     "WsmError",
     "__version__",
+    "age_deviation",
+    "build_model",
     "coefficients_from_decay_factors",
     "decay_factors_from_coefficients",
     "effective_sample_size",
+    "evaluate_folders",
     "export",
     "inspect_run",
     "lag",
+    "load_each",
+    "load_evaluators",
+    "load_merge",
+    "load_merges",
     "load_recipe",
     "load_recipes",
+    "make_evaluator",
     "make_recipe",
     "make_recipes",
+    "make_tuning_request",
+    "make_window_recipe",
     "merge",
     "merge_all",
     "merge_coefficients",
+    "paired_difference",
     "parse_curve",
     "plan_merge",
     "reshard",
     "run_plan",
+    "subject_of_folder",
+    "tune",
     "verify",
     "weight_decay_aware_coefficients",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
     from wsm_ds.errors import WsmError
+    from wsm_ds.evaluation.commands import CommandEvaluator
+    from wsm_ds.evaluation.evaluating import evaluate_folders
+    from wsm_ds.evaluation.evaluation import Evaluation, Metric, Subject
+    from wsm_ds.evaluation.evaluators import load_evaluators, make_evaluator
+    from wsm_ds.evaluation.generation import GenerateEvaluator
+    from wsm_ds.evaluation.lm_eval import LmEvalEvaluator
+    from wsm_ds.evaluation.loss import LossEvaluator
+    from wsm_ds.evaluation.models import build_model
+    from wsm_ds.evaluation.records import Records
+    from wsm_ds.evaluation.statistics import paired_difference
+    from wsm_ds.evaluation.subjects import subject_of_folder
     from wsm_ds.inspection import Inspected, inspect_run
+    from wsm_ds.loading import LoadedMerge, load_each, load_merge, load_merges
     from wsm_ds.merge_planning import plan_merge
     from wsm_ds.merging import (
         MergeOutcome,
@@ -104,16 +170,20 @@ if TYPE_CHECKING:
     )
     from wsm_ds.planning.plan import Output, Plan, Source
     from wsm_ds.planning.recipe import MergeRecipe, load_recipe, load_recipes, make_recipe, make_recipes
+    from wsm_ds.planning.window_recipe import WindowRecipe, make_window_recipe
+    from wsm_ds.reporting.report.writing import ReportFiles, write_report
     from wsm_ds.schedules.coefficients import (
         coefficients_from_decay_factors,
         decay_factors_from_coefficients,
-        effective_sample_size,
-        lag,
         merge_coefficients,
         weight_decay_aware_coefficients,
     )
     from wsm_ds.schedules.curves import parse_curve
+    from wsm_ds.schedules.figures import age_deviation, effective_sample_size, lag
     from wsm_ds.schedules.lr_schedules import WSDLR, WSMLR
+    from wsm_ds.tuning.request import TuningRequest, make_tuning_request
+    from wsm_ds.tuning.results import TuningResult
+    from wsm_ds.tuning.tune import tune
     from wsm_ds.verification import VerificationResult, verify
 
 

@@ -138,6 +138,13 @@ class LayoutMismatch(WsmError, ValueError):
     exit_code = 3
 
 
+class ModelMismatch(WsmError, ValueError):
+    """A model in memory and a checkpoint do not hold the same tensors, or the model cannot be filled in place.
+
+    Raised before anything is read or changed. The message names the tensors, and how to let some of them differ.
+    """
+
+
 class ForeignFiles(WsmError, ValueError):
     """A checkpoint has files of another save: of another step, another rank or another run.
 
@@ -190,6 +197,25 @@ class Interrupted(WsmError, InterruptedError):
 
     exit_code = 130
     may_pass = True
+
+
+class TrackingFailed(WsmError, ConnectionError):
+    """A tracker (TensorBoard, Weights & Biases, trackio) did not take the values of a report.
+
+    Raised after the report is written. The message names the tracker and gives its own words.
+    """
+
+    exit_code = 3
+    may_pass = True
+
+
+class EvaluationError(WsmError, ValueError):
+    """The held-out data, the model or the program of an evaluation cannot be used.
+
+    Raised before anything is measured. The message names the file, the tensor or the program, and what was expected.
+    """
+
+    exit_code = 3
 
 
 class InsufficientCapacity(WsmError, OSError):

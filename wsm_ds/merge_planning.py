@@ -31,10 +31,10 @@ from wsm_ds.planning.recipe import MergeRecipe
 from wsm_ds.planning.recipe_options import RecipeOptions
 from wsm_ds.planning.streams import ElementRequest, SourceTables, carry_streams, element_streams, source_tables
 from wsm_ds.planning.window import ReadLayout, Window, recorded_window, select_window, union_of
+from wsm_ds.planning.window_recipe import WindowRecipe
 from wsm_ds.publishing.identity import is_of_run, is_same_merge, is_same_recipe, stated
 from wsm_ds.publishing.manifest import description, read_manifest
 from wsm_ds.publishing.staging_folder import discard, unfinished_merge
-from wsm_ds.schedules.coefficients import effective_sample_size, lag
 from wsm_ds.torchfile import archive
 
 log = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ def plan_windows(
         files += [*planned.files, *copies]
         inputs += copied_inputs
         requests += planned.requests
-        outputs.append(_output(recipe, window, texts))
+        outputs.append(output_of(recipe, window, recipe.out, texts))
     streams = element_streams(tables, requests) + carry_streams(inputs, files)
     budget = int(recipes[0].memory_budget)
     plan = Plan(tuple(outputs), inputs, tuple(files), tuple(streams), tables.names, budget, recipes[0].threads)
@@ -191,20 +191,30 @@ def _files(
     return files, {"latest_universal" if is_universal else "latest": tag}
 
 
-def _output(recipe: MergeRecipe, window: Window, texts: dict[str, str]) -> Output:
-    steps = [layout.step for layout in window.layouts]
+def output_of(recipe: WindowRecipe, window: Window, out: Path, texts: dict[str, str]) -> Output:
+    """Describes an output of a plan.
+
+    Args:
+        recipe: asks for it.
+        window: gives it.
+        out: its folder.
+        texts: small files of its root, by name.
+    """
     return Output(
-        out=recipe.out,
+        out=out,
         sources=tuple(
             Source(layout.path.resolve(), layout.tag, layout.step, coefficient)
             for layout, coefficient in zip(window.layouts, window.coefficients.tolist(), strict=True)
         ),
         curve=recipe.curve or "given coefficients",
-        ess=effective_sample_size(window.coefficients),
-        lag_steps=lag(window.coefficients, steps),
+        ess=window.figures.ess,
+        lag_steps=window.figures.mean_age.steps,
         texts=texts,
         recipe=recipe.model_dump(mode="json"),
         matched_names=tuple(match.to_json() for match in window.matched_names),
+        figures=window.figures.to_json(),
+        samples=window.course.samples,
+        tokens=window.course.tokens,
     )
 
 

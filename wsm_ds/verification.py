@@ -24,7 +24,7 @@ from wsm_ds.engine.reader import Reader, open_input
 from wsm_ds.engine.seals import CRC_BYTES
 from wsm_ds.engine.source_crcs import SourceCrcs
 from wsm_ds.engine.tasks import Task, share, tasks_of
-from wsm_ds.engine.threads import CHECK_INTERVAL_S, start_thread, workers_for
+from wsm_ds.engine.threads import on_threads, workers_for
 from wsm_ds.engine.timings import Timings
 from wsm_ds.engine.worker import Worker
 from wsm_ds.errors import (
@@ -147,48 +147,7 @@ def _compare_checksums(folder: Path, manifest: dict[str, Any], threads: int, ran
         for task in take():
             compare(task)
 
-    _on_threads(share(numbered, ranks.rank, ranks.world_size), threads, work, ranks)
-
-
-Work = Callable[[Callable[[], Iterator[Task]], Callable[[], bool]], None]
-"""The body of a thread: it takes tasks from the iterator of the first argument, and asks the second one if it ends."""
-
-
-def _on_threads(tasks: Sequence[Task], threads: int, work: Work, ranks: Ranks) -> None:
-    """Runs threads that share tasks. The first error stops all of them and is raised, and so is one of another rank."""
-    remaining, lock, stop = iter(tasks), threading.Lock(), threading.Event()
-    errors: list[BaseException] = []
-
-    def take() -> Iterator[Task]:
-        while not stop.is_set():
-            with lock:
-                task = next(remaining, None)
-            if task is None:
-                return
-            yield task
-
-    def run() -> None:
-        try:
-            work(take, stop.is_set)
-        except BaseException as error:
-            errors.append(error)
-            stop.set()
-
-    all_threads = [threading.Thread(target=run, name=f"verify-{n}") for n in range(min(threads, len(tasks)))]
-    try:
-        for thread in all_threads:
-            start_thread(thread)
-        for thread in all_threads:
-            while thread.is_alive():
-                thread.join(CHECK_INTERVAL_S)  # with a timeout, so that a signal is handled
-                ranks.check()
-    finally:
-        stop.set()
-        for thread in all_threads:
-            if thread.ident is not None:
-                thread.join()
-    if errors:
-        raise errors[0]
+    on_threads(share(numbered, ranks.rank, ranks.world_size), threads, work, ranks.check)
 
 
 def _make_again(
@@ -299,7 +258,7 @@ def _recompute(plan: Plan, out: Path, full: bool, ranks: Ranks) -> int:
             for task in take():
                 worker.run(task, is_stopped)
 
-        _on_threads(tasks, threads, work, ranks)
+        on_threads(tasks, threads, work, ranks.check)
     return comparison.nbytes
 
 

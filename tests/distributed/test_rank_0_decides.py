@@ -59,6 +59,20 @@ def test_rank_0_alone_decides_and_all_ranks_get_its_decisions_in_order(server: t
     assert deciding == [0, 0, 0]
 
 
+def test_every_rank_gets_what_each_has_given(
+    server: torch.distributed.TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Ranks().gather({"nats": [0.1]}) == [{"nats": [0.1]}]
+    monkeypatch.setattr(ranks, "PART_BYTES", 100)  # so that a value takes several keys
+
+    def work(member: Ranks) -> list[Any]:
+        numbers = [(member.rank + 1) / number for number in range(1, 200)]
+        return [member.gather(numbers), member.gather(member.rank)]
+
+    numbers = [[(rank + 1) / number for number in range(1, 200)] for rank in range(3)]
+    assert on_ranks(server, "gather", 3, work) == [[numbers, [0, 1, 2]]] * 3
+
+
 def test_an_error_of_rank_0_reaches_all_with_its_exit_code_and_nobody_waits(server: torch.distributed.TCPStore) -> None:
     def decision() -> None:
         raise Superseded("attempt 1 was superseded")

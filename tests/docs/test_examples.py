@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 from docs.pages import DOCS, GENERATED, PAGES, ROOT, Block, blocks, for_the_tiny_run
+from evaluated import make_evaluated
+from made_results import put_measurements
 
 RUNNABLE = [page for page in PAGES if page not in GENERATED]
 NOT_RUN = {
@@ -20,6 +22,8 @@ NOT_RUN = {
     "torchrun --nproc-per-node 8 -- launch/pretrain.py --run RUN --config configs/zero2_bf16.json --until-step 10000 "
     "--save-every 500 --data tokens.bin": "tests/training and tests/launch run launch/pretrain.py",
     'engine.load_checkpoint("quickstart/mean")': "needs an engine; tests/test_merge_deepspeed.py loads every merge",
+    "wsm-ds evaluate HF_MODEL --lm-eval arc_easy,hellaswag --limit 200 --metric arc_easy/acc_norm": "its tasks need a "
+    "network; tests/evaluation/test_lm_eval.py runs lm-eval on local ones",
     "job = TrainingJob(": "tests/training/test_training_job_deepspeed.py runs the whole script",
 }
 """Commands, and beginnings of Python examples, that are not run here; and why."""
@@ -49,6 +53,11 @@ def folder(runs: Path, tmp_path: Path) -> Path:
         (tmp_path / "configs" / recipe.name).write_text(text)
     for path in (tmp_path / "ds_config.json", tmp_path / "configs/zero2_bf16.json"):
         shutil.copyfile(ROOT / "configs/zero2_bf16.json", path)
+    make_evaluated(tmp_path)
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch/gpt.py").write_text((tmp_path / "model.py").read_text() + "\nGPT = make\n")
+    # Bytes that the model of the tests' run knows as tokens.
+    (tmp_path / "quickstart/held_out.txt").write_bytes(bytes(i * i % 13 for i in range(3000)))
     (tmp_path / "eval.py").write_text("import sys; assert sys.argv[1] == '--model', sys.argv\n")
     (tmp_path / "bin").mkdir()
     for name, words in SHIMS.items():
@@ -82,6 +91,8 @@ def run_block(block: Block, folder: Path) -> str:
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.stem)
 def test_every_example_of_a_page_runs_in_its_order(page: Path, folder: Path) -> None:
+    if page.stem == "report":
+        put_measurements(folder)
     for block in blocks(page, "sh", "python"):
         if any(block.text.startswith(beginning) for beginning in NOT_RUN) and block.language == "python":
             continue

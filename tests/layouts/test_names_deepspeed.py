@@ -16,7 +16,7 @@ from wsm_ds.errors import BrokenCheckpoint, CheckpointNotFound, UnsafePickle, Wi
 from wsm_ds.inspection import inspect_run
 from wsm_ds.layouts.order import UNBOUNDED, in_order
 from wsm_ds.layouts.run import checkpoint_at, find_checkpoints, find_tag
-from wsm_ds.layouts.saved_step import _step_in, saved_step
+from wsm_ds.layouts.saved_step import _counts_in, saved_step
 from wsm_ds.merge_planning import plan_merge
 from wsm_ds.merging import merge
 from wsm_ds.planning.recipe import one_recipe
@@ -64,7 +64,7 @@ def cut(run: Path, tag: str) -> None:
 
 
 @pytest.mark.parametrize("series", SERIES.values(), ids=SERIES)
-def test_the_step_in_the_files_orders_whatever_the_names_are(named: Path, series: Series) -> None:
+def test_the_counts_in_the_files_orders_whatever_the_names_are(named: Path, series: Series) -> None:
     run = named / series.run
     assert last(run, 2) == list(series.tags[2:])
     assert last(run, 2, to=3) == list(series.tags[1:3])
@@ -210,10 +210,10 @@ def test_to_order_reads_one_model_file_of_each_checkpoint_once(copied: Copied) -
     run = copied("words")
     for file in run.glob("*/*optim_states.pt"):
         file.write_bytes(b"")  # would fail if it was read
-    before = _step_in.cache_info()
+    before = _counts_in.cache_info()
     for _ in range(3):
         assert [d.checkpoint.tag for d in in_order(find_checkpoints(run))] == ["d", "b", "a", "c"]
-    after = _step_in.cache_info()
+    after = _counts_in.cache_info()
     assert (after.misses - before.misses, after.hits - before.hits) == (4, 8)
     shutil.rmtree(run / "a")
     shutil.copytree(run / "d", run / "a")  # the tag is used again

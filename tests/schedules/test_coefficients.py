@@ -16,13 +16,12 @@ from wsm_ds.schedules.coefficients import (
     coefficients_from_decay_factors,
     decay_factors,
     decay_factors_from_coefficients,
-    effective_sample_size,
-    lag,
     merge_coefficients,
     running_merge_factor,
     weight_decay_aware_coefficients,
 )
 from wsm_ds.schedules.curves import Curve, curve_from_values
+from wsm_ds.schedules.figures import effective_sample_size, lag
 
 CURVES = ["linear", "cosine", "1-sqrt", "power:2", "inverse-sqrt:0.1", "exponential:0.1", "ema"]
 COUNTS = st.integers(1, 200)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsm_ds.schedules.coefficients import lag, merge_coefficients
+from wsm_ds.schedules.coefficients import merge_coefficients
+from wsm_ds.schedules.figures import lag
 from wsm_ds.schedules.grid import grid
 
 

@@ -12,7 +12,7 @@ from watches import named as events_named
 
 from wsm_ds.errors import BrokenCheckpoint, RecipeError, WindowError
 from wsm_ds.layouts.run import find_checkpoints
-from wsm_ds.layouts.saved_step import _step_in
+from wsm_ds.layouts.saved_step import _counts_in
 from wsm_ds.merging import merge
 from wsm_ds.publishing.manifest import read_manifest
 from wsm_ds.watching import EndPoints, Event, WatchOptions, WatchSpec, make_spec, watch
@@ -136,9 +136,9 @@ def test_a_save_in_progress_does_not_hold_up_older_windows(named: Path, tmp_path
 
 def test_a_watch_reads_the_step_of_a_checkpoint_once(named: Path, tmp_path: Path) -> None:
     run = copy_of(named, SERIES["losses"], tmp_path)
-    before = _step_in.cache_info().misses
+    before = _counts_in.cache_info().misses
     once(spec_of(run, tmp_path / "out"))
-    assert _step_in.cache_info().misses - before == 4
+    assert _counts_in.cache_info().misses - before == 4
 
 
 def test_a_run_with_two_models_in_a_save_is_refused(named: Path, tmp_path: Path) -> None:

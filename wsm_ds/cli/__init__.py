@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from wsm_ds import __version__
-from wsm_ds.cli import doctor, inspect, jobs, merge, storage, watch
+from wsm_ds.cli import doctor, evaluate, inspect, jobs, merge, report, storage, tune, watch
 from wsm_ds.cli.command_parser import CommandParser
 from wsm_ds.cli.completion import SHELLS, PrintCompletion
 from wsm_ds.cli.messages import describe
@@ -60,6 +60,9 @@ def parser() -> CommandParser:
     merge.add_commands(commands)
     inspect.add_verify(commands)
     inspect.add_coefficients(commands)
+    evaluate.add_command(commands)
+    tune.add_command(commands)
+    report.add_command(commands)
     storage.add_command(commands)
     watch.add_commands(commands)
     jobs.add_commands(commands)

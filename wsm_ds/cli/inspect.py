@@ -36,7 +36,8 @@ Show which coefficients a decay curve gives to the checkpoints of a window, olde
 COEFFICIENTS_EXAMPLES = """\
 examples:
   wsm-ds coefficients --curve 1-sqrt --checkpoints 8
-  wsm-ds coefficients --curve linear --steps 2000,4000,6000"""
+  wsm-ds coefficients --curve linear --steps 2000,4000,6000
+  wsm-ds coefficients --curve linear --spread qam --checkpoints 8"""
 VERIFY = """\
 Check an output: no file is missing, and the checksums are those of the manifest. If the sources still exist, a part of
 the output is merged again from them and compared."""
@@ -110,7 +111,8 @@ def _with_progress(checkpoints: "list[Checkpoint]") -> "Iterable[Checkpoint]":
 
 def _coefficients(options: argparse.Namespace) -> int:
     from wsm_ds.reporting.tables import coefficients_report
-    from wsm_ds.schedules.coefficients import effective_sample_size, lag, merge_coefficients
+    from wsm_ds.schedules.coefficients import merge_coefficients
+    from wsm_ds.schedules.figures import age_deviation, effective_sample_size, lag
 
     steps = [_step(text) for text in split(options.steps) or ()] or None
     if steps is not None and options.n is not None:
@@ -123,19 +125,21 @@ def _coefficients(options: argparse.Namespace) -> int:
         steps=steps,
         oldest_interval=options.oldest_interval,
         floor=options.floor or 0.0,
+        spread=options.spread or "wsm",
     )
     positions = steps if steps is not None else list(range(len(c)))
-    ess, lag_steps = effective_sample_size(c), lag(c, positions)
+    ess, lag_steps, deviation_steps = effective_sample_size(c), lag(c, positions), age_deviation(c, positions)
     if options.json:
         figures = {
             "coefficients": c.tolist(),
             "steps": positions,
             "effective_sample_size": ess,
             "lag_steps": lag_steps,
+            "deviation_steps": deviation_steps,
         }
-        print(json.dumps({"curve": options.curve, **figures}, indent=2))
+        print(json.dumps({"curve": options.curve, "spread": options.spread or "wsm", **figures}, indent=2))
     else:
-        print(coefficients_report(c.tolist(), positions, ess, lag_steps))
+        print(coefficients_report(c.tolist(), positions, ess, lag_steps, deviation_steps))
     return 0
 
 

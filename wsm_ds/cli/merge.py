@@ -31,6 +31,7 @@ from wsm_ds.cli.options import (
     window_options,
     with_default_curve,
 )
+from wsm_ds.cli.window_options import by_option, count_options, counted_window_options, scores_options
 from wsm_ds.errors import RecipeError
 
 log = logging.getLogger(__name__)
@@ -39,13 +40,14 @@ ALREADY_DONE = "done {} (already made by the same merge)"
 
 MERGE = """\
 Merge a window of checkpoints into one, as if the learning rate had decayed over the window. The run is only read."""
-MERGE_USAGE = "[RUN] (--last N | --from STEP --to STEP | --tags A,B) --out DIR [flags]"
+MERGE_USAGE = "[RUN] (--last N | --last-tokens D | --from STEP --to STEP | --tags A,B) --out DIR [flags]"
 MERGE_EXAMPLES = """\
 examples:
   wsm-ds merge RUN --last 3 --out MERGED
   wsm-ds merge RUN --from 2000 --to 6000 --curve 1-sqrt --floor 0.1 --format safetensors --dtype bf16 --out MODEL
   wsm-ds merge RUN --tags global_step2000,global_step6000 --coefficients 0.25,0.75 --out PAIR
   wsm-ds merge RUN --last 2,3 --curve linear,1-sqrt --out SWEEP
+  wsm-ds merge RUN --last-samples 12 --spread wsm,qam --out SPREAD
   wsm-ds merge RUN --last 3 --out SHOWN --dry-run"""
 EXPORT = """\
 Write one checkpoint as safetensors, rounded from the fp32 masters to --dtype (default: the training dtype)."""
@@ -105,9 +107,14 @@ def _add_merge(commands: Any) -> None:
         "--tags", "--tag", dest="tags", action="append", default=[], metavar="A,B,...",
         help="checkpoints by name, in any order",
     )  # fmt: skip
-    allow_option(window)
+    counted_window_options(window)
+    count_options(window)
+    scores_options(window)
+    allow_option(window, negative=True)
     rename_sources_option(window)
-    coefficients_option(curve_options(merge))
+    curve = curve_options(merge)
+    by_option(curve)
+    coefficients_option(curve)
     output = _output_options(merge)
     format_options(output)
     safetensors_options(output)
@@ -126,9 +133,13 @@ def _output_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from wsm_ds.planning.recipe import load_recipes, make_recipes
+    from wsm_ds.cli.scores import score_values
+    from wsm_ds.planning.recipe import load_recipes, load_values, make_recipes
 
     values = recipe_values(options)
+    if options.scores is not None and options.run is None and options.recipe:
+        options.run = load_values(options.recipe).get("run")
+    values |= score_values(options, options.run and Path(options.run))
     if options.recipe:
         return _carry_out(load_recipes(options.recipe, **values), options)
     return _carry_out(make_recipes(**with_default_curve(values)), options)

@@ -21,9 +21,11 @@ exit codes: 0 done; 2 a wrong request; 3 a broken or unsupported checkpoint, a f
 130 interrupted by SIGINT or SIGTERM (run the same command again to continue)"""
 RUN = "the run's folder: DeepSpeed's save_dir, or the folder in which HF Trainer, Accelerate or Lightning saves"
 FORM = ("world_size", "stage", "sub_group_size", "like")
+LISTS = ("last", "last_tokens", "last_samples", "to_step", "top", "floor", "spread", "format")
+"""Recipe keys whose flag takes values between commas; each makes an output."""
 RECIPE = (
-    "run", "out", "from_step", "oldest_interval", "dtype", "optimizer_states", *FORM, "memory_budget", "threads",
-    "max_shard_size",
+    "run", "out", "from_step", "oldest_interval", "by", "tokens_per_step", "sequence_length", "data_switch",
+    "dtype", "optimizer_states", *FORM, "memory_budget", "threads", "max_shard_size",
 )  # fmt: skip
 """Recipe keys whose flag takes one value. The `dest` of a flag must be its recipe key: `messages` relies on it."""
 CURVE_SEPARATOR = r",(?=\s*(?:1-sqrt|[A-Za-z]))"
@@ -96,12 +98,22 @@ def window_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return window
 
 
-def allow_option(group: argparse._ActionsContainer) -> None:
-    """Adds --allow."""
+def allow_option(group: argparse._ActionsContainer, *, negative: bool = False) -> None:
+    """Adds --allow.
+
+    Args:
+        group: of the parser.
+        negative: whether the command takes coefficients, which may be negative on request.
+    """
+    refused = (
+        "the window begins in the warmup, the learning rate changes in it, or files of a checkpoint are not of one save"
+    )
+    if negative:
+        refused += ", or --coefficients are negative (an extrapolation)"
     group.add_argument(
-        "--allow", action="append", default=[], choices=("warmup", "lr-change", "foreign-files"),
-        help="go on although the window begins in the warmup, the learning rate changes in it, or files of a "
-        "checkpoint are not of one save (default: refuse); may be given several times",
+        "--allow", action="append", default=[],
+        choices=("warmup", "lr-change", "foreign-files", *(("negative",) if negative else ())),
+        help=f"go on although {refused} (default: refuse); may be given several times",
     )  # fmt: skip
 
 
@@ -130,8 +142,15 @@ def curve_options(parser: argparse.ArgumentParser, *, is_required: bool = False)
         "--floor", metavar="M", help="the curve's final learning rate as a fraction of the peak (default 0)", **floor
     )
     curve.add_argument(
-        "--oldest-interval", type=int, metavar="STEPS",
-        help="steps of the interval before the oldest checkpoint (default: the median of the other intervals)",
+        "--spread", metavar="S" if is_required else "S[,S...]",
+        help="how far the coefficients spread: wsm (default), qam or maxent (narrower, with the same centre), or a "
+        f"dial between, as qam:0.5{'' if is_required else '; several make several outputs'}",
+    )  # fmt: skip
+    interval: dict[str, Any] = {"type": int} if is_required else {}
+    curve.add_argument(
+        "--oldest-interval", metavar="STEPS", **interval,
+        help="the interval before the oldest checkpoint, in steps or in the unit of --by (default: the median of the "
+        "other intervals)",
     )  # fmt: skip
     return curve
 
@@ -140,7 +159,7 @@ def coefficients_option(group: argparse._ActionsContainer) -> None:
     """Adds --coefficients."""
     group.add_argument(
         "--coefficients", metavar="C,C,...", help="instead of a curve: a number for each checkpoint, oldest first, "
-        "summing to 1",
+        "summing to 1; with --allow negative some may be below 0 (write --coefficients=-0.5,1.5)",
     )  # fmt: skip
 
 
@@ -232,12 +251,12 @@ def recipe_values(options: argparse.Namespace) -> dict[str, Any]:
         options: the parsed arguments. The command may lack some of the flags.
     """
     values = {key: getattr(options, key, None) for key in RECIPE}
-    values |= {key: several(getattr(options, key, None)) for key in ("last", "to_step", "floor", "format")}
+    values |= {key: several(getattr(options, key, None)) for key in LISTS}
     values["curve"] = several(options.curve, separator=CURVE_SEPARATOR)
     values["coefficients"] = split(getattr(options, "coefficients", None))
     tags = [tag for text in getattr(options, "tags", []) for tag in split(text) or ()]
     values["tags"] = tuple(tags) or None
-    values["rename_sources"] = _source_replacements(getattr(options, "rename_sources", ())) or None
+    values["rename_sources"] = source_replacements(getattr(options, "rename_sources", ())) or None
     return values | repeated_values(options)
 
 
@@ -271,8 +290,12 @@ def _replacement(flag: str, text: str) -> tuple[str, str]:
     return pattern, replacement
 
 
-def _source_replacements(texts: Iterable[str]) -> dict[str, dict[str, str]]:
-    """What --rename-sources says, by tag."""
+def source_replacements(texts: Iterable[str]) -> dict[str, dict[str, str]]:
+    """What --rename-sources says, by tag.
+
+    Args:
+        texts: the values of the flag.
+    """
     by_tag: dict[str, dict[str, str]] = {}
     for text in texts:
         tag, colon, rest = text.partition(":")

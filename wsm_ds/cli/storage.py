@@ -72,7 +72,7 @@ def _storage(options: argparse.Namespace) -> int:
     from wsm_ds.watching import EndPoints, make_spec
 
     # The flags of these names describe the run here, not the form of an output.
-    values = recipe_values(options) | {"like": None, "stage": None, "world_size": None}
+    values = recipe_values(options) | {"like": None, "stage": None, "world_size": None, "tokens_per_step": None}
     require_last(values, options)
     values = load_values(options.recipe, **values) if options.recipe else with_default_curve(values)
     bandwidth = float(parse_size(options.write_bandwidth)) if options.write_bandwidth else None

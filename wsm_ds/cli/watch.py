@@ -31,6 +31,7 @@ from wsm_ds.cli.options import (
     window_options,
     with_default_curve,
 )
+from wsm_ds.cli.window_options import by_option, count_options
 
 if TYPE_CHECKING:
     from wsm_ds.watching import WatchSpec
@@ -58,6 +59,8 @@ examples:
 EXEC = """run this command for every merge, without a shell; {} in it, and $WSM_MERGE, stand for the folder of the merge
 (also set: WSM_STEP, WSM_WINDOW, WSM_RUN). What it prints is kept in DIR/step{N}/NAME.exec.*. If it fails, the watch
 continues"""
+EVALUATE = """measure every merge, and the newest checkpoint in it, by the evaluators of this file; the results go to
+DIR/evaluations.jsonl. The watch merges on meanwhile"""
 
 
 def add_commands(commands: Any) -> None:
@@ -77,14 +80,19 @@ def _add_watch(commands: Any) -> None:
     watch.add_argument(
         "--poll-s", type=float, default=30.0, metavar="S", help="seconds between two looks at the run (default 30)"
     )
-    watch.add_argument("--exec", dest="exec_command", metavar="CMD", help=" ".join(EXEC.split()))
+    then = watch.add_mutually_exclusive_group()
+    then.add_argument("--exec", dest="exec_command", metavar="CMD", help=" ".join(EXEC.split()))
+    then.add_argument("--evaluate", type=Path, metavar="FILE.yaml", help=" ".join(EVALUATE.split()))
     watch.add_argument("--nice", type=int, default=10, metavar="N",
                        help="lower the priority of this process: 0 to 19 (default 10)")  # fmt: skip
     window = window_options(watch)
     end_point_options(window, "end when all windows up to STEP are merged (default: never)")
-    allow_option(window)
+    count_options(window)
+    allow_option(window, negative=True)
     rename_sources_option(window)
-    coefficients_option(curve_options(watch))
+    curve = curve_options(watch)
+    by_option(curve)
+    coefficients_option(curve)
     output = watch.add_argument_group("output (what is written)")
     output.add_argument("--out", type=Path, metavar="DIR", help="the folder of all merges of this watch")
     format_options(output)
@@ -129,18 +137,23 @@ def _watch(options: argparse.Namespace) -> int:
     from wsm_ds.errors import RecipeError
     from wsm_ds.reporting.progress import event
     from wsm_ds.watching import WatchOptions, watch
-    from wsm_ds.watching.commands import parse_command
+    from wsm_ds.watching.commands import evaluation_command, parse_command
 
     if not options.poll_s > 0:
         raise RecipeError(f"--poll-s must be above 0, not {options.poll_s:g}")
+    spec = _spec(recipe_values(options), options)
+    words: tuple[str, ...] = ()
+    if options.exec_command is not None:
+        words = parse_command(options.exec_command)
+    elif options.evaluate is not None:
+        words = evaluation_command(options.evaluate.absolute(), spec.out)
     watch_options = WatchOptions(
         poll_s=options.poll_s,
         is_once=options.once,
-        command=parse_command(options.exec_command) if options.exec_command is not None else (),
+        command=words,
         restart=options.restart,
         style=progress_style(options),
     )
-    spec = _spec(recipe_values(options), options)
     os.setpriority(os.PRIO_PROCESS, 0, max(options.nice, os.getpriority(os.PRIO_PROCESS, 0)))
     with (
         signals_interrupt("what was merged stays.") as check,

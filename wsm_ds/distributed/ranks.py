@@ -99,6 +99,20 @@ class Ranks:
         """
         return make()
 
+    def gather(self, value: Any) -> list[Any]:
+        """Returns what each rank has given, by rank, on every rank.
+
+        Args:
+            value: of this rank, plain data.
+
+        Returns:
+            The values after a conversion to JSON and back, which keeps every bit of a float.
+
+        Raises:
+            PeerFailed: another rank failed, or no longer answers.
+        """
+        return [json.loads(json.dumps(value))]
+
     def tell(self, text: str) -> None:
         """Rank 0: says how far it is with what `share` makes. The other ranks write it to their logs.
 
@@ -137,7 +151,7 @@ class StoreRanks(Ranks):
     ) -> None:
         self.store, self.rank, self.world_size, self.timeout_s = store, rank, world_size, timeout_s
         self.parent = parent
-        self.decisions = self.shared = 0
+        self.decisions = self.shared = self.gathered = 0
         self.logged_s = time.monotonic()
         self.is_beating, self.has_left = False, threading.Event()
         self.last_beats: dict[int, tuple[int, float]] = {}
@@ -201,15 +215,30 @@ class StoreRanks(Ranks):
         key = f"wsm/shared/{self.shared}"
         if self.rank == 0:
             made = make()
-            data = zlib.compress(kept_objects.dumps(made), 1)
-            parts = [data[begin : begin + PART_BYTES] for begin in range(0, len(data), PART_BYTES)]
-            for number, part in enumerate(parts):
-                self._ask(self.store.set, f"{key}/{number}", base64.b64encode(part).decode())
-            self._ask(self.store.set, key, str(len(parts)))
+            self._put(key, kept_objects.dumps(made))
             return made
-        count = int(self._wait_for(key, on_wait=self._log_what_rank_0_tells))
+        return kept_objects.loads(self._take(key, on_wait=self._log_what_rank_0_tells), modules)
+
+    @override
+    def gather(self, value: Any) -> list[Any]:
+        self.gathered += 1
+        keys = self._keys(f"gathered/{self.gathered}")
+        self._put(keys[self.rank], json.dumps(value).encode())
+        return [json.loads(self._take(key)) for key in keys]
+
+    def _put(self, key: str, content: bytes) -> None:
+        """Lays bytes of any length under a key, in parts that the store takes."""
+        data = zlib.compress(content, 1)
+        parts = [data[begin : begin + PART_BYTES] for begin in range(0, len(data), PART_BYTES)]
+        for number, part in enumerate(parts):
+            self._ask(self.store.set, f"{key}/{number}", base64.b64encode(part).decode())
+        self._ask(self.store.set, key, str(len(parts)))
+
+    def _take(self, key: str, on_wait: Callable[[], None] = lambda: None) -> bytes:
+        """Waits for what another rank lays under a key, and returns it."""
+        count = int(self._wait_for(key, on_wait=on_wait))
         parts = [base64.b64decode(self._ask(self.store.get, f"{key}/{number}")) for number in range(count)]
-        return kept_objects.loads(zlib.decompress(b"".join(parts)), modules)
+        return zlib.decompress(b"".join(parts))
 
     @override
     def tell(self, text: str) -> None:
@@ -278,7 +307,7 @@ class StoreRanks(Ranks):
             self.has_left.wait(BEAT_S)
 
     def _wait_for(self, key: str, timeout_s: float = math.inf, on_wait: Callable[[], None] = lambda: None) -> str:
-        """The text that rank 0 sets at `key`. Calls `on_wait` again and again meanwhile."""
+        """The text that another rank sets at `key`. Calls `on_wait` again and again meanwhile."""
 
         def is_set() -> bool:
             on_wait()

@@ -1,7 +1,7 @@
 """The threads of one process: how many fit into the memory budget, and how they run the tasks."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from wsm_ds.dtypes import IS_COMPLEX
@@ -12,7 +12,7 @@ from wsm_ds.engine.source_crcs import SourceCrcs
 from wsm_ds.engine.staged_files import StagedFiles
 from wsm_ds.engine.tasks import Task
 from wsm_ds.engine.timings import Timings
-from wsm_ds.engine.worker import Worker
+from wsm_ds.engine.worker import Sink, Worker
 from wsm_ds.engine.writer import Writer, open_output
 from wsm_ds.errors import BudgetTooSmall, InsufficientCapacity
 from wsm_ds.planning.plan import Plan
@@ -138,6 +138,112 @@ def start_thread(thread: threading.Thread) -> None:
             "the system starts no more threads: a limit on processes (ulimit -u), on memory (ulimit -v) or of a "
             "container is reached. Raise it, or take fewer threads (--threads 1)."
         ) from error
+
+
+Work = Callable[[Callable[[], Iterator[Task]], Callable[[], bool]], None]
+"""The body of a thread: it takes tasks from the iterator of the first argument, and asks the second one if it ends."""
+
+
+def on_threads(tasks: Sequence[Task], threads: int, work: Work, check: Callable[[], None]) -> None:
+    """Runs threads that share tasks and stage no files. The first error stops all of them and is raised.
+
+    Args:
+        tasks: those of this process.
+        threads: most threads; there are no more than tasks.
+        work: the body of each thread.
+        check: called several times a second. An error that it raises stops the work.
+
+    Raises:
+        InsufficientCapacity: the system starts no more threads.
+        Exception: what `work` or `check` raises.
+    """
+    remaining, lock, stop = iter(tasks), threading.Lock(), threading.Event()
+    errors: list[BaseException] = []
+
+    def take() -> Iterator[Task]:
+        while not stop.is_set():
+            with lock:
+                task = next(remaining, None)
+            if task is None:
+                return
+            yield task
+
+    def run() -> None:
+        try:
+            work(take, stop.is_set)
+        except BaseException as error:
+            errors.append(error)
+            stop.set()
+
+    all_threads = [threading.Thread(target=run, name=f"work-{n}") for n in range(min(threads, len(tasks)))]
+    try:
+        for thread in all_threads:
+            start_thread(thread)
+        for thread in all_threads:
+            while thread.is_alive():
+                thread.join(CHECK_INTERVAL_S)  # with a timeout, so that a signal is handled
+                check()
+    finally:
+        stop.set()
+        for thread in all_threads:
+            if thread.ident is not None:
+                thread.join()
+    if errors:
+        raise errors[0]
+
+
+def run_into(
+    plan: Plan,
+    tasks: Sequence[Task],
+    sink: Sink,
+    workers: Workers,
+    already_reported: set[str],
+    on_bytes: Callable[[int], None],
+    check: Callable[[], None] = lambda: None,
+) -> Timings:
+    """Runs tasks on threads into a sink that needs no files. The first error stops all threads and is raised.
+
+    Args:
+        plan: the whole plan.
+        tasks: those of this process.
+        sink: takes the bytes of all threads, of several at the same time.
+        workers: see `workers_for`.
+        already_reported: see `Worker`.
+        on_bytes: called with the bytes that a finished task has read and made, by one thread at a time.
+        check: see `on_threads`.
+
+    Returns:
+        The seconds of all threads together.
+
+    Raises:
+        Exception: see `run_tasks`; and what the sink raises.
+    """
+    raise_limit()
+    threads = min(workers.threads, max(1, free_descriptors() // FEWEST_OPEN))
+    timings, lock = Timings(), threading.Lock()
+    with OpenFiles(lambda file: open_input(plan.inputs, file), most_open(threads)) as files:
+        reader, crcs = Reader(plan.inputs, files), SourceCrcs(plan.inputs)
+
+        def work(take: Callable[[], Iterator[Task]], is_stopped: Callable[[], bool]) -> None:
+            own = Timings()
+            worker = Worker(plan, reader, sink, workers.slice_numel, already_reported, own, crcs)
+            tasks_of_thread = take()
+            task = next(tasks_of_thread, None)
+            while task is not None:
+                # Several sums of what is read take longer than the reading, and the disk shall not wait for them.
+                following = next(tasks_of_thread, None)
+                if following is not None:
+                    worker.read_ahead(following)
+                worker.run(task, is_stopped)
+                with lock:
+                    on_bytes(task.nbytes)
+                task = following
+            with lock:
+                timings.add(own)
+
+        on_threads(tasks, threads, work, check)
+        crcs.check_rest(reader.read)
+    return timings
 
 
 class _TaskQueue:

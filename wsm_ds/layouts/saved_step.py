@@ -1,4 +1,4 @@
-"""The step at which a checkpoint was saved, read from one of its files. Its layout is not read."""
+"""The step at which a checkpoint was saved, and its other counts, from one of its files. Its layout is not read."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -8,6 +8,7 @@ from typing import Any
 
 from wsm_ds.errors import BrokenCheckpoint, Interrupted, UnsafePickle, UnsupportedLayout
 from wsm_ds.layouts.file_names import MODEL_FILE, refuse_unsupported
+from wsm_ds.layouts.saved_counts import SavedCounts, counts_of
 from wsm_ds.layouts.schema import Counted, check
 from wsm_ds.torchfile import open_torch_file
 
@@ -25,7 +26,19 @@ class _EveryName(frozenset[str]):
 
 
 def saved_step(path: Path) -> int:
-    """Returns `global_steps` of a checkpoint, from the first of its model files that can be read.
+    """Returns `global_steps` of a checkpoint, see `saved_counts`.
+
+    Args:
+        path: the checkpoint's folder.
+
+    Raises:
+        BrokenCheckpoint, UnsupportedLayout: see `saved_counts`.
+    """
+    return saved_counts(path).steps
+
+
+def saved_counts(path: Path) -> SavedCounts:
+    """Returns the counts of a checkpoint, from the first of its model files that can be read.
 
     A file that was read before and has not changed since is not read again.
 
@@ -41,7 +54,7 @@ def saved_step(path: Path) -> int:
         for file in _model_files(path):
             try:
                 status = file.stat()
-                return _step_in(file, status.st_size, status.st_mtime_ns, status.st_ino)
+                return _counts_in(file, status.st_size, status.st_mtime_ns, status.st_ino)
             except FileNotFoundError:
                 continue
             except (BrokenCheckpoint, UnsupportedLayout) as error:
@@ -80,11 +93,11 @@ def _model_files(path: Path) -> Iterator[Path]:
 
 
 @lru_cache(MOST_REMEMBERED)
-def _step_in(file: Path, *_: Any) -> int:
-    """`global_steps` of a model file; the other arguments change when the file changes."""
+def _counts_in(file: Path, *_: Any) -> SavedCounts:
+    """The counts of a model file; the other arguments change when the file changes."""
     try:
         opened = open_torch_file(file)  # so that `read_layout` finds it understood
     except UnsafePickle:
         opened = open_torch_file(file, _EveryName())
     check(opened, opened.tree, Counted)
-    return int(opened.tree["global_steps"])
+    return counts_of(opened.tree)

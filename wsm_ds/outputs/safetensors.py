@@ -6,18 +6,14 @@ then the tensors without gaps.
 
 import json
 import logging
-import re
 from dataclasses import dataclass
 
-import numpy as np
-
 from wsm_ds.dtypes import CODES, DType
-from wsm_ds.errors import RecipeError, UnsupportedLayout, few
+from wsm_ds.errors import UnsupportedLayout, few
 from wsm_ds.layouts import Layout
 from wsm_ds.layouts.coverage import KIND_OF_ROLE
-from wsm_ds.layouts.element_order import reordered
-from wsm_ds.layouts.layout import Table, TensorInfo
-from wsm_ds.layouts.saved_names import saved_name
+from wsm_ds.layouts.layout import TensorInfo
+from wsm_ds.outputs.named_tensors import in_stored_order, new_names, stored_dtype
 from wsm_ds.outputs.zero_checkpoint import OutputFiles, OutputWindow, output_files
 from wsm_ds.planning.plan import LiteralSegment, Template, ZeroSegment
 from wsm_ds.planning.streams import FragmentRow, SourceTables, fragment_table
@@ -66,8 +62,8 @@ def plan_safetensors(
             "do not say how each tensor is split. Merge into a zero checkpoint (--format zero), and export that with "
             "the training code's own converter."
         )
-    names = _renamed(newest.tensors, rename)
-    dtypes = {name: _stored_dtype(info, dtype) for name, info in newest.tensors.items()}
+    names = new_names(newest.tensors, rename, "in safetensors", ("", METADATA))
+    dtypes = {name: stored_dtype(info, dtype) for name, info in newest.tensors.items()}
     _require_storable(newest, dtypes)
     if newest.extra_states:
         log.warning("%s: left out of safetensors, as they are no tensors: %s", newest.path, few(newest.extra_states))
@@ -80,7 +76,7 @@ def plan_safetensors(
             for number, (name, info) in enumerate(newest.tensors.items())
             if info.role == role and name in shard.offsets
         ]
-        table = _in_stored_order(fragment_table(rows), newest)
+        table = in_stored_order(fragment_table(rows), newest)
         if len(table):
             requests.append(window.request(kind, tables.renumbered(table, newest)))
     templates = []
@@ -89,21 +85,6 @@ def plan_safetensors(
         templates.append(Template(shard.name, shard.nbytes, [LiteralSegment(0, shard.header), elements], ()))
     files = output_files(window, templates, requests)
     return OutputFiles(files, tuple(requests)), _index(newest.tensors, dtypes, shards, names)
-
-
-def _in_stored_order(table: Table, newest: Layout) -> Table:
-    """Numbers the elements of a table of row-major tensors as the checkpoint does."""
-    for number, (name, info) in enumerate(newest.tensors.items()):
-        if info.axes is not None and (is_turned := table["tensor"] == number).any():
-            turned = reordered(table[is_turned], name, info.shape, None, info.axes)
-            table = np.concatenate([table[~is_turned], turned])
-    return table
-
-
-def _stored_dtype(info: TensorInfo, requested: DType | None) -> DType:
-    """The dtype of a tensor in the output."""
-    is_cast = requested is not None and info.role != "buffer" and info.dtype.is_floating
-    return requested if requested is not None and is_cast else info.dtype
 
 
 def _require_storable(newest: Layout, dtypes: dict[str, DType]) -> None:
@@ -115,31 +96,6 @@ def _require_storable(newest: Layout, dtypes: dict[str, DType]) -> None:
             f"{newest.path} holds {few(unstorable)}, which safetensors cannot store. Write --format zero, or convert "
             "them in the training program."
         )
-
-
-def _renamed(tensors: dict[str, TensorInfo], rename: dict[str, str]) -> dict[str, str]:
-    """The name of each tensor in the output."""
-    names = {fqn: saved_name(fqn) for fqn in tensors}
-    for pattern, replacement in rename.items():
-        if not any(re.search(pattern, name) for name in names.values()):
-            raise RecipeError(
-                f"rename (--rename): {pattern!r} matches no tensor's name. The names are {few(names.values())}."
-            )
-        names = {fqn: re.sub(pattern, replacement, name) for fqn, name in names.items()}
-    used_names: dict[str, str] = {}
-    for fqn, name in names.items():
-        if name in ("", METADATA):
-            raise RecipeError(
-                f"{fqn} would be called {name!r} in safetensors, which cannot be a tensor's name; give it another with "
-                "rename (--rename PATTERN=NEW)."
-            )
-        if name in used_names:
-            raise RecipeError(
-                f"rename (--rename) gives {fqn} the name {name!r}, which {used_names[name]} has already; change the "
-                "pattern or the replacement."
-            )
-        used_names[name] = fqn
-    return names
 
 
 def _shards(

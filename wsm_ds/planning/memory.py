@@ -6,8 +6,8 @@ from wsm_ds.errors import BudgetTooSmall
 from wsm_ds.layouts import Checkpoint, Layout, read_layout
 from wsm_ds.layouts.detection import OnFiles
 from wsm_ds.layouts.size import metadata_size
-from wsm_ds.planning.recipe import MergeRecipe
 from wsm_ds.planning.window import ReadLayout
+from wsm_ds.planning.window_recipe import WindowRecipe
 from wsm_ds.sizes import format_size
 
 FILE_BYTES = 1536
@@ -39,7 +39,7 @@ class PlanningMemory:
         needed: memory that the plan takes, in bytes, as far as it is known.
     """
 
-    def __init__(self, recipes: Sequence[MergeRecipe], read: ReadLayout | None, on_files: OnFiles) -> None:
+    def __init__(self, recipes: Sequence[WindowRecipe], read: ReadLayout | None, on_files: OnFiles) -> None:
         self.budget = int(recipes[0].memory_budget)
         self.checkpoints = max(recipe.last or len(recipe.tags or ()) or 1 for recipe in recipes)
         self.inner, self.on_files = read, on_files

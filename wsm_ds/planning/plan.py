@@ -212,6 +212,8 @@ class Output:
         texts: small files of the output's root, by name.
         recipe: the recipe as plain data.
         matched_names: what was renamed in older sources, as plain data.
+        figures: length, age and width of the window, see `WindowFigures.to_json`.
+        samples, tokens: counts of the run at each source; None: not known.
     """
 
     out: Path
@@ -222,6 +224,14 @@ class Output:
     texts: dict[str, str]
     recipe: dict[str, Any]
     matched_names: tuple[dict[str, Any], ...] = ()
+    figures: dict[str, Any] = field(default_factory=dict)
+    samples: tuple[int, ...] | None = None
+    tokens: tuple[int, ...] | None = None
+
+    @property
+    def spread(self) -> str | None:
+        """How far the curve's coefficients spread, see `wsm_ds.schedules.spread`; None for given coefficients."""
+        return None if self.recipe.get("curve") is None else self.recipe.get("spread") or "wsm"
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -317,14 +327,18 @@ class Plan:
 
 def describe_output(output: Output) -> dict[str, Any]:
     """Returns an output's window and its figures as plain data, as in the manifest."""
+    counts = {"samples": output.samples, "tokens": output.tokens}
+    window = output.figures | {name: list(values) for name, values in counts.items() if values is not None}
     return {
         "out": str(output.out),
         "sources": [
             {"path": str(s.path), "tag": s.tag, "step": s.step, "coefficient": s.coefficient} for s in output.sources
         ],
         "curve": output.curve,
+        "spread": output.spread,
         "effective_sample_size": output.ess,
         "lag_steps": output.lag_steps,
+        "window": window,
     } | ({"matched_names": list(output.matched_names)} if output.matched_names else {})
 
 

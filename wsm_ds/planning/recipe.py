@@ -7,42 +7,26 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from typing_extensions import Unpack
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self, Unpack
 
-from wsm_ds.distributed.launcher import local_world_size
 from wsm_ds.errors import RecipeError, brief, few
-from wsm_ds.planning.recipe_errors import check_replacements, unknown_key, validation_sentences
+from wsm_ds.planning.recipe_errors import check_replacements, unknown_key
 from wsm_ds.planning.recipe_file import read_yaml
 from wsm_ds.planning.recipe_options import CheckpointOptions, RecipeOptions, StrPath, SweepOptions
-from wsm_ds.sizes import parse_size
+from wsm_ds.planning.window_recipe import WindowRecipe, positive_bytes, validated
 
-Allowance = Literal["warmup", "lr-change", "foreign-files"]
 MAX_RANKS = 1 << 17
 """Most ranks of an output, more than any cluster has, so that a mistyped number does not fill the memory."""
 MAX_OUTPUTS = 1000
 """Most outputs of one recipe, so that a mistyped list does not fill the memory: the lengths of lists multiply."""
 
 
-class MergeRecipe(BaseModel):
-    """One merge: which checkpoints, which coefficients, what to write.
-
-    The window is chosen in exactly one way: by `last` (up to `to_step`, if that is set), by `from_step` with `to_step`,
-    or by `tags`.
+class MergeRecipe(WindowRecipe):
+    """One merge: which sum of checkpoints, see `WindowRecipe`, and what to write.
 
     Attributes:
-        run: the run's folder (DeepSpeed's save_dir, or HF Trainer's output_dir).
         out: the folder to make. It must not exist.
-        last: the newest N complete checkpoints, up to `to_step` if that is set.
-        from_step: first step of the window.
-        to_step: last step of the window; both ends belong to it.
-        tags: checkpoints by name; their steps give the order.
-        curve: the decay curve to emulate ("linear", "cosine", "1-sqrt", "power:2", "ema:0.1", …); "linear" if neither
-            it nor `coefficients` is given.
-        floor: the curve's final rate as a fraction of the peak, 0 to 1.
-        coefficients: instead of a curve: one number per checkpoint, oldest first, with sum 1.
-        oldest_interval: steps of the interval before the oldest checkpoint, which it stands for; the median interval if
-            not set.
         format: "zero" (DeepSpeed loads it), "universal" (DeepSpeed loads it at any stage and world size, with
             `load_universal` in its config) or "safetensors".
         dtype: dtype of the parameters in safetensors; the training dtype if not set.
@@ -52,32 +36,13 @@ class MergeRecipe(BaseModel):
         stage: ZeRO stage of a zero output; that of the newest checkpoint if not set.
         sub_group_size: stage 3's sub_group_size of a zero output, in elements; that of the newest if not set.
         like: a checkpoint's folder, RUN/TAG: a zero output takes its stage, world size and sub_group_size.
-        memory_budget: bytes, or text as "512MiB"; limits all buffers of the merge, in each process.
-        threads: workers of each process; if not set, all cores, shared with the other ranks of the machine.
         max_shard_size: bytes of a safetensors file, or text as "5GB".
         rename: for safetensors: regular expressions and their replacements, applied to every name, in order.
-        rename_sources: for older checkpoints of the window whose names differ from those of the newest: by tag (or a
-            pattern of tags, with * and ?), regular expressions and their replacements, in order. Names that differ
-            only by known wrappers (`torch.compile` and others) are matched without it.
         include: files to copy into the output's root (config.json, tokenizer files). The files that HF Trainer keeps
             beside the newest checkpoint are always copied, except weights.
-        allow: checks to skip: "warmup" (the window lies inside the warmup), "lr-change" (the rate changes in it),
-            "foreign-files" (files of a checkpoint are not of one save).
-        allow_globals: names of classes in the checkpoints' client state to carry as data; they are not imported.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-    run: Path
     out: Path
-    last: int | None = Field(default=None, ge=1)
-    from_step: int | None = Field(default=None, ge=0)
-    to_step: int | None = Field(default=None, ge=0)
-    tags: tuple[str, ...] | None = None
-    curve: str | None = None
-    floor: float = Field(default=0.0, ge=0.0, le=1.0)
-    coefficients: tuple[float, ...] | None = None
-    oldest_interval: int | None = Field(default=None, ge=1)
     format: Literal["zero", "universal", "safetensors"] = "zero"
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     optimizer_states: Literal["carry", "merge", "drop"] = "carry"
@@ -85,22 +50,19 @@ class MergeRecipe(BaseModel):
     stage: Literal[1, 2, 3] | None = None
     sub_group_size: int | None = Field(default=None, ge=1)
     like: Path | None = None
-    memory_budget: int | str = "512MiB"
-    threads: int = Field(default_factory=lambda: max(1, len(os.sched_getaffinity(0)) // local_world_size()), ge=1)
     max_shard_size: int | str = "5GB"
     rename: dict[str, str] = Field(default_factory=dict)
-    rename_sources: dict[str, dict[str, str]] = Field(default_factory=dict)
     include: tuple[Path, ...] = ()
-    allow: tuple[Allowance, ...] = ()
-    allow_globals: tuple[str, ...] = ()
 
-    @field_validator("memory_budget", "max_shard_size")
+    @property
+    def keeps_training_state(self) -> bool:
+        """Whether the output is a checkpoint from which a training continues, and no file of weights alone."""
+        return self.format != "safetensors"
+
+    @field_validator("max_shard_size")
     @classmethod
-    def _bytes(cls, value: int | str) -> int:
-        nbytes = parse_size(value)
-        if nbytes < 1:
-            raise ValueError(f"at least one byte is needed, found {value!r}")
-        return nbytes
+    def _shard_bytes(cls, value: int | str) -> int:
+        return positive_bytes(value)
 
     @field_validator("rename")
     @classmethod
@@ -108,50 +70,8 @@ class MergeRecipe(BaseModel):
         check_replacements(value)
         return value
 
-    @field_validator("rename_sources")
-    @classmethod
-    def _source_patterns(cls, value: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-        for patterns in value.values():
-            check_replacements(patterns)
-        return value
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_curve(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("curve") is None and values.get("coefficients") is None:
-            return values | {"curve": "linear"}
-        return values
-
     @model_validator(mode="after")
-    def _check_window(self) -> "MergeRecipe":
-        by_range = self.from_step is not None or (self.to_step is not None and self.last is None)
-        if [self.last is not None, by_range, self.tags is not None].count(True) != 1:
-            settings = self._settings("last", "from_step", "to_step", "tags")
-            raise ValueError(
-                "choose the window in exactly one way: `last` (with `to_step`, if it does not end at the newest "
-                f"checkpoint), `from_step` with `to_step`, or `tags`; found {settings}"
-            )
-        if by_range and self.to_step is None:
-            raise ValueError("`from_step` needs `to_step`, the last step of the window")
-        if by_range and self.from_step is None:
-            raise ValueError("`to_step` needs `from_step`, the first step of the window, or `last`")
-        if by_range and (self.from_step or 0) > (self.to_step or 0):
-            raise ValueError(f"`from_step` ({self.from_step}) is greater than `to_step` ({self.to_step})")
-        return self
-
-    @model_validator(mode="after")
-    def _check_coefficients(self) -> "MergeRecipe":
-        if (self.curve is None) == (self.coefficients is None):
-            settings = self._settings("curve", "coefficients")
-            raise ValueError(f"give either `curve` or `coefficients`; found {settings}")
-        if self.coefficients is not None and self.floor:
-            raise ValueError(
-                f"`floor` ({self.floor}) belongs to a curve, and `coefficients` are used as they are; remove one"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_format(self) -> "MergeRecipe":
+    def _check_format(self) -> Self:
         if self.format != "safetensors":
             if self.dtype is not None:
                 raise ValueError(
@@ -176,7 +96,16 @@ class MergeRecipe(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _check_form(self) -> "MergeRecipe":
+    def _check_states(self) -> Self:
+        if self.optimizer_states == "merge" and any(c < 0.0 for c in self.coefficients or ()):
+            raise ValueError(
+                "`optimizer_states` (merge) with negative `coefficients` could give negative second moments, of which "
+                "the optimizer takes the root; carry or drop them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_form(self) -> Self:
         form = self._settings("world_size", "stage", "sub_group_size")
         has_form = form != "none of them"
         if self.format != "zero" and (self.like is not None or has_form):
@@ -191,11 +120,6 @@ class MergeRecipe(BaseModel):
             )
         return self
 
-    def _settings(self, *keys: str) -> str:
-        """The keys that are set, with their values, for an error message."""
-        values = {key: getattr(self, key) for key in keys}
-        return ", ".join(f"`{key}`={value}" for key, value in values.items() if value is not None) or "none of them"
-
 
 def make_recipe(**values: Unpack[RecipeOptions]) -> MergeRecipe:
     """Returns a validated recipe.
@@ -206,12 +130,7 @@ def make_recipe(**values: Unpack[RecipeOptions]) -> MergeRecipe:
     Raises:
         RecipeError: the message names every wrong key, its value, and what is expected.
     """
-    set_values: dict[str, Any] = {key: value for key, value in values.items() if value is not None}
-    try:
-        return MergeRecipe(**set_values)
-    except ValidationError as error:
-        faults = validation_sentences(error, MergeRecipe.model_fields)
-        raise RecipeError(f"the recipe is not valid: {faults}") from error
+    return validated(MergeRecipe, dict(values))
 
 
 def one_recipe(
@@ -236,7 +155,10 @@ def one_recipe(
     return make_recipe(run=run, out=out, coefficients=(1.0,), **window, **options)
 
 
-SWEPT = {"last": "last{}", "to_step": "to{}", "curve": "{}", "floor": "floor{}", "format": "{}"}
+SWEPT = {
+    "last": "last{}", "last_tokens": "last{}-tokens", "last_samples": "last{}-samples", "to_step": "to{}",
+    "top": "top{}", "curve": "{}", "floor": "floor{}", "spread": "{}", "format": "{}",
+}  # fmt: skip
 """Keys that may have a list of values, one output per value, and the word in the output's folder name."""
 
 
@@ -252,10 +174,10 @@ def make_recipes(*, always_named: Collection[str] = (), **values: Unpack[SweepOp
     ['merged/last4', 'merged/last8']
 
     Args:
-        always_named: keys (`last`, `to_step`, `curve`, `floor`, `format`) that always appear in the folder name, also
-            when they have a single value. Ignored for entries with their own `out`.
-        **values: attributes of `MergeRecipe`; `last`, `to_step`, `curve`, `floor` and `format` may be lists. `outputs`
-            is a list of mappings of the same.
+        always_named: keys that may be lists and always appear in the folder name, also when they have a single
+            value. Ignored for entries with their own `out`.
+        **values: attributes of `MergeRecipe`; `last`, `last_tokens`, `last_samples`, `to_step`, `top`,
+            `curve`, `floor`, `spread` and `format` may be lists. `outputs` is a list of mappings of the same.
 
     Raises:
         RecipeError: the message names every wrong key, its value, and what is expected.

@@ -1,7 +1,7 @@
 """The keywords of `merge`, `export`, `reshard` and `make_recipe(s)`, for type checkers and editors.
 
-`MergeRecipe` documents and validates the options. None means that an option is not set. A test compares the names with
-`MergeRecipe`'s.
+`MergeRecipe` and its base `WindowRecipe` document and validate the options. None means that an option is not set. A
+test compares the names with theirs.
 """
 
 import os
@@ -11,15 +11,49 @@ from typing import Any, Literal
 from typing_extensions import TypedDict
 
 Format = Literal["zero", "universal", "safetensors"]
+Unit = Literal["steps", "samples", "tokens"]
+UNITS: tuple[Unit, ...] = ("steps", "samples", "tokens")
 StrPath = str | os.PathLike[str]
 
 
-class _WorkOptions(TypedDict, total=False):
-    allow: Sequence[Literal["warmup", "lr-change", "foreign-files"]] | None
-    include: Sequence[StrPath] | None
+class _ReadOptions(TypedDict, total=False):
+    allow: Sequence[Literal["warmup", "lr-change", "foreign-files", "negative"]] | None
     allow_globals: Sequence[str] | None
     memory_budget: int | str | None
     threads: int | None
+
+
+class _SumOptions(_ReadOptions, total=False):
+    run: StrPath
+    from_step: int | None
+    tags: Sequence[str] | None
+    coefficients: Sequence[float] | None
+    oldest_interval: int | str | None
+    by: Unit | None
+    tokens_per_step: int | str | None
+    sequence_length: int | None
+    scores: Mapping[str, float] | None
+    maximize: bool | None
+    data_switch: int | None
+    tuned: Mapping[str, Any] | None
+    rename_sources: Mapping[str, Mapping[str, str]] | None
+
+
+class WindowOptions(_SumOptions, total=False):
+    """Options of one sum of checkpoints: the fields of `WindowRecipe`."""
+
+    last: int | None
+    last_tokens: int | str | None
+    last_samples: int | str | None
+    to_step: int | None
+    top: int | None
+    curve: str | None
+    floor: float | None
+    spread: str | None
+
+
+class _WorkOptions(_ReadOptions, total=False):
+    include: Sequence[StrPath] | None
 
 
 class ExportOptions(_WorkOptions, total=False):
@@ -50,23 +84,13 @@ class CheckpointOptions(ExportOptions, _FormOptions, total=False):
     format: Format | None
 
 
-class _MergeOptions(ExportOptions, _FormOptions, total=False):
-    run: StrPath
+class _MergeOptions(ExportOptions, _FormOptions, _SumOptions, total=False):
     out: StrPath
-    from_step: int | None
-    tags: Sequence[str] | None
-    coefficients: Sequence[float] | None
-    oldest_interval: int | None
-    rename_sources: Mapping[str, Mapping[str, str]] | None
 
 
-class RecipeOptions(_MergeOptions, total=False):
+class RecipeOptions(_MergeOptions, WindowOptions, total=False):
     """Options of one merge: the fields of `MergeRecipe`."""
 
-    last: int | None
-    to_step: int | None
-    curve: str | None
-    floor: float | None
     format: Format | None
 
 
@@ -74,8 +98,12 @@ class SweepOptions(_MergeOptions, total=False):
     """Options of several merges: each value of a list makes an output."""
 
     last: int | Sequence[int] | None
+    last_tokens: int | str | Sequence[int | str] | None
+    last_samples: int | str | Sequence[int | str] | None
     to_step: int | Sequence[int] | None
+    top: int | Sequence[int] | None
     curve: str | Sequence[str] | None
     floor: float | Sequence[float] | None
+    spread: str | Sequence[str] | None
     format: Format | Sequence[Format] | None
     outputs: Sequence[Mapping[str, Any]] | None

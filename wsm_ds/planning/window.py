@@ -1,32 +1,30 @@
 """From a recipe to its window: the checkpoints, their coefficients, and checks that they can be merged."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wsm_ds.errors import BrokenCheckpoint, LayoutMismatch, WindowError, few
-from wsm_ds.layouts import Checkpoint, Layout, find_checkpoints, read_layout
+from wsm_ds.errors import LayoutMismatch, WindowError, few
+from wsm_ds.layouts import Checkpoint, Layout, read_layout
 from wsm_ds.layouts.frameworks import UNIVERSAL
-from wsm_ds.layouts.layout import are_copies
-from wsm_ds.layouts.order import NUMBER, Dated, abandoned, in_order, require_one_series, without_universal_copies
-from wsm_ds.layouts.run import deleted_steps, find_tag
+from wsm_ds.layouts.order import NUMBER
 from wsm_ds.planning.constant_rate import check_constant_rate
+from wsm_ds.planning.course import CountReader, Course, Place
+from wsm_ds.planning.figures import WindowFigures, window_figures
 from wsm_ds.planning.names import MatchedNames, unused_rules, with_names_of_newest
 from wsm_ds.planning.one_save import FindProblem, problem_of, require_one_save
-from wsm_ds.planning.recipe import MergeRecipe
+from wsm_ds.planning.selection import ReadLayout as ReadLayout
+from wsm_ds.planning.selection import read_window
+from wsm_ds.planning.window_recipe import WindowRecipe
 from wsm_ds.schedules.coefficients import check_coefficients, merge_coefficients
 from wsm_ds.schedules.curves import parse_curve
 
 log = logging.getLogger(__name__)
-
-ReadLayout = Callable[[Checkpoint, frozenset[str]], Layout]
-"""`read_layout`, or a function that caches its results."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +34,20 @@ class Window:
     Attributes:
         layouts: by rising step, with the names of the newest.
         coefficients: one per layout, float64, with sum 1.
+        course: steps, samples and tokens of the run at each layout.
+        figures: what describes the window and its coefficients.
         matched_names: what was renamed in older layouts.
     """
 
     layouts: tuple[Layout, ...]
     coefficients: NDArray[np.float64]
+    course: Course
+    figures: WindowFigures
     matched_names: tuple[MatchedNames, ...] = ()
 
 
 def select_window(
-    recipe: MergeRecipe,
+    recipe: WindowRecipe,
     read: ReadLayout = read_layout,
     warn: Callable[..., None] = log.warning,
     find_problem: FindProblem = problem_of,
@@ -61,11 +63,33 @@ def select_window(
     Raises:
         CheckpointNotFound, BrokenCheckpoint, UnsupportedLayout, UnsafePickle: see `read_layout`.
         WindowError: no checkpoint lies in the range, a step occurs twice, the window lies inside the warmup, or the
-            learning rate changes in it. The message names the checkpoints.
+            learning rate changes in it; or it is measured in samples or tokens that the run does not tell, or has no
+            score for a checkpoint. The message names the checkpoints.
         LayoutMismatch: the checkpoints do not hold the same model; the message names the differences.
         ForeignFiles: a checkpoint has files of another save.
     """
-    layouts = sorted(_read_window(recipe, read, warn), key=lambda layout: layout.step)
+    layouts = sorted(read_window(recipe, read, warn), key=lambda layout: layout.step)
+    _require_one_of_each_step(layouts)
+    layouts = best_scored(layouts, recipe)
+    if recipe.tags is None:
+        _warn_of_several_series(layouts, warn)
+    named, matched_names = _with_one_list_of_names(layouts, recipe, warn)
+    check_constant_rate(layouts, recipe.allow, warn)
+    require_one_save(layouts, recipe.allow, find_problem)
+    if layouts[-1].is_train_mode and not recipe.keeps_training_state:
+        warn(
+            "%s was saved in the training mode of a schedule-free optimizer: its weights are not the averaged ones, "
+            "which one evaluates. Call optimizer.eval() before saving to get those.",
+            layouts[-1].path,
+        )
+    course = CountReader(recipe).course(_places(layouts))
+    window = _window(named, _coefficients(recipe, course), course, recipe, matched_names)
+    for warning in window.figures.warnings:
+        warn("%s", warning)
+    return window
+
+
+def _require_one_of_each_step(layouts: Sequence[Layout]) -> None:
     steps = [layout.step for layout in layouts]
     repeated = sorted({step for step in steps if steps.count(step) > 1})
     if repeated:
@@ -74,8 +98,12 @@ def select_window(
             f"step {few(repeated)} is in the window more than once: {few(tags)}. A merge needs one checkpoint of each "
             "step: name only one of them (--tags A,B,…)."
         )
-    if recipe.tags is None:
-        _warn_of_several_series(layouts, warn)
+
+
+def _with_one_list_of_names(
+    layouts: Sequence[Layout], recipe: WindowRecipe, warn: Callable[..., None]
+) -> tuple[tuple[Layout, ...], tuple[MatchedNames, ...]]:
+    """The layouts with the names of the newest, and what was renamed. Checks that they hold the same model."""
     named, matched_names = with_names_of_newest(layouts, recipe.rename_sources)
     unused = unused_rules(layouts, recipe.rename_sources)
     if unused:
@@ -89,15 +117,7 @@ def select_window(
         warn("tensors have the names of %s, and were renamed in %s", layouts[-1].tag, few(matched_names, 2))
     for layout in named[:-1]:
         check_same_model(layout, named[-1])
-    check_constant_rate(layouts, recipe.allow, warn)
-    require_one_save(layouts, recipe.allow, find_problem)
-    if layouts[-1].is_train_mode and recipe.format == "safetensors":
-        warn(
-            "%s was saved in the training mode of a schedule-free optimizer: its weights are not the averaged ones, "
-            "which one evaluates. Call optimizer.eval() before saving to get those.",
-            layouts[-1].path,
-        )
-    return Window(named, _coefficients(recipe, steps), matched_names)
+    return named, matched_names
 
 
 def _warn_of_several_series(layouts: Sequence[Layout], warn: Callable[..., None]) -> None:
@@ -111,22 +131,89 @@ def _warn_of_several_series(layouts: Sequence[Layout], warn: Callable[..., None]
         )
 
 
-def _coefficients(recipe: MergeRecipe, steps: list[int]) -> NDArray[np.float64]:
-    """The coefficients that the recipe states, or those of its curve on the grid of the window's steps."""
-    if recipe.coefficients is None:
-        curve = parse_curve(recipe.curve or "linear")
-        return merge_coefficients(curve, steps=steps, oldest_interval=recipe.oldest_interval, floor=recipe.floor)
-    coefficients = check_coefficients(recipe.coefficients)
-    if len(coefficients) != len(steps):
+def best_scored(layouts: list[Layout], recipe: WindowRecipe) -> list[Layout]:
+    """The `recipe.top` checkpoints with the best scores, by rising step; all of them if it is not set.
+
+    Of two with the same score, the newer one is taken.
+
+    Args:
+        layouts: of the window, by rising step.
+        recipe: has the scores, by tag.
+
+    Raises:
+        WindowError: there are fewer checkpoints than `top`, or one has no score.
+    """
+    if recipe.top is None:
+        return layouts
+    silent = [layout.tag for layout in layouts if layout.tag not in recipe.scores]
+    if silent:
         raise WindowError(
-            f"coefficients (--coefficients): {len(coefficients)} were given for {len(steps)} checkpoints, steps "
-            f"{few(steps)}. Give one per checkpoint, oldest first."
+            f"top (--top): {few(silent)} {'has' if len(silent) == 1 else 'have'} no score. Evaluate all checkpoints of "
+            "the window, or choose one that has scores."
+        )
+    if len(layouts) < recipe.top:
+        raise WindowError(f"top (--top): {recipe.top} checkpoints were asked for, but the window has {len(layouts)}.")
+    sign = -1.0 if recipe.maximize else 1.0
+    best = sorted(layouts, key=lambda layout: (sign * recipe.scores[layout.tag], -layout.step))[: recipe.top]
+    return sorted(best, key=lambda layout: layout.step)
+
+
+def _places(layouts: Sequence[Layout]) -> list[Place]:
+    return [Place(layout.path, layout.tag, layout.step) for layout in layouts]
+
+
+def _coefficients(recipe: WindowRecipe, course: Course) -> NDArray[np.float64]:
+    """The coefficients that the recipe states, or those of its curve on the grid of the window's steps or tokens."""
+    if recipe.coefficients is None:
+        curve, spread = parse_curve(recipe.curve or "linear"), recipe.spread or "wsm"
+        if recipe.top is not None:
+            return merge_coefficients(curve, n=len(course.steps), floor=recipe.floor, spread=spread)
+        positions, oldest = course.required(recipe.unit), oldest_interval(recipe, course)
+        return merge_coefficients(curve, steps=positions, oldest_interval=oldest, floor=recipe.floor, spread=spread)
+    coefficients = check_coefficients(recipe.coefficients, allow_negative="negative" in recipe.allow)
+    if len(coefficients) != len(course.steps):
+        raise WindowError(
+            f"coefficients (--coefficients): {len(coefficients)} were given for {len(course.steps)} checkpoints, steps "
+            f"{few(course.steps)}. Give one per checkpoint, oldest first."
         )
     return coefficients
 
 
+def oldest_interval(recipe: WindowRecipe, course: Course) -> int | None:
+    """The interval that the oldest checkpoint stands for, in the recipe's unit; None: the median of the others.
+
+    In a window of the newest D tokens it is what is left of D.
+
+    Args:
+        recipe: says how the window is chosen.
+        course: of the run at the window's checkpoints.
+    """
+    counts = course.known(recipe.unit)
+    if recipe.newest_counts is not None and recipe.top is None and counts is not None:
+        return recipe.newest_counts - (counts[-1] - counts[0])
+    return None if recipe.oldest_interval is None else int(recipe.oldest_interval)
+
+
+def _window(
+    layouts: tuple[Layout, ...],
+    coefficients: NDArray[np.float64],
+    course: Course,
+    recipe: WindowRecipe,
+    matched_names: tuple[MatchedNames, ...],
+) -> Window:
+    is_measured = course.known(recipe.unit) is not None
+    figures = window_figures(
+        course,
+        coefficients,
+        unit=recipe.unit if is_measured else "steps",
+        oldest_interval=oldest_interval(recipe, course) if is_measured else None,
+        data_switch=recipe.data_switch,
+    )
+    return Window(layouts, coefficients, course, figures, matched_names)
+
+
 def recorded_window(
-    sources: Sequence[Mapping[str, Any]], recipe: MergeRecipe, read: ReadLayout = read_layout
+    sources: Sequence[Mapping[str, Any]], recipe: WindowRecipe, read: ReadLayout = read_layout
 ) -> Window:
     """Reads the window again that a manifest or an interrupted merge has recorded.
 
@@ -142,7 +229,8 @@ def recorded_window(
     allowed = frozenset(recipe.allow_globals)
     layouts = tuple(read(Checkpoint(source["tag"], Path(source["path"])), allowed) for source in sources)
     named, matched_names = with_names_of_newest(layouts, recipe.rename_sources)
-    return Window(named, np.array([source["coefficient"] for source in sources]), matched_names)
+    coefficients = np.array([source["coefficient"] for source in sources])
+    return _window(named, coefficients, CountReader(recipe).course(_places(layouts)), recipe, matched_names)
 
 
 def union_of(windows: Sequence[Window]) -> tuple[Layout, ...]:
@@ -173,144 +261,6 @@ def _require_same_names(one: Layout, other: Layout) -> None:
             f"windows of one call need {one.path} and {other.path} with one list of tensor names, but only the former "
             f"has {only or 'this order'}. If they hold the same model, make the outputs of the windows in separate "
             "calls."
-        )
-
-
-def _read_window(recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None]) -> list[Layout]:
-    """The layouts of the checkpoints that the recipe chooses by tags, by `last` or by a range of steps."""
-    allowed = frozenset(recipe.allow_globals)
-    if recipe.tags is not None:
-        return [read(find_tag(recipe.run, tag), allowed) for tag in recipe.tags]
-    checkpoints = find_checkpoints(recipe.run)
-    require_one_series(recipe.run, checkpoints)
-    dated = in_order(without_universal_copies(checkpoints))
-    _require_none_abandoned(dated, recipe)
-    if recipe.last is not None:
-        return _newest_complete(dated, recipe, read, warn)
-    return _in_range(dated, recipe, read, warn)
-
-
-def _require_none_abandoned(dated: Sequence[Dated], recipe: MergeRecipe) -> None:
-    """Raises WindowError if the window may hold a checkpoint that the training has left behind, see `abandoned`."""
-    latest, left = abandoned(recipe.run, dated)
-    low, high = recipe.from_step or 0, recipe.to_step
-    tags = [d.checkpoint.tag for d in left if d.step is not None and low <= d.step and (high is None or d.step <= high)]
-    if latest is not None and tags:
-        raise WindowError(
-            f"{recipe.run / 'latest'} names {latest.checkpoint.tag} (step {latest.step}), which was written after "
-            f"{few(tags)}, although its step is smaller: the training went back to an earlier checkpoint, or its "
-            "counter of steps was set back. So these may be of another course of the training. Choose a window "
-            f"that ends at {latest.checkpoint.tag} (--to {latest.step}), or choose the checkpoints by tags "
-            "(--tags A,B,…; they are ordered by their steps)."
-        )
-
-
-def _of_equal_step(dated: Iterable[Dated]) -> list[tuple[Dated, ...]]:
-    """Groups dated checkpoints, which are in order. One of unknown step is a group of its own."""
-    groups = groupby(dated, key=lambda d: d.checkpoint.tag if d.step is None else d.step)
-    return [tuple(members) for _, members in groups]
-
-
-def _in_range(dated: Sequence[Dated], recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None]) -> list[Layout]:
-    """The layouts from `recipe.from_step` to `recipe.to_step`."""
-    low, high = recipe.from_step or 0, recipe.to_step or 0
-    within = [d for d in dated if d.may_lie_in(low, high)]
-    if not within:
-        raise WindowError(f"{recipe.run} holds no checkpoint from step {low} to {high} (--from, --to); {_held(dated)}")
-    for unknown in within:
-        if unknown.step is None:
-            raise unknown.why_it_counts()
-    return [_read_step(group, recipe, read, warn) for group in _of_equal_step(within)]
-
-
-def _read_step(members: Sequence[Dated], recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None]) -> Layout:
-    """The layout of a step. If it was saved several times, broken saves and copies are left out.
-
-    Raises:
-        BrokenCheckpoint: none of its checkpoints is complete.
-        WindowError: two of them hold different elements.
-    """
-    layouts: list[Layout] = []
-    problems: list[tuple[Dated, BrokenCheckpoint]] = []
-    # A copy that was made beside the series (`best`, `last.ckpt`) often has a name without a number.
-    for dated in sorted(members, key=lambda d: not any(map(str.isdigit, d.checkpoint.tag))):
-        try:
-            layouts.append(read(dated.checkpoint, frozenset(recipe.allow_globals)))
-        except BrokenCheckpoint as error:
-            problems.append((dated, error))
-    if not layouts:
-        raise problems[0][1]
-    for dated, problem in problems:
-        warn("%s is skipped: %s", dated.checkpoint.tag, str(problem))
-    for other in layouts[1:]:
-        if not are_copies(layouts[0], other):
-            raise WindowError(
-                f"step {other.step} was saved more than once, as {few(d.checkpoint.tag for d in members)}, and their "
-                "elements differ. Choose the checkpoints by tags (--tags A,B,…)."
-            )
-    return layouts[0]
-
-
-def _held(dated: Sequence[Dated]) -> str:
-    names = [f"{d.checkpoint.tag} (step {'unknown' if d.step is None else d.step})" for d in dated]
-    return f"it holds {few(names)}."
-
-
-def _newest_complete(
-    dated: Sequence[Dated], recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None]
-) -> list[Layout]:
-    """The newest `recipe.last` layouts. Broken ones at the end of the run are skipped: they may not be complete yet."""
-    layouts: list[Layout] = []
-    skipped: list[tuple[str, BrokenCheckpoint]] = []
-    candidates = [d for d in dated if recipe.to_step is None or d.earliest <= recipe.to_step]
-    for group in reversed(_of_equal_step(candidates)):
-        if len(layouts) == recipe.last:
-            break
-        newest = group[-1]
-        try:
-            if newest.problem is not None and len(group) == 1:
-                raise newest.problem
-            layouts.append(_read_step(group, recipe, read, warn))
-        except BrokenCheckpoint as error:
-            if layouts:
-                raise BrokenCheckpoint(
-                    f"{error} It is among the newest {recipe.last} checkpoints. Repair it, or choose the window "
-                    "without it by tags (--tags A,B,…)."
-                ) from error
-            if not newest.is_placed and any(d.problem is None for d in candidates):
-                raise newest.why_it_counts() from error
-            skipped.append((newest.checkpoint.tag, error))
-    _require_count(layouts, skipped, candidates, recipe)
-    for tag, problem in skipped:
-        warn("%s is skipped: %s", tag, str(problem))
-    return layouts
-
-
-def _require_count(
-    layouts: Sequence[Layout],
-    skipped: Sequence[tuple[str, BrokenCheckpoint]],
-    candidates: Sequence[Dated],
-    recipe: MergeRecipe,
-) -> None:
-    """Raises an error if there are fewer than `recipe.last` layouts, or if checkpoints between them were deleted."""
-    until = "" if recipe.to_step is None else f" up to step {recipe.to_step}"
-    if skipped and not layouts:
-        tag, error = skipped[0]
-        others = f" None of the other {len(skipped) - 1} checkpoints can be read, either." if len(skipped) > 1 else ""
-        raise BrokenCheckpoint(f"{tag}, the newest checkpoint{until}, cannot be read: {error}{others}") from error
-    if len(layouts) < (recipe.last or 0):
-        reasons = f" Skipped: {few((problem for _, problem in skipped), 2)}" if skipped else ""
-        raise WindowError(
-            f"last (--last): {recipe.last} complete checkpoints{until} were asked for, but "
-            f"{recipe.run} has {len(layouts)}; {_held(candidates)}{reasons}"
-        )
-    steps = [layout.step for layout in layouts]
-    deleted = sorted(step for step in deleted_steps(recipe.run) - set(steps) if min(steps) < step < max(steps))
-    if deleted:
-        raise WindowError(
-            f"the newest {recipe.last} checkpoints{until} of {recipe.run} are not all there any more: `wsm-ds prune` "
-            f"has deleted {'step' if len(deleted) == 1 else 'steps'} {few(deleted)}. Choose the window by its steps "
-            "(--from, --to), or by tags (--tags)."
         )
 
 

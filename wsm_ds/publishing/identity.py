@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-NOT_OF_THE_BYTES = ("out", "memory_budget", "threads")
+NOT_OF_THE_BYTES = ("out", "memory_budget", "threads", "tuned", "data_switch")
 """Fields of a recipe that do not change the output's bytes."""
 RUN = "run"
 """Not part of the identity either: the sources are, with their resolved paths. A run can be spelled in many ways."""

@@ -1,12 +1,12 @@
 """Tables for people: plans, coefficients, inspections. The functions return text and print nothing."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from wsm_ds.engine.timings import Timings
 from wsm_ds.errors import one_line
 from wsm_ds.inspection import Inspected
-from wsm_ds.planning.plan import Plan
-from wsm_ds.sizes import format_size
+from wsm_ds.planning.plan import Output, Plan
+from wsm_ds.sizes import format_count, format_size
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -55,11 +55,12 @@ def plan_report(plan: Plan) -> str:
     """
     lines = []
     for output in plan.outputs:
-        rows = [[source.tag, str(source.step), f"{source.coefficient:.6f}"] for source in output.sources]
+        spread = f"  spread {output.spread}" if output.spread not in (None, "wsm") else ""
         lines += [
-            table(["checkpoint", "step", "coefficient"], rows),
-            f"curve {output.curve}  effective sample size {output.ess:.2f} of {len(output.sources)}  "
+            _sources_table(output),
+            f"curve {output.curve}{spread}  effective sample size {output.ess:.2f} of {len(output.sources)}  "
             f"lag {output.lag_steps:g} steps",
+            _window_line(output),
             f"out  {output.out}",
         ]
     lines.append(
@@ -68,6 +69,34 @@ def plan_report(plan: Plan) -> str:
         f"{format_size(plan.planning_bytes)})   threads {plan.threads}"
     )
     return "\n".join(lines)
+
+
+def _sources_table(output: Output) -> str:
+    """The checkpoints with steps and coefficients, and with tokens, or with samples if the window is measured so."""
+    is_by_samples = output.recipe.get("by") == "samples" or output.recipe.get("last_samples") is not None
+    unit, counts = ("samples", output.samples) if is_by_samples else ("tokens", output.tokens)
+    header, rows = ["checkpoint", "step", "coefficient"], []
+    for number, source in enumerate(output.sources):
+        middle = [format_count(counts[number])] if counts is not None else []
+        rows.append([source.tag, str(source.step), *middle, f"{source.coefficient:.6f}"])
+    return table([*header[:2], *([unit] if counts is not None else []), header[2]], rows)
+
+
+def _window_line(output: Output) -> str:
+    """Length, age and width of the window, in every unit that is known, and how it lies around a change of the data."""
+    names = {"duration": "window", "mean_age": "mean age", "deviation": "standard deviation"}
+    parts = [f"{word} {_amount(output.figures[name])}" for name, word in names.items() if name in output.figures]
+    switch = output.figures.get("data_switch")
+    if switch is not None:
+        parts.append(
+            f"after the data switch {switch['weight_after']:.1%} of the weight, {switch['updates_after']:.1%} of the "
+            "updates"
+        )
+    return "   ".join(parts)
+
+
+def _amount(values: Mapping[str, float]) -> str:
+    return " = ".join(f"{format_count(value)} {unit}" for unit, value in values.items() if unit != "samples")
 
 
 def summary_report(plan: Plan, timings: Timings, wall_s: float, world_size: int) -> str:
@@ -117,7 +146,9 @@ def inspection_report(checkpoints: Iterable[Inspected]) -> str:
     return "\n".join([table(header, rows), *links, *problems])
 
 
-def coefficients_report(coefficients: Sequence[float], steps: Sequence[int], ess: float, lag_steps: float) -> str:
+def coefficients_report(
+    coefficients: Sequence[float], steps: Sequence[int], ess: float, lag_steps: float, deviation_steps: float
+) -> str:
     """Returns a table of coefficients and the figures that describe them.
 
     Args:
@@ -125,8 +156,12 @@ def coefficients_report(coefficients: Sequence[float], steps: Sequence[int], ess
         steps: [N], the checkpoints' steps.
         ess: effective sample size.
         lag_steps: lag of the merge.
+        deviation_steps: standard deviation of the age of its weights.
     """
     rows = [[str(step), f"{c:.6f}"] for step, c in zip(steps, coefficients, strict=True)]
     return "\n".join(
-        [table(["step", "coefficient"], rows), f"effective sample size {ess:.2f}   lag {lag_steps:g} steps"]
+        [
+            table(["step", "coefficient"], rows),
+            f"effective sample size {ess:.2f}   lag {lag_steps:g} steps   standard deviation {deviation_steps:g} steps",
+        ]
     )

@@ -1,4 +1,4 @@
-"""Coefficients of a merge, from a decay curve or from the user, and the figures that describe them.
+"""Coefficients of a merge, from a decay curve or from the user.
 
 Let θ_0 … θ_k be checkpoints, oldest first, N = k + 1, with the updates θ_i = θ_{i-1} - g_i between them. Then
 
@@ -24,7 +24,8 @@ from numpy.typing import ArrayLike
 
 from wsm_ds.errors import CurveError
 from wsm_ds.schedules.curves import Array, Curve, parse_curve
-from wsm_ds.schedules.grid import exact_steps, grid, interval_shares
+from wsm_ds.schedules.grid import grid, interval_shares
+from wsm_ds.schedules.spread import Spread, parse_spread, spread_coefficients
 
 SUM_TOLERANCE = 1e-9
 """How far the sum of the user's coefficients may be from 1."""
@@ -74,49 +75,53 @@ def merge_coefficients(
     steps: Iterable[float] | None = None,
     oldest_interval: float | None = None,
     floor: float = 0.0,
+    spread: Spread | str = "wsm",
 ) -> Array:
     """Returns the coefficients of the merge that emulates `curve`.
 
     With the floor m they are c = m e_k + (1 - m) c⁰: e_k is the newest checkpoint alone, c⁰ the merge without floor.
+    Another spread than "wsm" gives a narrower row with the same mean index (docs/theory.md, "Narrower merges").
 
     The coefficients of `linear` are the shares of the intervals in the window. They are computed as exact fractions,
     and each is rounded once. Those of other curves are differences of decay factors that are rounded to float64.
 
     Example:
-        >>> merge_coefficients("linear", n=3).tolist() == [1 / 3, 1 / 3, 1 / 3]
-        True
         >>> merge_coefficients("cosine", n=4).round(6).tolist()
         [0.146447, 0.353553, 0.353553, 0.146447]
         >>> merge_coefficients("1-sqrt", n=4).round(6).tolist()
         [0.5, 0.207107, 0.158919, 0.133975]
-        >>> merge_coefficients("ema", n=10).round(3).tolist()
-        [0.126, 0.033, 0.041, 0.052, 0.065, 0.082, 0.103, 0.13, 0.163, 0.206]
+        >>> merge_coefficients("linear", n=4, spread="qam").tolist()
+        [0.09375, 0.40625, 0.40625, 0.09375]
 
     Args:
         curve: a curve, or a text for `parse_curve`.
         n: number of checkpoints N >= 1, evenly spaced. Give either this or `steps`.
         steps: the checkpoints' positions, rising, in steps or tokens.
-        oldest_interval: the interval before the oldest checkpoint, which this checkpoint stands for, in the unit of
-            `steps`. Default: the median of the other intervals.
+        oldest_interval: as in `grid`, in the unit of `steps`.
         floor: m = min_lr / peak_lr, within [0, 1].
+        spread: a spread, or a text for `parse_spread`: "wsm", "qam", "maxent", or a dial as "qam:0.5".
 
     Returns:
         float64[N], oldest first, not negative; [1.0] for N = 1.
 
     Raises:
         CurveError: `curve` is not valid; both or neither of `n` and `steps` are given; N < 1; the steps do not rise;
-            an interval is not positive; or `floor` is not within [0, 1].
+            an interval is not positive; `floor` is not within [0, 1]; or `spread` is not valid.
     """
     curve = parse_curve(curve) if isinstance(curve, str) else curve
-    if not curve.is_linear:
-        w = decay_factors(curve, n=n, steps=steps, oldest_interval=oldest_interval, floor=floor)
-        return coefficients_from_decay_factors(w)
-    _require_floor(floor)
-    return _linear_coefficients(interval_shares(n, steps=steps, oldest_interval=oldest_interval), floor)
+    spread = parse_spread(spread) if isinstance(spread, str) else spread
+    positions = None if steps is None else list(steps)
+    if curve.is_linear:
+        c = _linear_coefficients(interval_shares(n, steps=positions, oldest_interval=oldest_interval), floor)
+        if spread.kind == "wsm":
+            return c
+    w = decay_factors(curve, n=n, steps=positions, oldest_interval=oldest_interval, floor=floor)
+    return spread_coefficients(c if curve.is_linear else coefficients_from_decay_factors(w), w, spread)
 
 
 def _linear_coefficients(shares: list[Fraction], floor: float) -> Array:
     """(1 - m) times each interval's share of the window, and m more for the newest; exact, then rounded once."""
+    _require_floor(floor)
     m = Fraction(floor)
     # Nearly always all intervals are equal, and a window may have a million of them.
     rounded = {share: float((1 - m) * share) for share in set(shares)}
@@ -190,11 +195,12 @@ def decay_factors_from_coefficients(c: ArrayLike) -> Array:
     return np.minimum(sums_from_newest[::-1], 1.0)
 
 
-def check_coefficients(c: ArrayLike) -> Array:
+def check_coefficients(c: ArrayLike, *, allow_negative: bool = False) -> Array:
     """Returns the user's coefficients as an array. It checks them and does not normalise them.
 
     Args:
         c: [N], oldest first.
+        allow_negative: whether some may be negative: the sum then lies beyond the checkpoints, not between them.
 
     Returns:
         float64[N].
@@ -203,7 +209,7 @@ def check_coefficients(c: ArrayLike) -> Array:
         CurveError: `c` is not 1-D, is empty, not finite or negative (names the index and the value), or its sum is
             more than 1e-9 away from 1 (names the sum).
     """
-    coefficients = _non_negative(c)
+    coefficients = row_of_coefficients(c, allow_negative=allow_negative)
     total = math.fsum(coefficients)
     if abs(total - 1.0) > SUM_TOLERANCE:
         raise CurveError(
@@ -211,47 +217,6 @@ def check_coefficients(c: ArrayLike) -> Array:
             f"{len(coefficients)} coefficients; divide them by this sum if only their ratios matter"
         )
     return coefficients
-
-
-def effective_sample_size(c: ArrayLike) -> float:
-    """Returns ESS = 1 / Σ c_j²: the number of equally weighted checkpoints that average out as much noise.
-
-    Example:
-        >>> effective_sample_size([0.25, 0.25, 0.25, 0.25])
-        4.0
-
-    Args:
-        c: [N], oldest first, not negative.
-
-    Raises:
-        CurveError: `c` is not 1-D, is empty, not finite, negative, or all zero.
-    """
-    squares = math.fsum(_non_negative(c) ** 2)
-    if squares == 0.0:
-        raise CurveError("coefficients are all zero")
-    return 1.0 / squares
-
-
-def lag(c: ArrayLike, steps: Iterable[float]) -> float:
-    """Returns the lag Σ_j c_j (s_k - s_j): the mean age of the merge, in the unit of `steps` (steps or tokens).
-
-    Example:
-        >>> lag([0.25, 0.25, 0.25, 0.25], steps=[1000, 2000, 3000, 4000])
-        1500.0
-
-    Args:
-        c: [N], oldest first, not negative.
-        steps: [N], the checkpoints' positions, rising.
-
-    Raises:
-        CurveError: `c` is not 1-D, is empty, not finite, negative, or all zero; `steps` do not rise; or their lengths
-            differ.
-    """
-    coefficients, positions = _non_negative(c), exact_steps(steps)
-    if len(coefficients) != len(positions):
-        raise CurveError(f"found {len(coefficients)} coefficients and {len(positions)} steps")
-    ages = (float(positions[-1] - position) for position in positions)
-    return math.fsum(weight * age for weight, age in zip(coefficients.tolist(), ages, strict=True))
 
 
 def weight_decay_aware_coefficients(
@@ -337,12 +302,21 @@ def _row(values: Any, argument: str) -> Array:
     return row
 
 
-def _non_negative(c: ArrayLike) -> Array:
+def row_of_coefficients(c: ArrayLike, *, allow_negative: bool = False) -> Array:
+    """Returns coefficients as an array. Their sum may be any.
+
+    Args:
+        c: [N], oldest first.
+        allow_negative: whether some may be negative.
+
+    Raises:
+        CurveError: `c` is not 1-D, is empty, not finite or negative; names the index and the value.
+    """
     row = _row(c, "coefficients")
     if row.size == 0:
         raise CurveError("coefficients are empty: a merge needs at least one checkpoint")
     bad = np.flatnonzero(row < 0)
-    if bad.size:
+    if bad.size and not allow_negative:
         raise CurveError(f"coefficients must not be negative, found {row[bad[0]]} at index {bad[0]}")
     return row
 

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from wsm_ds.errors import Interrupted, RecipeError
+from wsm_ds.evaluation.evaluators import load_evaluators
+from wsm_ds.evaluation.records import NAME as RECORDS
 from wsm_ds.filesystem.durable import replace_text
 from wsm_ds.filesystem.locks import try_lock
 from wsm_ds.watching.events import Event
@@ -84,6 +87,24 @@ def parse_command(text: str) -> tuple[str, ...]:
     if not words or (FOLDER_WORD not in words[0] and shutil.which(words[0]) is None):
         raise RecipeError(f"the command {text!r} names a program that is not found; give its path, or set PATH.")
     return words
+
+
+def evaluation_command(file: Path, out: Path) -> tuple[str, ...]:
+    """The words of the command that measures a merge, and the newest checkpoint in it.
+
+    Args:
+        file: the YAML file of evaluators. They are checked here, once, before anything is merged.
+        out: the folder of the watch, where the records are kept.
+
+    Raises:
+        RecipeError, EvaluationError: the file, or what it names, cannot be used.
+    """
+    for evaluator in load_evaluators(file):
+        evaluator.require_ready()
+    records = str(out / RECORDS)
+    return (
+        sys.executable, "-m", "wsm_ds", "evaluate", FOLDER_WORD, "--raw", "--evaluator", str(file), "--out", records
+    )  # fmt: skip
 
 
 class Commands:

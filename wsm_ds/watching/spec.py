@@ -20,8 +20,8 @@ NAMED_BY = ("last", "curve")
 SPEC = "watch.json"
 LOCK = ".wsm-watch.lock"
 REFUSED = ".refused.json"
-FIXED = ("tags", "from_step", "to_step")
-"""Recipe keys that would choose the same window again and again."""
+FIXED = ("tags", "from_step", "to_step", "last_tokens", "last_samples", "top")
+"""Recipe keys that would choose the same window again and again, or one whose checkpoints no prune could know."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Evaluations: one metric of one model, measured on what is stated, kept in a file that only grows."""
