@@ -162,3 +162,12 @@ def test_lm_eval_measures_the_finalists(
     assert (tmp_path / "tune/models" / str(result.recommendation.name) / "tokenizer.json").is_file()
     assert "next_local" in (tmp_path / "tune/report.md").read_text()
     capsys.readouterr()
+
+
+def test_the_config_beside_the_newest_checkpoint_is_taken(run: Path, tmp_path: Path) -> None:
+    data = write_tokens(tmp_path / "held.npy", seed=5)
+    words = ["tune", str(run), "--windows", "2", "--data", str(data), "--sequence-length", str(LENGTH)]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    taken, named = read_result(tmp_path / "out"), tuned(run, data, tmp_path / "named", "--windows", "2")
+    assert taken is not None
+    assert {one.name: one.metrics for one in taken.candidates} == {one.name: one.metrics for one in named.candidates}
