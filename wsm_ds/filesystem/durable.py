@@ -8,6 +8,8 @@ import errno
 import os
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from wsm_ds.errors import OutputExists
@@ -51,6 +53,17 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """Lets an error of the disk name the file: those of writes and syncs do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Makes a small file anew and syncs it. A reader may see no file, or a part of the text, meanwhile.
 
@@ -64,7 +77,7 @@ def write_text(path: Path, text: str) -> None:
         OSError: the disk is full, or fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(create_anew(path), "w", encoding="utf-8") as file:
+    with named_in_errors(path), os.fdopen(create_anew(path), "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -115,8 +128,12 @@ def replace_shared_text(path: Path, text: str) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.new")
-    with os.fdopen(create_anew(new), "w", encoding="utf-8") as file:
-        file.write(text)
+    try:
+        with named_in_errors(path), os.fdopen(create_anew(new), "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError:
+        new.unlink(missing_ok=True)  # no other process would ever use this name
+        raise
     new.replace(path)
 
 
