@@ -279,3 +279,23 @@ def test_a_killed_evaluation_loses_nothing_and_goes_on(tmp_path: Path, number: i
     assert main([*command, "--out", str(out)]) == 0
     assert [line["subject"]["name"] for line in lines(out)] == ["a", "b", "c"]
     assert [(folder / "runs").read_text() for folder in folders] == ["x", "xx", "x"]
+
+
+def test_a_config_that_was_corrected_is_measured_anew(tmp_path: Path, data: Path) -> None:
+    folder = save_llama(tmp_path / "model", vocab_size=13)
+    config, out = folder / "config.json", tmp_path / "evaluations.jsonl"
+    for count in (1, 1):
+        assert main([*words(data, folder), "--out", str(out)]) == 0
+        assert len(lines(out)) == count
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps(content | {"rms_norm_eps": 0.5}))
+    for count in (2, 2):
+        assert main([*words(data, folder), "--out", str(out)]) == 0
+        assert len(lines(out)) == count
+    first, second = (line["metrics"]["loss"]["value"] for line in lines(out))
+    assert first != second
+    for count in (3, 3):
+        (tmp_path / "own.json").write_text(json.dumps(content))
+        assert main([*words(data, folder), "--out", str(out), "--model", str(tmp_path / "own.json")]) == 0
+        assert len(lines(out)) == count
+    assert lines(out)[-1]["metrics"] == lines(out)[0]["metrics"]

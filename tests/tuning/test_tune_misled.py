@@ -13,7 +13,7 @@ import yaml
 from tuned import LENGTH, loss_of, write_tokens
 
 from wsm_ds.cli import main
-from wsm_ds.errors import EvaluationError, InsufficientCapacity, OutputLocked, WindowError
+from wsm_ds.errors import EvaluationError, InsufficientCapacity, OutputLocked, RecipeError, WindowError
 from wsm_ds.evaluation.records import Records
 from wsm_ds.tuning.results import TuningResult
 from wsm_ds.tuning.tune import Step, read_result, tune
@@ -256,6 +256,14 @@ def test_tokens_of_another_vocabulary_are_refused(request_of: Requests, tmp_path
     assert not request_of().out.exists()
 
 
+def test_the_second_held_out_set_must_be_another_one(request_of: Requests, tmp_path: Path) -> None:
+    first, second = write_tokens(tmp_path / "held_out.npy"), tmp_path / "second.npy"
+    shutil.copy(first, second)
+    with pytest.raises(RecipeError, match=r"60 of its 60 blocks are in --data, too"):
+        tune(request_of(screening=loss_of(first), confirm=loss_of(second)))
+    assert not request_of().out.exists()
+
+
 def test_one_block_tells_no_error(request_of: Requests, tmp_path: Path) -> None:
     request = request_of(screening=loss_of(write_tokens(tmp_path / "one.npy", blocks=1)), windows=("2", "4"))
     assert "A held-out set of one block tells no error" in warnings_in(tune(request))
@@ -300,10 +308,10 @@ def test_a_folder_inside_the_run_and_names_with_spaces_disturb_nothing(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 128 KiB."""
+    """A file system of 256 KiB."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "none", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("file systems cannot be mounted here")
     yield folder

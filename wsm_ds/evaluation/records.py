@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from wsm_ds.errors import EvaluationError
 from wsm_ds.evaluation.evaluation import Evaluation
-from wsm_ds.filesystem.durable import named_in_errors, sync_folder, write_all
+from wsm_ds.filesystem.durable import errors_name, sync_folder, write_all
 from wsm_ds.filesystem.locks import try_lock
 from wsm_ds.filesystem.own_files import open_own
 from wsm_ds.planning.recipe_options import StrPath
@@ -131,7 +131,7 @@ class Records:
             end = os.fstat(descriptor).st_size
             is_torn = end > 0 and os.pread(descriptor, 1, end - 1) != b"\n"
             line = evaluation.model_dump_json().encode() + b"\n"
-            with named_in_errors(self.path):
+            with errors_name(self.path):
                 write_all(descriptor, memoryview(b"\n" * is_torn + line), end)
                 os.fsync(descriptor)
         if is_new:

@@ -16,6 +16,21 @@ from wsm_ds.errors import OutputExists
 from wsm_ds.filesystem.own_files import create_anew, open_own
 
 
+@contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """Makes the OSErrors of the context name a file: those of a full disk name none by themselves.
+
+    Args:
+        path: the file that is written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:
     """Writes all of `data`; `os.pwrite` alone may write less.
 
@@ -53,17 +68,6 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def named_in_errors(path: Path) -> Iterator[None]:
-    """Lets an error of the disk name the file: those of writes and syncs do not."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise
-
-
 def write_text(path: Path, text: str) -> None:
     """Makes a small file anew and syncs it. A reader may see no file, or a part of the text, meanwhile.
 
@@ -77,7 +81,7 @@ def write_text(path: Path, text: str) -> None:
         OSError: the disk is full, or fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with named_in_errors(path), os.fdopen(create_anew(path), "w", encoding="utf-8") as file:
+    with errors_name(path), os.fdopen(create_anew(path), "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -129,10 +133,10 @@ def replace_shared_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.new")
     try:
-        with named_in_errors(path), os.fdopen(create_anew(new), "w", encoding="utf-8") as file:
+        with errors_name(path), os.fdopen(create_anew(new), "w", encoding="utf-8") as file:
             file.write(text)
     except OSError:
-        new.unlink(missing_ok=True)  # no other process would ever use this name
+        new.unlink(missing_ok=True)
         raise
     new.replace(path)
 

@@ -41,6 +41,8 @@ from wsm_ds.tuning.warnings import loss_of_guessing
 if TYPE_CHECKING:
     import torch
 
+MOST_SHARED = 0.1
+"""Part of the blocks of `confirm` that may also be among those that choose: some texts are in all data."""
 RESULT, BEST, LOCK = "tuning.json", "best.yaml", ".wsm-tune.lock"
 
 
@@ -125,6 +127,7 @@ class _Tuning:
         earlier = self._require_own_folder()
         for evaluator in filter(None, (request.screening, *request.finals, request.confirm)):
             evaluator.require_ready()
+        _require_other_data(request)
         candidates = candidates_of(request)
         model = self._model(candidates)
         exports = Exports(request, self.ranks)
@@ -145,9 +148,11 @@ class _Tuning:
                 self._finish(model)
         if is_shared:
             self._screen(model, candidates)
-            with self._only_one() as is_mine:
-                if is_mine and self._is_screened(candidates):
-                    self._finish(model)
+            # Looked at before the lock is taken: else the last two could each leave the rest to the other.
+            if self._is_screened(candidates):
+                with self._only_one() as is_mine:
+                    if is_mine:
+                        self._finish(model)
         return self._result()
 
     def _finish(self, model: "torch.nn.Module | None") -> None:
@@ -299,6 +304,21 @@ def _config_of(candidates: tuple[Candidate, ...]) -> str:
             "MODULE:FUNCTION."
         )
     return str(folder)
+
+
+def _require_other_data(request: TuningRequest) -> None:
+    """Raises RecipeError if the data that shall choose nothing are those that choose."""
+    screening, confirm = request.screening, request.confirm
+    if not isinstance(screening, LossEvaluator) or not isinstance(confirm, LossEvaluator):
+        return
+    choosing = {row.tobytes() for row in screening.held_out().tokens}
+    second = [row.tobytes() for row in confirm.held_out().tokens]
+    shared = sum(row in choosing for row in second)
+    if shared > MOST_SHARED * len(second):
+        raise RecipeError(
+            f"--confirm: {shared} of its {len(second)} blocks are in --data, too. Its figure would be as flattering as "
+            "the one that chose; give other data."
+        )
 
 
 def _guessing(request: TuningRequest) -> float | None:
