@@ -9,7 +9,7 @@ from made_models import OwnLoss, llama, save_config, save_llama
 from safetensors.torch import load_file, save_file
 
 from wsm_ds.errors import EvaluationError, ModelMismatch
-from wsm_ds.evaluation.models import build_model, digest_of, load_folder, positions_of, vocabulary_of
+from wsm_ds.evaluation.models import build_model, load_folder, positions_of, source_of, vocabulary_of
 
 TOKENS = torch.arange(1, 31).view(2, 15)
 
@@ -39,20 +39,20 @@ def test_a_function_is_found_in_a_module_and_in_a_file(tmp_path: Path) -> None:
     assert build_model(f"{file}:make", "fp32", "cpu").weight.shape == (2, 3)
 
 
-def test_a_changed_config_or_file_is_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_that_decides_a_model_is_found_without_running_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = save_config(tmp_path / "c")
-    file = tmp_path / "mine.py"
-    file.write_text("def make(): return 1\n")
+    (tmp_path / "pack").mkdir()
+    for file in ("mine.py", "pack/__init__.py", "pack/deep.py"):
+        (tmp_path / file).write_text("raise RuntimeError\n")
     monkeypatch.chdir(tmp_path)
-    specs = [str(config), f"{file}:make", "mine:make"]
-    first = [digest_of(spec) for spec in specs]
-    assert len({*first, digest_of(f"{file}:other"), digest_of("absent:make")}) == 4
-    assert first[1] == first[2]
-    assert first[0] == digest_of(str(config / "config.json"))
-    file.write_text("def make(): return 2\n")
-    save_config(config, rope_theta=5.0)
-    assert not set(first) & {digest_of(spec) for spec in specs}
-    assert digest_of(None) is None
+    assert source_of(str(config)) == source_of(str(config / "config.json")) == config / "config.json"
+    assert source_of("mine.py:make") == Path("mine.py")
+    assert source_of("mine:make") == tmp_path / "mine.py"
+    assert source_of("pack:make") == tmp_path / "pack/__init__.py"
+    assert source_of("pack.deep:make") == tmp_path / "pack/deep.py"
+    assert source_of("absent_module:make") is None
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """A reader never sees a part of a text; a killed writer does no harm; nothing is overwritten by a move."""
 
 import os
+import resource
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -85,3 +87,17 @@ def test_a_folder_is_moved_only_to_where_nothing_is(tmp_path: Path) -> None:
     durable.move_into_place(tmp_path / "content", tmp_path / "out")
     assert (tmp_path / "out/deep/file").read_text() == "x"
     assert not (tmp_path / "content").exists()
+
+
+def test_an_error_of_the_disk_names_the_file_and_leaves_none_of_its_own(tmp_path: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # as a disk that is full
+    try:
+        for write in (durable.replace_shared_text, durable.write_text):
+            with pytest.raises(OSError, match=r"File too large: '.*/file'"):
+                write(tmp_path / "file", "x" * 1000)
+            assert [path.name for path in tmp_path.iterdir()] == (["file"] if write is durable.write_text else [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)

@@ -13,7 +13,7 @@ from wsm_ds.evaluation.evaluator import MeasurementFailed, Result
 from wsm_ds.evaluation.forward import Forward
 from wsm_ds.evaluation.held_out import Cut, HeldOut, read_held_out
 from wsm_ds.evaluation.in_memory import InMemoryEvaluator, shared_work
-from wsm_ds.evaluation.models import default_device, digest_of, inner, positions_of, vocabulary_of
+from wsm_ds.evaluation.models import default_device, inner, positions_of, vocabulary_of
 from wsm_ds.evaluation.statistics import LOSS, loss_metrics
 
 if TYPE_CHECKING:
@@ -67,7 +67,6 @@ class LossEvaluator(InMemoryEvaluator):
             "weights": self.weights,
             "sequence_length": self.sequence_length,
             "dtype": self.dtype,
-            "model": digest_of(self.model),
         }
 
     @override

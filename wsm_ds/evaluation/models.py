@@ -6,7 +6,6 @@ shape [batch, length + 1] and returns nats: of shape [batch, length] each predic
 mean, or one number, the mean of all.
 """
 
-import hashlib
 import importlib
 import importlib.util
 import os
@@ -177,21 +176,6 @@ def _module_of_file(path: Path) -> Any:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
-
-
-def digest_of(spec: str | None) -> str | None:
-    """SHA-256 of what decides how a model computes, besides its weights: its config, or the file of its function.
-
-    What that file imports is not part of it.
-
-    Args:
-        spec: as in `build_model`; None: each folder has its own config.
-    """
-    if spec is None:
-        return None
-    file, name = source_of(spec), spec.rpartition(":")[2]
-    content = file.read_bytes() if file is not None and file.is_file() else b""
-    return hashlib.sha256((CONFIG if Path(spec).exists() else name).encode() + b"\0" + content).hexdigest()
 
 
 def load_folder(
