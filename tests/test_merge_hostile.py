@@ -109,6 +109,7 @@ def test_merges_of_version_0_1_0_are_resumed_and_known_as_done(
         "scores",
         "maximize",
         "data_switch",
+        "tuned",
     ):  # as if the version had not had them
         assert not fields.pop(name)
     assert killed_at_60(recipe(Path("run"), out))

@@ -36,9 +36,10 @@ that the measurement cannot tell from the best is recommended, in OUT/best.yaml.
 TUNE_USAGE = "RUN (--windows N,N,... | --near BEST.yaml) --data FILE [--model MODEL] --out TUNE [flags]"
 TUNE_EXAMPLES = """\
 examples:
-  wsm-ds tune RUN --windows 2,4,8 --curve linear,1-sqrt --data HELD_OUT --model MODEL --out TUNE
-  wsm-ds merge RUN --recipe TUNE/best.yaml --out MERGED
-  wsm-ds tune LARGER_RUN --near TUNE/best.yaml --data HELD_OUT --model LARGER_MODEL --out LARGER_TUNE"""
+  wsm-ds tune RUN --windows 2,3 --data held_out.bin --sequence-length 64 --model model.py:make --out TUNE
+  wsm-ds merge RUN --recipe TUNE/best.yaml --out TUNED
+
+For another run: --near TUNE/best.yaml instead of --windows."""
 LM_EVAL, OUTPUTS = "lm-eval:", "outputs"
 """The beginning of --final for tasks of lm-eval, and the folder in OUT where the output of programs is kept."""
 DURATION = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}

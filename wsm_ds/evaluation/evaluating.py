@@ -17,9 +17,9 @@ from wsm_ds.evaluation.evaluator import Evaluator, MeasurementFailed
 from wsm_ds.evaluation.folders import model_of_folder
 from wsm_ds.evaluation.in_memory import InMemoryEvaluator
 from wsm_ds.evaluation.lm_eval import TOKENIZERS
-from wsm_ds.evaluation.models import CONFIG, source_of
+from wsm_ds.evaluation.models import source_of
 from wsm_ds.evaluation.records import Records
-from wsm_ds.evaluation.subjects import subject_of_folder
+from wsm_ds.evaluation.subjects import CONFIG, subject_of_folder
 from wsm_ds.layouts.frameworks import MANIFEST
 from wsm_ds.planning.recipe_options import StrPath
 from wsm_ds.publishing.manifest import read_manifest

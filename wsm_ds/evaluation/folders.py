@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from wsm_ds.errors import EvaluationError
-from wsm_ds.evaluation.models import CONFIG, build_model, load_folder
-from wsm_ds.evaluation.subjects import SAFETENSORS, checkpoint_in
+from wsm_ds.evaluation.models import build_model, load_folder
+from wsm_ds.evaluation.subjects import CONFIG, SAFETENSORS, checkpoint_in
 from wsm_ds.layouts.frameworks import save_of
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from wsm_ds.evaluation.evaluator import MeasurementFailed, Result
 from wsm_ds.evaluation.forward import Forward, has_cache
 from wsm_ds.evaluation.held_out import Cut, HeldOut, read_held_out
 from wsm_ds.evaluation.in_memory import InMemoryEvaluator, shared_work
-from wsm_ds.evaluation.models import default_device, inner, positions_of
+from wsm_ds.evaluation.models import default_device, digest_of, inner, positions_of
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,8 @@ class GenerateEvaluator(InMemoryEvaluator):
     @override
     def content(self) -> dict[str, Any]:
         names = {"kind", "most_tokens", "end_tokens", "dtype"}
-        return self.model_dump(include=names) | {"method": METHOD, "data": self.held_out().digest}
+        own = {"method": METHOD, "data": self.held_out().digest, "model": digest_of(self.model)}
+        return self.model_dump(include=names) | own
 
     @override
     def details(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ shape [batch, length + 1] and returns nats: of shape [batch, length] each predic
 mean, or one number, the mean of all.
 """
 
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -17,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from wsm_ds.dtypes import BY_NAME
 from wsm_ds.errors import EvaluationError, ModelMismatch, few
+from wsm_ds.evaluation.subjects import CONFIG, SAFETENSORS
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG = "config.json"
-WEIGHTS = ("*.safetensors",)
 NO_OTHER_CODE = {"local_files_only": True, "trust_remote_code": False}
 """Nothing is fetched, and no code that lies beside the weights is run."""
 NEEDED = "pip install 'wsm_ds[evaluate]'"
@@ -179,6 +179,21 @@ def _module_of_file(path: Path) -> Any:
     return module
 
 
+def digest_of(spec: str | None) -> str | None:
+    """SHA-256 of what decides how a model computes, besides its weights: its config, or the file of its function.
+
+    What that file imports is not part of it.
+
+    Args:
+        spec: as in `build_model`; None: each folder has its own config.
+    """
+    if spec is None:
+        return None
+    file, name = source_of(spec), spec.rpartition(":")[2]
+    content = file.read_bytes() if file is not None and file.is_file() else b""
+    return hashlib.sha256((CONFIG if Path(spec).exists() else name).encode() + b"\0" + content).hexdigest()
+
+
 def load_folder(
     folder: Path, dtype: str, spec: str | None = None, device: "torch.device | str | None" = None
 ) -> "torch.nn.Module":
@@ -194,7 +209,7 @@ def load_folder(
         EvaluationError: there are no weights, or no config.
         ModelMismatch: the weights do not fit the model; names tensors.
     """
-    if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+    if not any(folder.glob(SAFETENSORS)):
         raise EvaluationError(f"{folder} has no *.safetensors.")
     if spec is not None:
         model = build_model(spec, dtype, device)
@@ -225,7 +240,7 @@ def _fill(model: Any, folder: Path) -> None:
 
     places = inner(model).state_dict(keep_vars=True)
     filled, surplus, mismatched = set(), [], []
-    for path in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+    for path in sorted(folder.glob(SAFETENSORS)):
         try:
             with safe_open(path, "pt") as file, torch.no_grad():
                 for name in file.keys():  # noqa: SIM118  it is no mapping

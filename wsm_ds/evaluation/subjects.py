@@ -13,7 +13,7 @@ from wsm_ds.layouts.saved_step import saved_step
 from wsm_ds.planning.recipe_options import StrPath
 from wsm_ds.publishing.manifest import read_manifest
 
-SAFETENSORS = "*.safetensors"
+SAFETENSORS, CONFIG = "*.safetensors", "config.json"
 WEIGHTS = (SAFETENSORS, "pytorch_model*.bin", "consolidated*.pth")
 """What programs may load; this package loads safetensors alone."""
 
@@ -50,7 +50,12 @@ def subject_of_folder(folder: StrPath, name: str | None = None) -> Subject:
         raise EvaluationError(
             f"{folder} holds no weights: it is neither a merge, nor one checkpoint, nor a folder with *.safetensors."
         )
-    return Subject(name=name or resolved.name, kind="folder", identity=_hashed("folder", files), path=str(resolved))
+    return Subject(
+        name=name or resolved.name,
+        kind="folder",
+        identity=_hashed("folder", files + files_of(resolved, CONFIG)),
+        path=str(resolved),
+    )
 
 
 def checkpoint_in(folder: Path) -> Path | None:

@@ -22,8 +22,9 @@ from wsm_ds.evaluation.evaluation import Evaluation
 from wsm_ds.evaluation.evaluator import MeasurementFailed
 from wsm_ds.evaluation.in_memory import InMemoryEvaluator
 from wsm_ds.evaluation.loss import LossEvaluator
-from wsm_ds.evaluation.models import CONFIG, build_model
+from wsm_ds.evaluation.models import build_model
 from wsm_ds.evaluation.records import NAME, Records
+from wsm_ds.evaluation.subjects import CONFIG
 from wsm_ds.filesystem.durable import replace_shared_text
 from wsm_ds.filesystem.locks import hold_lock
 from wsm_ds.filesystem.small_files import read_small
