@@ -216,6 +216,7 @@ def test_a_final_measurement_without_any_value_leaves_the_choice_to_the_screenin
     assert result.metric == "loss"
     assert "has no value for any of 4 models, so loss decides" in warnings_in(result)
     assert "out of memory" in warnings_in(result)
+    assert "have no value:" not in warnings_in(result)  # they have a loss
 
 
 def change_masters(checkpoint: Path, change: Callable[[Any], Any]) -> None:

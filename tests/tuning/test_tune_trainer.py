@@ -169,5 +169,5 @@ def test_lm_eval_measures_the_finalists(
         assert "By loss, last" in warnings_in(result)
     assert [path.name for path in (tmp_path / "tune/models").iterdir()] == [result.recommendation.name]
     assert (tmp_path / "tune/models" / str(result.recommendation.name) / "tokenizer.json").is_file()
-    assert "score" in (tmp_path / "tune/report.md").read_text()
+    assert r"measured on: lm-eval: next\_local" in (tmp_path / "tune/report.md").read_text()
     capsys.readouterr()
