@@ -146,6 +146,8 @@ class _Tuning:
             if not is_shared:
                 self._screen(model, candidates)
                 self._finish(model)
+                if self.ranks.rank == 0:
+                    exports.remove_unfinished()
         if is_shared:
             self._screen(model, candidates)
             # Looked at before the lock is taken: else the last two could each leave the rest to the other.
