@@ -316,6 +316,7 @@ def test_a_dry_run_shows_the_candidates_and_writes_nothing(
     [
         (("--near", "x.yaml"), "--windows or --near, not both"),
         (("--share", "4/4"), "from 0 to 3"),
+        (("--windows", "100B"), "Give --run-sequence-length (the tokens of a sample)"),
         (("--share", "a"), "--share must be I/N"),
         (("--budget", "long"), "--budget must be a time"),
         (("--baseline", "folder"), "--baseline must be NAME=FOLDER"),

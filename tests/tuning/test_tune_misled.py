@@ -95,6 +95,9 @@ def test_a_run_that_went_on_is_measured_anew_where_it_changed(
     final = measured_by(tmp_path, "print(size)")
     request = request_of(finals=(final,), keep="finalists", **values)
     tune(request)
+    killed = request.out / "models/.last64-linear.wsm-staging"
+    killed.mkdir()
+    (killed / "half").write_text("of a model")
     go_on(growing, long_runs)
     steps = list[Step]()
     result = tune(request, on_step=steps.append)
@@ -103,6 +106,7 @@ def test_a_run_that_went_on_is_measured_anew_where_it_changed(
     ]  # fmt: skip
     assert values_of(result) == values_of(tune(request_of(out=tmp_path / "anew", **values)))
     assert exported_steps(request.out)["last4-linear"] == [10, 12, 14, 16]
+    assert not killed.exists()
     best = yaml.safe_load((request.out / "best.yaml").read_text())
     assert best.get("to_step", 16) == 16
     assert best["tuned"]["run_steps"] == 16
@@ -216,6 +220,7 @@ def test_a_final_measurement_without_any_value_leaves_the_choice_to_the_screenin
     assert result.metric == "loss"
     assert "has no value for any of 4 models, so loss decides" in warnings_in(result)
     assert "out of memory" in warnings_in(result)
+    assert "have no value:" not in warnings_in(result)  # they have a loss
 
 
 def change_masters(checkpoint: Path, change: Callable[[Any], Any]) -> None:

@@ -73,7 +73,16 @@ def test_what_the_tuning_recommends_is_what_the_merge_has(
 
     recipe = ["merge", str(run), "--recipe", str(out / "best.yaml"), "--format", "safetensors", "--out", str(merged)]
     assert main(recipe) == 0
-    measure = ["evaluate", str(merged), "--sequence-length", str(LENGTH), "--out", str(tmp_path / "evaluations.jsonl")]
+    measure = [
+        "evaluate",
+        str(merged),
+        "--model",
+        str(merged),
+        "--sequence-length",
+        str(LENGTH),
+        "--out",
+        str(tmp_path / "evaluations.jsonl"),
+    ]
     for data, metric in ((held_out, chosen.metrics["loss"]), (second, result.recommendation.confirmed)):
         assert main([*measure, "--data", str(data)]) == 0
         made = Records(tmp_path / "evaluations.jsonl").all()[-1]
@@ -160,7 +169,7 @@ def test_lm_eval_measures_the_finalists(
         assert "By loss, last" in warnings_in(result)
     assert [path.name for path in (tmp_path / "tune/models").iterdir()] == [result.recommendation.name]
     assert (tmp_path / "tune/models" / str(result.recommendation.name) / "tokenizer.json").is_file()
-    assert "next_local" in (tmp_path / "tune/report.md").read_text()
+    assert r"measured on: lm-eval: next\_local" in (tmp_path / "tune/report.md").read_text()
     capsys.readouterr()
 
 

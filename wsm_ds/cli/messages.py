@@ -27,5 +27,7 @@ def describe(error: WsmError, options: argparse.Namespace) -> str:
         text = re.sub(f"^{INVALID}", f"the recipe {recipe_file} is not valid: ".replace("\\", r"\\"), text)
     else:
         text = text.removeprefix(INVALID)
+    if "run_sequence_length" in flags:  # the command has another --sequence-length: that of the held-out blocks
+        text = text.replace("--sequence-length", flags["run_sequence_length"])
     text = re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), text)
     return f"{text.rstrip('.')}; see {options.parser.prog} --help" if isinstance(error, RecipeError) else text

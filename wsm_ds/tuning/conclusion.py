@@ -139,7 +139,8 @@ def _recommendation(found: Found, comparison: Comparison) -> Recommendation:
         warnings += [_sentence(warning) for warning in chosen.figures.warnings]
     warnings += [*_without_final(found), *_unlike_screening(found, comparison, recommendation)]
     warnings += _generation_warnings(found, recommendation)
-    failed = [one.name for one in found.candidates if _measured(found, one).failure is not None]
+    results = [_measured(found, one) for one in found.candidates]
+    failed = [one.name for one in results if one.failure is not None and comparison.metric not in one.metrics]
     if failed:
         warnings.append(f"{len(failed)} of {len(found.candidates)} candidates have no value: {', '.join(failed)}.")
     merges = sum(one.kind == "merge" for one in comparison.measured)

@@ -16,7 +16,7 @@ from wsm_ds.planning.recipe import MergeRecipe
 from wsm_ds.planning.window_recipe import validated
 from wsm_ds.publishing.identity import is_same_merge
 from wsm_ds.publishing.manifest import description, read_manifest
-from wsm_ds.publishing.staging_folder import discard
+from wsm_ds.publishing.staging_folder import STAGING, discard
 from wsm_ds.sizes import format_size
 from wsm_ds.tuning.candidates import Candidate
 from wsm_ds.tuning.request import TuningRequest
@@ -113,6 +113,11 @@ class Exports:
                 return
             remove(folder)  # a candidate of this name that an earlier call has exported
         run_plan(plan, restart=True)
+
+    def remove_unfinished(self) -> None:
+        """Removes what killed exports have left, also of candidates that are none any more."""
+        for staging in self.folder.glob(f".*{STAGING}"):
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def remove(folder: Path) -> None:

@@ -146,6 +146,8 @@ class _Tuning:
             if not is_shared:
                 self._screen(model, candidates)
                 self._finish(model)
+                if self.ranks.rank == 0:
+                    exports.remove_unfinished()
         if is_shared:
             self._screen(model, candidates)
             # Looked at before the lock is taken: else the last two could each leave the rest to the other.
@@ -153,7 +155,7 @@ class _Tuning:
                 with self._only_one() as is_mine:
                     if is_mine:
                         self._finish(model)
-        return self._result()
+        return TuningResult.model_validate(self.ranks.decide(lambda: self._result().model_dump(mode="json")))
 
     def _finish(self, model: "torch.nn.Module | None") -> None:
         """Does what follows the screening."""
@@ -275,18 +277,25 @@ class _Tuning:
 
     def _result(self) -> TuningResult:
         """The result so far; rank 0 writes it into OUT."""
-        costs = self.stage.costs
-        result = conclude(self.found, costs.seconds, costs.read_bytes)
-        if self.ranks.rank == 0:
-            self.request.out.mkdir(parents=True, exist_ok=True)
-            best = self._recommended(result)
-            if best is None:
-                (self.request.out / BEST).unlink(missing_ok=True)  # of other data, or of a run that has gone on
-            elif best.chosen is not None:
-                replace_shared_text(self.request.out / BEST, recipe_text(best, result))
-            text = json.dumps(result.model_dump(mode="json"), indent=1) + "\n"
-            replace_shared_text(self.request.out / RESULT, text)
-        return result
+        costs, records = self.stage.costs, self.found.records
+        while True:
+            count = len(records.all())
+            result = conclude(self.found, costs.seconds, costs.read_bytes)
+            if self.ranks.rank != 0:
+                return result
+            self._write(result)
+            # Processes that share the tuning replace each other's files: an older result must not stay.
+            if len(records.all()) == count:
+                return result
+
+    def _write(self, result: TuningResult) -> None:
+        self.request.out.mkdir(parents=True, exist_ok=True)
+        best = self._recommended(result)
+        if best is None:
+            (self.request.out / BEST).unlink(missing_ok=True)  # of other data, or of a run that has gone on
+        elif best.chosen is not None:
+            replace_shared_text(self.request.out / BEST, recipe_text(best, result))
+        replace_shared_text(self.request.out / RESULT, json.dumps(result.model_dump(mode="json"), indent=1) + "\n")
 
     def _recommended(self, result: TuningResult) -> Candidate | None:
         name = result.recommendation.name if result.recommendation is not None else None
