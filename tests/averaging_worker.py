@@ -1,21 +1,23 @@
 """Averages in running engines on CPU. Usage, jobs and reports: `ds_worker.py`."""
 
 import itertools
+import resource
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
-import parallel_worker  # adds its engines
+import parallel_worker as parallel_worker  # adds its engines
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import safe_get_full_fp32_param
 from ds_models import TinyModel
 from ds_worker import ENGINES, JOBS, batch, build_engine, digest, ds_config, master_partitions, module_weights, run_jobs
 
 from wsm_ds.averaging import Anchored, Ema, SlotMeans
+from wsm_ds.averaging.averages import Rule
 from wsm_ds.errors import WsmError
-
-assert parallel_worker.ENGINES is ENGINES
 
 
 class NoisyModel(TinyModel):
@@ -88,8 +90,8 @@ def ulps(found: list[torch.Tensor], expected: list[torch.Tensor], largest: list[
 def do_average(job: dict[str, Any]) -> dict[str, Any]:
     """Compares an engine's averages with those of every update in float64."""
     engine = build_engine(job)
-    rules = {"ema": Ema(half_life=3.0), "1-sqrt": Anchored(0.5)}
-    slots = SlotMeans(engine, every=1000, averages=rules)
+    rules: dict[str, Rule] = {"ema": Ema(half_life=3.0), "1-sqrt": Anchored(0.5)}
+    slots = SlotMeans(engine, None, every=1000, averages=rules)
     seen: list[list[torch.Tensor]] = []
     for step in range(1, job["steps"] + 1):
         for _ in micro_steps(engine, step, overflows=step in job.get("overflow_at", ())):
@@ -102,7 +104,7 @@ def do_average(job: dict[str, Any]) -> dict[str, Any]:
             weight = rule.weight(n, 1)
             weights[name] = [w * (1 - weight) for w in weights[name]] + [weight]
     weights["mean"] = [1 / len(seen)] * len(seen)
-    averages = {"mean": slots.mean, **slots.averages}
+    averages: dict[str, Any] = {"mean": slots.mean, **slots.averages}
     largest = [torch.stack(of_step).abs().amax(0) for of_step in zip(*seen, strict=True)]
     return {
         "applied": len(seen),
@@ -121,7 +123,7 @@ def do_average(job: dict[str, Any]) -> dict[str, Any]:
 def do_swap(job: dict[str, Any]) -> dict[str, Any]:
     """Trains with evaluations of the mean between the updates, or without; reports all that training goes on from."""
     engine = build_engine(job)
-    slots = SlotMeans(engine, every=1000)
+    slots = SlotMeans(engine, None, every=1000)
     losses, evaluations = [], []
     same = True
     for step in range(1, job["steps"] + 1):
@@ -179,8 +181,8 @@ def do_mistakes(job: dict[str, Any]) -> dict[str, Any]:
             if average is None:
                 list(micro_steps(engine, 99))
 
-    try_to(lambda: SlotMeans(engine, every=10, sample=3))
-    slots = SlotMeans(engine, every=10)
+    try_to(lambda: SlotMeans(engine, None, every=10, sample=3))
+    slots = SlotMeans(engine, None, every=10)
     try_to(slots.update)  # before any step
     try_to(lambda: swap(slots, "ema"))
     try_to(lambda: swap(slots))
@@ -206,13 +208,104 @@ def do_refused(job: dict[str, Any]) -> dict[str, Any]:
         else:
             setattr(engine.optimizer, name, value)
     try:
-        SlotMeans(engine, every=10)
+        SlotMeans(engine, None, every=10)
     except WsmError as error:
         return {"said": f"{type(error).__name__}: {error}"}
     return {"said": "nothing"}
 
 
-JOBS |= {"average": do_average, "swap": do_swap, "mistakes": do_mistakes, "refused": do_refused}
+def do_slots(job: dict[str, Any]) -> dict[str, Any]:
+    """Writes the slots of a run, the last one short; dumps the float64 sums of every update's masters, by name."""
+    engine = build_engine(job)
+    slots = SlotMeans(engine, job["run"], every=job["every"], sample=job.get("sample", 1), kind=job.get("kind", "mean"))
+    named = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    steps = []
+    for step in range(1, job["steps"] + 1):
+        for _ in micro_steps(engine, step):
+            slots.update()
+        steps.append({name: safe_get_full_fp32_param(p).double().clone() for name, p in named.items()})
+    if job["steps"] % job["every"]:
+        slots.end_slot()
+    dump: dict[str, Any] = {"steps": steps, "mp_rank": engine.checkpoint_mp_rank}
+    with slots.swapped_in(last=job["last"]):
+        dump["swapped"] = module_weights(engine)
+    slots.close()
+    torch.save(dump, f"{job['dump']}.rank{dist.get_rank()}")
+    return {}
+
+
+def do_fault(job: dict[str, Any]) -> dict[str, Any]:
+    """Trains over three slots, the second of which cannot be written by rank 1; the training does not end by it."""
+    engine = build_engine(job)
+    slots = SlotMeans(engine, job["run"], every=3)
+    assert slots.folder is not None
+    losses = []
+    for step in range(1, 10):
+        if dist.get_rank() == 1:
+            with_fault(slots, job["fault"], is_now=step == 6)
+        for loss in micro_steps(engine, step):
+            losses.append(loss)
+            slots.update()
+    slots.close()
+    dist.barrier()
+    return {"losses": losses, "left": sorted(path.name for path in slots.folder.root.iterdir())}
+
+
+def with_fault(slots: SlotMeans, fault: str, *, is_now: bool) -> None:
+    if fault == "nan" and is_now:
+        for rest in slots.mean._rests:
+            rest[0] = float("nan")
+    if fault == "full":  # a file of this process grows to no more than 1 kB, as on a disk that is full
+        slots.close()
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if is_now else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def do_killed(job: dict[str, Any]) -> dict[str, Any]:
+    """Rank 1 never writes its files of the second slot, as if it were killed."""
+    engine = build_engine(job)
+    slots = SlotMeans(engine, job["run"], every=3)
+    assert slots.folder is not None
+    for step in range(1, 7):
+        if step == 6 and dist.get_rank() == 1:
+            slots.folder.writer.begin = lambda *_: None  # type: ignore[method-assign]
+        for _ in micro_steps(engine, step):
+            slots.update()
+    slots.close()
+    dist.barrier()
+    before = sorted(path.name for path in slots.folder.root.iterdir())
+    again = SlotMeans(engine, job["run"], every=3)
+    after = sorted(path.name for path in slots.folder.root.iterdir())
+    engine.global_steps = 2  # as if an older checkpoint had been loaded
+    again.restart()
+    return {"before": before, "after": after, "resumed": sorted(path.name for path in slots.folder.root.iterdir())}
+
+
+def do_ends(job: dict[str, Any]) -> dict[str, Any]:
+    """Writes slots that end at given steps."""
+    engine = build_engine(job)
+    slots = SlotMeans(engine, job["run"], every=1000, kind=job["kind"])
+    for step in range(1, job["ends"][-1] + 1):
+        for _ in micro_steps(engine, step):
+            if step == job["changes_at"]:
+                engine.optimizer.param_groups[0]["lr"] *= 0.5
+            slots.update()
+        if step in job["ends"]:
+            slots.end_slot()
+    slots.close()
+    return {}
+
+
+JOBS |= {
+    "slots": do_slots,
+    "ends": do_ends,
+    "fault": do_fault,
+    "killed": do_killed,
+    "average": do_average,
+    "swap": do_swap,
+    "mistakes": do_mistakes,
+    "refused": do_refused,
+}
 
 if __name__ == "__main__":
     run_jobs(JOBS)

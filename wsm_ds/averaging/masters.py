@@ -12,7 +12,7 @@ DeepSpeed has a wrapper class for each kind of engine. Each keeps its masters un
 The masters change in `engine.step()` and at no other time. Their tensors stay the same objects for the whole run.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from wsm_ds.errors import RecipeError
@@ -35,6 +35,9 @@ class Masters(Protocol):
 
     def weights(self) -> Tensors:
         """This rank's part of the weights that forward passes use, as flat as the masters."""
+
+    def paddings(self) -> Iterator[tuple[int, int, int]]:
+        """What in the masters is of no parameter and may hold anything: (number of the master, begin, end)."""
 
     def prepare(self) -> None:
         """Makes the weights ready to be written. Ranks: all."""
@@ -66,6 +69,10 @@ class ZeroPartitions:
 
         partitions, groups = getattr(self.optimizer, self.partitions), self.optimizer.real_dp_process_group
         return [of_group[dist.get_rank(group)] for of_group, group in zip(partitions, groups, strict=True)]
+
+    def paddings(self) -> Iterator[tuple[int, int, int]]:
+        """None: DeepSpeed fills the padding at the end of a group with zeros."""
+        yield from ()
 
     def prepare(self) -> None:
         """Nothing has to be done."""
@@ -101,6 +108,20 @@ class SubGroups:
         """See `Masters`. Under autocast they are the masters themselves (`runtime/zero/stage3.py:1161`)."""
         return list(self.optimizer.fp16_partitioned_groups_flat)
 
+    def paddings(self) -> Iterator[tuple[int, int, int]]:
+        """The end of a parameter's partition, on the last ranks: DeepSpeed leaves there what was in the memory."""
+        import torch.distributed as dist
+
+        for number, parameters in enumerate(self.optimizer.fp16_groups):
+            begin = 0
+            for parameter in parameters:
+                size = int(parameter.ds_tensor.ds_numel)
+                before = dist.get_rank(parameter.ds_process_group) * size
+                filled = min(max(int(parameter.ds_numel) - before, 0), size)
+                if filled < size:
+                    yield number, begin + filled, begin + size
+                begin += size
+
     def prepare(self) -> None:
         """Partitions every parameter, those too that ZeRO-3 keeps whole."""
         self.optimizer.checkpoint_event_prologue()
@@ -130,6 +151,10 @@ class WholeTensors:
     def weights(self) -> Tensors:
         """See `Masters`."""
         return list(self._weights)
+
+    def paddings(self) -> Iterator[tuple[int, int, int]]:
+        """None."""
+        yield from ()
 
     def prepare(self) -> None:
         """Nothing has to be done."""

@@ -63,10 +63,10 @@ def _counts(engine: Any) -> tuple[int, int]:
 
 
 def _require_boundary(engine: Any) -> None:
-    accumulated = engine.micro_steps % engine.gradient_accumulation_steps()
-    if accumulated:
+    steps = engine.gradient_accumulation_steps()
+    if accumulated := engine.micro_steps % steps:
         raise TrainingError(
-            f"{accumulated} of {engine.gradient_accumulation_steps()} micro-batches of the next update are accumulated. "
+            f"{accumulated} of {steps} micro-batches of the next update are accumulated. "
             "Swap the weights after the engine.step() that makes the update."
         )
 

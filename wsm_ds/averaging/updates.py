@@ -42,13 +42,16 @@ def made_since(seen: Counts, now: Counts) -> tuple[int, int]:
         TrainingError: the engine has made several steps since, or none; or a checkpoint was loaded. The message has
             both counts.
     """
-    both = f"update() has seen {seen.applied} updates (step {seen.steps}), the engine has made {now.applied} (step {now.steps})"
+    both = (
+        f"update() has seen {seen.applied} updates (step {seen.steps}), the engine has made {now.applied} (step "
+        f"{now.steps})"
+    )
     if now == seen:
         raise TrainingError(f"{both}: it was called twice after one engine.step(). Call it once after each.")
     steps, applied = now.steps - seen.steps, now.applied - seen.applied
     if steps not in (0, 1) or applied not in (0, 1):
         raise TrainingError(
-            f"{both}: a call was forgotten, so the mean would lack an update, or a checkpoint was loaded. Call update() "
-            "after every engine.step(), and restart() after load_checkpoint()."
+            f"{both}: a call was forgotten, so the mean would lack an update, or a checkpoint was loaded. Call "
+            "update() after every engine.step(), and restart() after load_checkpoint()."
         )
     return steps, applied

@@ -112,7 +112,7 @@ def allow_option(group: argparse._ActionsContainer, *, negative: bool = False) -
         refused += ", or --coefficients are negative (an extrapolation)"
     group.add_argument(
         "--allow", action="append", default=[],
-        choices=("warmup", "lr-change", "foreign-files", *(("negative",) if negative else ())),
+        choices=("warmup", "lr-change", "foreign-files", "missing-slots", *(("negative",) if negative else ())),
         help=f"go on although {refused} (default: refuse); may be given several times",
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from itertools import compress
 import numpy as np
 
 from wsm_ds.dtypes import ALL, ITEMSIZES
-from wsm_ds.errors import BrokenCheckpoint, LayoutMismatch, UnsupportedLayout, few
+from wsm_ds.errors import BrokenCheckpoint, LayoutMismatch, RecipeError, UnsupportedLayout, few
 from wsm_ds.layouts import Layout
 from wsm_ds.layouts.coverage import require_whole
 from wsm_ds.layouts.fragments import Ints
@@ -125,6 +125,12 @@ def plan_zero_checkpoint(
         BrokenCheckpoint: rank 0's files lack optimizer states that other ranks have.
     """
     newest, drops_states = window.newest(tables), optimizer_states == "drop"
+    if newest.snapshot is not None:
+        raise RecipeError(
+            f"{newest.path} is a snapshot: it holds masters, and neither module weights nor optimizer states to make a "
+            "checkpoint of. Name the full checkpoint that they come from (--carry-from RUN), or write the weights "
+            "alone (--format safetensors)."
+        )
     members = [tables.layouts[number] for number in window.members]
     if optimizer_states == "merge":
         require_mergeable(members)

@@ -20,6 +20,7 @@ from wsm_ds.planning.names import MatchedNames, unused_rules, with_names_of_newe
 from wsm_ds.planning.one_save import FindProblem, problem_of, require_one_save
 from wsm_ds.planning.selection import ReadLayout as ReadLayout
 from wsm_ds.planning.selection import read_window
+from wsm_ds.planning.slots import check_slots, is_of_means, span_of
 from wsm_ds.planning.window_recipe import WindowRecipe
 from wsm_ds.schedules.coefficients import check_coefficients, merge_coefficients
 from wsm_ds.schedules.curves import parse_curve
@@ -93,6 +94,7 @@ def select_window(
         warn("tensors have the names of %s, and were renamed in %s", layouts[-1].tag, few(matched_names, 2))
     for layout in named[:-1]:
         check_same_model(layout, named[-1])
+    check_slots(layouts, recipe.allow if recipe.top is None else (*recipe.allow, "missing-slots"))
     check_constant_rate(layouts, recipe.allow, warn)
     require_one_save(layouts, recipe.allow, find_problem)
     if layouts[-1].is_train_mode and not recipe.keeps_training_state:
@@ -102,7 +104,7 @@ def select_window(
             layouts[-1].path,
         )
     course = CountReader(recipe).course(_places(layouts))
-    coefficients = _coefficients(recipe, course)
+    coefficients = _coefficients(recipe, course, layouts)
     window = _window(named, coefficients, course, recipe, matched_names)
     for warning in window.figures.warnings:
         warn("%s", warning)
@@ -151,13 +153,13 @@ def _places(layouts: Sequence[Layout]) -> list[Place]:
     return [Place(layout.path, layout.tag, layout.step) for layout in layouts]
 
 
-def _coefficients(recipe: WindowRecipe, course: Course) -> NDArray[np.float64]:
+def _coefficients(recipe: WindowRecipe, course: Course, layouts: Sequence[Layout]) -> NDArray[np.float64]:
     """The coefficients that the recipe states, or those of its curve on the grid of the window's steps or tokens."""
     if recipe.coefficients is None:
         curve, spread = parse_curve(recipe.curve or "linear"), recipe.spread or "wsm"
         if recipe.top is not None:
             return merge_coefficients(curve, n=len(course.steps), floor=recipe.floor, spread=spread)
-        positions, oldest = course.required(recipe.unit), oldest_interval(recipe, course)
+        positions, oldest = course.required(recipe.unit), oldest_interval(recipe, course, layouts)
         return merge_coefficients(curve, steps=positions, oldest_interval=oldest, floor=recipe.floor, spread=spread)
     coefficients = check_coefficients(recipe.coefficients, allow_negative="negative" in recipe.allow)
     if len(coefficients) != len(course.steps):
@@ -168,19 +170,34 @@ def _coefficients(recipe: WindowRecipe, course: Course) -> NDArray[np.float64]:
     return coefficients
 
 
-def oldest_interval(recipe: WindowRecipe, course: Course) -> int | None:
+def oldest_interval(recipe: WindowRecipe, course: Course, layouts: Sequence[Layout] = ()) -> float | None:
     """The interval that the oldest checkpoint stands for, in the recipe's unit; None: the median of the others.
 
-    In a window of the newest D tokens it is what is left of D.
+    In a window of the newest D tokens it is what is left of D. A slot mean stands for its own steps, wherever D begins.
 
     Args:
         recipe: says how the window is chosen.
         course: of the run at the window's checkpoints.
+        layouts: the window.
     """
     counts = course.known(recipe.unit)
+    if is_of_means(layouts) and recipe.oldest_interval is None:
+        return _length_of_oldest(layouts, course.steps, counts)
     if recipe.newest_counts is not None and recipe.top is None and counts is not None:
         return recipe.newest_counts - (counts[-1] - counts[0])
     return None if recipe.oldest_interval is None else int(recipe.oldest_interval)
+
+
+def _length_of_oldest(layouts: Sequence[Layout], steps: Sequence[int], counts: Sequence[int] | None) -> float | None:
+    """The length of the oldest slot in the unit of `counts`, which passed as fast there as in the next slot."""
+    if counts is None:
+        return None
+    length = span_of(layouts[0].snapshot).length
+    if counts == steps:
+        return length
+    if len(steps) > 1:
+        return length * (counts[1] - counts[0]) / (steps[1] - steps[0])
+    return length * counts[0] / steps[0]
 
 
 def _window(
@@ -195,7 +212,8 @@ def _window(
         course,
         coefficients,
         unit=recipe.unit if is_measured else "steps",
-        oldest_interval=oldest_interval(recipe, course) if is_measured else None,
+        oldest_interval=oldest_interval(recipe, course, layouts) if is_measured else None,
+        spans=[span_of(layout.snapshot) for layout in layouts],
         data_switch=recipe.data_switch,
     )
     return Window(layouts, coefficients, course, figures, matched_names)
