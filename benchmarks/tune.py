@@ -15,9 +15,9 @@ Beside them are measured:
     one       load_merge of the longest window into the model: one pass that reads the union, for one merge
     read      reads the bytes of the union, with as many threads, and does nothing else
 
-With --cold the run's files are dropped from the page cache before each turn. Times are those inside the process,
-without the start of the interpreter and without building the first model. `merge` is what `memory` takes without the
-losses.
+With --cold the run's files are dropped from the page cache before each turn, and before each merge of `files`: so it is
+with a run that is larger than the memory. Times are those inside the process, without the start of the interpreter and
+without building the first model. `merge` is what `memory` takes without the losses.
 """
 
 import argparse
@@ -133,10 +133,12 @@ def screen_in_memory(recipes: list[wsm_ds.WindowRecipe], room: str) -> dict[str,
     return figures | {"losses": losses, "before_MiB": before_mib}
 
 
-def screen_by_files(recipes: list[wsm_ds.WindowRecipe], out: Path) -> dict[str, Any]:
+def screen_by_files(recipes: list[wsm_ds.WindowRecipe], out: Path, *, cold: bool) -> dict[str, Any]:
     """The contender `files`. The folder of each merge is removed before the next, which is not timed."""
     losses, seconds = [], 0.0
     for recipe in recipes:
+        if cold:
+            evict(recipe.run)
         began = time.perf_counter()
         folder = out / "merged"
         included = [recipe.run / "config.json"]
@@ -179,7 +181,8 @@ def read_union(recipes: list[wsm_ds.WindowRecipe]) -> dict[str, Any]:
 def build() -> Any:
     """Returns the model in bf16, with other weights than any merge. The peak of memory is counted from here on."""
     torch.manual_seed(1)
-    model = LlamaForCausalLM(config()).to(torch.bfloat16).eval()
+    # Not `.to(torch.bfloat16)`, which would round the frequencies of the positions, too.
+    model = AutoModelForCausalLM.from_config(config(), dtype=torch.bfloat16).eval()
     Path("/proc/self/clear_refs").write_text("5")
     return model
 
@@ -210,7 +213,7 @@ def measured(options: argparse.Namespace, name: str) -> dict[str, Any]:
     if options.cold:
         evict(options.folder / "run")
     command = [sys.executable, "-m", "benchmarks.tune", "--folder", str(options.folder), "--only", name]
-    command += ["--room", options.room, "--checkpoints", str(options.checkpoints)]
+    command += ["--room", options.room, "--checkpoints", str(options.checkpoints), *(["--cold"] * options.cold)]
     found = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
     figures: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
     return figures
@@ -233,10 +236,10 @@ def main() -> None:
     if options.only:
         recipes = candidates(options.folder / "run", options.checkpoints)
         contenders = {"memory": lambda: screen_in_memory(recipes, options.room),
-                      "files": lambda: screen_by_files(recipes, options.folder / "out"),
+                      "files": lambda: screen_by_files(recipes, options.folder / "out", cold=options.cold),
                       "one": lambda: load_one(recipes), "read": lambda: read_union(recipes)}  # fmt: skip
         figures = contenders[options.only]()
-        return print(json.dumps(figures | {"peak_MiB": memory_mib("VmHWM")}))
+        return print(json.dumps(figures | {"process_cpu_s": cpu_s(), "peak_MiB": memory_mib("VmHWM")}))
     options.folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(options.folder / "out", ignore_errors=True)
     make_run(options.folder, options.checkpoints)

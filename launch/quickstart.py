@@ -23,7 +23,7 @@ LEAST_STEPS = EVERY * (WINDOW + 2)
 """With fewer updates the window would begin in the warmup of the learning rate."""
 CONFIGS = Path(__file__).parent.parent / "configs"
 CURVES = ("linear", "1-sqrt")
-TUNED_WINDOWS = (4, 8, 16)
+TUNED_WINDOWS = (2, 4, 8, 16)
 HELD_OUT, CONFIRM = "held_out.txt", "held_out_2.txt"
 PROGRESS_EVERY_S = 5.0
 
@@ -169,7 +169,7 @@ def tune(out: Path) -> None:
         *("tune", str(out / "run"), "--windows", ",".join(windows), "--curve", ",".join(CURVES)),
         *("--data", str(out / HELD_OUT), "--confirm", str(out / CONFIRM), "--tokenizer", "bytes"),
         *("--model", f"{Path(__file__).with_name('gpt.py')}:GPT", "--sequence-length", str(GPTSize.context)),
-        *("--out", str(out / "tune")),
+        *("--run-sequence-length", str(GPTSize.context), "--out", str(out / "tune")),
     )
     recipe = ("--recipe", str(out / "tune/best.yaml"))
     wsm_ds_command("merge", str(out / "run"), *recipe, "--out", str(out / "best"))

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from evaluated import make_evaluated
 from made_results import put_measurements
 
 from wsm_ds.cli import main, parser
@@ -250,6 +251,7 @@ def test_the_examples_of_every_help_work(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.setpriority", lambda *_: None)
     Path("configs").symlink_to(Path(__file__).parents[1] / "configs")
+    make_evaluated(tmp_path)
     for number, line in enumerate(examples()):
         run = Path("RUN")
         if not run.is_dir() or number == 0 or "prune" in line:

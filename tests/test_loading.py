@@ -90,11 +90,13 @@ def test_one_checkpoint_is_loaded_as_export_writes_it(tmp_path: Path) -> None:
     assert (loaded.output.ess, loaded.output.lag_steps) == (1.0, 0.0)
 
 
-def test_a_merge_that_was_written_is_loaded_with_its_own_bits(tmp_path: Path) -> None:
-    wsm_ds.merge(run=ZERO2, out=tmp_path / "merged", **TWO)
+@pytest.mark.parametrize("name", ["zero2_bf16", "zero3_bf16"])
+@pytest.mark.parametrize("form", ["zero", "universal"])
+def test_a_merge_that_was_written_is_loaded_with_its_own_bits(tmp_path: Path, name: str, form: Any) -> None:
+    wsm_ds.merge(run=GOLDEN / name, out=tmp_path / "merged", format=form, **TWO)
     model, direct = GoldenModel(), GoldenModel()
     wsm_ds.load_merge(model, tmp_path / "merged", last=1, dtype="fp32")
-    wsm_ds.load_merge(direct, ZERO2, dtype="fp32", **TWO)
+    wsm_ds.load_merge(direct, GOLDEN / name, dtype="fp32", **TWO)
     assert same_model(model, direct)
 
 
@@ -202,6 +204,16 @@ def test_names_are_changed_as_in_an_export() -> None:
         wsm_ds.load_merge(model, ZERO2, rename={"(": "x"}, **TWO)
 
 
+def test_the_prefix_by_which_names_differ_is_told() -> None:
+    inner = torch.nn.Module()
+    inner.add_module("decoder", GoldenModel())
+    with pytest.raises(ModelMismatch, match=re.escape("With rename={'^': 'decoder.'} 9 of the 10 names would fit.")):
+        wsm_ds.load_merge(inner, ZERO2, **TWO)
+    outer = GoldenModel()
+    with pytest.raises(ModelMismatch, match=re.escape(r"With rename={'^decoder\\.': ''} 9 of the")):
+        wsm_ds.load_merge(outer, ZERO2, rename={"^": "decoder."}, **TWO)
+
+
 def test_tensors_in_any_order_of_dimensions_are_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live_tensors, "INDEXED_NUMEL", 5)
     model, wanted = GoldenModel(), GoldenModel()
@@ -291,6 +303,10 @@ def test_models_and_recipes_are_counted_and_models_share_nothing() -> None:
         wsm_ds.load_merges([model], [recipe(), recipe()])
     with pytest.raises(RecipeError, match="found 0 for 0"):
         wsm_ds.load_merges([], [])
+    with pytest.raises(RecipeError, match="at least one recipe"):
+        wsm_ds.load_each(model, [])
+    with pytest.raises(RecipeError, match="many"):
+        wsm_ds.load_each(model, [recipe()], room="many")
     with pytest.raises(ModelMismatch, match=r"of the models share memory"):
         wsm_ds.load_merges([model, model], [one("global_step1"), one("global_step2")])
 
@@ -321,7 +337,8 @@ def test_each_merge_in_turn_is_in_the_model_and_few_passes_read(
 
 def test_a_diverged_checkpoint_costs_its_own_merges_alone(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     change(run, float("nan"))
-    recipes = [recipe(run), one("global_step1", run), one("global_step2", run)]
+    good, bad = one("global_step1", run), one("global_step2", run)
+    recipes = [recipe(run), good, bad, good, good]
     model, wanted = GoldenModel(), GoldenModel()
     wsm_ds.load_merge(wanted, one("global_step1", run))
     results = []
@@ -331,8 +348,9 @@ def test_a_diverged_checkpoint_costs_its_own_merges_alone(run: Path, caplog: pyt
             assert same_model(model, wanted)
         else:
             assert re.search(r"global_step2/\S+ holds nan in embedding\.weight", str(loaded))
-    assert results == [NonFiniteValue, wsm_ds.LoadedMerge, NonFiniteValue]
-    assert "each is now made by itself" in caplog.text
+    made = wsm_ds.LoadedMerge
+    assert results == [NonFiniteValue, made, NonFiniteValue, made, made]
+    assert "halves of them are tried" in caplog.text
 
 
 def test_a_value_that_the_models_dtype_cannot_hold_is_an_error(run: Path) -> None:
@@ -369,6 +387,7 @@ def test_windows_budgets_and_options_are_checked_before_anything_is_read(
         (BudgetTooSmall, "memory budget", (ZERO2,), TWO | {"memory_budget": "1MiB"}),
         (InsufficientCapacity, "memory", (ZERO2,), TWO | {"memory_budget": "900TiB"}),
         (RecipeError, "`dtype` is one of bf16, fp16, fp32; found 'int8'", (ZERO2,), TWO | {"dtype": "int8"}),
+        (RecipeError, "`allow_missing` is a list", (ZERO2,), TWO | {"allow_missing": "more"}),
         (RecipeError, "'lst' is not a key", (ZERO2,), {"lst": 2}),
         (RecipeError, "the run is given twice", (ZERO2,), TWO | {"run": ZERO2}),
         (RecipeError, "a recipe and `last` are given", (recipe(),), {"last": 2}),

@@ -100,7 +100,17 @@ def test_merges_of_version_0_1_0_are_resumed_and_known_as_done(
     monkeypatch.chdir(run.parent)
     out = tmp_path / "out"
     fields = make_recipe(**recipe(Path("run"), out)).model_dump(mode="json")
-    for name in ("sub_group_size", "rename"):  # as if the version had not had them
+    for name in (
+        "sub_group_size",
+        "rename",
+        "spread",
+        "by",
+        "last_tokens",
+        "scores",
+        "maximize",
+        "data_switch",
+        "tuned",
+    ):  # as if the version had not had them
         assert not fields.pop(name)
     assert killed_at_60(recipe(Path("run"), out))
     recorded = Staging(out).folder / PLAN

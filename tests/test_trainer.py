@@ -150,6 +150,29 @@ def test_a_model_of_transformers_is_filled_in_memory_as_from_a_file(
         assert torch.equal(model.eval()(tokens).logits, wanted.eval()(tokens).logits)
 
 
+def test_a_run_of_trainer_is_evaluated_without_a_word_about_its_model(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained[0] / "3True"
+    data, records = tmp_path / "held.bin", tmp_path / "e.jsonl"
+    tokens = torch.randint(0, 13, (300,), generator=torch.Generator().manual_seed(2))
+    data.write_bytes(tokens.to(torch.uint16).numpy().tobytes())
+    zero = merge_two(run, tmp_path / "zero")
+    exported = merge_two(run, tmp_path / "exported", format="safetensors", dtype="fp32")
+    save = tmp_path / "checkpoint-4"
+    shutil.copytree(run / "checkpoint-4", save)
+    for weights in save.glob("*.safetensors"):  # Trainer's own, of which there are some in stage 3
+        weights.unlink()
+    folders = [zero, exported, save, run / "checkpoint-4/global_step4"]
+    flags = ["--data", str(data), "--sequence-length", "6", "--out", str(records)]
+    assert main(["evaluate", *map(str, folders), *flags]) == 0, capsys.readouterr().err
+    made = [json.loads(line) for line in records.read_text().splitlines()]
+    assert [one["subject"]["kind"] for one in made] == ["merge", "merge", "checkpoint", "checkpoint"]
+    assert made[2]["blocks"] == made[3]["blocks"]
+    assert made[0]["blocks"] == made[1]["blocks"] != made[2]["blocks"]
+    assert [source["coefficient"] for source in made[0]["subject"]["sources"]] == COEFFICIENTS
+
+
 def test_an_included_file_wins_and_later_arrivals_beside_the_source_do_not_disturb(
     trained: Trained, tmp_path: Path
 ) -> None:

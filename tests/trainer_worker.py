@@ -6,6 +6,7 @@ Jobs and reports: `ds_worker.py`.
 import hashlib
 from typing import Any
 
+import numpy
 import torch
 import torch.distributed as dist
 from ds_worker import master_partitions, module_weights, run_jobs  # prepares DeepSpeed for CPU
@@ -78,21 +79,25 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     """A word "tN" for token N."""
     tokenizer = Tokenizer(WordLevel({f"t{number}": number for number in range(VOCABULARY)}, unk_token="t0"))
     tokenizer.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0", eos_token="t0")
 
 
 def do_trainer(job: dict[str, Any]) -> dict[str, Any]:
-    """`Trainer.train`, from the beginning or from job["resume"]; saves into job["run"] after every second update."""
+    """`Trainer.train`, from the beginning or from job["resume"]; saves into job["run"] after every second update.
+
+    job["steps"] is the number of updates, job["every"] the updates from one save to the next, job["rate"] the learning
+    rate, and job["data"] a file of rows of tokens.
+    """
     arguments = TrainingArguments(
         output_dir=job["run"],
         deepspeed=ds_config(job),
         use_cpu=True,
         ddp_backend="gloo",
         bf16=True,
-        learning_rate=1e-2,
+        learning_rate=job.get("rate", 1e-2),
         warmup_steps=8,
-        max_steps=6,
-        save_steps=2,
+        max_steps=job.get("steps", 6),
+        save_steps=job.get("every", 2),
         logging_steps=1,
         per_device_train_batch_size=2,
         report_to=[],
@@ -102,6 +107,8 @@ def do_trainer(job: dict[str, Any]) -> dict[str, Any]:
     config = LlamaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=job["tied"], attention_dropout=0.1)
     model = AutoModelForCausalLM.from_config(config)
     sequences = torch.randint(0, VOCABULARY, (64, 6), generator=torch.Generator().manual_seed(1))
+    if "data" in job:
+        sequences = torch.from_numpy(numpy.load(job["data"]).astype(numpy.int64))
     rows = [{"input_ids": sequence, "labels": sequence} for sequence in sequences]
     seen: list[list[int]] = []
     model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].tolist()), with_kwargs=True)

@@ -76,6 +76,10 @@ _MODULES = {
     "age_deviation": "schedules.figures",
     "ReportFiles": "reporting.report.writing",
     "write_report": "reporting.report.writing",
+    "tune": "tuning.tune",
+    "make_tuning_request": "tuning.request",
+    "TuningRequest": "tuning.request",
+    "TuningResult": "tuning.results",
     "WsmError": "errors",
 }
 __all__ = [
@@ -98,6 +102,8 @@ __all__ = [
     "ReportFiles",
     "Source",
     "Subject",
+    "TuningRequest",
+    "TuningResult",
     "VerificationResult",
     "WindowRecipe",
     "WsmError",
@@ -120,6 +126,7 @@ __all__ = [
     "make_evaluator",
     "make_recipe",
     "make_recipes",
+    "make_tuning_request",
     "make_window_recipe",
     "merge",
     "merge_all",
@@ -130,6 +137,7 @@ __all__ = [
     "reshard",
     "run_plan",
     "subject_of_folder",
+    "tune",
     "verify",
     "weight_decay_aware_coefficients",
     "write_report",
@@ -173,6 +181,9 @@ if TYPE_CHECKING:
     from wsm_ds.schedules.curves import parse_curve
     from wsm_ds.schedules.figures import age_deviation, effective_sample_size, lag
     from wsm_ds.schedules.lr_schedules import WSDLR, WSMLR
+    from wsm_ds.tuning.request import TuningRequest, make_tuning_request
+    from wsm_ds.tuning.results import TuningResult
+    from wsm_ds.tuning.tune import tune
     from wsm_ds.verification import VerificationResult, verify
 
 

@@ -242,11 +242,13 @@ def load_each(
     Returns:
         An iterator. Each step tells what the model holds, for each recipe in order; or it gives the error that its
         elements raised (a NaN, a damaged file). Such an error costs this recipe alone: the others of its pass are made
-        again, each by itself.
+        again, in smaller passes.
 
     Memory: the recipe's `memory_budget` and `room`, beside the model.
     """
     room_bytes = parse_size(room)
+    if not recipes:
+        raise RecipeError("load_each needs at least one recipe; found none.")
     tensors = tensors_of(model)
     require_fillable([tensors])
     chosen = choose_windows(recipes)
@@ -312,9 +314,10 @@ def _each_of(
         if len(chosen) == 1:
             yield error
             return
-        log.warning("one of %d merges cannot be made (%s); each is now made by itself", len(chosen), error)
-        for one in chosen:
-            yield from _each_of(sets[:1], [one], options, reported)
+        log.warning("one of %d merges cannot be made (%s); halves of them are tried", len(chosen), error)
+        half = len(chosen) // 2
+        for part in (chosen[:half], chosen[half:]):
+            yield from _each_of(sets, part, options, reported)
         return
     for number, merge in enumerate(loaded):
         if number:
@@ -330,9 +333,12 @@ def _load(
     require_memory(plan.memory_bytes)
     workers = workers_for(plan, plan.memory_bytes, plan.threads)
     on_bytes = options.get("on_bytes") or (lambda nbytes: None)
-    with hold_shared(plan.marks()):  # `prune` leaves the checkpoints alone
-        timings = run_into(plan, tasks_of(plan), LiveTensors(plan, models), workers, reported, on_bytes)
-        check_unchanged(plan.inputs)
+    try:
+        with hold_shared(plan.marks()):  # `prune` leaves the checkpoints alone
+            timings = run_into(plan, tasks_of(plan), LiveTensors(plan, models), workers, reported, on_bytes)
+            check_unchanged(plan.inputs)
+    except FileNotFoundError as error:
+        raise BrokenCheckpoint(f"{error.filename} is gone since the window was chosen.") from error
     return tuple(
         LoadedMerge(
             output, one.identity(options.get("dtype")), filling.kept, filling.left_out, plan.bytes_to_read, timings
@@ -348,6 +354,13 @@ def _check_rename(rename: Mapping[str, str]) -> None:
         raise RecipeError(f"`rename`: {error}") from error
 
 
+def _patterns(options: FillOptions, key: Literal["allow_missing", "allow_surplus"]) -> Sequence[str]:
+    patterns = options.get(key) or ()
+    if isinstance(patterns, str):
+        raise RecipeError(f"`{key}` is a list of names and patterns; found {patterns!r}. Write [{patterns!r}].")
+    return patterns
+
+
 def _plan(
     models: Sequence[Tensors], chosen: Sequence[ChosenWindow], options: FillOptions
 ) -> tuple[Plan, tuple[Filling, ...]]:
@@ -356,6 +369,7 @@ def _plan(
     if dtype is not None and dtype not in PARAMETER_DTYPES:
         raise RecipeError(f"`dtype` is one of {few(PARAMETER_DTYPES)}; found {dtype!r}.")
     _check_rename(rename)
+    allowed = _patterns(options, "allow_missing"), _patterns(options, "allow_surplus")
     layouts = union_of([one.window for one in chosen])
     tables = source_tables(layouts)
     layout_numbers = {layout.path: number for number, layout in enumerate(layouts)}
@@ -364,9 +378,7 @@ def _plan(
         members = tuple(layout_numbers[layout.path] for layout in one.window.layouts)
         window = OutputWindow(OutputNumber(number), members, tuple(one.window.coefficients.tolist()), len(files))
         model = described(tensors)
-        filling = fill(
-            window.newest(tables), model, rename, options.get("allow_missing", ()), options.get("allow_surplus", ())
-        )
+        filling = fill(window.newest(tables), model, rename, *allowed)
         planned = plan_live_model(tables, window, filling, model, BY_NAME[dtype] if dtype else None)
         files += planned.files
         requests += planned.requests

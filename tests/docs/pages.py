@@ -44,7 +44,8 @@ def for_the_tiny_run(command: str) -> str:
     def numbers(values: str, table: dict[str, str]) -> str:
         return re.sub(r"\d+", lambda match: table.get(match[0], match[0]), values)
 
-    command = re.sub(r"(?<=--last )[\d,]+|(?<=\blast=)\d+", lambda match: numbers(match[0], WINDOWS), command)
+    windows = r"(?<=--last )[\d,]+|(?<=--windows )[\d,]+|(?<=\blast=)\d+"
+    command = re.sub(windows, lambda match: numbers(match[0], WINDOWS), command)
     command = re.sub(r"(?<=--nproc-per-node )4", "2", command)
     steps = r"(?:--from|--to|--until-step) [\d,]+|global_step\d+"
     return re.sub(steps, lambda match: numbers(match[0], STEPS), command)

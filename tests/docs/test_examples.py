@@ -7,13 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from docs.pages import DOCS, GENERATED, PAGES, ROOT, Block, blocks, for_the_tiny_run
-from made_models import save_llama
+from evaluated import make_evaluated
 from made_results import put_measurements
-from made_tokenizers import save_byte_level
 
 RUNNABLE = [page for page in PAGES if page not in GENERATED]
 NOT_RUN = {
@@ -24,7 +22,7 @@ NOT_RUN = {
     "torchrun --nproc-per-node 8 -- launch/pretrain.py --run RUN --config configs/zero2_bf16.json --until-step 10000 "
     "--save-every 500 --data tokens.bin": "tests/training and tests/launch run launch/pretrain.py",
     'engine.load_checkpoint("quickstart/mean")': "needs an engine; tests/test_merge_deepspeed.py loads every merge",
-    "wsm-ds evaluate MODEL --lm-eval arc_easy,hellaswag --limit 200 --metric arc_easy/acc_norm": "its tasks need a "
+    "wsm-ds evaluate HF_MODEL --lm-eval arc_easy,hellaswag --limit 200 --metric arc_easy/acc_norm": "its tasks need a "
     "network; tests/evaluation/test_lm_eval.py runs lm-eval on local ones",
     "job = TrainingJob(": "tests/training/test_training_job_deepspeed.py runs the whole script",
 }
@@ -56,6 +54,10 @@ def folder(runs: Path, tmp_path: Path) -> Path:
     for path in (tmp_path / "ds_config.json", tmp_path / "configs/zero2_bf16.json"):
         shutil.copyfile(ROOT / "configs/zero2_bf16.json", path)
     make_evaluated(tmp_path)
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch/gpt.py").write_text((tmp_path / "model.py").read_text() + "\nGPT = make\n")
+    # Bytes that the model of the tests' run knows as tokens.
+    (tmp_path / "quickstart/held_out.txt").write_bytes(bytes(i * i % 13 for i in range(3000)))
     (tmp_path / "eval.py").write_text("import sys; assert sys.argv[1] == '--model', sys.argv\n")
     (tmp_path / "bin").mkdir()
     for name, words in SHIMS.items():
@@ -63,20 +65,6 @@ def folder(runs: Path, tmp_path: Path) -> Path:
         shim.write_text(f"#!/bin/sh\nexec '{sys.executable}' {words}\n")
         shim.chmod(0o755)
     return tmp_path
-
-
-def make_evaluated(folder: Path) -> None:
-    """What evaluations need: held-out tokens, a model in a file, a folder that a program measures."""
-    random = np.random.default_rng(0)
-    for name, vocabulary in (("held_out", 13), ("web", 97), ("code", 97)):
-        (folder / f"{name}.bin").write_bytes(random.integers(0, vocabulary, 700).astype("<u2").tobytes())
-    model = f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nfrom ds_models import TinyModel as make\n"
-    (folder / "model.py").write_text(model)
-    (folder / "measure.py").write_text('print(\'{"results": {"accuracy": 0.5}}\')\n')
-    loss = {"kind": "loss", "data": "held_out.bin", "model": "model.py:make", "sequence_length": 64}
-    (folder / "evaluators.yaml").write_text(yaml.safe_dump([loss]))
-    save_llama(folder / "MODEL", vocab_size=300)
-    save_byte_level(folder / "MODEL")
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -5,8 +5,10 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from ds_models import TinyModel
 from forked import free_port
 from made_models import save_config, save_llama
+from processes import is_gone
 from safetensors.torch import load_file, save_file
 
 from wsm_ds import merge
@@ -139,18 +142,44 @@ def test_a_model_that_fails_costs_itself_alone(tmp_path: Path, data: Path, capsy
     assert len(lines(out)) == 5  # what failed was tried again
 
 
+def on_two_ranks(*arguments: str) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of both."""
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    pipe = subprocess.PIPE
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", CLI, *arguments], env=os.environ | meeting | {"RANK": str(rank)},
+            stdout=pipe, stderr=pipe, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300) for process in ranks]
+    return [(process.returncode, *texts) for process, texts in zip(ranks, said, strict=True)]
+
+
+def test_a_model_that_one_rank_alone_cannot_load_is_a_failure_on_both(tmp_path: Path, data: Path) -> None:
+    folder, model, out = save_llama(tmp_path / "a"), tmp_path / "model.py", tmp_path / "e.jsonl"
+    model.write_text(
+        "import os, transformers\n"
+        "def make():\n    assert os.environ['RANK'] == '0', 'no room on this rank'\n"
+        f"    return transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained({str(folder)!r}))\n"
+    )
+    good = save_llama(tmp_path / "good")
+    arguments = words(data, folder, good)
+    first, second = on_two_ranks(*arguments, "--model", f"{model}:make", "--out", str(out))
+    assert (first[0], second[0]) == (3, 3)
+    assert "2 of 2 measurements failed: a: EvaluationError: the model" in first[2]
+    assert [line["failure"].endswith("no room on this rank") for line in lines(out)] == [True, True]
+    assert [code for code, _, _ in on_two_ranks(*arguments, "--out", str(out))] == [0, 0]
+    assert [line["failure"] for line in lines(out)[2:]] == [None, None]
+
+
 def test_several_ranks_give_the_same_bits_and_one_line(tmp_path: Path, data: Path) -> None:
     folder = save_llama(tmp_path / "a")
     assert main([*words(data, folder), "--batch-size", "2", "--out", str(tmp_path / "alone.jsonl")]) == 0
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    command = [sys.executable, "-c", CLI, *words(data, folder), "--batch-size", "2", "--out", str(tmp_path / "e.jsonl")]
-    ranks = [
-        subprocess.Popen(command, env=os.environ | meeting | {"RANK": str(rank)}, stdout=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=300)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0]
-    assert said[1] == b""
+    first, second = on_two_ranks(*words(data, folder), "--batch-size", "2", "--out", str(tmp_path / "e.jsonl"))
+    assert (first[0], second[0]) == (0, 0)
+    assert second[1] == ""
     (alone,), (together,) = lines(tmp_path / "alone.jsonl"), lines(tmp_path / "e.jsonl")
     assert (alone["blocks"], alone["metrics"]) == (together["blocks"], together["metrics"])
 
@@ -214,3 +243,59 @@ def test_folders_are_checked_before_the_first_is_measured(
     config = ["--model", str(save_config(tmp_path / "c"))]
     assert main([*words(data, runs / "w2_s2_bf16/global_step6"), *config, "--out", str(out)]) == 3
     assert "ModelMismatch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_evaluation_loses_nothing_and_goes_on(tmp_path: Path, number: int) -> None:
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+    script, out, ready = tmp_path / "measure.py", tmp_path / "e.jsonl", tmp_path / "ready"
+    script.write_text(
+        "import os, pathlib, sys, time\nfolder = pathlib.Path(sys.argv[1])\n"
+        f"(folder / 'runs').open('a').write('x')\nready = pathlib.Path({str(ready)!r})\n"
+        "if folder.name == 'b' and not ready.exists():\n"
+        "    ready.write_text(str(os.getpid())); time.sleep(600)\n"
+        "print(len(folder.name))"
+    )
+    command = ["evaluate", *map(str, folders), "--command", shlex.join([sys.executable, str(script), "{}"])]
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLI, *command, "--out", str(out)], stderr=subprocess.PIPE, text=True
+    )
+    while not (ready.exists() and ready.read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, number)
+    _, error = process.communicate(timeout=60)
+    measuring = int(ready.read_text())
+    if number == signal.SIGTERM:
+        assert process.returncode == 130
+        assert error.startswith("wsm-ds: Interrupted: SIGTERM; what was measured is kept. Run the same command again")
+        assert is_gone(measuring)
+    else:
+        os.kill(measuring, signal.SIGKILL)
+    assert [line["subject"]["name"] for line in lines(out)] == ["a"]
+    assert main([*command, "--out", str(out)]) == 0
+    assert [line["subject"]["name"] for line in lines(out)] == ["a", "b", "c"]
+    assert [(folder / "runs").read_text() for folder in folders] == ["x", "xx", "x"]
+
+
+def test_a_config_that_was_corrected_is_measured_anew(tmp_path: Path, data: Path) -> None:
+    folder = save_llama(tmp_path / "model", vocab_size=13)
+    config, out = folder / "config.json", tmp_path / "evaluations.jsonl"
+    for count in (1, 1):
+        assert main([*words(data, folder), "--out", str(out)]) == 0
+        assert len(lines(out)) == count
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps(content | {"rms_norm_eps": 0.5}))
+    for count in (2, 2):
+        assert main([*words(data, folder), "--out", str(out)]) == 0
+        assert len(lines(out)) == count
+    first, second = (line["metrics"]["loss"]["value"] for line in lines(out))
+    assert first != second
+    for count in (3, 3):
+        (tmp_path / "own.json").write_text(json.dumps(content))
+        assert main([*words(data, folder), "--out", str(out), "--model", str(tmp_path / "own.json")]) == 0
+        assert len(lines(out)) == count
+    assert lines(out)[-1]["metrics"] == lines(out)[0]["metrics"]

@@ -98,6 +98,24 @@ def test_a_long_text_is_read_only_as_far_as_it_is_needed(tmp_path: Path) -> None
         read(path, 8, 1000, tokenizer=str(tmp_path / "tokenizer"))
 
 
+def test_parquet_is_read_like_lines_of_json(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    lines, table = tmp_path / "held.jsonl", tmp_path / "held.parquet"
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in (TEXT, TEXT[::-1])))
+    parquet.write_table(pyarrow.table({"id": [1, 2], "text": [TEXT, TEXT[::-1]]}), table)
+    save_byte_level(tmp_path / "tokenizer")
+    for tokenizer in ("bytes", str(tmp_path / "tokenizer")):
+        assert read(table, 8, 100, tokenizer=tokenizer).digest == read(lines, 8, 100, tokenizer=tokenizer).digest
+    parquet.write_table(pyarrow.table({"content": ["a"]}), table)
+    with pytest.raises(EvaluationError, match=r'held.parquet has no column "text", but content'):
+        read(table, 4, 1, tokenizer="bytes")
+    table.write_bytes(b"PAR1 no parquet")
+    with pytest.raises(EvaluationError, match=r"held.parquet cannot be read as text"):
+        read(table, 4, 1, tokenizer="bytes")
+
+
 def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"none.bin does not exist"):
         read(tmp_path / "none.bin", 4, 1)

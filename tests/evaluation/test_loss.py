@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,13 @@ from made_models import VOCABULARY, OwnLoss, llama, save_llama
 from wsm_ds.errors import EvaluationError, RecipeError
 from wsm_ds.evaluation.evaluation import Evaluation, Subject
 from wsm_ds.evaluation.held_out import DataSource
-from wsm_ds.evaluation.loss import LossEvaluator
+from wsm_ds.evaluation.loss import (
+    BYTES_PER_ACTIVATION,
+    BYTES_PER_LOGIT,
+    DEVICE_SHARE,
+    LossEvaluator,
+    batch_rows,
+)
 
 SUBJECT = Subject(name="model", kind="folder", identity="m", path="/m")
 ON_RANKS = """
@@ -123,7 +130,7 @@ def test_a_folder_is_measured_as_its_model_in_memory(tmp_path: Path, data: tuple
 
 def test_what_decides_the_figures_decides_the_identity(data: tuple[DataSource, ...]) -> None:
     identity = evaluator_of(data).identity()
-    same: list[dict[str, Any]] = [{"batch_size": 3}, {"model": "m"}, {"vocabulary": 97}]
+    same: list[dict[str, Any]] = [{"batch_size": 3}, {"vocabulary": 97}]
     others: list[dict[str, Any]] = [
         {"sequence_length": 16}, {"blocks": 5}, {"dtype": "bf16"}, {"data": data[:1]}, {"data": data[::-1]},
         {"data": tuple(source.model_copy(update={"weight": 2.0}) for source in data)},
@@ -178,3 +185,46 @@ def test_what_does_not_fit_is_refused_before_anything_is_measured(data: tuple[Da
 
 def _flatten(module: torch.nn.Module) -> None:
     module.register_forward_hook(lambda module, inputs, output: output.mean())
+
+
+def test_a_model_with_a_config_of_its_own_may_take_tokens_alone(data: tuple[DataSource, ...]) -> None:
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = {"layers": 1}
+            self.table = OwnLoss().logits
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.table[tokens]
+
+    assert nats_of(evaluator_of(data).measure(Plain(), SUBJECT)) == nats_of(
+        evaluator_of(data).measure(OwnLoss(), SUBJECT)
+    )
+
+
+def test_a_batch_that_the_memory_does_not_hold_is_halved(data: tuple[DataSource, ...]) -> None:
+    class Small(OwnLoss):
+        room = 2
+
+        def loss(self, batch: torch.Tensor) -> torch.Tensor:
+            if len(batch) > self.room:
+                raise torch.OutOfMemoryError("no room")
+            return super().loss(batch)
+
+    small, none = Small(), Small()
+    none.room = 0
+    evaluator = evaluator_of(data, batch_size=16)
+    assert nats_of(evaluator.measure(small, SUBJECT)) == nats_of(evaluator.measure(OwnLoss(), SUBJECT))
+    assert evaluator.measure(none, SUBJECT).failure == "OutOfMemoryError: no room"
+
+
+def test_a_batch_is_as_large_as_the_device_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu, model = torch.device("cpu"), torch.device("cuda", 0), llama()
+    assert [batch_rows(model, cpu, length) for length in (16, 1000, 2048, 5000)] == [128, 2, 1, 1]
+    memory = types.SimpleNamespace(total_memory=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    per_token = BYTES_PER_LOGIT * VOCABULARY + BYTES_PER_ACTIVATION * 32
+    for room, rows in ((0, 1), (7, 1), (64, 8), (100, 8), (1 << 30, 4096)):
+        memory.total_memory = weights + int(room * 8 * per_token / 8 / DEVICE_SHARE) + 1
+        assert batch_rows(model, gpu, 8) == rows, room

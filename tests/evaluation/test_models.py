@@ -1,5 +1,6 @@
 """Models from configs, functions and folders; weights that do not fit are refused by name."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from made_models import OwnLoss, llama, save_config, save_llama
 from safetensors.torch import load_file, save_file
 
 from wsm_ds.errors import EvaluationError, ModelMismatch
-from wsm_ds.evaluation.models import build_model, load_folder, positions_of, vocabulary_of
+from wsm_ds.evaluation.models import build_model, digest_of, load_folder, positions_of, vocabulary_of
 
 TOKENS = torch.arange(1, 31).view(2, 15)
 
@@ -36,6 +37,22 @@ def test_a_function_is_found_in_a_module_and_in_a_file(tmp_path: Path) -> None:
     file = tmp_path / "my model.py"
     file.write_text("import torch\ndef make():\n    return torch.nn.Linear(3, 2)\n")
     assert build_model(f"{file}:make", "fp32", "cpu").weight.shape == (2, 3)
+
+
+def test_a_changed_config_or_file_is_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = save_config(tmp_path / "c")
+    file = tmp_path / "mine.py"
+    file.write_text("def make(): return 1\n")
+    monkeypatch.chdir(tmp_path)
+    specs = [str(config), f"{file}:make", "mine:make"]
+    first = [digest_of(spec) for spec in specs]
+    assert len({*first, digest_of(f"{file}:other"), digest_of("absent:make")}) == 4
+    assert first[1] == first[2]
+    assert first[0] == digest_of(str(config / "config.json"))
+    file.write_text("def make(): return 2\n")
+    save_config(config, rope_theta=5.0)
+    assert not set(first) & {digest_of(spec) for spec in specs}
+    assert digest_of(None) is None
 
 
 @pytest.mark.parametrize(
@@ -97,3 +114,15 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(EvaluationError, match=r"has no \*.safetensors"):
         load_folder(folder, "fp32", None, "cpu")
+
+
+def test_no_code_that_lies_beside_the_weights_is_run(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config | own))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    for spec in (None, str(folder)):
+        with pytest.raises(EvaluationError):
+            load_folder(folder, "fp32", spec, "cpu")
+    assert not (tmp_path / "ran").exists()

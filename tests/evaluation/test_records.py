@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,25 @@ def test_processes_that_add_at_once_lose_no_line(tmp_path: Path) -> None:
     names = {made.subject.name for made in Records(path).all()}
     assert names == {f"m{number}" for number in range(75)}
     assert len(path.read_text().splitlines()) == 75
+
+
+def test_whether_something_can_be_added_is_known_before(tmp_path: Path) -> None:
+    path = tmp_path / "new/folder/e.jsonl"
+    Records(path).require_writable()
+    assert list(tmp_path.iterdir()) == []
+    Records(path).add(evaluation("a"))
+    Records(path).require_writable()
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"file/e.jsonl"):
+        Records(tmp_path / "file/e.jsonl")
+    os.mkfifo(tmp_path / "pipe")
+    for path_of_none in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(EvaluationError, match="is a folder, a pipe or a device"):
+            Records(path_of_none)
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    with pytest.raises(UnsafePath):
+        Records(link).require_writable()
 
 
 def test_nothing_is_added_to_what_is_no_file_of_evaluations(tmp_path: Path) -> None:

@@ -46,6 +46,9 @@ def test_weights_from_elsewhere_are_told_apart_by_their_files(tmp_path: Path) ->
     (tmp_path / "README.md").write_text("another text")
     assert subject_of_folder(tmp_path) == first
     assert (first.kind, first.sources) == ("folder", ())
+    (tmp_path / "config.json").write_text("{}")
+    assert subject_of_folder(tmp_path).identity != first.identity
+    (tmp_path / "config.json").unlink()
     os.utime(weights, ns=(1, 1))
     assert subject_of_folder(tmp_path).identity != first.identity
 

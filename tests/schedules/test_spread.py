@@ -96,8 +96,8 @@ def test_texts_name_spreads_and_come_back(text: str, spread: Spread, written: st
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("maxnt", "did you mean .maxent"), ("wsm:0.5", "the dial is a number"), ("qam:1.5", "from 0"), ("qam:", "the dial"),
-     ("qam:nan", "the dial"), ("maxent:x", "the dial")],
+    [("maxnt", "did you mean .maxent"), ("wsm:0.5", "the dial is a number"), ("qam:1.5", "from 0"),
+     ("qam:", "the dial"), ("qam:nan", "the dial"), ("maxent:x", "the dial")],
 )  # fmt: skip
 def test_a_wrong_spread_says_what_is_right(text: str, words: str) -> None:
     with pytest.raises(CurveError, match=words):

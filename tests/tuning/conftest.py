@@ -11,7 +11,7 @@ from tuned import loss_of, write_tokens
 @pytest.fixture
 def request_of(long_runs: Path, tmp_path: Path) -> Callable[..., Any]:
     """Makes a request for a tuning; keywords replace what it says."""
-    from wsm_ds.tuning.request import make_request
+    from wsm_ds.tuning.request import make_tuning_request
 
     def make(**values: Any) -> Any:
         common = {
@@ -22,6 +22,6 @@ def request_of(long_runs: Path, tmp_path: Path) -> Callable[..., Any]:
             "screening": loss_of(write_tokens(tmp_path / "held_out.npy")),
             "model": "ds_models:TinyModel",
         }
-        return make_request(**{**common, **values})
+        return make_tuning_request(**{**common, **values})
 
     return make

@@ -136,3 +136,19 @@ def test_the_longest_window_is_warned_of_if_it_is_chosen() -> None:
     long, short = measured("b", texts() - 1, duration=800), measured("a", texts(), duration=400)
     assert "longer ones may be better" in warnings_of(Comparison("loss", (long, short)), "b", [], None)[0]
     assert warnings_of(Comparison("loss", (long, short)), "a", [], None) == ()
+
+
+@pytest.mark.parametrize("diverged", range(4))
+def test_one_of_four_checkpoints_that_diverged_is_named(diverged: int) -> None:
+    shifts = [0.03, 0.02, 0.01, 0.0]
+    shifts[diverged] += 3.0
+    singles = [(100 * at, measured(f"step{100 * at}", texts() + shift)) for at, shift in enumerate(shifts)]
+    comparison = Comparison("loss", tuple(one for _, one in singles))
+    (warning,) = warnings_of(comparison, None, singles, None)
+    assert f"The checkpoint of step {100 * diverged} alone is far worse" in warning
+
+
+def test_a_merge_with_the_same_value_is_not_called_worse() -> None:
+    found = recommend(Comparison("loss", (raw(), measured("last4-linear", texts(), duration=400))))
+    assert found.name == "step400"
+    assert "The best merge, last4-linear, has the same value." in found.sentence

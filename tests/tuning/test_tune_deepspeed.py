@@ -13,7 +13,7 @@ import yaml
 from tuned import BLOCKS, LENGTH, loss_of, write_tokens
 
 from wsm_ds.cli import main
-from wsm_ds.errors import EvaluationError, OutputExists, WindowError
+from wsm_ds.errors import EvaluationError, OutputExists, RecipeError, WindowError
 from wsm_ds.evaluation.models import build_model
 from wsm_ds.evaluation.records import Records
 from wsm_ds.loading import load_merge
@@ -233,6 +233,7 @@ def test_what_cannot_work_is_refused_before_anything_is_measured(request_of: Req
         ({"baselines": {"gone": tmp_path / "gone"}}, EvaluationError, "gone"),
         ({"screening": loss_of(tmp_path / "no.npy")}, EvaluationError, "no.npy"),
         ({"model": "ds_models:NoModel"}, EvaluationError, "NoModel"),
+        ({"model": None}, RecipeError, "has no config.json"),
     ):
         with pytest.raises(error, match=words):
             tune(request_of(**values))
@@ -341,3 +342,24 @@ def test_shuffled_data_and_few_blocks_are_said(request_of: Requests, tmp_path: P
     said = " ".join(result.recommendation.warnings)
     assert "only 10 blocks" in said
     assert "tokens in their order" in said
+
+
+def test_a_run_that_goes_on_meanwhile_changes_no_candidate(
+    request_of: Requests, long_runs: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(long_runs / "narrow", run, ignore=shutil.ignore_patterns("global_step16"))
+    (run / "latest").write_text("global_step14")
+    request = request_of(run=run, windows=("2", "4"), memory_room=0)
+
+    def save(step: Step) -> None:
+        if step.done == 1:
+            shutil.copytree(long_runs / "narrow/global_step16", run / "global_step16")
+
+    result = tune(request, on_step=save)
+    assert {one.steps[-1] for one in result.candidates if one.kind == "merge"} == {14}
+    alone = tune(request_of(run=run, windows=("2", "4"), ends=(14,), out=tmp_path / "alone"))
+    assert sorted(values_of(result).values()) == sorted(values_of(alone).values())
+    again = tune(request)
+    assert {one.steps[-1] for one in again.candidates if one.kind == "merge"} == {16}
+    assert values_of(again)["step14"] == values_of(result)["step14"]

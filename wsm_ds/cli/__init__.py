@@ -60,10 +60,10 @@ def parser() -> CommandParser:
     merge.add_commands(commands)
     inspect.add_verify(commands)
     inspect.add_coefficients(commands)
-    report.add_command(commands)
-    storage.add_command(commands)
     evaluate.add_command(commands)
     tune.add_command(commands)
+    report.add_command(commands)
+    storage.add_command(commands)
     watch.add_commands(commands)
     jobs.add_commands(commands)
     return top

@@ -1,6 +1,7 @@
 """The command evaluate: the same measurement for anything that is there."""
 
 import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from wsm_ds.evaluation.evaluation import Evaluation, Metric
     from wsm_ds.evaluation.evaluator import Evaluator
 
+log = logging.getLogger(__name__)
+
 EVALUATE = """\
 Measure models on held-out data, or with a program. A FOLDER is a merge, a checkpoint (RUN/global_step4000), or a folder
 of safetensors. With --out, every result is kept, and nothing is measured twice. Several ranks (torchrun, srun) share
@@ -19,15 +22,16 @@ the blocks of the data."""
 USAGE = "FOLDER... --data FILE [--model CONFIG] [--out FILE.jsonl] [flags]"
 EXAMPLES = """\
 examples:
-  wsm-ds evaluate MERGED RUN/global_step6000 --data held_out.bin --model CONFIG --out evaluations.jsonl
-  wsm-ds evaluate MODEL --data web=web.bin@0.7 --data code=code.bin@0.3 --sequence-length 2048 --dtype bf16
-  wsm-ds evaluate MODEL --command 'python measure.py {}' --metric accuracy --maximize
-  wsm-ds evaluate MODEL --lm-eval arc_easy,hellaswag --limit 200"""
+  wsm-ds evaluate MERGED RUN/global_step6000 --data held_out.bin --model model.py:make --sequence-length 64
+  wsm-ds evaluate HF_MODEL --data web=web.bin@0.7 --data code=code.bin@0.3 --sequence-length 32 --dtype bf16
+  wsm-ds evaluate HF_MODEL --command 'python measure.py {}' --metric results.accuracy --maximize"""
 LOSS = ("data", "tokenizer", "token_dtype", "sequence_length", "blocks", "vocabulary", "model", "dtype", "batch_size")
 GENERATE = ("data", "tokenizer", "token_dtype", "vocabulary", "model", "dtype", "batch_size", "prompts",
             "prompt_tokens", "most_tokens")  # fmt: skip
 PROGRAM = ("timeout_s", "retries")
 LM_EVAL = ("num_fewshot", "limit", "include_path", "model_args", "dtype")
+FEW_BLOCKS = 30
+"""With fewer blocks, an error is known to 13 % at best: 1 / (2 (B - 1))^½."""
 OUTPUT = ".output"
 """Behind the name of --out without its ending: the folder where the output of programs is kept."""
 
@@ -174,6 +178,9 @@ def _run(
         if ranks.rank == 0:
             text = measured.evaluation.model_dump_json() if options.json else _line(measured)
             print(text, flush=True)
+    few = min((len(one.blocks.nats) for one in made if one.blocks is not None), default=FEW_BLOCKS)
+    if ranks.rank == 0 and few < FEW_BLOCKS:
+        log.warning("the held-out set has only %d blocks, so the errors are rough; give more data, or --blocks", few)
     if ranks.rank == 0 and not options.json:
         for evaluator in evaluators:
             identity = evaluator.identity()

@@ -21,23 +21,25 @@ from wsm_ds.cli.options import (
     signals_interrupt,
     source_replacements,
 )
-from wsm_ds.errors import RecipeError
+from wsm_ds.errors import EvaluationError, RecipeError
 
 if TYPE_CHECKING:
     from wsm_ds.evaluation.evaluator import Evaluator
     from wsm_ds.tuning.request import TuningRequest
+    from wsm_ds.tuning.results import TuningResult
     from wsm_ds.tuning.tune import Step
 
 TUNE = """\
 Choose the merge of a run by measurement. Merges of a grid (windows × curves × spreads × end points), the newest raw
 checkpoint, each checkpoint of the longest window and the baselines are measured on held-out data. The shortest window
 that the measurement cannot tell from the best is recommended, in OUT/best.yaml. Killed and started again it goes on."""
-TUNE_USAGE = "RUN (--windows N,N,... | --near BEST.yaml) --data FILE --model MODEL --out TUNE [flags]"
+TUNE_USAGE = "RUN (--windows N,N,... | --near BEST.yaml) --data FILE [--model MODEL] --out TUNE [flags]"
 TUNE_EXAMPLES = """\
 examples:
-  wsm-ds tune RUN --windows 2,4,8 --curve linear,1-sqrt --data HELD_OUT --model MODEL --out TUNE
-  wsm-ds merge RUN --recipe TUNE/best.yaml --out MERGED
-  wsm-ds tune LARGER_RUN --near TUNE/best.yaml --data HELD_OUT --model LARGER_MODEL --out LARGER_TUNE"""
+  wsm-ds tune RUN --windows 2,3 --data held_out.bin --sequence-length 64 --model model.py:make --out TUNE
+  wsm-ds merge RUN --recipe TUNE/best.yaml --out TUNED
+
+For another run: --near TUNE/best.yaml instead of --windows."""
 LM_EVAL, OUTPUTS = "lm-eval:", "outputs"
 """The beginning of --final for tasks of lm-eval, and the folder in OUT where the output of programs is kept."""
 DURATION = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -65,8 +67,12 @@ def add_command(commands: Any) -> None:
     candidates.add_argument("--baseline", action="append", default=[], metavar="NAME=FOLDER",
                             help="weights to compare with, such as a decayed branch; may be repeated")  # fmt: skip
     counts_options(candidates)
+    candidates.add_argument("--data-switch", type=int, metavar="STEP",
+                            help="last step before the data changed: windows across it are warned of")  # fmt: skip
     allow_option(candidates)
     rename_sources_option(candidates)
+    candidates.add_argument("--rename", action="append", default=[], metavar="PATTERN=NEW",
+                            help="replace a regular expression in names, to match those of --model")  # fmt: skip
     _stage_options(parser)
     evaluator_options(parser)
     machine = parser.add_argument_group("machine")
@@ -122,12 +128,13 @@ def _tune(options: argparse.Namespace) -> int:
             result = tune(request, ranks, show)
         if ranks.rank == 0:
             _show_result(result, options)
+        _require_a_value(result)
     return 0
 
 
 def _request(options: argparse.Namespace) -> "TuningRequest":
     """What the flags ask for."""
-    from wsm_ds.tuning.request import make_request
+    from wsm_ds.tuning.request import make_tuning_request
 
     near = _near(options)
     repeated = repeated_values(options)
@@ -138,10 +145,11 @@ def _request(options: argparse.Namespace) -> "TuningRequest":
         "threads": options.threads,
         "tokens_per_step": options.tokens_per_step,
         "sequence_length": options.run_sequence_length,
+        "data_switch": options.data_switch,
         "rename_sources": source_replacements(options.rename_sources) or None,
     }
     screening, *finals = _evaluators(options)
-    return make_request(
+    return make_tuning_request(
         run=options.run,
         out=options.out,
         windows=near.get("windows") or _list(options.windows),
@@ -265,6 +273,13 @@ def _show_step(step: "Step", style: str) -> None:
               **step.evaluation.model_dump(mode="json", exclude={"blocks"}))  # fmt: skip
     elif style == "people":
         print(step_line(step), flush=True)
+
+
+def _require_a_value(result: "TuningResult") -> None:
+    """Raises EvaluationError if every measurement failed."""
+    failures = [f"{one.name}: {one.failure}" for one in result.candidates if one.failure is not None]
+    if failures and not any(one.metrics for one in result.candidates):
+        raise EvaluationError(f"none of {len(failures)} models could be measured. {failures[0].rstrip('.')}.")
 
 
 def _show_result(result: Any, options: argparse.Namespace) -> None:

@@ -189,12 +189,14 @@ def fused_sums(
     return FusedSums([array[:numel] for array in sums], bool(status), read_s.value, crcs.tolist())
 
 
-def rounded(values: Array, dtype: DType) -> Array:
+def rounded(values: Array, dtype: DType, scratch: Scratch | None = None, number: int = 0) -> Array:
     """Rounds float32 or float64 values to stored elements of `dtype`, to nearest even.
 
     Args:
         values: finite, shape [n]; for a complex dtype [2n].
         dtype: a floating or complex dtype. Values that it cannot hold become infinities, see `dtypes.narrow`.
+        scratch: gives the array of bf16 elements, which is valid until its next use; None: a new array.
+        number: of the array in `scratch`.
 
     Returns:
         [n], of the numpy dtype that has the same bits.
@@ -202,6 +204,6 @@ def rounded(values: Array, dtype: DType) -> Array:
     library = kernel()
     if library is None or dtype.name != "bf16" or values.dtype != np.float32:
         return narrow(values, dtype)
-    out = np.empty(len(values), dtype=np.uint16)
+    out = (scratch or Scratch()).array("bf16", number, len(values), np.uint16)
     library.wsm_round_to_bf16(out.ctypes.data, values.ctypes.data, len(values))
     return out

@@ -69,11 +69,13 @@ class LiveTensors:
             else:
                 filled = values.to(tensor.device, tensor.dtype)
                 _scatter(tensor, begin, filled)
-            if dtype.is_floating and not bool(filled.isfinite().all()):
+            if dtype.is_floating and torch.finfo(filled.dtype).max < torch.finfo(values.dtype).max:
                 self._require_no_overflow(number, values, filled)
 
     def _require_no_overflow(self, number: int, values: torch.Tensor, filled: torch.Tensor) -> None:
         """Raises NonFiniteValue if a finite value became an infinity. A frozen tensor may hold infinities."""
+        if bool(filled.isfinite().all()):
+            return
         overflows = ~filled.isfinite() & values.to(filled.device).isfinite()
         if bool(overflows.any()):
             raise NonFiniteValue(

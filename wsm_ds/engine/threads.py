@@ -227,10 +227,17 @@ def run_into(
         def work(take: Callable[[], Iterator[Task]], is_stopped: Callable[[], bool]) -> None:
             own = Timings()
             worker = Worker(plan, reader, sink, workers.slice_numel, already_reported, own, crcs)
-            for task in take():
+            tasks_of_thread = take()
+            task = next(tasks_of_thread, None)
+            while task is not None:
+                # Several sums of what is read take longer than the reading, and the disk shall not wait for them.
+                following = next(tasks_of_thread, None)
+                if following is not None:
+                    worker.read_ahead(following)
                 worker.run(task, is_stopped)
                 with lock:
                     on_bytes(task.nbytes)
+                task = following
             with lock:
                 timings.add(own)
 

@@ -101,12 +101,26 @@ class Worker:
             OSError: a file cannot be read, or the sink cannot write.
         """
         stream = self.plan.streams[task.stream]
-        self._read_ahead(stream, task)
+        self.read_ahead(task)
         for begin, end in slice_ranges(stream, task, self.slice_numel):
             if is_stopped():
                 return
             self._run_slice(stream, begin, end)
         self.crc_runs.end_all()
+
+    def read_ahead(self, task: Task) -> None:
+        """Asks the system to fetch the first ranges of a task from all sources at once, in the background.
+
+        Raises:
+            OSError: a file cannot be opened.
+        """
+        self.reader.will_read(
+            [
+                (place.file, place.offset, place.numel * source.dtype(place.element).itemsize)
+                for source in self.plan.streams[task.stream].sources
+                for place in islice(source.within(task.begin, task.end), READ_AHEAD_PLACES)
+            ]
+        )
 
     def _run_slice(self, stream: Stream, begin: int, end: int) -> None:
         targets = [(t, places) for t in stream.targets if (places := list(t.places.within(begin, end)))]
@@ -129,16 +143,6 @@ class Worker:
                     self._carry(stream, place, place_bytes)
                 else:
                     self.sink.write(place.file, place.offset, place_bytes)
-
-    def _read_ahead(self, stream: Stream, task: Task) -> None:
-        """Asks the system to fetch the first ranges of a task from all sources at once, in the background."""
-        self.reader.will_read(
-            [
-                (place.file, place.offset, place.numel * source.dtype(place.element).itemsize)
-                for source in stream.sources
-                for place in islice(source.within(task.begin, task.end), READ_AHEAD_PLACES)
-            ]
-        )
 
     def _carry(self, stream: Stream, target: Place, data: memoryview) -> None:
         for source in stream.sources[0].within(target.element, target.element + len(data)):
@@ -237,7 +241,7 @@ class Worker:
             # DeepSpeed casts module weights from the masters that it stores, so they are rounded as the masters are.
             master_dtype = current.stream.targets[target.cast_from].places.dtype(current.begin)
             merged = widen(arithmetic.rounded(merged, master_dtype), master_dtype)
-        stored = arithmetic.rounded(merged, dtype)
+        stored = arithmetic.rounded(merged, dtype, self.scratch, len(current.stored))
         if dtype.name == "fp16" and not np.isfinite(stored).all():
             element = current.begin + int(np.flatnonzero(~np.isfinite(stored))[0])
             raise NonFiniteValue(

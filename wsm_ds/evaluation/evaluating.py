@@ -1,5 +1,7 @@
 """Measures folders by evaluators: what the records have is not measured again, and a failure costs one model alone."""
 
+import hashlib
+import json
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -14,12 +16,16 @@ from wsm_ds.evaluation.evaluation import Evaluation, Subject
 from wsm_ds.evaluation.evaluator import Evaluator, MeasurementFailed
 from wsm_ds.evaluation.folders import model_of_folder
 from wsm_ds.evaluation.in_memory import InMemoryEvaluator
+from wsm_ds.evaluation.lm_eval import TOKENIZERS
+from wsm_ds.evaluation.models import source_of
 from wsm_ds.evaluation.records import Records
-from wsm_ds.evaluation.subjects import subject_of_folder
+from wsm_ds.evaluation.subjects import CONFIG, subject_of_folder
 from wsm_ds.layouts.frameworks import MANIFEST
 from wsm_ds.planning.recipe_options import StrPath
 from wsm_ds.publishing.manifest import read_manifest
 
+FORM = "form"
+"""The key of `Evaluation.evaluator` that tells the model's config or code: other ones are measured anew."""
 WATCHED = re.compile(r"step\d+")
 """The folder in which a watch puts the merges that end at one step."""
 
@@ -75,14 +81,17 @@ def evaluate_folders(
     subjects = [subject_of_folder(folder, name) for folder, name in zip(every, names_of(every), strict=True)]
     for evaluator in evaluators:
         evaluator.require_ready()
+    if records is not None:
+        members.decide(records.require_writable)
     for number, (folder, subject) in enumerate(zip(every, subjects, strict=True)):
         loaded = _Loaded(folder, members)
         is_raw = number >= len(given)
         for evaluator in evaluators:
             if is_raw and not isinstance(evaluator, InMemoryEvaluator):
                 continue
-            found = None if again else _found(records, subject, evaluator, members)
-            evaluation = found or loaded.measured(evaluator, subject)
+            form = members.decide(partial(_form_of, folder, evaluator))
+            found = None if again else _found(records, subject, evaluator, form, members)
+            evaluation = found or _with_form(loaded.measured(evaluator, subject), form)
             if found is None and records is not None:
                 members.decide(partial(records.add, evaluation))
             yield Measured(evaluation, found is None)
@@ -123,13 +132,31 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     return [str(folder) for folder in folders]
 
 
-def _found(records: Records | None, subject: Subject, evaluator: Evaluator, ranks: Ranks) -> Evaluation | None:
+def _form_of(folder: Path, evaluator: Evaluator) -> str:
+    """SHA-256 of what makes a model of the weights: its config or code, and for programs the tokenizer."""
+    spec = evaluator.model if isinstance(evaluator, InMemoryEvaluator) else None
+    source = None if spec is None else source_of(spec)
+    names = () if isinstance(evaluator, InMemoryEvaluator) else TOKENIZERS
+    files = [folder / name for name in (CONFIG, *names)] if spec is None else [source] if source is not None else []
+    contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+
+def _with_form(evaluation: Evaluation, form: str) -> Evaluation:
+    return evaluation.model_copy(update={"evaluator": evaluation.evaluator | {FORM: form}})
+
+
+def _found(
+    records: Records | None, subject: Subject, evaluator: Evaluator, form: str, ranks: Ranks
+) -> Evaluation | None:
+    """The recorded evaluation of the same weights in the same form."""
     if records is None:
         return None
 
     def find() -> Any:
         found = records.find(subject.identity, evaluator.identity())
-        return None if found is None else found.model_dump(mode="json")
+        is_same = found is not None and found.evaluator.get(FORM) == form
+        return found.model_dump(mode="json") if found is not None and is_same else None
 
     found = ranks.decide(find)
     # Its name is that of today's request: the same model may have had another one.

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from wsm_ds.errors import EvaluationError
-from wsm_ds.evaluation.models import CONFIG, build_model, load_folder
-from wsm_ds.layouts.frameworks import MANIFEST, save_of
-from wsm_ds.layouts.run import find_checkpoints, is_checkpoint_folder
+from wsm_ds.evaluation.models import build_model, load_folder
+from wsm_ds.evaluation.subjects import CONFIG, SAFETENSORS, checkpoint_in
+from wsm_ds.layouts.frameworks import save_of
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +30,8 @@ def model_of_folder(
         ModelMismatch: the weights do not fit the model.
         WsmError: the checkpoint cannot be read, see `load_merge`.
     """
-    checkpoint = _checkpoint_in(folder)
-    if any(folder.glob("*.safetensors")) or checkpoint is None:
+    checkpoint = None if any(folder.glob(SAFETENSORS)) else checkpoint_in(folder)
+    if checkpoint is None:
         return load_folder(folder, dtype, spec, device)
     from wsm_ds.loading import load_merge
 
@@ -45,12 +45,3 @@ def model_of_folder(
         model, run=checkpoint.parent, tags=(checkpoint.name,), dtype=cast(Literal["bf16", "fp16", "fp32"], dtype)
     )
     return model
-
-
-def _checkpoint_in(folder: Path) -> Path | None:
-    """The folder with DeepSpeed's files: itself, or the only one in a merge's output."""
-    if is_checkpoint_folder(folder):
-        return folder
-    if not (folder / MANIFEST).is_file() or any(folder.glob("*.safetensors")):
-        return None
-    return find_checkpoints(folder)[0].path

@@ -1,9 +1,11 @@
 """The losses of blocks of tokens, from any model that `models` describes."""
 
+import inspect
 import math
 from typing import TYPE_CHECKING, Any
 
 from wsm_ds.errors import EvaluationError
+from wsm_ds.evaluation.models import inner
 
 if TYPE_CHECKING:
     import torch
@@ -56,12 +58,13 @@ class Forward:
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
-        torch.accelerator.empty_cache()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
         middle = len(batch) // 2
         return self.nats(batch[:middle]) + self.nats(batch[middle:])
 
     def _nats(self, batch: "torch.Tensor") -> list[float]:
-        if callable(getattr(self.model, "loss", None)):
+        if callable(getattr(inner(self.model), "loss", None)):
             return self._own_losses(batch)
         logits = self.logits(batch[:, :-1])
         return [_sum(_token_losses(row, targets)) for row, targets in zip(logits, batch[:, 1:], strict=True)]
@@ -81,7 +84,7 @@ class Forward:
         import torch
 
         # A cache of keys and values is of no use here, and takes memory.
-        made = self.model(input_ids=tokens, use_cache=False) if hasattr(self.model, "config") else self.model(tokens)
+        made = self.model(input_ids=tokens, use_cache=False) if has_cache(self.model) else self.model(tokens)
         logits = getattr(made, "logits", made)
         if not isinstance(logits, torch.Tensor) or logits.ndim != 3 or logits.shape[:2] != tokens.shape:
             found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
@@ -95,7 +98,7 @@ class Forward:
         length = batch.shape[1] - 1
         if self.is_one_number and len(batch) > 1:
             return [self._own_losses(row[None])[0] for row in batch]
-        losses = self.model.loss(batch)
+        losses = inner(self.model).loss(batch)
         if losses.ndim == 0:
             self.is_one_number = True
             return self._own_losses(batch) if len(batch) > 1 else [losses.double().item() * length]
@@ -107,6 +110,11 @@ class Forward:
             f"the model's loss(batch) returns the shape {list(losses.shape)} for tokens of shape {list(batch.shape)}; "
             f"expected [], [{len(batch)}] or [{len(batch)}, {length}]."
         )
+
+
+def has_cache(model: "torch.nn.Module") -> bool:
+    """Whether a model's forward takes the arguments of causal models of the transformers library."""
+    return {"input_ids", "use_cache"} <= inspect.signature(inner(model).forward).parameters.keys()
 
 
 def _token_losses(logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":

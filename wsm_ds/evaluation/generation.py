@@ -19,10 +19,10 @@ from wsm_ds.distributed.ranks import Ranks
 from wsm_ds.errors import EvaluationError
 from wsm_ds.evaluation.evaluation import Metric
 from wsm_ds.evaluation.evaluator import MeasurementFailed, Result
-from wsm_ds.evaluation.forward import Forward
+from wsm_ds.evaluation.forward import Forward, has_cache
 from wsm_ds.evaluation.held_out import Cut, HeldOut, read_held_out
 from wsm_ds.evaluation.in_memory import InMemoryEvaluator, shared_work
-from wsm_ds.evaluation.models import default_device, positions_of
+from wsm_ds.evaluation.models import default_device, digest_of, inner, positions_of
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,8 @@ class GenerateEvaluator(InMemoryEvaluator):
     @override
     def content(self) -> dict[str, Any]:
         names = {"kind", "most_tokens", "end_tokens", "dtype"}
-        return self.model_dump(include=names) | {"method": METHOD, "data": self.held_out().digest}
+        own = {"method": METHOD, "data": self.held_out().digest, "model": digest_of(self.model)}
+        return self.model_dump(include=names) | own
 
     @override
     def details(self) -> dict[str, Any]:
@@ -98,7 +99,7 @@ class GenerateEvaluator(InMemoryEvaluator):
 
 def ends_of(model: Any) -> tuple[int, ...]:
     """The end tokens in a model's config."""
-    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+    for config in (getattr(inner(model), "generation_config", None), getattr(inner(model), "config", None)):
         end = getattr(config, "eos_token_id", None)
         if end is not None:
             return tuple(end) if isinstance(end, list | tuple) else (int(end),)
@@ -130,9 +131,9 @@ def continued(model: "torch.nn.Module", prompts: Any, most_tokens: int, ends: fr
     with Forward(model) as forward:
         cache: dict[str, Any] = {}
         for _ in range(most_tokens):
-            if hasattr(model, "config"):
+            if has_cache(model):
                 # Since version 5.24 of transformers the argument is called `cache`.
-                name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+                name = "cache" if "cache" in inspect.signature(inner(model).forward).parameters else "past_key_values"
                 output = model(input_ids=texts[:, -1:] if cache else texts, use_cache=True, **cache)
                 logits, cache = output.logits[:, -1], {name: getattr(output, name)}
             else:

@@ -133,7 +133,7 @@ def _read(source: DataSource, cut: Cut, tokenizer: Any) -> tuple[Tokens, Tokens 
     """The blocks of a source, and the bytes of each block's predicted tokens."""
     path, length = source.path, cut.sequence_length
     if not path.is_file():
-        what = "is a folder, and a file is needed" if path.is_dir() else "does not exist"
+        what = "is a folder, a pipe or a device, and a file is needed" if path.exists() else "does not exist"
         raise EvaluationError(f"the held-out data {path} {what}.")
     is_text = path.suffix in TEXT_SUFFIXES
     bytes_each: Tokens | None = None

@@ -18,8 +18,8 @@ from wsm_ds.evaluation.commands import json_file
 from wsm_ds.evaluation.evaluation import Metric, Subject
 from wsm_ds.evaluation.evaluator import MeasurementFailed, Result
 from wsm_ds.evaluation.external import ExternalEvaluator
-from wsm_ds.evaluation.models import CONFIG
 from wsm_ds.evaluation.programs import hashes_of, require_program, run_program
+from wsm_ds.evaluation.subjects import CONFIG
 
 SCORE = "score"
 """The mean over the tasks of each one's first metric."""

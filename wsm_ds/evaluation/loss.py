@@ -13,7 +13,7 @@ from wsm_ds.evaluation.evaluator import MeasurementFailed, Result
 from wsm_ds.evaluation.forward import Forward
 from wsm_ds.evaluation.held_out import Cut, HeldOut, read_held_out
 from wsm_ds.evaluation.in_memory import InMemoryEvaluator, shared_work
-from wsm_ds.evaluation.models import default_device, positions_of, vocabulary_of
+from wsm_ds.evaluation.models import default_device, digest_of, inner, positions_of, vocabulary_of
 from wsm_ds.evaluation.statistics import LOSS, loss_metrics
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class LossEvaluator(InMemoryEvaluator):
             "weights": self.weights,
             "sequence_length": self.sequence_length,
             "dtype": self.dtype,
+            "model": digest_of(self.model),
         }
 
     @override
@@ -139,7 +140,7 @@ def batch_rows(model: "torch.nn.Module", device: "torch.device", sequence_length
     if device.type == "cuda":
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         room = max(0, torch.cuda.get_device_properties(device).total_memory - weights) * DEVICE_SHARE
-        config = getattr(model, "config", None)
+        config = getattr(inner(model), "config", None)
         width = int(getattr(config, "hidden_size", 0) or 4096)
         per_token = BYTES_PER_LOGIT * (vocabulary_of(model) or 1 << 17) + BYTES_PER_ACTIVATION * width
         most = min(MOST_BATCH_TOKENS, int(room / per_token))

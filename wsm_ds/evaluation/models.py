@@ -6,6 +6,7 @@ shape [batch, length + 1] and returns nats: of shape [batch, length] each predic
 mean, or one number, the mean of all.
 """
 
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -17,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from wsm_ds.dtypes import BY_NAME
 from wsm_ds.errors import EvaluationError, ModelMismatch, few
+from wsm_ds.evaluation.subjects import CONFIG, SAFETENSORS
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG = "config.json"
-WEIGHTS = ("*.safetensors",)
+NO_OTHER_CODE = {"local_files_only": True, "trust_remote_code": False}
+"""Nothing is fetched, and no code that lies beside the weights is run."""
 NEEDED = "pip install 'wsm_ds[evaluate]'"
 
 
@@ -73,6 +75,27 @@ def build_model(spec: str, dtype: str, device: "torch.device | str | None" = Non
     return model.eval()
 
 
+def source_of(spec: str) -> Path | None:
+    """The file that decides which model `build_model` makes, as far as one file does.
+
+    Args:
+        spec: as in `build_model`.
+
+    Returns:
+        The config.json, or the Python file of the function; None if it is not found.
+    """
+    path = Path(spec)
+    if path.exists():
+        return path if path.is_file() else path / CONFIG
+    where = spec.rpartition(":")[0]
+    if where.endswith(".py"):
+        return Path(where)
+    parts = where.split(".")
+    places = [Path(folder).joinpath(*parts) for folder in (str(Path.cwd()), *sys.path)]
+    files = [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py")]
+    return next((file for file in files if file.is_file()), None)
+
+
 def _from_config(path: Path, dtype: str, device: Any) -> Any:
     transformers = _transformers()
     import torch
@@ -80,7 +103,7 @@ def _from_config(path: Path, dtype: str, device: Any) -> Any:
     if not (path if path.is_file() else path / CONFIG).is_file():
         raise EvaluationError(f"{path} has no {CONFIG}. Give one that has, or MODULE:FUNCTION.")
     try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(path, **NO_OTHER_CODE)
         with _no_initialization(), torch.device(device):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype))
         model.tie_weights()  # transformers ties at the end of the initialization that was left out
@@ -156,6 +179,21 @@ def _module_of_file(path: Path) -> Any:
     return module
 
 
+def digest_of(spec: str | None) -> str | None:
+    """SHA-256 of what decides how a model computes, besides its weights: its config, or the file of its function.
+
+    What that file imports is not part of it.
+
+    Args:
+        spec: as in `build_model`; None: each folder has its own config.
+    """
+    if spec is None:
+        return None
+    file, name = source_of(spec), spec.rpartition(":")[2]
+    content = file.read_bytes() if file is not None and file.is_file() else b""
+    return hashlib.sha256((CONFIG if Path(spec).exists() else name).encode() + b"\0" + content).hexdigest()
+
+
 def load_folder(
     folder: Path, dtype: str, spec: str | None = None, device: "torch.device | str | None" = None
 ) -> "torch.nn.Module":
@@ -171,7 +209,7 @@ def load_folder(
         EvaluationError: there are no weights, or no config.
         ModelMismatch: the weights do not fit the model; names tensors.
     """
-    if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+    if not any(folder.glob(SAFETENSORS)):
         raise EvaluationError(f"{folder} has no *.safetensors.")
     if spec is not None:
         model = build_model(spec, dtype, device)
@@ -179,7 +217,7 @@ def load_folder(
         return model
     if not (folder / CONFIG).is_file():
         raise EvaluationError(f"{folder} has no {CONFIG}; say by `model` what the weights are for.")
-    options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options = NO_OTHER_CODE | {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with _quiet():
             model, report = _transformers().AutoModelForCausalLM.from_pretrained(
@@ -200,9 +238,9 @@ def _fill(model: Any, folder: Path) -> None:
         raise EvaluationError(f"weights in safetensors need the package safetensors: {NEEDED}.") from error
     import torch
 
-    places = model.state_dict(keep_vars=True)
+    places = inner(model).state_dict(keep_vars=True)
     filled, surplus, mismatched = set(), [], []
-    for path in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+    for path in sorted(folder.glob(SAFETENSORS)):
         try:
             with safe_open(path, "pt") as file, torch.no_grad():
                 for name in file.keys():  # noqa: SIM118  it is no mapping
@@ -235,13 +273,22 @@ def _require_fit(folder: Path, missing: list[str], surplus: list[str], mismatche
         raise ModelMismatch(f"the weights in {folder} do not fit the model; {'; '.join(faults)}.")
 
 
+def inner(model: Any) -> Any:
+    """The model that DeepSpeed's inference engine wraps; any other model itself.
+
+    Such an engine has a forward of any arguments, no config, and other names of tensors than its model.
+    """
+    is_engine = type(model).__name__ == "InferenceEngine" and type(model).__module__.startswith("deepspeed.")
+    return model.module if is_engine else model
+
+
 def vocabulary_of(model: Any) -> int | None:
     """The number of tokens that a model knows, where it says so."""
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    size = getattr(getattr(inner(model), "config", None), "vocab_size", None)
     return size if isinstance(size, int) else None
 
 
 def positions_of(model: Any) -> int | None:
     """The longest sequence of a model, where it says so."""
-    size = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    size = getattr(getattr(inner(model), "config", None), "max_position_embeddings", None)
     return size if isinstance(size, int) and size > 0 else None

@@ -6,6 +6,7 @@ behind it. Readers pass over lines that are no evaluation.
 
 import logging
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 
 from wsm_ds.errors import EvaluationError
 from wsm_ds.evaluation.evaluation import Evaluation
-from wsm_ds.filesystem.durable import sync_folder, write_all
+from wsm_ds.filesystem.durable import errors_name, sync_folder, write_all
 from wsm_ds.filesystem.locks import try_lock
 from wsm_ds.filesystem.own_files import open_own
 from wsm_ds.planning.recipe_options import StrPath
@@ -50,15 +51,32 @@ class Records:
                 f"{path} is not a file of evaluations. Choose another one; nothing was written to it."
             )
 
+    def require_writable(self) -> None:
+        """Checks that something can be added, before it is measured. Writes nothing.
+
+        Raises:
+            UnsafePath: a link, or no regular file, is in the file's place.
+            EvaluationError: this user may not make the file.
+            OSError: this user may not write into it.
+        """
+        if self.path.exists() or self.path.is_symlink():
+            os.close(open_own(self.path, os.O_RDWR | os.O_APPEND))
+            return
+        above = next(folder for folder in self.path.absolute().parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise EvaluationError(f"{self.path} cannot be made: {above} is no folder where this user may write.")
+
     def refresh(self) -> None:
         """Reads what was added to the file since the last time."""
         try:
-            file = self.path.open("rb")
+            # Without O_NONBLOCK, to open a named pipe waits until another process writes to it.
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
             return
-        except IsADirectoryError as error:
-            raise EvaluationError(f"{self.path} is a folder, and a file of evaluations is needed.") from error
-        with file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise EvaluationError(f"{self.path} is a folder, a pipe or a device, and a file of evaluations is needed.")
+        with os.fdopen(descriptor, "rb") as file:
             file.seek(self._read_bytes)
             while (line := file.readline(MOST_LINE_BYTES)).endswith(b"\n"):  # a line without it is not finished
                 self._read_bytes += len(line)
@@ -113,8 +131,9 @@ class Records:
             end = os.fstat(descriptor).st_size
             is_torn = end > 0 and os.pread(descriptor, 1, end - 1) != b"\n"
             line = evaluation.model_dump_json().encode() + b"\n"
-            write_all(descriptor, memoryview(b"\n" * is_torn + line), end)
-            os.fsync(descriptor)
+            with errors_name(self.path):
+                write_all(descriptor, memoryview(b"\n" * is_torn + line), end)
+                os.fsync(descriptor)
         if is_new:
             sync_folder(self.path.parent)
         self.refresh()

@@ -5,15 +5,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from wsm_ds.errors import EvaluationError
+from wsm_ds.errors import CheckpointNotFound, EvaluationError
 from wsm_ds.evaluation.evaluation import Subject, SubjectSource
 from wsm_ds.layouts.frameworks import MANIFEST
-from wsm_ds.layouts.run import is_checkpoint_folder
+from wsm_ds.layouts.run import find_checkpoints, is_checkpoint_folder
 from wsm_ds.layouts.saved_step import saved_step
 from wsm_ds.planning.recipe_options import StrPath
 from wsm_ds.publishing.manifest import read_manifest
 
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+SAFETENSORS, CONFIG = "*.safetensors", "config.json"
+WEIGHTS = (SAFETENSORS, "pytorch_model*.bin", "consolidated*.pth")
+"""What programs may load; this package loads safetensors alone."""
 
 
 def subject_of_folder(folder: StrPath, name: str | None = None) -> Subject:
@@ -33,19 +35,42 @@ def subject_of_folder(folder: StrPath, name: str | None = None) -> Subject:
         raise EvaluationError(f"{folder} is not a folder.")
     if (resolved / MANIFEST).is_file():
         return subject_of_manifest(read_manifest(resolved), resolved, name or resolved.name)
-    if is_checkpoint_folder(resolved):
-        source = SubjectSource(tag=resolved.name, step=saved_step(resolved), coefficient=1.0)
+    checkpoint = None if files_of(resolved, *WEIGHTS) else checkpoint_in(resolved)
+    if checkpoint is not None:
+        source = SubjectSource(tag=checkpoint.name, step=saved_step(checkpoint), coefficient=1.0)
         return Subject(
             name=name or resolved.name,
             kind="checkpoint",
-            identity=_hashed("checkpoint", files_of(resolved)),
+            identity=_hashed("checkpoint", files_of(checkpoint)),
             path=str(resolved),
             sources=(source,),
         )
     files = files_of(resolved, *WEIGHTS)
     if not files:
-        raise EvaluationError(f"{folder} holds no weights: neither a merge, nor a checkpoint, nor *.safetensors.")
-    return Subject(name=name or resolved.name, kind="folder", identity=_hashed("folder", files), path=str(resolved))
+        raise EvaluationError(
+            f"{folder} holds no weights: it is neither a merge, nor one checkpoint, nor a folder with *.safetensors."
+        )
+    return Subject(
+        name=name or resolved.name,
+        kind="folder",
+        identity=_hashed("folder", files + files_of(resolved, CONFIG)),
+        path=str(resolved),
+    )
+
+
+def checkpoint_in(folder: Path) -> Path | None:
+    """The DeepSpeed checkpoint in a folder: itself, or the only one below it, as in a framework's folder for one save.
+
+    Args:
+        folder: a checkpoint, a save of a framework (checkpoint-500), or a merge's output.
+    """
+    if is_checkpoint_folder(folder):
+        return folder
+    try:
+        found = find_checkpoints(folder)
+    except CheckpointNotFound:
+        return None
+    return found[0].path if len(found) == 1 else None
 
 
 def subject_of_manifest(manifest: dict[str, Any], folder: Path, name: str) -> Subject:

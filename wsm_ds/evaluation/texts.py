@@ -77,7 +77,10 @@ def _rows(path: Path) -> Iterator[str]:
         from pyarrow import parquet
     except ImportError as error:
         raise EvaluationError(f"{path} needs pyarrow: pip install pyarrow, or give a .jsonl file.") from error
-    file = parquet.ParquetFile(path)
+    try:
+        file = parquet.ParquetFile(path)
+    except ValueError as error:  # pyarrow's ArrowInvalid is one
+        raise EvaluationError(f"{path} cannot be read as text: {error}.") from error
     if FIELD not in file.schema_arrow.names:
         raise EvaluationError(f'{path} has no column "{FIELD}", but {few(file.schema_arrow.names)}.')
     for batch in file.iter_batches(columns=[FIELD]):
@@ -107,7 +110,7 @@ def load_tokenizer(name: str) -> Any:
     except ImportError as error:
         raise EvaluationError("a tokenizer needs transformers: pip install 'wsm_ds[evaluate]'.") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of whatever the folder's files make transformers do
         raise EvaluationError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
     if not tokenizer.is_fast:

@@ -8,10 +8,27 @@ import errno
 import os
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from wsm_ds.errors import OutputExists
 from wsm_ds.filesystem.own_files import create_anew, open_own
+
+
+@contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """Makes the OSErrors of the context name a file: those of a full disk name none by themselves.
+
+    Args:
+        path: the file that is written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:
@@ -64,7 +81,7 @@ def write_text(path: Path, text: str) -> None:
         OSError: the disk is full, or fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(create_anew(path), "w", encoding="utf-8") as file:
+    with errors_name(path), os.fdopen(create_anew(path), "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -115,8 +132,12 @@ def replace_shared_text(path: Path, text: str) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.new")
-    with os.fdopen(create_anew(new), "w", encoding="utf-8") as file:
-        file.write(text)
+    try:
+        with errors_name(path), os.fdopen(create_anew(new), "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
     new.replace(path)
 
 

@@ -4,8 +4,9 @@ For the plan, each tensor of the model is a file of its own, whose bytes are wha
 into memory is planned and summed as one into files. `engine.live_tensors` takes the bytes.
 """
 
+import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -91,9 +92,10 @@ def fill(
     ]
     if any(faults):
         raise ModelMismatch(
-            f"the model in memory does not fit {newest.path}: {'; '.join(fault for fault in faults if fault)}. Build "
-            "the model as the training did, give the checkpoint's tensors other names (rename), let tensors of the "
-            "model stay as they are (allow_missing), or leave tensors of the checkpoint out (allow_surplus)."
+            f"the model in memory does not fit {newest.path}: {'; '.join(fault for fault in faults if fault)}."
+            f" {_prefix_advice(missing, surplus)}Build the model as the training did, give the checkpoint's tensors "
+            "other names (rename), let tensors of the model stay as they are (allow_missing), or leave tensors of the "
+            "checkpoint out (allow_surplus)."
         )
     return Filling(sources, tuple(missing), tuple(surplus))
 
@@ -135,6 +137,22 @@ def plan_live_model(
         if len(table):
             requests.append(window.request(kind, tables.renumbered(table, newest)))
     return OutputFiles(tuple(files), tuple(requests))
+
+
+def _prefix_advice(missing: Sequence[str], surplus: Sequence[str]) -> str:
+    """A sentence about the prefix by which most names differ; "" if there is none."""
+    example = max(missing, key=len, default="")
+    for name in surplus if example else ():
+        if name.endswith(f".{example}"):
+            pattern, new = f"^{re.escape(name.removesuffix(example))}", ""
+        elif example.endswith(f".{name}"):
+            pattern, new = "^", example.removesuffix(name)
+        else:
+            continue
+        fitting = len({re.sub(pattern, new, other) for other in surplus} & set(missing))
+        if 2 * fitting > len(missing):
+            return f"With rename={{{pattern!r}: {new!r}}} {fitting} of the {len(missing)} names would fit. "
+    return ""
 
 
 def _require_plain(newest: Layout, allow_surplus: Collection[str]) -> None:

@@ -70,6 +70,28 @@ def select_window(
         ForeignFiles: a checkpoint has files of another save.
     """
     layouts = sorted(read_window(recipe, read, warn), key=lambda layout: layout.step)
+    _require_one_of_each_step(layouts)
+    layouts = best_scored(layouts, recipe)
+    if recipe.tags is None:
+        _warn_of_several_series(layouts, warn)
+    named, matched_names = _with_one_list_of_names(layouts, recipe, warn)
+    check_slots(layouts, recipe.allow if recipe.top is None else (*recipe.allow, "missing-slots"))
+    check_constant_rate(layouts, recipe.allow, warn)
+    require_one_save(layouts, recipe.allow, find_problem)
+    if layouts[-1].is_train_mode and not recipe.keeps_training_state:
+        warn(
+            "%s was saved in the training mode of a schedule-free optimizer: its weights are not the averaged ones, "
+            "which one evaluates. Call optimizer.eval() before saving to get those.",
+            layouts[-1].path,
+        )
+    course = CountReader(recipe).course(_places(layouts))
+    window = _window(named, _coefficients(recipe, course, layouts), course, recipe, matched_names)
+    for warning in window.figures.warnings:
+        warn("%s", warning)
+    return window
+
+
+def _require_one_of_each_step(layouts: Sequence[Layout]) -> None:
     steps = [layout.step for layout in layouts]
     repeated = sorted({step for step in steps if steps.count(step) > 1})
     if repeated:
@@ -78,9 +100,12 @@ def select_window(
             f"step {few(repeated)} is in the window more than once: {few(tags)}. A merge needs one checkpoint of each "
             "step: name only one of them (--tags A,B,…)."
         )
-    layouts = best_scored(layouts, recipe)
-    if recipe.tags is None:
-        _warn_of_several_series(layouts, warn)
+
+
+def _with_one_list_of_names(
+    layouts: Sequence[Layout], recipe: WindowRecipe, warn: Callable[..., None]
+) -> tuple[tuple[Layout, ...], tuple[MatchedNames, ...]]:
+    """The layouts with the names of the newest, and what was renamed. Checks that they hold the same model."""
     named, matched_names = with_names_of_newest(layouts, recipe.rename_sources)
     unused = unused_rules(layouts, recipe.rename_sources)
     if unused:
@@ -94,21 +119,7 @@ def select_window(
         warn("tensors have the names of %s, and were renamed in %s", layouts[-1].tag, few(matched_names, 2))
     for layout in named[:-1]:
         check_same_model(layout, named[-1])
-    check_slots(layouts, recipe.allow if recipe.top is None else (*recipe.allow, "missing-slots"))
-    check_constant_rate(layouts, recipe.allow, warn)
-    require_one_save(layouts, recipe.allow, find_problem)
-    if layouts[-1].is_train_mode and not recipe.keeps_training_state:
-        warn(
-            "%s was saved in the training mode of a schedule-free optimizer: its weights are not the averaged ones, "
-            "which one evaluates. Call optimizer.eval() before saving to get those.",
-            layouts[-1].path,
-        )
-    course = CountReader(recipe).course(_places(layouts))
-    coefficients = _coefficients(recipe, course, layouts)
-    window = _window(named, coefficients, course, recipe, matched_names)
-    for warning in window.figures.warnings:
-        warn("%s", warning)
-    return window
+    return named, matched_names
 
 
 def _warn_of_several_series(layouts: Sequence[Layout], warn: Callable[..., None]) -> None:

@@ -80,21 +80,16 @@ def merge_coefficients(
     """Returns the coefficients of the merge that emulates `curve`.
 
     With the floor m they are c = m e_k + (1 - m) c⁰: e_k is the newest checkpoint alone, c⁰ the merge without floor.
-    Another spread than "wsm" takes the decay factors that these coefficients have, and gives a narrower row with the
-    same mean index (docs/theory.md, "Narrower merges").
+    Another spread than "wsm" gives a narrower row with the same mean index (docs/theory.md, "Narrower merges").
 
     The coefficients of `linear` are the shares of the intervals in the window. They are computed as exact fractions,
     and each is rounded once. Those of other curves are differences of decay factors that are rounded to float64.
 
     Example:
-        >>> merge_coefficients("linear", n=3).tolist() == [1 / 3, 1 / 3, 1 / 3]
-        True
         >>> merge_coefficients("cosine", n=4).round(6).tolist()
         [0.146447, 0.353553, 0.353553, 0.146447]
         >>> merge_coefficients("1-sqrt", n=4).round(6).tolist()
         [0.5, 0.207107, 0.158919, 0.133975]
-        >>> merge_coefficients("ema", n=10).round(3).tolist()
-        [0.126, 0.033, 0.041, 0.052, 0.065, 0.082, 0.103, 0.13, 0.163, 0.206]
         >>> merge_coefficients("linear", n=4, spread="qam").tolist()
         [0.09375, 0.40625, 0.40625, 0.09375]
 
@@ -102,11 +97,9 @@ def merge_coefficients(
         curve: a curve, or a text for `parse_curve`.
         n: number of checkpoints N >= 1, evenly spaced. Give either this or `steps`.
         steps: the checkpoints' positions, rising, in steps or tokens.
-        oldest_interval: the interval before the oldest checkpoint, which this checkpoint stands for, in the unit of
-            `steps`. Default: the median of the other intervals.
+        oldest_interval: as in `grid`, in the unit of `steps`.
         floor: m = min_lr / peak_lr, within [0, 1].
-        spread: "wsm", "qam" or "maxent", or a dial between "wsm" and another one, as "qam:0.5"; see
-            `wsm_ds.schedules.spread`.
+        spread: a spread, or a text for `parse_spread`: "wsm", "qam", "maxent", or a dial as "qam:0.5".
 
     Returns:
         float64[N], oldest first, not negative; [1.0] for N = 1.
@@ -119,7 +112,6 @@ def merge_coefficients(
     spread = parse_spread(spread) if isinstance(spread, str) else spread
     positions = None if steps is None else list(steps)
     if curve.is_linear:
-        _require_floor(floor)
         c = _linear_coefficients(interval_shares(n, steps=positions, oldest_interval=oldest_interval), floor)
         if spread.kind == "wsm":
             return c
@@ -129,6 +121,7 @@ def merge_coefficients(
 
 def _linear_coefficients(shares: list[Fraction], floor: float) -> Array:
     """(1 - m) times each interval's share of the window, and m more for the newest; exact, then rounded once."""
+    _require_floor(floor)
     m = Fraction(floor)
     # Nearly always all intervals are equal, and a window may have a million of them.
     rounded = {share: float((1 - m) * share) for share in set(shares)}

@@ -1,5 +1,7 @@
 """The candidates of a tuning: merges of a grid, raw checkpoints, and folders that the user names."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
@@ -9,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from wsm_ds.evaluation.evaluation import Subject, SubjectSource
+from wsm_ds.evaluation.models import source_of
 from wsm_ds.evaluation.subjects import subject_of_folder
 from wsm_ds.loading import ChosenWindow, choose_windows
 from wsm_ds.planning.course import Course
@@ -90,12 +93,13 @@ def candidates_of(request: TuningRequest) -> tuple[Candidate, ...]:
         WsmError: a window cannot be merged, or a baseline is no folder of weights; nothing was computed.
     """
     baselines = [
-        Candidate(name, "baseline", subject_of_folder(folder, name), folder=folder)
+        Candidate(name, "baseline", _with_model(request, subject_of_folder(folder, name)), folder=folder)
         for name, folder in request.baselines.items()
     ]
     ends: tuple[int | None, ...] = request.ends or (None,)
     grid = list(product(ends, request.spreads, request.curves, _middle_first(request.windows)))
-    chosen = choose_windows([request.recipe(window, curve, spread, end) for end, spread, curve, window in grid])
+    recipes = [request.recipe(window, curve, spread, end) for end, spread, curve, window in grid]
+    chosen = [_pinned(one) for one in choose_windows(recipes)]
     merges: dict[str, Candidate] = {}
     for one, (end, spread, curve, window) in zip(chosen, grid, strict=True):
         name = _name(window, curve, spread, end)
@@ -103,6 +107,12 @@ def candidates_of(request: TuningRequest) -> tuple[Candidate, ...]:
             merges.setdefault(one.identity(), Candidate(name, "merge", subject_of(request, name, one), one))
     newest, *older = _singles(request, chosen)
     return (newest, *baselines, *merges.values(), *older)
+
+
+def _pinned(chosen: ChosenWindow) -> ChosenWindow:
+    """The same window, whatever newer checkpoints the run gets meanwhile."""
+    newest = chosen.window.layouts[-1].step
+    return ChosenWindow(chosen.recipe.model_copy(update={"to_step": newest}), chosen.window)
 
 
 def subject_of(request: TuningRequest, name: str, chosen: ChosenWindow) -> Subject:
@@ -118,7 +128,18 @@ def subject_of(request: TuningRequest, name: str, chosen: ChosenWindow) -> Subje
         for layout, coefficient in zip(chosen.window.layouts, chosen.window.coefficients.tolist(), strict=True)
     )
     kind: Literal["checkpoint", "merge"] = "checkpoint" if len(sources) == 1 else "merge"
-    return Subject(name=name, kind=kind, identity=chosen.identity(), path=str(request.run.resolve()), sources=sources)
+    run = str(request.run.resolve())
+    return _with_model(request, Subject(name=name, kind=kind, identity=chosen.identity(), path=run, sources=sources))
+
+
+def _with_model(request: TuningRequest, subject: Subject) -> Subject:
+    """A subject whose identity also tells what the weights go into: the model's config, code and tokenizer."""
+    source = None if request.model is None else source_of(request.model)
+    files = [*([] if source is None else [source]), *request.include]
+    contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+    spec = None if source is not None and source.suffix == ".json" else request.model
+    text = json.dumps([subject.identity, spec, contents, request.rename])
+    return subject.model_copy(update={"identity": hashlib.sha256(text.encode()).hexdigest()})
 
 
 def _singles(request: TuningRequest, chosen: Sequence[ChosenWindow]) -> list[Candidate]:

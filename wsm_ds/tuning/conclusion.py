@@ -9,7 +9,7 @@ from wsm_ds.evaluation.generation import GenerateEvaluator
 from wsm_ds.evaluation.records import Records
 from wsm_ds.sizes import format_count
 from wsm_ds.tuning.candidates import Candidate
-from wsm_ds.tuning.recommendation import CLEAR_ERRORS, Comparison, Measured, recommend
+from wsm_ds.tuning.recommendation import CLEAR_ERRORS, Comparison, Measured, figure, recommend
 from wsm_ds.tuning.request import TuningRequest
 from wsm_ds.tuning.results import CandidateResult, Recommendation, TuningResult
 from wsm_ds.tuning.warnings import warnings_of
@@ -137,6 +137,7 @@ def _recommendation(found: Found, comparison: Comparison) -> Recommendation:
     chosen = next((candidate for candidate in found.candidates if candidate.name == recommendation.name), None)
     if chosen is not None and chosen.figures is not None:
         warnings += [_sentence(warning) for warning in chosen.figures.warnings]
+    warnings += [*_without_final(found), *_unlike_screening(found, comparison, recommendation)]
     warnings += _generation_warnings(found, recommendation)
     failed = [one.name for one in found.candidates if _measured(found, one).failure is not None]
     if failed:
@@ -151,6 +152,38 @@ def _recommendation(found: Found, comparison: Comparison) -> Recommendation:
     return recommendation.model_copy(
         update={"warnings": tuple(warnings), "confirmed": confirmed[0], "confirmed_raw": confirmed[1]}
     )
+
+
+def _without_final(found: Found) -> list[str]:
+    """A warning if the final measurement was tried, and has no value at all: then the screening decides."""
+    final = found.request.final
+    if final is None or found.measured(final):
+        return []
+    tried = [evaluation for one in found.candidates if (evaluation := found.evaluation(one, final)) is not None]
+    if not tried:
+        return []
+    return [
+        f"The final measurement has no value for any of {len(tried)} models, so {found.request.screening.main_metric} "
+        f"decides. The newest failure: {tried[-1].failure}"
+    ]
+
+
+def _unlike_screening(found: Found, comparison: Comparison, recommendation: Recommendation) -> list[str]:
+    """A warning if the raw checkpoint is recommended by the final measurement, and a finalist clearly by the first."""
+    screened = found.comparison(found.request.screening)
+    by_name = {one.name: one for one in screened.measured}
+    raw = by_name.get(recommendation.name or "")
+    merges = [by_name[one.name] for one in comparison.measured if one.kind == "merge" and one.name in by_name]
+    if screened.metric == comparison.metric or raw is None or raw.kind != "raw" or not merges:
+        return []
+    best = min(merges, key=lambda one: one.badness)
+    gain = screened.difference(raw, best)
+    if gain.error is None or gain.value <= CLEAR_ERRORS * gain.error:
+        return []
+    return [
+        f"By {screened.metric}, {best.name} is better than {raw.name} by {figure(gain)}, which {comparison.metric} "
+        "does not show. A measurement with a smaller error may."
+    ]
 
 
 def _generation_warnings(found: Found, recommendation: Recommendation) -> list[str]:
@@ -193,7 +226,12 @@ def _data(evaluator: Evaluator) -> str:
         words.append(", ".join(f"{name} ({path})" for name, path in details["data"].items()))
     if "blocks" in details:
         words.append(f"{details['blocks']} blocks, {format_count(details['tokens'])} tokens")
-    return "; ".join(words) or str(evaluator.describe().get("kind", ""))
+    kind = str(evaluator.describe().get("kind", ""))
+    if "tasks" in details:
+        words.append(f"{kind}: {', '.join(details['tasks'])}")
+    if "command" in details:
+        words.append(f"{kind}: {details['command']}")
+    return "; ".join(words) or kind
 
 
 def ordered(candidates: Sequence[CandidateResult], maximize: bool, metric: str) -> list[CandidateResult]:

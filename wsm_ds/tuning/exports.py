@@ -6,10 +6,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from wsm_ds.distributed.ranks import Ranks
-from wsm_ds.errors import InsufficientCapacity
-from wsm_ds.merging import merge
+from wsm_ds.errors import BrokenCheckpoint, InsufficientCapacity
+from wsm_ds.evaluation.evaluator import MeasurementFailed
+from wsm_ds.layouts.frameworks import MANIFEST
+from wsm_ds.loading import DATA_ERRORS
+from wsm_ds.merge_planning import plan_windows
+from wsm_ds.merging import run_plan
 from wsm_ds.planning.recipe import MergeRecipe
 from wsm_ds.planning.window_recipe import validated
+from wsm_ds.publishing.identity import is_same_merge
+from wsm_ds.publishing.manifest import description, read_manifest
 from wsm_ds.publishing.staging_folder import discard
 from wsm_ds.sizes import format_size
 from wsm_ds.tuning.candidates import Candidate
@@ -63,29 +69,50 @@ class Exports:
             stays: whether the folder is not removed afterwards.
 
         Raises:
-            WsmError: see `merge`.
+            MeasurementFailed: the candidate's own elements are the reason: a NaN, a damaged file.
+            WsmError: see `plan_windows` and `run_plan`.
         """
         if candidate.folder is not None:
             yield candidate.folder
             return
         folder = self.folder / candidate.name
-        self.ranks.decide(lambda: self._export(candidate, folder))
+        failure: str | None = self.ranks.decide(lambda: self._failure_of_export(candidate, folder))
+        if failure is not None:
+            raise MeasurementFailed(failure)
         try:
             yield folder
         finally:
             if not stays and self.ranks.rank == 0:
                 remove(folder)
 
+    def _failure_of_export(self, candidate: Candidate, folder: Path) -> str | None:
+        """Exports a candidate; returns what makes that impossible for this one alone."""
+        try:
+            self._export(candidate, folder)
+        except DATA_ERRORS as error:
+            return str(error)
+        return None
+
     def _export(self, candidate: Candidate, folder: Path) -> None:
         assert candidate.chosen is not None
+        window = candidate.chosen.window
         fields = candidate.chosen.recipe.model_dump(exclude_unset=True) | {
             "out": folder,
             "format": "safetensors",
             "include": self.request.include,
             "rename": self.request.rename,
         }
+        gone = next((layout.path for layout in window.layouts if not layout.path.is_dir()), None)
+        if gone is not None:
+            raise BrokenCheckpoint(f"{gone} is gone since the window was chosen.")
         self.folder.mkdir(parents=True, exist_ok=True)
-        merge(validated(MergeRecipe, fields))
+        # The window that the candidate has, not the one that its recipe gives now: the run may have gone on.
+        plan = plan_windows([validated(MergeRecipe, fields)], [window])
+        if (folder / MANIFEST).is_file():
+            if is_same_merge(read_manifest(folder), description(plan, 0)):
+                return
+            remove(folder)  # a candidate of this name that an earlier call has exported
+        run_plan(plan, restart=True)
 
 
 def remove(folder: Path) -> None:

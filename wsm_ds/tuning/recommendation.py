@@ -140,12 +140,15 @@ def _of_raw(comparison: Comparison, raw: Measured, best: Measured) -> list[str]:
         return [
             f"The errors cannot tell the best merge, {best.name}, from the raw checkpoint {raw.name}: the difference "
             f"is {figure(comparison.difference(raw, best))}.",
-            f"Measure on more held-out data; until then, use {raw.name}: {comparison.metric} {raw.words}.",
+            f"Measure on more data; until then, use {raw.name}: {comparison.metric} {raw.words}.",
         ]
     closest = min(merges, key=lambda one: one.badness)
+    difference = comparison.difference(closest, raw)
     return [
         f"No merge is better than the raw checkpoint: use {raw.name}, {comparison.metric} {raw.words}.",
-        f"The best merge, {closest.name}, is worse by {figure(comparison.difference(closest, raw))}.",
+        f"The best merge, {closest.name}, is worse by {figure(difference)}."
+        if difference.value
+        else f"The best merge, {closest.name}, has the same value.",
     ]
 
 

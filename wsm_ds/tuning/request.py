@@ -31,7 +31,8 @@ class TuningRequest(BaseModel):
         baselines: folders of weights to compare with, by name.
         options: fields of a `WindowRecipe` that all candidates share.
         screening: measures every candidate.
-        model: what `build_model` makes the model from; None: of an evaluator that reads folders.
+        model: what `build_model` makes the model from; None: the config.json beside the newest checkpoint, which HF
+            Trainer saves there.
         rename: see `FillOptions`.
         finals: measure the finalists. The last one that is no check of generation decides; if there is none, the
             screening does.
@@ -140,7 +141,7 @@ class TuningRequest(BaseModel):
         return make_window_recipe(run=self.run, tags=(tag,), coefficients=(1.0,), **kept)
 
 
-def make_request(**values: Any) -> TuningRequest:
+def make_tuning_request(**values: Any) -> TuningRequest:
     """Returns a validated request.
 
     Args:

@@ -136,13 +136,16 @@ class Stage:
             if not budget.allows_another():
                 return
             began_s = time.monotonic()
-            with self.exports.of(candidate, stays=stays) as folder:
-                self.costs.add("export", began_s)
-                began_s = time.monotonic()
-                evaluation = evaluator.measure_folder(folder, candidate.subject, self.ranks)
-                self.costs.add("evaluate", began_s)
-                self.add(evaluation)
-                on_evaluation(candidate, evaluation)
+            try:
+                with self.exports.of(candidate, stays=stays) as folder:
+                    self.costs.add("export", began_s)
+                    began_s = time.monotonic()
+                    evaluation = evaluator.measure_folder(folder, candidate.subject, self.ranks)
+                    self.costs.add("evaluate", began_s)
+            except MeasurementFailed as error:
+                evaluation = evaluator.evaluation(candidate.subject, began_s, error)
+            self.add(evaluation)
+            on_evaluation(candidate, evaluation)
 
 
 def screen(
@@ -184,8 +187,11 @@ def screen(
         merge = next(loaded)
         stage.costs.add("merge", began_s)
         began_s = time.monotonic()
-        if isinstance(merge, WsmError):
-            evaluation = evaluator.evaluation(candidate.subject, began_s, MeasurementFailed(str(merge)))
+        # All ranks must know: one that has no merge shares no work.
+        failures = stage.ranks.gather(str(merge) if isinstance(merge, WsmError) else None)
+        failure = next((text for text in failures if text is not None), None)
+        if failure is not None:
+            evaluation = evaluator.evaluation(candidate.subject, began_s, MeasurementFailed(failure))
         else:
             evaluation = evaluator.measure(model, candidate.subject, stage.ranks)
         stage.costs.add("evaluate", began_s)
@@ -200,9 +206,10 @@ def _loaded(
     room = request.memory_room
     if room is None:
         room = (available_memory() or 0) // 2 // stage.ranks.world_size
-    recipes = [candidate.chosen.recipe for candidate in candidates if candidate.chosen is not None]
+    # Their windows, not their recipes: the run may have newer checkpoints by now.
+    chosen = [candidate.chosen for candidate in candidates if candidate.chosen is not None]
     counted = None
-    for merge in load_each(model, recipes, room=room, rename=request.rename or None):
+    for merge in load_each(model, chosen, room=room, rename=request.rename or None):
         if isinstance(merge, LoadedMerge) and merge.timings is not counted:  # the merges of a pass share it
             counted = merge.timings
             stage.costs.read_bytes += merge.read_bytes

@@ -88,8 +88,6 @@ def recipe_text(candidate: Candidate, result: TuningResult) -> str:
     recipe = candidate.chosen.recipe.model_dump(mode="json", exclude_unset=True)
     # The recipe names the run's newest checkpoint of that time, so that it gives the same merge when the run goes on.
     recipe = {key: value for key, value in recipe.items() if key not in ("run", "memory_budget", "threads") and value}
-    if candidate.kind == "merge":
-        recipe.setdefault("to_step", described.steps[-1])
     content: dict[str, Any] = recipe | {"tuned": tuned.model_dump(exclude_none=True)}
     sentence = result.recommendation.sentence if result.recommendation else ""
     comment = [

@@ -17,15 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wsm_ds.distributed.ranks import Ranks
-from wsm_ds.errors import OutputExists, OutputLocked
+from wsm_ds.errors import BrokenCheckpoint, OutputExists, OutputLocked, RecipeError
 from wsm_ds.evaluation.evaluation import Evaluation
+from wsm_ds.evaluation.evaluator import MeasurementFailed
 from wsm_ds.evaluation.in_memory import InMemoryEvaluator
 from wsm_ds.evaluation.loss import LossEvaluator
 from wsm_ds.evaluation.models import build_model
 from wsm_ds.evaluation.records import NAME, Records
+from wsm_ds.evaluation.subjects import CONFIG
 from wsm_ds.filesystem.durable import replace_shared_text
 from wsm_ds.filesystem.locks import hold_lock
 from wsm_ds.filesystem.small_files import read_small
+from wsm_ds.layouts.frameworks import save_of
 from wsm_ds.tuning.candidates import Candidate, candidates_of
 from wsm_ds.tuning.conclusion import Found, conclude
 from wsm_ds.tuning.exports import Exports, remove
@@ -38,6 +41,8 @@ from wsm_ds.tuning.warnings import loss_of_guessing
 if TYPE_CHECKING:
     import torch
 
+MOST_SHARED = 0.1
+"""Part of the blocks of `confirm` that may also be among those that choose: some texts are in all data."""
 RESULT, BEST, LOCK = "tuning.json", "best.yaml", ".wsm-tune.lock"
 
 
@@ -83,6 +88,7 @@ def tune(
         RecipeError, EvaluationError: an option, the data, or the model is wrong; nothing was measured.
         ModelMismatch: the model's names or shapes are not those of the run.
         OutputExists: OUT is the tuning of another run.
+        OutputLocked: another process tunes OUT now, and the candidates are not shared.
         InsufficientCapacity: the memory or the disk is too small.
         WsmError: a window cannot be merged, see `plan_merge`.
     """
@@ -121,22 +127,39 @@ class _Tuning:
         earlier = self._require_own_folder()
         for evaluator in filter(None, (request.screening, *request.finals, request.confirm)):
             evaluator.require_ready()
+        _require_other_data(request)
         candidates = candidates_of(request)
-        model = self._model()
+        model = self._model(candidates)
         exports = Exports(request, self.ranks)
         exports.require_room(list(candidates))
         records = Records(request.out / NAME)
         costs = Costs(dict(earlier.seconds), earlier.read_bytes) if earlier is not None else Costs()
         self.stage = Stage(request, records, exports, costs, self.ranks)
         self.found = Found(request, candidates, records, _guessing(request))
-        self._screen(model, candidates)
-        if request.share[1] == 1 or self._is_screened(candidates):
-            with self._only_one() as is_mine:
-                if is_mine:
-                    self._finals(model)
-                    self._confirm(model)
-                    self._keep_best()
+        is_shared = request.share[1] > 1
+        with self._only_one() as is_mine:
+            if not is_mine and not is_shared:
+                raise OutputLocked(
+                    f"another process tunes {request.out} now. Wait for it, choose another --out, or share the "
+                    "candidates (--share)."
+                )
+            if not is_shared:
+                self._screen(model, candidates)
+                self._finish(model)
+        if is_shared:
+            self._screen(model, candidates)
+            # Looked at before the lock is taken: else the last two could each leave the rest to the other.
+            if self._is_screened(candidates):
+                with self._only_one() as is_mine:
+                    if is_mine:
+                        self._finish(model)
         return self._result()
+
+    def _finish(self, model: "torch.nn.Module | None") -> None:
+        """Does what follows the screening."""
+        self._finals(model)
+        self._confirm(model)
+        self._keep_best()
 
     def _require_own_folder(self) -> TuningResult | None:
         earlier = read_result(self.request.out)
@@ -147,14 +170,14 @@ class _Tuning:
             )
         return earlier
 
-    def _model(self) -> "torch.nn.Module | None":
+    def _model(self, candidates: tuple[Candidate, ...]) -> "torch.nn.Module | None":
         """The model that is filled again and again; None if every evaluator reads folders."""
         request = self.request
         every = (request.screening, *request.finals, request.confirm)
         evaluators = [one for one in every if isinstance(one, InMemoryEvaluator)]
-        if not evaluators or request.model is None:
+        if not evaluators:
             return None
-        model = build_model(request.model, evaluators[0].dtype)
+        model = build_model(request.model or _config_of(candidates), evaluators[0].dtype)
         for evaluator in evaluators:
             evaluator.require_fit(model)
         return model
@@ -176,7 +199,7 @@ class _Tuning:
 
     @contextmanager
     def _only_one(self) -> Iterator[bool]:
-        """Whether no other process does what follows the screening: the last tasks of an array may end together."""
+        """Whether no other process tunes here now, or does what follows the screening of processes that share it."""
         with ExitStack() as stack:
 
             def take() -> bool:
@@ -205,24 +228,38 @@ class _Tuning:
 
     def _confirm(self, model: "torch.nn.Module | None") -> None:
         """Measures the recommended candidate, and the newest raw one, on data that have chosen nothing."""
-        confirm, result = self.request.confirm, self._result()
-        if confirm is None or result.recommendation is None:
+        confirm = self.request.confirm
+        if confirm is None:
             return
-        names: list[str] = self.ranks.decide(
-            lambda: [result.recommendation.name, result.recommendation.raw] if result.recommendation else []
-        )
+
+        def recommended() -> list[str | None]:
+            found = self._result().recommendation
+            return [found.name, found.raw] if found is not None else []
+
+        names: list[str | None] = self.ranks.decide(recommended)
         chosen = [candidate for candidate in self.found.candidates if candidate.name in names]
         self.total = self.done + len(self.stage.remaining(chosen, confirm))
         screen(self.stage, model, chosen, Budget(None, self.ranks), self._report, confirm)
 
     def _keep_best(self) -> None:
         """Exports the recommended candidate, if it is to be kept, and removes the models of an earlier call."""
-        best = self._recommended(self._result())
         keep = self.request.keep or ("best" if self.request.finals else None)
-        if keep != "best" or best is None:
+        if keep != "best":
             return
-        with self.stage.exports.of(best, stays=True):
-            pass
+
+        def recommended() -> str | None:
+            found = self._result().recommendation
+            return found.name if found is not None else None
+
+        name: str | None = self.ranks.decide(recommended)
+        best = next((candidate for candidate in self.found.candidates if candidate.name == name), None)
+        if best is None:
+            return
+        try:
+            with self.stage.exports.of(best, stays=True):
+                pass
+        except MeasurementFailed as error:
+            raise BrokenCheckpoint(f"{best.name} is recommended, and cannot be exported any more: {error}") from error
         if self.ranks.rank == 0:
             for folder in self.stage.exports.folder.iterdir():
                 if folder.name != best.name and not folder.name.startswith("."):
@@ -243,7 +280,9 @@ class _Tuning:
         if self.ranks.rank == 0:
             self.request.out.mkdir(parents=True, exist_ok=True)
             best = self._recommended(result)
-            if best is not None and best.chosen is not None:
+            if best is None:
+                (self.request.out / BEST).unlink(missing_ok=True)  # of other data, or of a run that has gone on
+            elif best.chosen is not None:
                 replace_shared_text(self.request.out / BEST, recipe_text(best, result))
             text = json.dumps(result.model_dump(mode="json"), indent=1) + "\n"
             replace_shared_text(self.request.out / RESULT, text)
@@ -252,6 +291,34 @@ class _Tuning:
     def _recommended(self, result: TuningResult) -> Candidate | None:
         name = result.recommendation.name if result.recommendation is not None else None
         return next((candidate for candidate in self.found.candidates if candidate.name == name), None)
+
+
+def _config_of(candidates: tuple[Candidate, ...]) -> str:
+    """The folder with the config.json that a framework has saved beside the newest checkpoint."""
+    newest = next(one for one in candidates if one.is_newest and one.chosen is not None)
+    assert newest.chosen is not None
+    folder = save_of(newest.chosen.window.layouts[-1].path).folder
+    if not (folder / CONFIG).is_file():
+        raise RecipeError(
+            f"`model` must say what the weights are filled into: {folder} has no {CONFIG}. Give a folder with one, or "
+            "MODULE:FUNCTION."
+        )
+    return str(folder)
+
+
+def _require_other_data(request: TuningRequest) -> None:
+    """Raises RecipeError if the data that shall choose nothing are those that choose."""
+    screening, confirm = request.screening, request.confirm
+    if not isinstance(screening, LossEvaluator) or not isinstance(confirm, LossEvaluator):
+        return
+    choosing = {row.tobytes() for row in screening.held_out().tokens}
+    second = [row.tobytes() for row in confirm.held_out().tokens]
+    shared = sum(row in choosing for row in second)
+    if shared > MOST_SHARED * len(second):
+        raise RecipeError(
+            f"--confirm: {shared} of its {len(second)} blocks are in --data, too. Its figure would be as flattering as "
+            "the one that chose; give other data."
+        )
 
 
 def _guessing(request: TuningRequest) -> float | None:

@@ -58,7 +58,12 @@ def _few_blocks(comparison: Comparison) -> str:
     counts = {len(one.blocks.nats) for one in comparison.measured if one.blocks is not None}
     if comparison.metric != LOSS or not counts or min(counts) >= FEW_BLOCKS:
         return ""
-    percent = 100 / math.sqrt(2 * max(1, min(counts) - 1))
+    if min(counts) == 1:
+        return (
+            "A held-out set of one block tells no error, so the choice may be chance. Give more held-out data "
+            "(--data), or shorter blocks (--sequence-length)."
+        )
+    percent = 100 / math.sqrt(2 * (min(counts) - 1))
     return (
         f"The held-out set has only {min(counts)} blocks. The errors are themselves uncertain by about {percent:.0f} "
         "%, and the choice may be chance. Give more held-out data (--data), or more blocks (--blocks)."
@@ -83,8 +88,9 @@ def _conspicuous(singles: Sequence[tuple[int, Measured]]) -> Iterable[str]:
     if len(singles) < FEWEST_NEIGHBOURS:
         return
     values = [one.badness for _, one in singles]
-    usual = statistics.median(abs(b - a) for a, b in pairwise(values))
     for number, (step, one) in enumerate(singles):
+        others = [*values[:number], *values[number + 1 :]]
+        usual = statistics.median(abs(b - a) for a, b in pairwise(others))
         around = [*values[max(0, number - 2) : number], *values[number + 1 : number + 3]]
         middle = statistics.median(around)
         if values[number] - middle > max(OUTLIER * usual, 3 * (one.metric.error or 0.0)):
