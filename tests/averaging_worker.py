@@ -219,17 +219,20 @@ def do_slots(job: dict[str, Any]) -> dict[str, Any]:
     engine = build_engine(job)
     slots = SlotMeans(engine, job["run"], every=job["every"], sample=job.get("sample", 1), kind=job.get("kind", "mean"))
     named = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
-    steps = []
+    steps: list[dict[str, torch.Tensor]] = []
+    partitions: list[list[torch.Tensor]] = []
     for step in range(1, job["steps"] + 1):
         for _ in micro_steps(engine, step):
             slots.update()
+        partitions.append([master.double().clone() for master in master_partitions(engine)])
         steps.append({name: safe_get_full_fp32_param(p).double().clone() for name, p in named.items()})
     if job["steps"] % job["every"]:
         slots.end_slot()
-    dump: dict[str, Any] = {"steps": steps, "mp_rank": engine.checkpoint_mp_rank}
+    dump: dict[str, Any] = {"steps": steps, "partitions": partitions}
     with slots.swapped_in(last=job["last"]):
         dump["swapped"] = module_weights(engine)
     slots.close()
+    engine.save_checkpoint(job["run"], tag=f"global_step{engine.global_steps}")
     torch.save(dump, f"{job['dump']}.rank{dist.get_rank()}")
     return {}
 
@@ -273,7 +276,7 @@ def do_killed(job: dict[str, Any]) -> dict[str, Any]:
             slots.update()
     slots.close()
     dist.barrier()
-    before = sorted(path.name for path in slots.folder.root.iterdir())
+    before = sorted(path.name.split(".")[-1] for path in slots.folder.root.iterdir())
     again = SlotMeans(engine, job["run"], every=3)
     after = sorted(path.name for path in slots.folder.root.iterdir())
     engine.global_steps = 2  # as if an older checkpoint had been loaded

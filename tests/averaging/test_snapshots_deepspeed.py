@@ -10,6 +10,7 @@ from deepspeed_runs import launch
 from safetensors.torch import load_file
 
 import wsm_ds
+from wsm_ds.errors import CheckpointNotFound, RecipeError
 
 WRITTEN = {name: job for name, job in TWO_RANKS.items() if job["stage"] and "overflows" not in name}
 STEPS, EVERY, LAST = 14, 4, 3
@@ -64,14 +65,68 @@ def test_the_linear_merge_of_slots_is_the_mean_of_every_update(name: str, runs: 
 def test_snapshots_hold_four_bytes_a_parameter_and_no_weights(name: str, runs: Path) -> None:
     files = list((runs / name / "snapshots" / "global_step8").iterdir())
     stored = sum(tensor_bytes(torch.load(file, weights_only=False, map_location="cpu")) for file in files)
-    ranks = dumped(runs, name)
-    trained = sum(
-        value.numel()
-        for number, rank in enumerate(ranks)
-        for key, value in rank["steps"][0].items()
-        if number == 0 or rank["mp_rank"] or "deepspeed_experts" in key
-    )
-    assert stored <= 4 * trained + 3000  # buffers, frozen weights, padding
+    masters = sum(master.numel() for rank in dumped(runs, name) for master in rank["partitions"][0])
+    assert stored <= 4 * masters + 1500  # buffers and frozen weights
+
+
+@pytest.fixture(scope="module")
+def loaded(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LOADED/NAME.pt.rank{r}: what DeepSpeed holds after it has loaded the merge of slots, carried from the run."""
+    root = tmp_path_factory.mktemp("loaded")
+    jobs = []
+    for name, job in WRITTEN.items():
+        merged = root / name
+        run = runs / name
+        wsm_ds.merge(run=run / "snapshots", last=LAST, carry_from=run, out=merged)
+        wsm_ds.verify(merged, full=True)
+        jobs.append({"do": "load", "root": str(merged), "dump": str(root / f"{name}.pt"), "steps": 1} | job)
+    launch(jobs, world_size=2, folder=root, worker="averaging_worker.py")
+    return root
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_deepspeed_loads_a_merge_of_slots_that_is_carried_from_a_full_checkpoint(
+    name: str, runs: Path, loaded: Path
+) -> None:
+    for rank, trained in enumerate(dumped(runs, name)):
+        state = torch.load(loaded / f"{name}.pt.rank{rank}", weights_only=False)
+        for parameter, value in trained["swapped"].items():
+            assert torch.equal(state["module"][parameter], value), parameter
+        assert state["moments"]
+        if WRITTEN[name]["stage"] == 3:
+            continue  # what lies in the padding of its partitions is nobody's
+        for number, master in enumerate(state["masters"]):
+            samples = torch.stack([step[number] for step in trained["partitions"][EVERY:]])
+            largest = samples.abs().amax(0).float()
+            ulp = torch.nextafter(largest, torch.tensor(float("inf"))) - largest
+            assert ((master.double() - samples.mean(0)).abs() <= ulp.double()).all()
+
+
+def test_deepspeed_refuses_to_resume_from_a_snapshot(runs: Path, tmp_path: Path) -> None:
+    for number, stage in enumerate((1, 2, 3)):
+        name = next(name for name, job in WRITTEN.items() if job["stage"] == stage)
+        job = {"do": "load", "root": str(runs / name / "snapshots"), "tag": "global_step8", "dump": "none"}
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with pytest.raises(AssertionError, match=r"loss_scaler|size mismatch"):
+            launch([job | WRITTEN[name]], world_size=2, folder=folder, worker="averaging_worker.py")
+
+
+def test_what_is_carried_must_be_a_full_checkpoint_of_the_last_step(runs: Path, tmp_path: Path) -> None:
+    run = runs / "ZeRO-1 bf16"
+
+    def plan(**options: Any) -> None:
+        wsm_ds.plan_merge(run=run / "snapshots", out=tmp_path / "out", **options)
+
+    with pytest.raises(
+        CheckpointNotFound, match=r"holds no checkpoint of step 12, .* it holds those of steps 14\. End"
+    ):
+        plan(last=2, to_step=12, carry_from=run)
+    plan(last=2, to_step=12, carry_from=run / "global_step14")
+    with pytest.raises(RecipeError, match="is a snapshot itself"):
+        plan(last=2, carry_from=run / "snapshots")
+    with pytest.raises(RecipeError, match="carry_from"):
+        plan(last=2, carry_from=run, format="safetensors")
 
 
 def tensor_bytes(value: Any) -> int:

@@ -1,6 +1,7 @@
 """The folder RUN/snapshots: what lies in it when a training begins or goes on, and who writes into it."""
 
 import logging
+import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,7 +49,10 @@ class SnapshotFolder:
             raise RecipeError(
                 f"{self.root} holds a file `latest`, so DeepSpeed would resume from what lies there. Move it away."
             )
-        self.writer = SnapshotWriter(self.root, Meeting(_get_default_store(), dist.get_world_size()), may_publish)
+        name: list[Any] = [secrets.token_hex(4)]
+        dist.broadcast_object_list(name, src=0)
+        meeting = Meeting(_get_default_store(), dist.get_world_size(), name[0])
+        self.writer = SnapshotWriter(self.root, meeting, may_publish)
 
     def begin_at(self, step: int) -> None:
         """Removes what killed writers have left, and sets snapshots of later steps aside.

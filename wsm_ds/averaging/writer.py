@@ -6,7 +6,6 @@ its final name.
 """
 
 import errno
-import itertools
 import logging
 import shutil
 import threading
@@ -24,7 +23,6 @@ log = logging.getLogger(__name__)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PARTIAL = ".part"
 """The end of a folder's name in which a snapshot is written."""
-_instances = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -34,15 +32,12 @@ class Meeting:
     Attributes:
         store: of torch.distributed: `add(key, amount)` returns the sum.
         world_size: ranks that count.
+        name: of this meeting alone, so that an old attempt which is still alive counts and writes elsewhere.
     """
 
     store: Any
     world_size: int
-
-
-def staged_path(root: Path, tag: str) -> Path:
-    """The folder in which a snapshot is written."""
-    return root / f".{tag}{PARTIAL}"
+    name: str
 
 
 class SnapshotWriter:
@@ -58,7 +53,7 @@ class SnapshotWriter:
 
     def __init__(self, root: Path, meeting: Meeting, may_publish: Callable[[], None] = lambda: None) -> None:
         self.root, self.meeting, self.may_publish = root, meeting, may_publish
-        self._key, self._number = f"wsm_ds/averaging/{next(_instances)}", 0
+        self._number = 0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -79,7 +74,7 @@ class SnapshotWriter:
         """
         self.wait()
         self._number += 1
-        key = f"{self._key}/{self._number}"
+        key = f"wsm_ds/averaging/{self.meeting.name}/{self._number}"
         self._thread = threading.Thread(target=self._write, args=(tag, list(files), key), name=f"snapshot {tag}")
         self._thread.start()
 
@@ -101,7 +96,7 @@ class SnapshotWriter:
             raise TrainingError(f"a snapshot could not be written into {self.root}: {error}") from error
 
     def _write(self, tag: str, files: list[PickledFile], key: str) -> None:
-        staged = staged_path(self.root, tag)
+        staged = self.root / f".{tag}.{self.meeting.name}{PARTIAL}"
         try:
             is_written = self._write_files(staged, files)
         except Exception as error:

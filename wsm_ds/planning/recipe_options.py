@@ -86,6 +86,7 @@ class CheckpointOptions(ExportOptions, _FormOptions, total=False):
 
 class _MergeOptions(ExportOptions, _FormOptions, _SumOptions, total=False):
     out: StrPath
+    carry_from: StrPath | None
 
 
 class RecipeOptions(_MergeOptions, WindowOptions, total=False):

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from wsm_ds.errors import LayoutMismatch, WindowError, few
 from wsm_ds.layouts import Checkpoint, Layout, read_layout
 from wsm_ds.layouts.frameworks import UNIVERSAL
 from wsm_ds.layouts.order import NUMBER
+from wsm_ds.planning.carried import find_carried
 from wsm_ds.planning.constant_rate import check_constant_rate
 from wsm_ds.planning.course import CountReader, Course, Place
 from wsm_ds.planning.figures import WindowFigures, window_figures
@@ -38,6 +39,7 @@ class Window:
         course: steps, samples and tokens of the run at each layout.
         figures: what describes the window and its coefficients.
         matched_names: what was renamed in older layouts.
+        carried: a full checkpoint that gives all but the masters; None: the newest of `layouts`.
     """
 
     layouts: tuple[Layout, ...]
@@ -45,6 +47,30 @@ class Window:
     course: Course
     figures: WindowFigures
     matched_names: tuple[MatchedNames, ...] = ()
+    carried: Layout | None = None
+
+    @property
+    def origin(self) -> Layout:
+        """The checkpoint that gives the output all that is not summed."""
+        return self.carried or self.layouts[-1]
+
+
+def with_carried(window: Window, carry_from: Path, read: ReadLayout, allowed_globals: frozenset[str]) -> Window:
+    """Returns the window with the full checkpoint that gives all but the masters.
+
+    Args:
+        window: of snapshots.
+        carry_from: see `find_carried`.
+        read: reads a layout.
+        allowed_globals: see `read_layout`.
+
+    Raises:
+        WsmError: see `find_carried`.
+        LayoutMismatch: the checkpoint does not hold the window's model.
+    """
+    carried = find_carried(carry_from, window.layouts[-1], read, allowed_globals)
+    check_same_model(window.layouts[-1], carried)
+    return replace(window, carried=carried)
 
 
 def select_window(
