@@ -2,6 +2,7 @@
 
 import json
 import signal
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def test_slots_of_a_run_that_is_interrupted_within_one_are_means_of_the_same_upd
     assert last.wait() == [0], last.output
     found = slots(last.run)
     assert sorted(found)[-1] == 24
-    assert all(first == before + 1 for before, first in zip(sorted(found), [found[x] for x in sorted(found)[1:]], strict=False))
+    assert all(found[last_step] == before + 1 for before, last_step in pairwise(sorted(found)))
     assert losses(last.run) == pytest.approx(losses(whole.run), abs=2e-3)
     one, other = merged(whole.run, tmp_path / "one"), merged(last.run, tmp_path / "other")
     assert one.keys() == other.keys()
