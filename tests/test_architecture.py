@@ -17,8 +17,8 @@ from wsm_ds.planning.window_recipe import WindowRecipe
 PACKAGE = Path(wsm_ds.__file__).parent
 ORDER = (
     "errors", "sizes", "dtypes", "filesystem", "distributed", "schedules", "torchfile", "layouts", "planning",
-    "outputs", "engine", "publishing", "merge_planning", "merging", "loading", "averaging", "verification", "inspection",
-    "evaluation", "tuning", "reporting", "watching", "estimate", "doctor", "training", "cli", "__main__",
+    "outputs", "engine", "publishing", "merge_planning", "merging", "loading", "averaging", "verification",
+    "inspection", "evaluation", "tuning", "reporting", "watching", "estimate", "doctor", "training", "cli", "__main__",
 )  # fmt: skip
 """The packages and top-level modules; each may import those before it."""
 MAY_IMPORT = {

@@ -8,10 +8,12 @@ the sum of two fp32 numbers, the second of which holds what the first one cannot
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from wsm_ds.averaging.masters import Tensors
+from wsm_ds.engine.arithmetic import kernel
 from wsm_ds.errors import RecipeError
 
 
@@ -79,6 +81,8 @@ CHUNK_ELEMENTS = {"cpu": 1 << 18}
 MOST_CHUNK_ELEMENTS = 1 << 24
 
 
+LEAST_SHARE = 1 << 18
+"""Elements for which a thread is worth its start."""
 RENEWED_EVERY = 8
 """Samples after which the two parts of a mean are added; at each of the first ones too, when it moves the most."""
 
@@ -126,6 +130,8 @@ class RunningMean:
         """Moves mean + rest towards a master, a part after the other."""
         import torch
 
+        if _add_compiled(master, mean, rest, 1.0 / self.count):
+            return
         size = CHUNK_ELEMENTS.get(mean.device.type, MOST_CHUNK_ELEMENTS)
         flat, mean, rest = master.detach().reshape(-1), mean.view(-1), rest.view(-1)
         scratch = torch.empty(min(size, mean.numel()), dtype=mean.dtype, device=mean.device)
@@ -148,6 +154,32 @@ class RunningMean:
             mean.add_(rest)
         taken, self._means, self._rests, self.count = self._means, [], [], 0
         return taken
+
+
+def _add_compiled(master: Any, mean: Any, rest: Any, weight: float) -> bool:
+    """Moves mean + rest towards a master in one pass over the memory; False where the compiled loop cannot."""
+    import torch
+
+    library = kernel()
+    if library is None or not hasattr(library, "wsm_add_to_means"):
+        return False
+    tensors = (mean, rest, master.detach())
+    if any(t.device.type != "cpu" or t.dtype != torch.float32 or not t.is_contiguous() for t in tensors):
+        return False
+    addresses, numel = [tensor.data_ptr() for tensor in tensors], mean.numel()
+    share = max(-(-numel // torch.get_num_threads()), LEAST_SHARE)
+
+    def add(begin: int) -> None:
+        library.wsm_add_to_means(*(a + 4 * begin for a in addresses), weight, min(share, numel - begin))
+
+    begins = range(0, numel, share)
+    if len(begins) < 2:
+        for begin in begins:
+            add(begin)
+        return True
+    with ThreadPoolExecutor(len(begins)) as pool:  # ctypes releases the global lock
+        list(pool.map(add, begins))
+    return True
 
 
 def _renew(mean: Any, rest: Any, total: Any) -> None:
