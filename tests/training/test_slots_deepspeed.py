@@ -14,6 +14,7 @@ from training.rank_processes import Launcher, losses
 import wsm_ds
 from wsm_ds.layouts import find_checkpoints
 from wsm_ds.layouts.saved_step import saved_counts
+from wsm_ds.planning.recipe_options import WindowOptions
 
 Arguments = tuple[str, ...]
 
@@ -33,8 +34,8 @@ def slots(run: Path) -> dict[int, int]:
 
 def merged(run: Path, out: Path) -> dict[str, np.ndarray]:
     """The mean of the masters over steps 7 to 24."""
-    window = {"from_step": 7, "to_step": 24, "allow": ["warmup", "lr-change"]}
-    wsm_ds.merge(run=run / "snapshots", out=out, format="safetensors", dtype="fp32", **window)
+    window = WindowOptions(run=run / "snapshots", from_step=7, to_step=24, allow=["warmup", "lr-change"])
+    wsm_ds.merge(out=out, format="safetensors", dtype="fp32", **window)
     return load_file(out / "model.safetensors")
 
 

@@ -152,6 +152,7 @@ class RunningMean:
         """Returns the mean and begins anew."""
         for mean, rest in zip(self._means, self._rests, strict=False):
             mean.add_(rest)
+            release(rest)
         taken, self._means, self._rests, self.count = self._means, [], [], 0
         return taken
 
@@ -237,6 +238,14 @@ class Average:
         if state["rule"] != repr(self.rule):
             raise RecipeError(f"the saved average is {state['rule']}, and {self.rule!r} was asked for.")
         self.count, self._buffers = int(state["count"]), copies(state["buffers"], self.device)
+
+
+def release(tensor: Any) -> None:
+    """Gives the memory of a tensor back, if nothing else has it, without Python's global lock.
+
+    The system takes a tenth of a second for 400 MB. Where Python frees a tensor, all other threads wait meanwhile.
+    """
+    tensor.set_()
 
 
 def copies(tensors: Tensors, device: str | None = None) -> Tensors:

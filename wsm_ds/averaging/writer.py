@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wsm_ds.averaging.averages import release
 from wsm_ds.averaging.torch_files import PickledFile, write_file
 from wsm_ds.errors import NonFiniteValue, TrainingError
 from wsm_ds.filesystem.durable import move_into_place
@@ -101,7 +102,10 @@ class SnapshotWriter:
             is_written = self._write_files(staged, files)
         except Exception as error:
             self._error, is_written = error, False
-        files.clear()  # the averages are not needed while the other ranks write
+        while files:  # the averages are not needed while the other ranks write
+            for content in files.pop().records.values():
+                if not isinstance(content, bytes):
+                    release(content)
         try:
             self._count(tag, staged, key, is_written)
         except Exception as error:
