@@ -17,13 +17,13 @@ from wsm_ds.planning.window_recipe import WindowRecipe
 PACKAGE = Path(wsm_ds.__file__).parent
 ORDER = (
     "errors", "sizes", "dtypes", "filesystem", "distributed", "schedules", "torchfile", "layouts", "planning",
-    "outputs", "engine", "publishing", "merge_planning", "merging", "loading", "verification", "inspection",
-    "evaluation", "tuning", "reporting", "watching", "estimate", "doctor", "training", "cli", "__main__",
+    "outputs", "engine", "publishing", "merge_planning", "merging", "loading", "averaging", "verification",
+    "inspection", "evaluation", "tuning", "reporting", "watching", "estimate", "doctor", "training", "cli", "__main__",
 )  # fmt: skip
 """The packages and top-level modules; each may import those before it."""
 MAY_IMPORT = {
-    "deepspeed": {"schedules", "training"},
-    "torch": {"schedules", "distributed", "engine", "evaluation", "loading", "training", "tuning"},
+    "deepspeed": {"averaging", "schedules", "training"},
+    "torch": {"averaging", "schedules", "distributed", "engine", "evaluation", "loading", "training", "tuning"},
 }
 MAY_IMPORT_AT_ONCE = {"schedules/lr_schedules.py", "schedules/optimizer_hooks.py"}
 """Modules whose classes need torch; all others import it inside a function."""

@@ -23,6 +23,8 @@ from transformers import (
     default_data_collator,
 )
 
+from wsm_ds.averaging import trainer_callback
+
 VOCABULARY = 13
 
 
@@ -43,6 +45,8 @@ def ds_config(job: dict[str, Any]) -> dict[str, Any]:
     if job["stage"] == 3:
         persistence = {"stage3_param_persistence_threshold": "auto", "stage3_prefetch_bucket_size": "auto"}
         config["zero_optimization"] |= persistence | {"stage3_gather_16bit_weights_on_model_save": True}
+    if job.get("slot_every"):
+        config["wsm_ds"] = {"slot_every": job["slot_every"]}
     if job.get("universal"):
         config["checkpoint"] = {"load_universal": True}
     return config
@@ -121,6 +125,8 @@ def do_trainer(job: dict[str, Any]) -> dict[str, Any]:
         processing_class=make_tokenizer(),
         callbacks=[watch],
     )
+    if job.get("slot_every"):
+        watch.trainer.add_callback(trainer_callback(watch.trainer))
     watch.trainer.train(resume_from_checkpoint=job.get("resume"))
     watch.trainer.model_wrapped.destroy()
     return {**watch.report, "batches": seen, "global_step": watch.trainer.state.global_step}

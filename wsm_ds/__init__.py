@@ -144,6 +144,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from wsm_ds import averaging as averaging
     from wsm_ds.errors import WsmError
     from wsm_ds.evaluation.commands import CommandEvaluator
     from wsm_ds.evaluation.evaluating import evaluate_folders
@@ -191,6 +192,8 @@ def __getattr__(name: str) -> Any:
     """Loads a public name from its module."""
     from importlib import import_module
 
+    if name == "averaging":  # wsm_ds.averaging.SlotMeans, without an import of its own
+        return import_module("wsm_ds.averaging")
     if name not in _MODULES:
         raise AttributeError(f"module 'wsm_ds' has no attribute {name!r}")
     value = getattr(import_module(f"wsm_ds.{_MODULES[name]}"), name)

@@ -39,7 +39,7 @@ class Inspected:
         `bytes` counts all files of the checkpoint. `parameters` counts tied parameters once.
         """
         layout = self.layout
-        description = {
+        description: dict[str, Any] = {
             "tag": self.checkpoint.tag,
             "path": str(self.checkpoint.path),
             "saved_by": self.checkpoint.saved_by,
@@ -51,6 +51,8 @@ class Inspected:
             description["problem"] = self.problem
         if layout is None:
             return description
+        if layout.snapshot is not None:
+            description["snapshot"] = layout.snapshot.to_json()
         return description | {
             "step": layout.step,
             "zero_stage": layout.stage,

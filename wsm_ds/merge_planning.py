@@ -30,7 +30,7 @@ from wsm_ds.planning.plan import CopySegment, InputFile, InputNumber, Output, Ou
 from wsm_ds.planning.recipe import MergeRecipe
 from wsm_ds.planning.recipe_options import RecipeOptions
 from wsm_ds.planning.streams import ElementRequest, SourceTables, carry_streams, element_streams, source_tables
-from wsm_ds.planning.window import ReadLayout, Window, recorded_window, select_window, union_of
+from wsm_ds.planning.window import ReadLayout, Window, recorded_window, select_window, union_of, with_carried
 from wsm_ds.planning.window_recipe import WindowRecipe
 from wsm_ds.publishing.identity import is_of_run, is_same_merge, is_same_recipe, stated
 from wsm_ds.publishing.manifest import description, read_manifest
@@ -109,6 +109,15 @@ def shared_plan(recipes: Sequence[MergeRecipe], ranks: Ranks, on_files: OnFiles 
 
 def _window(recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None], find_problem: FindProblem) -> Window:
     """The window with which a killed merge of this recipe began, or else the one that the recipe chooses now."""
+    window = _summed_window(recipe, read, warn, find_problem)
+    if recipe.carry_from is None:
+        return window
+    return with_carried(window, recipe.carry_from, read, frozenset(recipe.allow_globals))
+
+
+def _summed_window(
+    recipe: MergeRecipe, read: ReadLayout, warn: Callable[..., None], find_problem: FindProblem
+) -> Window:
     unfinished = unfinished_merge(recipe.out)
     if unfinished is not None:
         fields = recipe.model_dump(mode="json")
@@ -146,17 +155,22 @@ def plan_windows(
     """
     if not recipes:
         return Plan((), (), (), (), (), 0, 1)
-    layouts = union_of(windows)
+    summed = union_of(windows)
+    # The last one gives the names; the order of the others does not count.
+    carried = {window.carried.path: window.carried for window in windows if window.carried is not None}
+    layouts = (*(carried[path] for path in carried.keys() - {layout.path for layout in summed}), *summed)
     tables = source_tables(layouts)
     layout_numbers = {layout.path: number for number, layout in enumerate(layouts)}
     inputs, files, requests, outputs = tables.inputs, list[OutputFile](), list[ElementRequest](), list[Output]()
     reads_states = any(map(_reads_states, recipes))
     for number, (recipe, window) in enumerate(zip(recipes, windows, strict=True)):
         members = tuple(layout_numbers[layout.path] for layout in window.layouts)
-        output_window = OutputWindow(OutputNumber(number), members, tuple(window.coefficients.tolist()), len(files))
+        coefficients = tuple(window.coefficients.tolist())
+        carried_number = None if window.carried is None else layout_numbers[window.carried.path]
+        output_window = OutputWindow(OutputNumber(number), members, coefficients, len(files), carried_number)
         planned, texts = _files(tables, output_window, recipe, reads_states)
         names = {file.name for file in planned.files} | set(texts)
-        paths = copied_files(recipe, window.layouts[-1], sidecar_names)
+        paths = copied_files(recipe, window.origin, sidecar_names)
         copies, copied_inputs = _copies(OutputNumber(number), paths, len(inputs), names)
         files += [*planned.files, *copies]
         inputs += copied_inputs
@@ -215,6 +229,7 @@ def output_of(recipe: WindowRecipe, window: Window, out: Path, texts: dict[str, 
         figures=window.figures.to_json(),
         samples=window.course.samples,
         tokens=window.course.tokens,
+        carried=None if window.carried is None else window.carried.path.resolve(),
     )
 
 

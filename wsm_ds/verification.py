@@ -38,13 +38,14 @@ from wsm_ds.errors import (
     few,
 )
 from wsm_ds.filesystem import checksum
+from wsm_ds.layouts import read_layout
 from wsm_ds.layouts.frameworks import MANIFEST
 from wsm_ds.merge_planning import PLAN_MODULES, plan_windows
 from wsm_ds.planning.one_save import require_one_save
 from wsm_ds.planning.plan import LiteralSegment, Plan
 from wsm_ds.planning.recipe import MergeRecipe, make_recipe
 from wsm_ds.planning.recipe_options import StrPath
-from wsm_ds.planning.window import Window, recorded_window
+from wsm_ds.planning.window import Window, recorded_window, with_carried
 from wsm_ds.publishing.manifest import read_manifest
 from wsm_ds.sizes import parse_size
 
@@ -185,7 +186,11 @@ def _make_again(
 def _recorded(manifest: dict[str, Any], machine: dict[str, int]) -> tuple[MergeRecipe, Window]:
     """The recipe and the window that made an output, from its manifest; the sources are read."""
     recipe = make_recipe(**manifest["recipe"] | machine)
-    return recipe, recorded_window(manifest["sources"], recipe)
+    window = recorded_window(manifest["sources"], recipe)
+    if "carried_from" in manifest:
+        allowed = frozenset(recipe.allow_globals)
+        window = with_carried(window, Path(manifest["carried_from"]), read_layout, allowed)
+    return recipe, window
 
 
 class _Comparison:

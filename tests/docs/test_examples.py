@@ -24,6 +24,8 @@ NOT_RUN = {
     'engine.load_checkpoint("quickstart/mean")': "needs an engine; tests/test_merge_deepspeed.py loads every merge",
     "wsm-ds evaluate HF_MODEL --lm-eval arc_easy,hellaswag --limit 200 --metric arc_easy/acc_norm": "its tasks need a "
     "network; tests/evaluation/test_lm_eval.py runs lm-eval on local ones",
+    "slots = wsm_ds.averaging.SlotMeans(": "tests/averaging does the same with engines of every kind",
+    "trainer.add_callback(": "tests/averaging/test_trainer_slots_deepspeed.py runs it in a Trainer",
     "job = TrainingJob(": "tests/training/test_training_job_deepspeed.py runs the whole script",
 }
 """Commands, and beginnings of Python examples, that are not run here; and why."""

@@ -117,6 +117,11 @@ def _add_merge(commands: Any) -> None:
     coefficients_option(curve)
     output = _output_options(merge)
     format_options(output)
+    output.add_argument(
+        "--carry-from", type=Path, metavar="RUN[/TAG]",
+        help="for a window of snapshots (RUN/snapshots): the full checkpoint that gives all but the masters; of a run, "
+        "that of the window's last step",
+    )  # fmt: skip
     safetensors_options(output)
     include_option(output)
     form_options(merge)

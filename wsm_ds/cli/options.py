@@ -25,7 +25,7 @@ LISTS = ("last", "last_tokens", "last_samples", "to_step", "top", "floor", "spre
 """Recipe keys whose flag takes values between commas; each makes an output."""
 RECIPE = (
     "run", "out", "from_step", "oldest_interval", "by", "tokens_per_step", "sequence_length", "data_switch",
-    "dtype", "optimizer_states", *FORM, "memory_budget", "threads", "max_shard_size",
+    "dtype", "optimizer_states", "carry_from", *FORM, "memory_budget", "threads", "max_shard_size",
 )  # fmt: skip
 """Recipe keys whose flag takes one value. The `dest` of a flag must be its recipe key: `messages` relies on it."""
 CURVE_SEPARATOR = r",(?=\s*(?:1-sqrt|[A-Za-z]))"
@@ -112,7 +112,7 @@ def allow_option(group: argparse._ActionsContainer, *, negative: bool = False) -
         refused += ", or --coefficients are negative (an extrapolation)"
     group.add_argument(
         "--allow", action="append", default=[],
-        choices=("warmup", "lr-change", "foreign-files", *(("negative",) if negative else ())),
+        choices=("warmup", "lr-change", "foreign-files", "missing-slots", *(("negative",) if negative else ())),
         help=f"go on although {refused} (default: refuse); may be given several times",
     )  # fmt: skip
 

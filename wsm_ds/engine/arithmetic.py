@@ -47,6 +47,9 @@ def kernel() -> ctypes.CDLL | None:
             library.wsm_round_to_bf16.restype = None
             library.wsm_crc32.argtypes = [ctypes.c_uint32, pointer, size]
             library.wsm_crc32.restype = ctypes.c_uint32
+            if hasattr(library, "wsm_add_to_means"):
+                library.wsm_add_to_means.argtypes = [pointer] * 3 + [ctypes.c_float, size]
+                library.wsm_add_to_means.restype = None
             return library
     return None
 

@@ -323,3 +323,16 @@ void wsm_round_to_bf16(uint16_t *restrict out, const float *restrict values, siz
         out[i] = (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
     }
 }
+
+/* Moves the means of `numel` elements towards a sample: each mean is the sum of `means` and of `rests`, which hold what
+ * the rounding of `means` leaves (Dekker's fast two-sum). */
+void wsm_add_to_means(float *restrict means, float *restrict rests, const float *restrict sample, float weight,
+                      size_t numel) {
+    for (size_t i = 0; i < numel; i++) {
+        float mean = means[i], rest = rests[i];
+        rest += ((sample[i] - mean) - rest) * weight;
+        float total = mean + rest;
+        rests[i] = rest + (mean - total);
+        means[i] = total;
+    }
+}

@@ -9,6 +9,7 @@ from wsm_ds.layouts.layout import Layout, TableBuilder
 from wsm_ds.layouts.metadata import module_dtype
 from wsm_ds.layouts.rank_files import RankFiles
 from wsm_ds.layouts.run import Checkpoint
+from wsm_ds.layouts.snapshot import snapshot_in
 
 
 def assemble(
@@ -68,4 +69,5 @@ def assemble(
         model_parallel_size=len(ranks),
         extra_states=tuple(prefix + name for prefix, rank in named_ranks for name in rank.extra_states),
         opaque={prefix + name: what for prefix, rank in named_ranks for name, what in rank.opaque.items()},
+        snapshot=snapshot_in(first.models[0].tree),
     )

@@ -19,6 +19,7 @@ from wsm_ds.dtypes import CODES, DType
 from wsm_ds.layouts.fragments import FRAGMENT as FRAGMENT
 from wsm_ds.layouts.fragments import EvenPartitions, Fragments
 from wsm_ds.layouts.fragments import Table as Table
+from wsm_ds.layouts.snapshot import Snapshot
 from wsm_ds.torchfile import Archive, Tensor, TorchFile
 
 
@@ -73,6 +74,7 @@ class Layout:
             not in `tensors`.
         model_parallel_size: ranks that hold a replica of the model together. If there are several, the name of
             a rank precedes the names of its tensors (`mp_rank_01/NAME`).
+        snapshot: what its masters are, if it holds them alone; None for a full checkpoint.
     """
 
     path: Path
@@ -95,6 +97,7 @@ class Layout:
     model_parallel_size: int = 1
     extra_states: tuple[str, ...] = ()
     opaque: dict[str, str] = field(default_factory=dict)
+    snapshot: Snapshot | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from wsm_ds.layouts.entries import Entries, entries_of
 from wsm_ds.layouts.layout import TensorInfo
 from wsm_ds.layouts.moe import NO_EXPERTS, Experts
 from wsm_ds.layouts.rank_files import WeightsFile
+from wsm_ds.layouts.snapshot import SNAPSHOT
 from wsm_ds.torchfile import Tensor, TorchFile
 from wsm_ds.torchfile.strides import dense_axes
 
@@ -78,7 +79,9 @@ def tensors_of(
             f"{model_file.path} names the frozen {few(missing)}, but no file holds their weights. Was it saved with "
             "exclude_frozen_parameters=True?"
         )
-    aliases = _tied_names(entries.tensors, tensors) | _shared_names(model_file, entries.tensors, tensors, shared_params)
+    aliases = _tied_names(entries.tensors, tensors, SNAPSHOT in model) | _shared_names(
+        model_file, entries.tensors, tensors, shared_params
+    )
     others = {name: value for name, value in entries.tensors.items() if name not in tensors and name not in aliases}
     if is_partitioned(model_file):
         _require_saved(model_file, [n for n, value in others.items() if n not in buffers and value.numel == 0])
@@ -130,14 +133,14 @@ def _parameters(model_file: TorchFile, entries: Entries, experts: Experts) -> di
     return tensors
 
 
-def _tied_names(module: dict[str, Tensor], parameters: dict[str, TensorInfo]) -> dict[str, str]:
+def _tied_names(module: dict[str, Tensor], parameters: dict[str, TensorInfo], is_snapshot: bool) -> dict[str, str]:
     """Names whose tensor is the same view of the same bytes as a parameter's, with the parameter's name.
 
     `shared_params` does not suffice: only global rank 0 fills it (`_get_shared_params`,
-    `runtime/engine.py:5490`).
+    `runtime/engine.py:5490`). Tied weights of a snapshot, which are empty, are one tensor of it.
     """
     views = {name: (value.storage, value.offset, value.shape, value.stride) for name, value in module.items()}
-    owners = {views[name]: name for name in parameters if name in views and module[name].numel}
+    owners = {views[name]: name for name in parameters if name in views and (module[name].numel or is_snapshot)}
     return {name: owners[view] for name, view in views.items() if name not in parameters and view in owners}
 
 

@@ -19,6 +19,8 @@ from wsm_ds.torchfile import Tensor, TorchFile
 # `ckpt_layer_path`, runtime/pipe/module.py:588: without `-model_NN` where there is no tensor parallelism.
 LAYER_FILE = re.compile(r"^layer_(?P<layer>\d+)(?:-model_(?P<tp>\d+))?-model_states\.pt$")
 LAYER_NAME = re.compile(r"^(\d{1,9})\.")
+EMPTY = (0,)
+"""The shape of a trained weight in a snapshot."""
 TIED_NAME = re.compile(r"^tied_modules\.([^.]+)\.")
 
 
@@ -150,7 +152,9 @@ def _is_module(file: TorchFile, stage: _Stage, prefix: str) -> bool:
     """Whether a file holds all names that a rank has under `prefix`, in the same shapes."""
     expected = {name.removeprefix(prefix): shape for name, shape in stage.shapes.items() if name.startswith(prefix)}
     stored = {name: value.shape for name, value in file.tree.items() if isinstance(value, Tensor)}
-    return bool(expected) and all(name in stored and shape in (None, stored[name]) for name, shape in expected.items())
+    return bool(expected) and all(
+        name in stored and (shape is None or stored[name] in (shape, EMPTY)) for name, shape in expected.items()
+    )
 
 
 def _of_one_stage(file: TorchFile, ranks: list[int], tp_size: int) -> list[int]:

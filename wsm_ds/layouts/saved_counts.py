@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from wsm_ds.layouts.snapshot import Snapshot, snapshot_in
 from wsm_ds.torchfile import Stub
 
 JOB_CONSTANTS = "wsm_training"
@@ -24,12 +25,14 @@ class SavedCounts:
         samples: sequences that the model has seen.
         tokens: tokens that the model has seen.
         sequence_length: tokens of each sample.
+        snapshot: what it is, if it is no full checkpoint.
     """
 
     steps: int
     samples: int | None = None
     tokens: int | None = None
     sequence_length: int | None = None
+    snapshot: Snapshot | None = None
 
 
 def counts_of(tree: Mapping[Any, Any]) -> SavedCounts:
@@ -57,6 +60,7 @@ def counts_of(tree: Mapping[Any, Any]) -> SavedCounts:
         ),
         tokens=_first(tree.get("consumed_train_tokens"), args.get("consumed_train_tokens"), megatron_tokens),
         sequence_length=_first(*lengths) or None,
+        snapshot=snapshot_in(tree),
     )
 
 

@@ -18,6 +18,7 @@ from wsm_ds.layouts.fragments import FRAGMENT, Ints
 from wsm_ds.layouts.layout import NamedTensor, TableBuilder, TensorInfo
 from wsm_ds.layouts.optimizer_states import FlatStates, StateForms, forms_of
 from wsm_ds.layouts.rank_files import RankFiles, distinct, require_numel
+from wsm_ds.layouts.snapshot import SNAPSHOT
 from wsm_ds.torchfile import Tensor, TorchFile
 
 MOMENTUM = "momentum_buffer"
@@ -308,6 +309,7 @@ def _add_weights(
 ) -> None:
     kinds = {"parameter": "module", "frozen": "frozen", "buffer": "buffer"}
     numbers, file = files.tensor_numbers, files.indices[source.path]
+    is_snapshot = SNAPSHOT in files.models[0].tree
     added: set[tuple[Any, ...]] = set()
     for name, value in weights:
         owner = files.aliases.get(name, name)
@@ -318,6 +320,8 @@ def _add_weights(
             continue
         added.add(view)
         info = files.tensors[owner]
+        if is_snapshot and value.numel == 0 and info.role == "parameter":
+            continue
         if value.shape != info.shape:
             raise BrokenCheckpoint(f"{source.path}: {name} has shape {value.shape}, param_shapes says {info.shape}.")
         builder.add_whole(kinds[info.role], numbers[owner], NamedTensor(name, value, source), info.axes, file=file)

@@ -8,7 +8,7 @@ from itertools import compress
 import numpy as np
 
 from wsm_ds.dtypes import ALL, ITEMSIZES
-from wsm_ds.errors import BrokenCheckpoint, LayoutMismatch, UnsupportedLayout, few
+from wsm_ds.errors import BrokenCheckpoint, LayoutMismatch, RecipeError, UnsupportedLayout, few
 from wsm_ds.layouts import Layout
 from wsm_ds.layouts.coverage import require_whole
 from wsm_ds.layouts.fragments import Ints
@@ -47,16 +47,23 @@ class OutputWindow:
         members: the window's checkpoints, as numbers of `SourceTables.layouts`, oldest first.
         coefficients: float64, one per member.
         first_file: the number that the output's first file gets in the plan.
+        carried: the number of the full checkpoint that gives all but the masters; None: the newest member.
     """
 
     output: OutputNumber
     members: tuple[int, ...]
     coefficients: tuple[float, ...]
     first_file: int
+    carried: int | None = None
+
+    @property
+    def origin(self) -> int:
+        """The number of the checkpoint that everything that is carried comes from."""
+        return self.members[-1] if self.carried is None else self.carried
 
     def newest(self, tables: SourceTables) -> Layout:
-        """Returns the newest checkpoint of the window: everything that is carried comes from it."""
-        return tables.layouts[self.members[-1]]
+        """Returns the checkpoint that everything that is carried comes from: the newest of the window, if none else."""
+        return tables.layouts[self.origin]
 
     def request(self, kind: str, table: Table, *, of_newest: bool = False, is_cast: bool = False) -> ElementRequest:
         """Returns a request to fill `table` with elements of `kind`.
@@ -64,13 +71,13 @@ class OutputWindow:
         Args:
             kind: kind of the elements.
             table: where they belong; its file numbers are relative to this output.
-            of_newest: take the newest checkpoint's values, not the weighted sum.
+            of_newest: take the values of `origin`, not the weighted sum.
             is_cast: see `ElementRequest`.
         """
         table = table.copy()
         table["file"] += self.first_file
         if of_newest:
-            return ElementRequest(self.output, kind, table, self.members[-1:], (1.0,), is_cast)
+            return ElementRequest(self.output, kind, table, (self.origin,), (1.0,), is_cast)
         return ElementRequest(self.output, kind, table, self.members, self.coefficients, is_cast)
 
 
@@ -125,12 +132,20 @@ def plan_zero_checkpoint(
         BrokenCheckpoint: rank 0's files lack optimizer states that other ranks have.
     """
     newest, drops_states = window.newest(tables), optimizer_states == "drop"
+    if newest.snapshot is not None:
+        raise RecipeError(
+            f"{newest.path} is a snapshot: it holds masters, and neither module weights nor optimizer states to make a "
+            "checkpoint of. Name the full checkpoint that they come from (--carry-from RUN), or write the weights "
+            "alone (--format safetensors)."
+        )
     members = [tables.layouts[number] for number in window.members]
+    if window.carried is not None and optimizer_states == "carry":
+        members.append(newest)
     if optimizer_states == "merge":
         require_mergeable(members)
     if optimizer_states == "carry":
         require_carriable(members)
-    first_input = tables.first_input[window.members[-1]]
+    first_input = tables.first_input[window.origin]
     if newest.opaque and len(window.members) > 1:
         described = [f"{name} ({what})" for name, what in newest.opaque.items()]
         log.warning("%s: kept as they are here, not compared or merged: %s", newest.path, few(described))
@@ -141,7 +156,11 @@ def plan_zero_checkpoint(
     # At stage 0 in fp32 the masters are the module's own tensors, which may be views of each other.
     shareable = ("frozen", "buffer", *(["master"] if newest.stage == 0 else []))
     places |= {kind: _trimmed(tables, window, kind, places[kind]) for kind in shareable if kind in places}
-    requests = [window.request(kind, places[kind]) for kind in ("master", "frozen", "buffer") if kind in places]
+    requests = [
+        window.request(kind, places[kind], of_newest=window.carried is not None and kind != "master")
+        for kind in ("master", "frozen", "buffer")
+        if kind in places
+    ]
     # Stage 3 saves no module weights: the engine casts them from the masters when it loads.
     if "module" in places:
         requests.append(window.request("master", places["module"], is_cast=True))
@@ -193,7 +212,7 @@ def _trimmed(tables: SourceTables, window: OutputWindow, kind: str, table: Table
     """
     newest = window.newest(tables)
     trimmed = trim_shared_bytes(table, str(newest.path))
-    if kind == "frozen" or not trimmed.shared:
+    if kind == "frozen" or not trimmed.shared or window.carried is not None:
         return trimmed.table  # frozen parameters are equal in all members, so sharing does not matter
     averaged = {int(row["tensor"]) for row in table if ALL[row["dtype"]].is_summable}
     for number in window.members:

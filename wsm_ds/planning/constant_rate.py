@@ -3,8 +3,9 @@
 import math
 from collections.abc import Callable, Sequence
 
-from wsm_ds.errors import WindowError
+from wsm_ds.errors import WindowError, few
 from wsm_ds.layouts import Layout
+from wsm_ds.planning.slots import is_of_means
 
 RATE_TOLERANCE = 1e-6
 """Relative difference up to which two rates are the same one.
@@ -28,12 +29,22 @@ def check_constant_rate(layouts: Sequence[Layout], allow: Sequence[str], warn: C
             message names the checkpoints and all rates.
     """
     oldest, warmup = layouts[0], layouts[-1].warmup_num_steps
-    if "warmup" not in allow and warmup is not None and oldest.step < warmup and len(layouts) > 1:
-        raise WindowError(
-            f"{oldest.tag} (step {oldest.step}) lies inside the warmup of {warmup} steps; a merge emulates a decay "
-            "from a constant rate. Start the window later, or pass --allow warmup."
+    # A slot mean begins before the step at which it was written, and is a merge even if it is alone.
+    is_mean = is_of_means(layouts)
+    first = oldest.snapshot.first if is_mean and oldest.snapshot is not None else oldest.step
+    if "warmup" not in allow and warmup is not None and first < warmup:
+        told = (
+            f"{oldest.tag} ({'from step' if is_mean else 'step'} {first}) lies inside the warmup of {warmup} steps; a "
+            "merge emulates a decay from a constant rate"
         )
-    if "lr-change" in allow or len(layouts) < 2:
+        if len(layouts) > 1:
+            raise WindowError(f"{told}. Start the window later, or pass --allow warmup.")
+        if is_mean:
+            warn("%s", told)
+    if "lr-change" in allow:
+        return
+    _check_slots(layouts, warmup if "warmup" in allow else None, warn)
+    if len(layouts) < 2:
         return
     for layout in layouts:
         if any(rate is not None and not math.isfinite(rate) for rate in layout.learning_rates):
@@ -57,6 +68,20 @@ def check_constant_rate(layouts: Sequence[Layout], allow: Sequence[str], warn: C
             oldest.tag,
             layouts[-1].tag,
         )
+
+
+def _check_slots(layouts: Sequence[Layout], allowed_warmup: int | None, warn: Callable[..., None]) -> None:
+    """Raises WindowError if the rate changed within a slot of the window; of one slot alone it is only said."""
+    slots = [(layout.tag, layout.snapshot) for layout in layouts if layout.snapshot and layout.snapshot.kind == "mean"]
+    changed = [tag for tag, slot in slots if not slot.is_constant_rate and slot.first >= (allowed_warmup or 0)]
+    if not changed:
+        return
+    told = (
+        f"the learning rate changed within the steps of {few(changed)}; a merge emulates a decay from a constant rate"
+    )
+    if len(layouts) > 1:
+        raise WindowError(f"{told}. Choose later slots, or pass --allow lr-change.")
+    warn("%s", told)
 
 
 def same_rates(rates: Rates, others: Rates) -> bool:

@@ -1,7 +1,7 @@
 """What a window is, in figures: how long it is, how old and how wide the merge is, and what to be warned of."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from wsm_ds.planning.course import Course
 from wsm_ds.planning.recipe_options import UNITS, Unit
+from wsm_ds.planning.slots import Span
 from wsm_ds.schedules.figures import age_deviation, effective_sample_size, lag
 from wsm_ds.sizes import format_count
 
@@ -59,7 +60,7 @@ class WindowFigures:
         end: from the beginning of the run to the newest checkpoint.
         mean_age: of the weights, counted back from the newest checkpoint.
         deviation: standard deviation of that age; None if a coefficient is negative.
-        ess: effective number of checkpoints.
+        ess: effective number of checkpoints; of slot means: of their samples.
         data_switch: None: the recipe names no change of the data.
         warnings: sentences.
     """
@@ -89,6 +90,7 @@ def window_figures(
     unit: Unit = "steps",
     oldest_interval: float | None = None,
     data_switch: int | None = None,
+    spans: Sequence[Span] | None = None,
 ) -> WindowFigures:
     """Returns the figures of a window.
 
@@ -98,7 +100,9 @@ def window_figures(
         unit: in which `oldest_interval` is; `course` knows it.
         oldest_interval: the interval that the oldest checkpoint stands for; None: the median of the others.
         data_switch: the last step before a change of the data.
+        spans: what each checkpoint is the mean of; None: all are points.
     """
+    spans = spans or [Span()] * len(coefficients)
     counts = {name: counted for name in UNITS if (counted := course.known(name)) is not None}
     oldest = _oldest_intervals(counts, unit, oldest_interval)
     is_negative = bool((coefficients < 0.0).any())
@@ -106,17 +110,58 @@ def window_figures(
     def amount(of: Callable[[Unit], float]) -> Amount:
         return Amount(**{name: of(name) for name in counts})
 
-    switch = None if data_switch is None else _data_switch(course.steps, coefficients, oldest["steps"], data_switch)
+    ages = {name: _ages(coefficients, counts[name], course.steps, oldest, name, spans) for name in counts}
+    switch = (
+        None if data_switch is None else _data_switch(course.steps, coefficients, oldest["steps"], data_switch, spans)
+    )
     figures = WindowFigures(
         duration=amount(lambda name: counts[name][-1] - counts[name][0] + oldest[name]),
         end=amount(lambda name: counts[name][-1]),
-        mean_age=amount(lambda name: lag(coefficients, counts[name], allow_negative=True)),
-        deviation=None if is_negative else amount(lambda name: age_deviation(coefficients, counts[name])),
-        ess=effective_sample_size(coefficients, allow_negative=True),
+        mean_age=amount(lambda name: ages[name].mean),
+        deviation=None if is_negative else amount(lambda name: ages[name].deviation),
+        ess=_samples(coefficients, spans),
         data_switch=switch,
     )
     warnings = [*_of_a_wide_merge(coefficients, figures), *_of_a_switch(switch, len(coefficients))]
     return WindowFigures(**{**vars(figures), "warnings": tuple(warnings)})
+
+
+@dataclass(frozen=True)
+class _Ages:
+    mean: float
+    deviation: float
+
+
+def _ages(
+    c: NDArray[np.float64],
+    counts: Sequence[int],
+    steps: Sequence[int],
+    oldest: Mapping[Unit, float],
+    unit: Unit,
+    spans: Sequence[Span],
+) -> _Ages:
+    """Mean and standard deviation of the age of a merge's weights; those of a slot mean lie before its end."""
+    if not any(span.is_mean for span in spans):
+        mean = lag(c, counts, allow_negative=True)
+        return _Ages(mean, math.nan if (c < 0.0).any() else age_deviation(c, counts))
+    # Counts for each step, within each slot.
+    before = oldest[unit] / oldest["steps"] if oldest["steps"] else 1.0
+    rates = [before, *((b - a) / (t - s) for (a, b), (s, t) in zip(pairwise(counts), pairwise(steps), strict=True))]
+    weights = c.tolist()
+    ages = [counts[-1] - at + span.age * rate for at, span, rate in zip(counts, spans, rates, strict=True)]
+    mean = math.fsum(weight * age for weight, age in zip(weights, ages, strict=True))
+    squares = (
+        weight * ((age - mean) ** 2 + span.variance * rate**2)
+        for weight, age, span, rate in zip(weights, ages, spans, rates, strict=True)
+    )
+    return _Ages(mean, math.sqrt(max(math.fsum(squares), 0.0)))
+
+
+def _samples(c: NDArray[np.float64], spans: Sequence[Span]) -> float:
+    """The effective number of samples: each of a slot's has an equal part of the slot's weight."""
+    if not any(span.is_mean for span in spans):
+        return effective_sample_size(c, allow_negative=True)
+    return 1.0 / math.fsum(weight**2 / span.count for weight, span in zip(c.tolist(), spans, strict=True))
 
 
 def _oldest_intervals(counts: dict[Unit, tuple[int, ...]], unit: Unit, given: float | None) -> dict[Unit, float]:
@@ -135,17 +180,38 @@ def _oldest_intervals(counts: dict[Unit, tuple[int, ...]], unit: Unit, given: fl
     return {name: oldest if name == unit else oldest * per_unit(name) for name in counts}
 
 
-def _data_switch(steps: Sequence[int], c: NDArray[np.float64], oldest_interval: float, step: int) -> DataSwitch:
-    """Decay factor i scales the updates between checkpoints i - 1 and i; those before the oldest have the factor 1."""
+def _data_switch(
+    steps: Sequence[int], c: NDArray[np.float64], oldest_interval: float, step: int, spans: Sequence[Span]
+) -> DataSwitch:
+    """Decay factor i scales the updates between checkpoints i - 1 and i; those before the oldest have the factor 1.
+
+    Within a slot mean it falls from this factor to the next one, in a straight line.
+    """
     bounds = [steps[0] - oldest_interval, *steps]
     factors = np.cumsum(c[::-1])[::-1].tolist()
     total = math.fsum(w * (end - begin) for w, (begin, end) in zip(factors, pairwise(bounds), strict=True))
     after = math.fsum(
         w * max(0.0, end - max(begin, step)) for w, (begin, end) in zip(factors, pairwise(bounds), strict=True)
     )
-    is_after = [saved > step for saved in steps]
-    weight = math.fsum(weight for weight, counts in zip(c.tolist(), is_after, strict=True) if counts)
-    return DataSwitch(step, sum(is_after), weight, after / total if total else float(is_after[-1]))
+    if any(span.is_mean for span in spans):
+        total, after = (_falling_updates(factors, bounds, begin) for begin in (-math.inf, step))
+    # A slot mean may lie after the switch in part.
+    shares = [min(max(saved - step, 0) / span.length, 1.0) for saved, span in zip(steps, spans, strict=True)]
+    weight = math.fsum(weight * share for weight, share in zip(c.tolist(), shares, strict=True))
+    count = sum(share > 0 for share in shares)
+    return DataSwitch(step, count, weight, after / total if total else float(shares[-1] > 0))
+
+
+def _falling_updates(factors: Sequence[float], bounds: Sequence[float], step: float) -> float:
+    """The updates after a step, each with its decay factor, which falls from each bound to the next."""
+    total = 0.0
+    for (begin, end), (high, low) in zip(pairwise(bounds), pairwise([*factors, 0.0]), strict=True):
+        if end <= step:
+            continue
+        share = (end - max(begin, step)) / (end - begin)
+        # The mean of the factors over the last `share` of the interval.
+        total += share * (end - begin) * (low + (high - low) * share / 2)
+    return total
 
 
 def _of_a_wide_merge(c: NDArray[np.float64], figures: WindowFigures) -> list[str]:
@@ -168,7 +234,8 @@ def _of_a_wide_merge(c: NDArray[np.float64], figures: WindowFigures) -> list[str
 
 def _of_a_switch(switch: DataSwitch | None, n: int) -> list[str]:
     """A warning of a window that holds checkpoints from before and after a change of the data."""
-    if switch is None or switch.checkpoints_after in (0, n):
+    is_beside = switch is not None and (switch.checkpoints_after == 0 or switch.weight_after > 1.0 - 1e-12)
+    if switch is None or is_beside:
         return []
     return [
         f"the window goes across the change of the data after step {switch.step}: {switch.checkpoints_after} of {n} "

@@ -214,6 +214,7 @@ class Output:
         matched_names: what was renamed in older sources, as plain data.
         figures: length, age and width of the window, see `WindowFigures.to_json`.
         samples, tokens: counts of the run at each source; None: not known.
+        carried: the checkpoint that gives all but the masters; None: the newest source.
     """
 
     out: Path
@@ -227,6 +228,7 @@ class Output:
     figures: dict[str, Any] = field(default_factory=dict)
     samples: tuple[int, ...] | None = None
     tokens: tuple[int, ...] | None = None
+    carried: Path | None = None
 
     @property
     def spread(self) -> str | None:
@@ -329,17 +331,23 @@ def describe_output(output: Output) -> dict[str, Any]:
     """Returns an output's window and its figures as plain data, as in the manifest."""
     counts = {"samples": output.samples, "tokens": output.tokens}
     window = output.figures | {name: list(values) for name, values in counts.items() if values is not None}
-    return {
-        "out": str(output.out),
-        "sources": [
-            {"path": str(s.path), "tag": s.tag, "step": s.step, "coefficient": s.coefficient} for s in output.sources
-        ],
-        "curve": output.curve,
-        "spread": output.spread,
-        "effective_sample_size": output.ess,
-        "lag_steps": output.lag_steps,
-        "window": window,
-    } | ({"matched_names": list(output.matched_names)} if output.matched_names else {})
+    carried = {} if output.carried is None else {"carried_from": str(output.carried)}
+    return (
+        carried
+        | {
+            "out": str(output.out),
+            "sources": [
+                {"path": str(s.path), "tag": s.tag, "step": s.step, "coefficient": s.coefficient}
+                for s in output.sources
+            ],
+            "curve": output.curve,
+            "spread": output.spread,
+            "effective_sample_size": output.ess,
+            "lag_steps": output.lag_steps,
+            "window": window,
+        }
+        | ({"matched_names": list(output.matched_names)} if output.matched_names else {})
+    )
 
 
 def segments_outside(segments: Sequence[Segment], begins: Ints, ends: Ints) -> tuple[Segment, ...]:

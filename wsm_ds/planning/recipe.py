@@ -36,6 +36,9 @@ class MergeRecipe(WindowRecipe):
         stage: ZeRO stage of a zero output; that of the newest checkpoint if not set.
         sub_group_size: stage 3's sub_group_size of a zero output, in elements; that of the newest if not set.
         like: a checkpoint's folder, RUN/TAG: a zero output takes its stage, world size and sub_group_size.
+        carry_from: RUN or RUN/TAG: the window gives the masters, and this full checkpoint all else (frozen weights,
+            buffers, optimizer states, counters, client state). Of a run, it is the checkpoint of the window's last
+            step. A merge of snapshots into a checkpoint needs it.
         max_shard_size: bytes of a safetensors file, or text as "5GB".
         rename: for safetensors: regular expressions and their replacements, applied to every name, in order.
         include: files to copy into the output's root (config.json, tokenizer files). The files that HF Trainer keeps
@@ -50,6 +53,7 @@ class MergeRecipe(WindowRecipe):
     stage: Literal[1, 2, 3] | None = None
     sub_group_size: int | None = Field(default=None, ge=1)
     like: Path | None = None
+    carry_from: Path | None = None
     max_shard_size: int | str = "5GB"
     rename: dict[str, str] = Field(default_factory=dict)
     include: tuple[Path, ...] = ()
@@ -101,6 +105,20 @@ class MergeRecipe(WindowRecipe):
             raise ValueError(
                 "`optimizer_states` (merge) with negative `coefficients` could give negative second moments, of which "
                 "the optimizer takes the root; carry or drop them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_carried(self) -> Self:
+        if self.carry_from is not None and self.format == "safetensors":
+            raise ValueError(
+                f"`carry_from` ({self.carry_from}) is for outputs that DeepSpeed loads, safetensors hold weights "
+                "alone; remove it"
+            )
+        if self.carry_from is not None and self.optimizer_states == "merge":
+            raise ValueError(
+                f"`carry_from` ({self.carry_from}) gives the optimizer states of one checkpoint; carry or drop them, "
+                "found `optimizer_states`=merge"
             )
         return self
 

@@ -17,7 +17,7 @@ StrPath = str | os.PathLike[str]
 
 
 class _ReadOptions(TypedDict, total=False):
-    allow: Sequence[Literal["warmup", "lr-change", "foreign-files", "negative"]] | None
+    allow: Sequence[Literal["warmup", "lr-change", "foreign-files", "negative", "missing-slots"]] | None
     allow_globals: Sequence[str] | None
     memory_budget: int | str | None
     threads: int | None
@@ -86,6 +86,7 @@ class CheckpointOptions(ExportOptions, _FormOptions, total=False):
 
 class _MergeOptions(ExportOptions, _FormOptions, _SumOptions, total=False):
     out: StrPath
+    carry_from: StrPath | None
 
 
 class RecipeOptions(_MergeOptions, WindowOptions, total=False):

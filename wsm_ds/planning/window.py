@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from wsm_ds.errors import LayoutMismatch, WindowError, few
 from wsm_ds.layouts import Checkpoint, Layout, read_layout
 from wsm_ds.layouts.frameworks import UNIVERSAL
 from wsm_ds.layouts.order import NUMBER
+from wsm_ds.planning.carried import find_carried
 from wsm_ds.planning.constant_rate import check_constant_rate
 from wsm_ds.planning.course import CountReader, Course, Place
 from wsm_ds.planning.figures import WindowFigures, window_figures
@@ -20,6 +21,7 @@ from wsm_ds.planning.names import MatchedNames, unused_rules, with_names_of_newe
 from wsm_ds.planning.one_save import FindProblem, problem_of, require_one_save
 from wsm_ds.planning.selection import ReadLayout as ReadLayout
 from wsm_ds.planning.selection import read_window
+from wsm_ds.planning.slots import check_slots, is_of_means, span_of
 from wsm_ds.planning.window_recipe import WindowRecipe
 from wsm_ds.schedules.coefficients import check_coefficients, merge_coefficients
 from wsm_ds.schedules.curves import parse_curve
@@ -37,6 +39,7 @@ class Window:
         course: steps, samples and tokens of the run at each layout.
         figures: what describes the window and its coefficients.
         matched_names: what was renamed in older layouts.
+        carried: a full checkpoint that gives all but the masters; None: the newest of `layouts`.
     """
 
     layouts: tuple[Layout, ...]
@@ -44,6 +47,30 @@ class Window:
     course: Course
     figures: WindowFigures
     matched_names: tuple[MatchedNames, ...] = ()
+    carried: Layout | None = None
+
+    @property
+    def origin(self) -> Layout:
+        """The checkpoint that gives the output all that is not summed."""
+        return self.carried or self.layouts[-1]
+
+
+def with_carried(window: Window, carry_from: Path, read: ReadLayout, allowed_globals: frozenset[str]) -> Window:
+    """Returns the window with the full checkpoint that gives all but the masters.
+
+    Args:
+        window: of snapshots.
+        carry_from: see `find_carried`.
+        read: reads a layout.
+        allowed_globals: see `read_layout`.
+
+    Raises:
+        WsmError: see `find_carried`.
+        LayoutMismatch: the checkpoint does not hold the window's model.
+    """
+    carried = find_carried(carry_from, window.layouts[-1], read, allowed_globals)
+    check_same_model(window.layouts[-1], carried)
+    return replace(window, carried=carried)
 
 
 def select_window(
@@ -74,6 +101,7 @@ def select_window(
     if recipe.tags is None:
         _warn_of_several_series(layouts, warn)
     named, matched_names = _with_one_list_of_names(layouts, recipe, warn)
+    check_slots(layouts, recipe.allow if recipe.top is None else (*recipe.allow, "missing-slots"))
     check_constant_rate(layouts, recipe.allow, warn)
     require_one_save(layouts, recipe.allow, find_problem)
     if layouts[-1].is_train_mode and not recipe.keeps_training_state:
@@ -83,7 +111,7 @@ def select_window(
             layouts[-1].path,
         )
     course = CountReader(recipe).course(_places(layouts))
-    window = _window(named, _coefficients(recipe, course), course, recipe, matched_names)
+    window = _window(named, _coefficients(recipe, course, layouts), course, recipe, matched_names)
     for warning in window.figures.warnings:
         warn("%s", warning)
     return window
@@ -162,13 +190,13 @@ def _places(layouts: Sequence[Layout]) -> list[Place]:
     return [Place(layout.path, layout.tag, layout.step) for layout in layouts]
 
 
-def _coefficients(recipe: WindowRecipe, course: Course) -> NDArray[np.float64]:
+def _coefficients(recipe: WindowRecipe, course: Course, layouts: Sequence[Layout]) -> NDArray[np.float64]:
     """The coefficients that the recipe states, or those of its curve on the grid of the window's steps or tokens."""
     if recipe.coefficients is None:
         curve, spread = parse_curve(recipe.curve or "linear"), recipe.spread or "wsm"
         if recipe.top is not None:
             return merge_coefficients(curve, n=len(course.steps), floor=recipe.floor, spread=spread)
-        positions, oldest = course.required(recipe.unit), oldest_interval(recipe, course)
+        positions, oldest = course.required(recipe.unit), oldest_interval(recipe, course, layouts)
         return merge_coefficients(curve, steps=positions, oldest_interval=oldest, floor=recipe.floor, spread=spread)
     coefficients = check_coefficients(recipe.coefficients, allow_negative="negative" in recipe.allow)
     if len(coefficients) != len(course.steps):
@@ -179,19 +207,34 @@ def _coefficients(recipe: WindowRecipe, course: Course) -> NDArray[np.float64]:
     return coefficients
 
 
-def oldest_interval(recipe: WindowRecipe, course: Course) -> int | None:
+def oldest_interval(recipe: WindowRecipe, course: Course, layouts: Sequence[Layout] = ()) -> float | None:
     """The interval that the oldest checkpoint stands for, in the recipe's unit; None: the median of the others.
 
-    In a window of the newest D tokens it is what is left of D.
+    In a window of the newest D tokens it is what is left of D. A slot mean stands for its own steps, wherever D begins.
 
     Args:
         recipe: says how the window is chosen.
         course: of the run at the window's checkpoints.
+        layouts: the window.
     """
     counts = course.known(recipe.unit)
+    if is_of_means(layouts) and recipe.oldest_interval is None:
+        return _length_of_oldest(layouts, course.steps, counts)
     if recipe.newest_counts is not None and recipe.top is None and counts is not None:
         return recipe.newest_counts - (counts[-1] - counts[0])
     return None if recipe.oldest_interval is None else int(recipe.oldest_interval)
+
+
+def _length_of_oldest(layouts: Sequence[Layout], steps: Sequence[int], counts: Sequence[int] | None) -> float | None:
+    """The length of the oldest slot in the unit of `counts`, which passed as fast there as in the next slot."""
+    if counts is None:
+        return None
+    length = span_of(layouts[0].snapshot).length
+    if counts == steps:
+        return length
+    if len(steps) > 1:
+        return length * (counts[1] - counts[0]) / (steps[1] - steps[0])
+    return length * counts[0] / steps[0]
 
 
 def _window(
@@ -206,7 +249,8 @@ def _window(
         course,
         coefficients,
         unit=recipe.unit if is_measured else "steps",
-        oldest_interval=oldest_interval(recipe, course) if is_measured else None,
+        oldest_interval=oldest_interval(recipe, course, layouts) if is_measured else None,
+        spans=[span_of(layout.snapshot) for layout in layouts],
         data_switch=recipe.data_switch,
     )
     return Window(layouts, coefficients, course, figures, matched_names)

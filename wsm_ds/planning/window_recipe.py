@@ -14,7 +14,7 @@ from wsm_ds.planning.recipe_options import Unit, WindowOptions
 from wsm_ds.schedules.spread import parse_spread
 from wsm_ds.sizes import parse_count, parse_size
 
-Allowance = Literal["warmup", "lr-change", "foreign-files", "negative"]
+Allowance = Literal["warmup", "lr-change", "foreign-files", "negative", "missing-slots"]
 
 
 class WindowRecipe(BaseModel):
@@ -58,7 +58,8 @@ class WindowRecipe(BaseModel):
             only by known wrappers (`torch.compile` and others) are matched without it.
         allow: checks to skip: "warmup" (the window lies inside the warmup), "lr-change" (the rate changes in it),
             "foreign-files" (files of a checkpoint are not of one save), "negative" (`coefficients` may be negative: the
-            sum then lies beyond the checkpoints, an extrapolation).
+            sum then lies beyond the checkpoints, an extrapolation), "missing-slots" (a slot of the window was not
+            written; the one after it stands for its steps, too).
         allow_globals: names of classes in the checkpoints' client state to carry as data; they are not imported.
     """
 

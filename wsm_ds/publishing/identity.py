@@ -19,6 +19,8 @@ def stated(recipe: Mapping[str, Any]) -> dict[str, Any]:
     fields = {name: value for name, value in recipe.items() if name not in (*NOT_OF_THE_BYTES, RUN)}
     if fields.get("like") is not None:
         fields["like"] = _resolved(fields["like"])
+    if fields.get("carry_from") is not None:
+        fields["carry_from"] = _resolved(fields["carry_from"])
     if fields.get("include"):
         fields["include"] = [_resolved(path) for path in fields["include"]]
     return fields

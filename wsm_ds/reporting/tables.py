@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from wsm_ds.engine.timings import Timings
 from wsm_ds.errors import one_line
 from wsm_ds.inspection import Inspected
+from wsm_ds.layouts.snapshot import Snapshot
 from wsm_ds.planning.plan import Output, Plan
 from wsm_ds.sizes import format_count, format_size
 
@@ -125,6 +126,7 @@ def inspection_report(checkpoints: Iterable[Inspected]) -> str:
         checkpoints: the inspected checkpoints, oldest first. Only their cells are kept.
     """
     rows, links, problems = [], [], []
+    snapshots: dict[str, str] = {}
     for item in checkpoints:
         layout = item.layout
         links += [one_line(f"{link}: a link to {item.checkpoint.tag}") for link in item.checkpoint.links]
@@ -137,13 +139,25 @@ def inspection_report(checkpoints: Iterable[Inspected]) -> str:
         rates = ",".join(f"{rate:g}" for rate in known) or "-"
         stage = "univ" if layout.is_universal else str(layout.stage)
         ranks = str(layout.world_size) + (f"x{layout.model_parallel_size}" if layout.model_parallel_size > 1 else "")
+        if layout.snapshot is not None:
+            snapshots[item.checkpoint.tag] = _snapshot_words(layout.snapshot)
         rows.append(
             [item.checkpoint.tag, str(layout.step), stage, layout.dtype.name, ranks,
              f"{layout.numel:,}", format_size(layout.nbytes), rates,
              "yes" if item.is_complete else "no", item.checkpoint.saved_by]
         )  # fmt: skip
     header = ["checkpoint", "step", "zero", "dtype", "ranks", "parameters", "size", "lr", "complete", "framework"]
+    if snapshots:  # of masters alone, beside full checkpoints or not
+        header = [*header, "masters"]
+        rows = [[*row, snapshots.get(row[0], "all" if row[1] != "-" else "-")] for row in rows]
     return "\n".join([table(header, rows), *links, *problems])
+
+
+def _snapshot_words(snapshot: Snapshot) -> str:
+    if snapshot.kind == "point":
+        return f"point at {snapshot.last}"
+    sampled = f", every {snapshot.sample}" if snapshot.sample > 1 else ""
+    return f"mean of {snapshot.first}-{snapshot.last}{sampled}"
 
 
 def coefficients_report(

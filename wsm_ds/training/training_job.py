@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wsm_ds.distributed.launcher import process_group_ranks
 from wsm_ds.errors import RecipeError, TrainingError, few
@@ -16,6 +16,9 @@ from wsm_ds.training.heartbeat import Heartbeat
 from wsm_ds.training.job import JobFolder, begin_attempt, exported_attempt, is_done, mark_done, require_current
 from wsm_ds.training.process_groups import find_ranks, start_process_groups
 from wsm_ds.training.random_states import load_random_states, seed_random_states
+
+if TYPE_CHECKING:
+    from wsm_ds.averaging import SlotMeans
 
 log = logging.getLogger(__name__)
 CONSTANTS = "wsm_training"
@@ -36,6 +39,10 @@ class TrainingJob:
             than a save takes.
         constants: plain data that must not change in a run, such as what decides the order of the batches. It is saved
             with each checkpoint and compared when the run is resumed.
+        slot_every: in updates: the mean of the masters over each such slot appears in RUN/snapshots, see
+            `wsm_ds.averaging.SlotMeans`. Each checkpoint ends its slot. None: as the ds_config says,
+            `"wsm_ds": {"slot_every": N}`, or no slots.
+        slot_sample: updates between two samples of a slot.
 
     Attributes:
         attempt: the number of this start, from 1.
@@ -43,6 +50,7 @@ class TrainingJob:
         rank: of this process.
         world_size: number of ranks.
         client_state: the `client_state` that `steps` saved with the checkpoint from which this attempt resumed.
+        slots: the means of the slots, while `steps` runs; None without slots.
         exit_code: what the program should exit with: 0 if the run is done, 75 if it saved after a signal and should be
             started again, else 1.
 
@@ -64,11 +72,15 @@ class TrainingJob:
         seed: int = 0,
         collective_timeout_s: float = 600.0,
         constants: dict[str, Any] | None = None,
+        slot_every: int | None = None,
+        slot_sample: int = 1,
     ) -> None:
         if until_step < 1 or save_every < 1:
             raise RecipeError(f"until_step ({until_step}) and save_every ({save_every}) must be at least 1.")
         self.job, self.until_step, self.save_every = JobFolder(run), until_step, save_every
         self.constants = {"seed": seed} | (constants or {})
+        self.slot_every, self.slot_sample = slot_every, slot_sample
+        self.slots: SlotMeans | None = None
         find_ranks()
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         prepare_compilation()
@@ -144,6 +156,7 @@ class TrainingJob:
             self.job, attempt=self.attempt, rank=self.rank, world_size=self.world_size, step=first - 1
         )
         saved_state = {**(client_state or {}), CONSTANTS: self.constants}
+        self.slots = self._begin_slots(engine, saved_state)
         # Not earlier: while a process starts up, a signal must end it at once (see Interruption).
         interruption_state = interruption.Interruption()
         try:
@@ -151,12 +164,16 @@ class TrainingJob:
                 began_s = time.monotonic()
                 yield step
                 _require_one_update(engine, step)
+                if self.slots is not None:
+                    self.slots.update()
                 heartbeat.reached(step)
                 if heartbeat.stop_is_requested:
                     interruption_state.request_stop(f"{self.job.stop} exists")
                 is_interrupted = interruption_state.is_requested_on_any_rank()
                 self._write_line(step, time.monotonic() - began_s)
                 if step % self.save_every == 0 or step == self.until_step or is_interrupted:
+                    if self.slots is not None:
+                        self.slots.end_slot()  # so that nothing of it has to be saved
                     checkpoints.save_checkpoint(engine, self.job, self.attempt, self.ranks, saved_state)
                 if is_interrupted and step < self.until_step:
                     log.warning("saved at step %d and stopping: %s", step, interruption_state.reason or "another rank")
@@ -166,6 +183,22 @@ class TrainingJob:
             self.exit_code = 0
         finally:
             heartbeat.stop()
+            if self.slots is not None:
+                self.slots.close()
+
+    def _begin_slots(self, engine: Any, client_state: dict[str, Any]) -> "SlotMeans | None":
+        if self.slot_every is None and "wsm_ds" not in (engine.config or {}):
+            return None
+        from wsm_ds.averaging import SlotMeans
+
+        return SlotMeans(
+            engine,
+            self.job.run,
+            every=self.slot_every,
+            sample=self.slot_sample,
+            client_state=lambda: client_state,
+            may_publish=lambda: require_current(self.job, self.attempt),
+        )
 
     def record(self, **values: float) -> None:
         """Adds values to the line of this step in RUN/job/steps.jsonl.
