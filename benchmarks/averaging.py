@@ -121,8 +121,13 @@ def measure(width: int, layers: int, updates: int) -> dict[str, Any]:
         sample = statistics.mean(samples[2:])
         with Pauses() as idle:
             time.sleep(1.0)
+
+        def write() -> None:
+            slots.end_slot()
+            slots.close()
+
         with Pauses() as writing:
-            snapshot = cpu_s(lambda: (slots.end_slot(), slots.close()))
+            snapshot = cpu_s(write)
         full = cpu_s(lambda: engine.save_checkpoint(str(run), tag="full"))
         (written,) = (run / "snapshots").iterdir()
         return {
