@@ -70,6 +70,8 @@ MESSAGES = {
     "storage --parameters 1e9 --interval 100": "--last N must be given, the number of checkpoints of a window",
     "watch RUN --out NEW": "--last N must be given, the number of checkpoints of a window",
     "merge --recipe lines.yaml": "the recipe lines.yaml cannot be read: while parsing a flow sequence in ",
+    "merge --recipe tuned": "the recipe tuned cannot be read: it is a folder; give tuned/best.yaml",
+    "merge --recipe absent.yaml": "the recipe absent.yaml cannot be read: there is no such file",
     "merge --recipe twice.yaml": "the recipe twice.yaml: line 2 gives 'last' a second time; remove one",
     "merge --recipe entry.yaml": "outputs[0]: 'dtyp' is not a key of a recipe (did you mean 'dtype'?)",
     "verify nowhere": "nowhere is not a folder",
@@ -82,6 +84,8 @@ def test_a_refusal_says_what_to_do(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("lines.yaml").write_text("last: [2,\n3")
+    Path("tuned").mkdir()
+    Path("tuned/best.yaml").touch()
     Path("twice.yaml").write_text("last: 2\nlast: 3")
     Path("entry.yaml").write_text("{run: RUN, out: NEW, outputs: [{last: 2, dtyp: bf16}]}")
     line = error_of(capsys, *arguments.split())

@@ -165,7 +165,8 @@ def test_an_error_of_the_model_is_its_failure(data: tuple[DataSource, ...]) -> N
         def loss(self, batch: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("no kernel for this device")
 
-    assert evaluator_of(data).measure(Broken(), SUBJECT).failure == "RuntimeError: no kernel for this device"
+    failure = evaluator_of(data).measure(Broken(), SUBJECT).failure
+    assert failure == "RuntimeError: no kernel for this device (in blocks of `sequence_length` 32)"
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_measured(data: tuple[DataSource, ...]) -> None:
@@ -215,7 +216,8 @@ def test_a_batch_that_the_memory_does_not_hold_is_halved(data: tuple[DataSource,
     none.room = 0
     evaluator = evaluator_of(data, batch_size=16)
     assert nats_of(evaluator.measure(small, SUBJECT)) == nats_of(evaluator.measure(OwnLoss(), SUBJECT))
-    assert evaluator.measure(none, SUBJECT).failure == "OutOfMemoryError: no room"
+    failure = evaluator.measure(none, SUBJECT).failure
+    assert failure == f"OutOfMemoryError: no room (in blocks of `sequence_length` {evaluator.sequence_length})"
 
 
 def test_a_batch_is_as_large_as_the_device_holds(monkeypatch: pytest.MonkeyPatch) -> None:

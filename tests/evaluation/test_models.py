@@ -62,6 +62,7 @@ def test_the_file_that_decides_a_model_is_found_without_running_it(
         ("absent_module:make", "absent_module:make cannot be made: ModuleNotFoundError"),
         ("made_models:absent", "made_models:absent cannot be made: AttributeError"),
         ("absent.py:make", "cannot be made: FileNotFoundError"),
+        ("absent.py", "absent.py:FUNCTION"),
         ("made_models:make_text", "returned a str"),
     ],
 )

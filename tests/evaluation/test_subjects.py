@@ -53,9 +53,12 @@ def test_weights_from_elsewhere_are_told_apart_by_their_files(tmp_path: Path) ->
     assert subject_of_folder(tmp_path).identity != first.identity
 
 
-def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_weights_is_named(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="holds no weights"):
         subject_of_folder(tmp_path)
+    (tmp_path / "run").symlink_to(runs / "w2_s2_bf16")
+    with pytest.raises(EvaluationError, match=r"name one of them, such as .*/run/global_step2\.$"):
+        subject_of_folder(tmp_path / "run")
     with pytest.raises(EvaluationError, match="absent is not a folder"):
         subject_of_folder(tmp_path / "absent")
     (tmp_path / "wsm_merge.json").write_text("{")

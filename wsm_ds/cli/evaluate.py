@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wsm_ds.cli.messages import describe
 from wsm_ds.cli.options import command, json_option, signals_interrupt, split
 from wsm_ds.errors import EvaluationError, RecipeError
 
@@ -176,7 +177,7 @@ def _run(
     for measured in evaluate_folders(options.folders, evaluators, records=records, ranks=ranks, **flags):
         made.append(measured.evaluation)
         if ranks.rank == 0:
-            text = measured.evaluation.model_dump_json() if options.json else _line(measured)
+            text = measured.evaluation.model_dump_json() if options.json else _line(measured, options)
             print(text, flush=True)
     few = min((len(one.blocks.nats) for one in made if one.blocks is not None), default=FEW_BLOCKS)
     if ranks.rank == 0 and few < FEW_BLOCKS:
@@ -190,11 +191,11 @@ def _run(
     return made
 
 
-def _line(measured: Any) -> str:
+def _line(measured: Any, options: argparse.Namespace) -> str:
     """One evaluation, as it is printed when it is made."""
     evaluation: Evaluation = measured.evaluation
     if evaluation.failure is not None:
-        figures = f"failed: {evaluation.failure}"
+        figures = f"failed: {describe(EvaluationError(evaluation.failure), options)}"
     else:
         figures = ", ".join(f"{name} {_figure(metric)}" for name, metric in list(evaluation.metrics.items())[:4])
     origin = f"{evaluation.seconds:.1f} s" if measured.is_new else f"measured before, {evaluation.at}"

@@ -7,6 +7,10 @@ from wsm_ds.errors import RecipeError, WsmError
 
 INVALID = "the recipe is not valid: "
 """The beginning of all messages of `wsm_ds.planning.recipe` about values."""
+LENGTH = re.compile(r"\blast(_tokens)? \(--last(-tokens)?\)")
+"""A window's length in messages. A tuning has one flag for both forms."""
+OF_A_GRID = {"last": "--windows", "last_tokens": "--windows", "curves": "--curve", "spreads": "--spread"}
+"""The flags of a tuning for keys of recipes and of the tuning."""
 
 
 def describe(error: WsmError, options: argparse.Namespace) -> str:
@@ -29,5 +33,8 @@ def describe(error: WsmError, options: argparse.Namespace) -> str:
         text = text.removeprefix(INVALID)
     if "run_sequence_length" in flags:  # the command has another --sequence-length: that of the held-out blocks
         text = text.replace("--sequence-length", flags["run_sequence_length"])
+    if "windows" in flags:
+        text = LENGTH.sub(flags["windows"], text)
+        flags = OF_A_GRID | flags
     text = re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), text)
     return f"{text.rstrip('.')}; see {options.parser.prog} --help" if isinstance(error, RecipeError) else text

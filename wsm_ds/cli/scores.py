@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsm_ds.errors import RecipeError, few
+from wsm_ds.reporting.tables import counted
 
 if TYPE_CHECKING:
     from wsm_ds.evaluation.evaluation import Evaluation
@@ -73,8 +74,8 @@ def read_scores(path: Path, run: Path, metric: str | None = None) -> Scores:
         raise RecipeError(f"--scores {path}: it holds no evaluation of a single checkpoint of {run}")
     chosen = [(key, of) for key, of in found if (not name or key == name) and of.startswith(identity)]
     if len(chosen) != 1:
-        choices = few(f"{key}@{of[:12]} ({len(tags)} checkpoints)" for (key, of), tags in found.items())
-        fault = f"no metric {metric!r}" if not chosen else "more than one metric, or one of several evaluators"
+        choices = few(f"{key}@{of[:12]} ({counted(len(tags), 'checkpoint')})" for (key, of), tags in found.items())
+        fault = f"no metric {metric!r}" if not chosen else "several values of a checkpoint"
         raise RecipeError(f"--scores {path} has {fault}; choose by --metric one of {choices}")
     return Scores(found[chosen[0]], maximize[chosen[0][0]])
 

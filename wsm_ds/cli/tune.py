@@ -51,7 +51,7 @@ def add_command(commands: Any) -> None:
                      TUNE_USAGE)  # fmt: skip
     parser.add_argument("run", type=Path, metavar="RUN", help=RUN)
     json_option(parser)
-    parser.add_argument("--dry-run", action="store_true", help="show the candidates and measure nothing")
+    parser.add_argument("--dry-run", action="store_true", help="show the candidates; read only the run")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of the tuning")
     candidates = parser.add_argument_group("candidates")
     candidates.add_argument(
@@ -65,7 +65,8 @@ def add_command(commands: Any) -> None:
     candidates.add_argument("--to", dest="ends", metavar="STEP[,STEP...]",
                             help="where windows end (default: at the newest checkpoint)")  # fmt: skip
     candidates.add_argument("--baseline", action="append", default=[], metavar="NAME=FOLDER",
-                            help="weights to compare with, such as a decayed branch; may be repeated")  # fmt: skip
+                            help="weights to compare with, such as a decayed branch; may be given several "
+                            "times")  # fmt: skip
     counts_options(candidates)
     candidates.add_argument("--data-switch", type=int, metavar="STEP",
                             help="last step before the data changed: windows across it are warned of")  # fmt: skip
@@ -203,8 +204,7 @@ def _confirming(options: argparse.Namespace, screening: "Evaluator") -> "Evaluat
 def _near(options: argparse.Namespace) -> dict[str, Any]:
     """Windows, curves and spreads that another run's best.yaml leads to."""
     if (options.near is None) == (options.windows is None):
-        given = "both" if options.near is not None else "neither of them"
-        raise RecipeError(f"give --windows or --near, not {given}")
+        raise RecipeError("give --windows or --near" + (", not both" if options.near is not None else ""))
     if options.near is None:
         return {}
     from wsm_ds.tuning.transfer import near

@@ -62,7 +62,7 @@ def load_evaluators(path: StrPath) -> tuple[Evaluator, ...]:
     Raises:
         RecipeError: it cannot be read, or holds something else; see `make_evaluator`.
     """
-    content = read_yaml(Path(path))
+    content = read_yaml(Path(path), "the file of evaluators")
     entries = content if isinstance(content, list) else [content]
     if not entries or not all(isinstance(entry, dict) for entry in entries):
         raise RecipeError(f"{path} must hold an evaluator, or a list of them, each a mapping; found {brief(content)}.")

@@ -80,7 +80,7 @@ class LmEvalEvaluator(ExternalEvaluator):
     @override
     def require_ready(self) -> None:
         words = self._program()
-        require_program(words[0])
+        require_program(words[0], "Install it (pip install lm-eval), or set PATH.")
         if self.include_path is not None and not self.include_path.is_dir():
             raise EvaluationError(f"`include_path` {self.include_path} is not a folder.")
         super().require_ready()

@@ -102,7 +102,10 @@ class LossEvaluator(InMemoryEvaluator):
         ]
         tokens = torch.from_numpy(held_out.tokens)
         with Forward(model) as forward:
-            made = shared_work(ranks, batches, lambda rows: forward.nats(tokens[rows.start : rows.stop].to(device)))
+            try:
+                made = shared_work(ranks, batches, lambda rows: forward.nats(tokens[rows.start : rows.stop].to(device)))
+            except MeasurementFailed as error:
+                raise MeasurementFailed(f"{error} (in blocks of `sequence_length` {self.sequence_length})") from error
         blocks = self._blocks(held_out, [nats for batch in made for nats in batch])
         return Result(metrics=loss_metrics(blocks, self.weights), blocks=blocks, details={"device": device.type})
 

@@ -65,6 +65,8 @@ def build_model(spec: str, dtype: str, device: "torch.device | str | None" = Non
     """
     place = default_device() if device is None else device
     path = Path(spec)
+    if path.suffix == ".py":
+        raise EvaluationError(f"{spec} is a Python file. Name its function that makes the model, too: {spec}:FUNCTION.")
     if path.exists():
         model = _from_config(path, dtype, place)
     elif ":" in spec:

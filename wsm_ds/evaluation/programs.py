@@ -45,10 +45,15 @@ def words_of(command: str) -> tuple[str, ...]:
     return words
 
 
-def require_program(name: str) -> None:
-    """Raises EvaluationError if there is no such program."""
+def require_program(name: str, cure: str = "Give its path, or set PATH.") -> None:
+    """Raises EvaluationError if there is no such program.
+
+    Args:
+        name: of the program, or its path.
+        cure: a sentence that says what to do.
+    """
     if FOLDER not in name and shutil.which(name) is None:
-        raise EvaluationError(f"the program {name} is not found. Give its path, or set PATH.")
+        raise EvaluationError(f"the program {name} is not found. {cure}")
 
 
 def hashes_of(words: Iterable[str]) -> dict[str, str]:
@@ -123,4 +128,5 @@ def _tail(path: Path) -> str:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL_BYTES))
         lines = file.read().decode(errors="replace").strip().splitlines()
+    lines = [line for line in lines if line.strip(" ^~")]  # Python marks a place in the line above
     return f": {' | '.join(line.strip() for line in lines[-3:])}" if lines else ""

@@ -47,8 +47,11 @@ def subject_of_folder(folder: StrPath, name: str | None = None) -> Subject:
         )
     files = files_of(resolved, *WEIGHTS)
     if not files:
+        inner = next((path for path in sorted(resolved.iterdir()) if path.is_dir() and checkpoint_in(path)), None)
+        advice = f" It holds checkpoints; name one of them, such as {Path(folder) / inner.name}." if inner else ""
         raise EvaluationError(
             f"{folder} holds no weights: it is neither a merge, nor one checkpoint, nor a folder with *.safetensors."
+            f"{advice}"
         )
     return Subject(
         name=name or resolved.name,

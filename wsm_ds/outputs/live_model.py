@@ -94,8 +94,8 @@ def fill(
         raise ModelMismatch(
             f"the model in memory does not fit {newest.path}: {'; '.join(fault for fault in faults if fault)}."
             f" {_prefix_advice(missing, surplus)}Build the model as the training did, give the checkpoint's tensors "
-            "other names (rename), let tensors of the model stay as they are (allow_missing), or leave tensors of the "
-            "checkpoint out (allow_surplus)."
+            "other names (`rename`), let tensors of the model stay as they are (`allow_missing`), or leave tensors of "
+            "the checkpoint out (`allow_surplus`)."
         )
     return Filling(sources, tuple(missing), tuple(surplus))
 

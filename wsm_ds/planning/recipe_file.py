@@ -6,9 +6,16 @@ from typing import Any
 from wsm_ds.errors import RecipeError
 from wsm_ds.filesystem.small_files import read_small
 
+BEST = "best.yaml"
+"""The recipe in the folder of a tuning."""
 
-def read_yaml(path: Path) -> Any:
+
+def read_yaml(path: Path, what: str = "the recipe") -> Any:
     """Returns what a YAML file holds.
+
+    Args:
+        path: the file.
+        what: it is, for an error message.
 
     Raises:
         RecipeError: it cannot be read, or a mapping has a key twice: PyYAML would take the last value without a word.
@@ -24,7 +31,7 @@ def read_yaml(path: Path) -> Any:
             for key, _ in node.value:
                 if isinstance(key, yaml.ScalarNode) and key.value in seen:
                     line = key.start_mark.line + 1
-                    raise RecipeError(f"the recipe {path}: line {line} gives {key.value!r} a second time; remove one.")
+                    raise RecipeError(f"{what} {path}: line {line} gives {key.value!r} a second time; remove one.")
                 seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
             return node
 
@@ -36,4 +43,9 @@ def read_yaml(path: Path) -> Any:
         Exception
     ) as error:  # PyYAML's constructors (`yaml/constructor.py`) raise ValueError, OverflowError, TypeError and others
         reason = " ".join(str(error).split())  # PyYAML's messages have several lines
-        raise RecipeError(f"the recipe {path} cannot be read: {reason}") from error
+        if path.is_dir():
+            best = path / BEST
+            reason = f"it is a folder; give {best}" if best.is_file() else "it is a folder"
+        elif isinstance(error, FileNotFoundError):
+            reason = "there is no such file"
+        raise RecipeError(f"{what} {path} cannot be read: {reason}") from error

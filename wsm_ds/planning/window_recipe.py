@@ -202,7 +202,7 @@ class WindowRecipe(BaseModel):
     def _check_selection(self) -> Self:
         if (self.top is None) != (not self.scores):
             raise ValueError(
-                "`top` needs `scores`, a number for each checkpoint by its tag, and the other way round; found "
+                "`top` needs `scores`, a number for each checkpoint, and `scores` needs `top`; found "
                 f"{self._settings('top')} and {len(self.scores)} scores"
             )
         if self.top is not None and (self.by or self.oldest_interval):

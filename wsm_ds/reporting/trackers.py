@@ -110,9 +110,10 @@ def send_new(points: Iterable[TrackedPoint], tracker: Tracker, sent: Path) -> in
         try:
             tracker.send(new)
         except Exception as error:  # a tracker's package has its own errors, and those of its network
+            reason = f"{type(error).__name__}: {error}".rstrip(".")
             raise TrackingFailed(
-                f"{type(tracker).__name__} did not take the values: {type(error).__name__}: {error}. The report is "
-                "written. Run the same command again: it sends what was not sent."
+                f"{type(tracker).__name__} did not take the values: {reason}. The report is written. "
+                "Run the same command again: it sends what was not sent."
             ) from error
         sent.parent.mkdir(parents=True, exist_ok=True)
         append_line(sent, "\n".join(point.key for point in new))

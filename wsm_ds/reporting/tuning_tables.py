@@ -37,8 +37,9 @@ def step_line(step: Step) -> str:
     metric = step.evaluation.metrics.get(name) if name is not None else None
     value = f"no value: {step.evaluation.failure}" if metric is None else f"{name} {_value(metric.value, metric.error)}"
     best = result.recommendation.best if result.recommendation is not None else None
+    so_far = f"   best so far {best}" if best is not None else ""
     left = f"   {round(step.left_s) // 60} min {round(step.left_s) % 60:02d} s left" if step.done < step.total else ""
-    return f"{step.done:3d} of {step.total}  {step.candidate:28}  {value}   best so far {best}{left}"
+    return f"{step.done:3d} of {step.total}  {step.candidate:28}  {value}{so_far}{left}"
 
 
 def result_report(result: TuningResult, out: Path) -> str:
@@ -103,4 +104,4 @@ def _number(value: float | None) -> str:
 def _length(span: Span | None) -> str:
     if span is None:
         return "-"
-    return f"{span.steps:g} steps" + ("" if span.tokens is None else f", {format_count(span.tokens)} tokens")
+    return f"{round(span.steps, 2):g} steps" + ("" if span.tokens is None else f", {format_count(span.tokens)} tokens")

@@ -95,7 +95,7 @@ def recipe_text(candidate: Candidate, result: TuningResult) -> str:
         sentence,
         f"Window: {_window(tuned)}.",
         "Merge it:                wsm-ds merge RUN --recipe best.yaml --out MERGED",
-        "At the newest end point: remove to_step.",
+        "At the newest end point: remove to_step." if "to_step" in recipe else "",
         "For another run:         wsm-ds tune OTHER_RUN --near best.yaml ...",
     ]
     return "".join(f"# {line}\n" for line in comment if line) + yaml.safe_dump(content, sort_keys=False)
@@ -105,7 +105,7 @@ def _window(tuned: TunedWindow) -> str:
     if tuned.kind == "raw":
         return "none, the raw checkpoint"
     tokens = "" if tuned.window_tokens is None else f", {format_count(tuned.window_tokens)} tokens"
-    return f"{tuned.window_steps:g} steps{tokens}, {tuned.window_fraction:.2%} of the run"
+    return f"{round(tuned.window_steps, 2):g} steps{tokens}, {tuned.window_fraction:.2%} of the run"
 
 
 def read_tuned(path: Path) -> TunedWindow:
