@@ -41,7 +41,8 @@ class Evaluator(BaseModel):
         kind: "loss", "generate", "command" or "lm-eval".
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # A field may be called `model_args`: pydantic before 2.10 warns of names that begin like its own methods.
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     PACKAGES: ClassVar[tuple[str, ...]] = ()
     """Whose versions are recorded."""
