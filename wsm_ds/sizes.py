@@ -73,7 +73,8 @@ def parse_count(value: int | str) -> int:
     if not match or isinstance(value, bool):
         raise RecipeError(f"{brief(value)} is not a count; write for example 100B, 1.5M or 1000000.")
     # Fractions: a float would round 0.1B, or a count above 2**53.
-    count = Fraction(match[1] + (match[2] or "")) * 10 ** int(match[3] or 0) * COUNT_UNITS[match[4].upper()]
+    number = Fraction(match[1].replace("_", "") + (match[2] or ""))
+    count = number * 10 ** int(match[3] or 0) * COUNT_UNITS[match[4].upper()]
     if count.denominator != 1 or count >= MOST:
         raise RecipeError(f"{brief(value)} is not a whole number below 2**63.")
     return int(count)
