@@ -8,14 +8,16 @@ The steps are always known. Samples and tokens come from the first of these that
 """
 
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from wsm_ds.errors import BrokenCheckpoint, UnsupportedLayout, WindowError, few
+from wsm_ds.filesystem.read_ahead import read_ahead
 from wsm_ds.filesystem.small_files import read_small
 from wsm_ds.layouts.frameworks import save_of
 from wsm_ds.layouts.saved_counts import SavedCounts
@@ -95,12 +97,13 @@ class CountReader:
 
     def __init__(self, recipe: WindowRecipe) -> None:
         self.recipe = recipe
+        self._saved = cache(_saved)  # samples and tokens are in the same files
 
     def found(self, place: Place, unit: Unit) -> dict[str, int]:
         """What each source says of a checkpoint, by the source's name, the best source first."""
         if unit == "steps":
             return {"global_steps": place.step}
-        counts = _saved(place)
+        counts = self._saved(place)
         line = self._recorded.get(place.step, {})
         samples = {"the model files": counts.samples, STEPS_FILE: line.get("samples_seen")}
         if unit == "samples":
@@ -131,6 +134,7 @@ class CountReader:
                 --sequence-length is given, and the samples are not known.
         """
         missing: dict[str, str] = {}
+        deque(read_ahead(self._saved, places), maxlen=0)
         samples, tokens = self._rising(places, "samples", missing), self._rising(places, "tokens", missing)
         steps = tuple(place.step for place in places)
         if self.recipe.tokens_per_step is not None and samples is not None:

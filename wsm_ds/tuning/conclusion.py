@@ -35,9 +35,8 @@ class Found:
         """The newest evaluation of a candidate; one that failed if there is no other."""
         if evaluator is None:
             return None
-        return self.records.find(candidate.subject.identity, evaluator.identity()) or self.records.find(
-            candidate.subject.identity, evaluator.identity(), failed=True
-        )
+        subject, measured_by = candidate.subject.identity, evaluator.identity()
+        return self.records.find(subject, measured_by) or self.records.find(subject, measured_by, failed=True)
 
     def measured(self, evaluator: Evaluator) -> list[tuple[Candidate, Measured]]:
         """The candidates that have a value of an evaluator's main metric.
@@ -103,7 +102,7 @@ def conclude(found: Found, seconds: Mapping[str, float], read_bytes: int) -> Tun
         data=_data(deciding),
         run_length=newest.described().end if newest is not None else None,
         candidates=tuple(result for result in results if result.metrics or result.failure),
-        recommendation=_recommendation(found, comparison) if best is not None else None,
+        recommendation=_recommendation(found, comparison, results) if best is not None else None,
         waiting=tuple(result.name for result in results if not result.metrics and not result.failure),
         read_bytes=read_bytes,
         seconds=dict(seconds),
@@ -127,9 +126,9 @@ def _measured(found: Found, candidate: Candidate) -> CandidateResult:
     )
 
 
-def _recommendation(found: Found, comparison: Comparison) -> Recommendation:
+def _recommendation(found: Found, comparison: Comparison, results: Sequence[CandidateResult]) -> Recommendation:
     recommendation = recommend(comparison)
-    steps = {candidate.name: candidate.described().steps[-1] for candidate in found.candidates if candidate.chosen}
+    steps = {one.name: one.steps[-1] for one in results if one.steps}
     screened = found.comparison(found.request.screening)
     raw = [(steps[one.name], one) for one in screened.measured if one.kind == "raw"]
     singles = sorted(raw, key=lambda pair: pair[0])
@@ -139,7 +138,6 @@ def _recommendation(found: Found, comparison: Comparison) -> Recommendation:
         warnings += [_sentence(warning) for warning in chosen.figures.warnings]
     warnings += [*_without_final(found), *_unlike_screening(found, comparison, recommendation)]
     warnings += _generation_warnings(found, recommendation)
-    results = [_measured(found, one) for one in found.candidates]
     failed = [one.name for one in results if one.failure is not None and comparison.metric not in one.metrics]
     if failed:
         warnings.append(f"{len(failed)} of {len(found.candidates)} candidates have no value: {', '.join(failed)}.")
