@@ -233,27 +233,27 @@ class _Tuning:
         confirm = self.request.confirm
         if confirm is None:
             return
-
-        def recommended() -> list[str | None]:
-            found = self._result().recommendation
-            return [found.name, found.raw] if found is not None else []
-
-        names: list[str | None] = self.ranks.decide(recommended)
+        names = self._recommended_names()
         chosen = [candidate for candidate in self.found.candidates if candidate.name in names]
         self.total = self.done + len(self.stage.remaining(chosen, confirm))
         screen(self.stage, model, chosen, Budget(None, self.ranks), self._report, confirm)
+
+    def _recommended_names(self) -> tuple[str | None, str | None]:
+        """The recommended candidate, and the newest raw one that it was compared with; rank 0 says which."""
+
+        def names() -> list[str | None]:
+            found = self._result().recommendation
+            return [found.name, found.raw] if found is not None else [None, None]
+
+        name, raw = self.ranks.decide(names)
+        return name, raw
 
     def _keep_best(self) -> None:
         """Exports the recommended candidate, if it is to be kept, and removes the models of an earlier call."""
         keep = self.request.keep or ("best" if self.request.finals else None)
         if keep != "best":
             return
-
-        def recommended() -> str | None:
-            found = self._result().recommendation
-            return found.name if found is not None else None
-
-        name: str | None = self.ranks.decide(recommended)
+        name, _ = self._recommended_names()
         best = next((candidate for candidate in self.found.candidates if candidate.name == name), None)
         if best is None:
             return
